@@ -1,0 +1,1 @@
+"""What every step agrees on: exit codes, errors, manifests, content keys, the store and the recipe (pydantic only)."""

@@ -1,0 +1,78 @@
+"""The one family of errors. Each message says what is wrong, where, which value, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from nvila.components.contracts.exits import Exit
+
+
+class NvilaError(Exception):
+    """Base of all our errors.
+
+    Args:
+        what: the problem in one short sentence, without a full stop.
+        where: file, `file:line`, or dotted recipe option.
+        value: the offending value, shown with `repr`.
+        do: what the user can do next, in one sentence.
+    """
+
+    exit_code: ClassVar[Exit] = Exit.FAULT
+
+    def __init__(self, what: str, *, where: str | None = None, value: Any = None, do: str | None = None) -> None:
+        self.what, self.where, self.value, self.do = what, where, value, do
+        message = what
+        if where is not None:
+            message = f"{where}: {message}"
+        if value is not None:
+            message += f" (got {_short(value)})"
+        if do is not None:
+            message += f". {do}"
+        super().__init__(message)
+
+
+class ConfigError(NvilaError):
+    """The recipe or a command-line option is wrong."""
+
+    exit_code = Exit.USER
+
+
+class DataError(NvilaError):
+    """The user's data or media cannot be used."""
+
+    exit_code = Exit.USER
+
+
+class PreflightError(NvilaError):
+    """Something the run will need is not there: memory, disk, a port, a package version, a credential."""
+
+    exit_code = Exit.USER
+
+
+class TrainingError(NvilaError):
+    """Training cannot go on (a loss that is not finite, a checkpoint that does not match)."""
+
+
+class QuantizationError(NvilaError):
+    """The quantized model is not what was asked for (a pattern that matches nothing, a layer left out)."""
+
+
+class RolloutError(NvilaError):
+    """A server did not start, did not answer, or died."""
+
+
+class Rejected(NvilaError):
+    """A gate or the rollout policy refused the model; nothing is broken and nothing is lost."""
+
+    exit_code = Exit.REJECTED
+
+
+class Preempted(NvilaError):
+    """The step was asked to stop; its progress is saved and the same command resumes it."""
+
+    exit_code = Exit.PREEMPTED
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,50 @@
+"""Progress of long work: a small JSON file that the terminal's table reads, and a line on stderr for a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from nvila.components.contracts.manifest import write_atomic
+
+T = TypeVar("T")
+PROGRESS_FILE = "NVILA_PROGRESS_FILE"
+"""Environment variable that names the file; `execute` sets it for the step and its child processes."""
+
+
+class Progress:
+    """Counts work done; writes at most twice a second to the file, every 20 seconds to stderr."""
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._start = time.monotonic()
+        self._written = self._printed = 0.0
+        self._file = os.environ.get(PROGRESS_FILE)
+        self.update(0)
+
+    def update(self, advance: int = 1, note: str = "") -> None:
+        """`advance` more units are done; `note` is a short remark such as `loss 1.23`."""
+        self.done += advance
+        now = time.monotonic()
+        last = self.total is not None and self.done >= self.total
+        if self._file and (last or now - self._written > 0.5):
+            self._written = now
+            record = {"what": self.what, "done": self.done, "total": self.total, "note": note}
+            write_atomic(Path(self._file), json.dumps(record))
+        if last or now - self._printed > 20:
+            self._printed = now
+            of = f"/{self.total}" if self.total is not None else ""
+            print(f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]", file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` while showing progress."""
+    progress = Progress(what, total if total is not None else len(items) if hasattr(items, "__len__") else None)
+    for item in items:
+        yield item
+        progress.update()

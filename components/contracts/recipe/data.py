@@ -1,0 +1,48 @@
+"""Recipe section `data`: the sources and what validation accepts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nvila.components.contracts.recipe.section import Section
+
+SPLITS = ("sft", "captions", "heldout")
+"""Annotation files of a source: `sft.json` (questions and answers for stages 4 and 5), `captions.json`
+(image-text pairs for stages 1 to 3), `heldout.json` (never trained on). `labels.json` is optional, for `base`."""
+
+
+class Source(Section):
+    """A folder with LLaVA-style conversation JSON and its media."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    kind: Literal["image", "video"]
+    path: str
+    """Folder holding `sft.json`, `heldout.json`, optionally `captions.json` and `labels.json`, and the media they name."""
+    demo: Literal["shapes", "digits", "clips"] | None = None
+    """Build this demonstration source at `path` first when it is not there."""
+    demo_scale: float = Field(1.0, gt=0, le=1)
+    """Share of the full demonstration source to build (the micro recipe takes a few)."""
+
+
+class Validation(Section):
+    """Limits a record must keep; a record that breaks one is quarantined with the reason."""
+
+    min_side_pixels: int = 8
+    max_pixels: int = 50_000_000
+    max_media_bytes: int = 512 * 2**20
+    max_video_seconds: float = 3600.0
+    max_video_frames: int = 200_000
+    max_text_chars: int = 32_768
+    max_quarantined_share: float = Field(0.05, ge=0, le=1)
+    """More spoilt records than this share of a source stop the run: something is systematically wrong."""
+    min_source_share: float = Field(0.01, ge=0, le=1)
+    """Each source must hold at least this share of all SFT records."""
+
+
+class DataSettings(Section):
+    """All sources and the limits."""
+
+    sources: list[Source] = Field(min_length=1)
+    validation: Validation = Validation()

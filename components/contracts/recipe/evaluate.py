@@ -1,0 +1,29 @@
+"""Recipe section `evaluate`: what is measured, and what the gate asks."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from nvila.components.contracts.recipe.section import Section
+
+
+class Gate(Section):
+    """What a model must reach to go on; exit code 3 where it does not."""
+
+    min_accuracy: dict[str, float] = {}
+    """Least exact match per source."""
+    above_question_only: bool = True
+    """Each source's 95% interval must lie above that of its strongest question-only baseline."""
+
+
+class EvaluateSettings(Section):
+    """Exact match on the held-out splits."""
+
+    sources: list[str] = Field(min_length=1)
+    limit: int | None = None
+    """Held-out questions per source for the final model; None is all of them."""
+    stage_limit: int = 500
+    """Held-out questions per source for the model after base and after each stage."""
+    batch: int = 64
+    max_new_tokens: int = 8
+    gate: Gate = Gate()

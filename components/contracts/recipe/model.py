@@ -1,0 +1,108 @@
+"""Recipe section `model`: the shape of the VLM and where its first weights come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nvila.components.contracts.recipe.section import Section
+
+VisionMode = Literal["resize", "dynamic", "s2", "dynamic_s2"]
+Projector = Literal[
+    "linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"
+]
+DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
+"""Side of the space-to-channel cell of each projector (1 where not named); spec section 1.2."""
+
+
+class TowerSizes(Section):
+    """Sizes of a SigLIP vision tower that is made from scratch."""
+
+    hidden: int = 96
+    layers: int = 3
+    heads: int = 3
+    mlp: int = 192
+    patch_pixels: int = 14
+
+
+class DecoderSizes(Section):
+    """Sizes of a Qwen2 decoder that is made from scratch."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 256
+    vocabulary: int = 512
+    """Upper bound of the BPE vocabulary, special tokens included."""
+
+
+class Base(Section):
+    """Where stage 1 starts: published weights, or (tiny recipes) a small model made here."""
+
+    vision_tower: str | None = None
+    """Path, `s3://` URI or `hf://id@revision` of a SigLIP tower; None makes one from `tower`."""
+    llm: str | None = None
+    """Path, `s3://` URI or `hf://id@revision` of a Qwen2 decoder with its tokenizer; None makes one from `decoder`."""
+    tower: TowerSizes = TowerSizes()
+    decoder: DecoderSizes = DecoderSizes()
+    tower_epochs: float = 8.0
+    """Passes over the label records while a tower made from scratch learns."""
+    learning_rate: float = 2e-3
+    batch: int = 128
+
+
+class Video(Section):
+    """How a video becomes tokens; spec sections 1.6 and 1.9."""
+
+    frames: int = Field(8, ge=1, le=4096)
+    pool_sizes: list[tuple[int, int, int]] = [(1, 1, 1)]
+    """Temporal, vertical and horizontal pooling; one entry per scale."""
+
+
+class ModelSettings(Section):
+    """Architecture of the model; spec section 1."""
+
+    variant: str
+    vision_mode: VisionMode = "dynamic_s2"
+    projector: Projector = "mlp_downsample"
+    s2_scales: list[int] = [448, 896, 1344]
+    """Pixels per side of each scale, ascending. The first is the tile, and the tower's input. Other modes use the first only."""
+    s2_output_scale: int = -1
+    """Index of the scale whose feature map the others are resized to."""
+    max_tiles: int = Field(12, ge=1, le=48)
+    select_layer: int = -2
+    """Which of the tower's hidden states is the feature; the blocks above it are not computed."""
+    max_length_tokens: int = 8192
+    video: Video = Video()
+    base: Base
+
+    @property
+    def tile_pixels(self) -> int:
+        """Side of one tile: the tower's input."""
+        return self.s2_scales[0]
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSettings:
+        if sorted(set(self.s2_scales)) != self.s2_scales:
+            raise ValueError("s2_scales must be ascending, each scale once")
+        if self.vision_mode in ("s2", "dynamic_s2"):
+            if len(self.s2_scales) < 2:
+                raise ValueError(f"vision_mode {self.vision_mode} needs at least two s2_scales")
+            if any(scale % self.tile_pixels for scale in self.s2_scales):
+                raise ValueError("each of s2_scales must be a multiple of the first")
+            if not -len(self.s2_scales) <= self.s2_output_scale < len(self.s2_scales):
+                raise ValueError("s2_output_scale names no entry of s2_scales")
+            if self.projector == "mlp_downsample_3x3_fix":
+                raise ValueError(
+                    f"projector mlp_downsample_3x3_fix and vision_mode {self.vision_mode} cannot work together: "
+                    "S2 blocks are projected one by one and a 3x3 cell would cross or pad their borders; "
+                    "use mlp_downsample, or vision_mode dynamic"
+                )
+        for pool in self.video.pool_sizes:
+            if self.video.frames % pool[0]:
+                raise ValueError(f"video.frames {self.video.frames} is not a multiple of the temporal pool {pool[0]}")
+        if self.base.vision_tower is None and self.tile_pixels % self.base.tower.patch_pixels:
+            raise ValueError("base.tower.patch_pixels must divide the first of s2_scales")
+        return self

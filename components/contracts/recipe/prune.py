@@ -1,0 +1,34 @@
+"""Recipe section `prune`: DeltaLoss pruning of the SFT data; paper section 2.3, spec section 4."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nvila.components.contracts.recipe.model import DecoderSizes
+from nvila.components.contracts.recipe.section import Section
+
+
+class Reference(Section):
+    """A reference VLM: a checkpoint, or (tiny recipes) one trained here on two folds so that it never scores its own."""
+
+    path: str | None = None
+    """Path, `s3://` URI or `hf://id@revision` of a trained VLM; None trains one."""
+    decoder: DecoderSizes = DecoderSizes()
+    epochs: float = 4.0
+    learning_rate: float = 1e-3
+    batch: int = 64
+
+
+class PruneSettings(Section):
+    """What stays in the SFT mixture."""
+
+    keep_ratio: float = Field(0.5, gt=0, le=1)
+    """Share of each source that stays: the ceil(keep_ratio * n) samples of highest DeltaLoss."""
+    keep_ratio_of: dict[str, float] = {}
+    """Keep ratio of single sources by name, where it differs."""
+    score: Literal["sum", "mean"] = "sum"
+    """Sum or mean over answer tokens; the paper leaves it open."""
+    small: Reference = Reference()
+    large: Reference = Reference()

@@ -1,0 +1,34 @@
+"""Recipe section `quantize`: W8A8 vision tower and W4A16 language model; paper section 2.5, spec section 7."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nvila.components.contracts.recipe.section import Section
+
+
+class QuantizeGate(Section):
+    """How much accuracy quantization may cost."""
+
+    max_loss: float = Field(0.03, ge=0, le=1)
+    """Largest fall of exact match per source, beyond the 95% noise band of the difference."""
+
+
+class QuantizeSettings(Section):
+    """Scheme of each part and calibration."""
+
+    vision_tower: Literal["W8A8", "none"] = "W8A8"
+    llm: Literal["W4A16", "none"] = "W4A16"
+    method: Literal["rtn", "gptq", "awq"] = "gptq"
+    """How the 4-bit weights are found."""
+    group_size: int = 128
+    smoothquant_alpha: float = 0.3
+    """Migration strength for the tower's LayerNorm -> Linear pairs; 0 switches it off."""
+    calibration_samples: int = 128
+    limit: int | None = None
+    """Held-out questions per source for the quantized model; None takes the evaluation's."""
+    through_vllm: bool = True
+    """Evaluate through vLLM and our plugin; False (micro recipe) through the same weights dequantized in torch."""
+    gate: QuantizeGate = QuantizeGate()

@@ -1,0 +1,38 @@
+"""What a step is: a module with `Settings`, `run(settings, inputs, out)` and, where it reads the world, `external`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from nvila.components.contracts.manifest import File, Kind, Manifest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step made; `execute` turns it into the manifest."""
+
+    kind: Kind
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Small JSON results. Nothing here may differ between two executions of the same work (no times, no paths of run)."""
+    sources: list[File] = field(default_factory=list)
+    """The user's own files that were read."""
+    files: tuple[str, ...] = ("**/*",)
+    """Glob patterns, relative to the step's folder, of the files that belong to the output."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Measurements of this one execution (seconds, samples per second, bytes): tracked, but not part of the identity."""
+
+
+class Step(Protocol):
+    """A step module (`nvila.components.<verb>.step`)."""
+
+    Settings: type[BaseModel]
+    """The step's slice of the recipe."""
+
+    def run(self, settings: Any, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+        """Do the work inside `out`, which may hold an interrupted earlier attempt."""
+        ...

@@ -1,0 +1,1 @@
+"""Runs one step: key, skip or work, manifest, tracking, status file, exit code."""

@@ -1,0 +1,198 @@
+"""Runs one step under the contracts. Every KFP wrapper calls `execute` and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.keys import content_key
+from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
+from nvila.components.contracts.progress import PROGRESS_FILE
+from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
+
+STORE_VARIABLE = "NVILA_STORE"
+"""Environment variable: root of the store (default `store`)."""
+RUN_VARIABLE = "NVILA_RUN"
+"""Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
+ALWAYS = frozenset({"register", "rollout", "report"})
+"""Steps that act on the world, or describe this very run: they are never skipped."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step finds the store and the pipeline run it belongs to."""
+
+    store: Store
+    run_dir: Path
+
+    @property
+    def run(self) -> str:
+        """Name of the pipeline run."""
+        return self.run_dir.name
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read `NVILA_STORE` and `NVILA_RUN`."""
+        store = Path(os.environ.get(STORE_VARIABLE, "store")).absolute()
+        return cls(Store(store), Path(os.environ.get(RUN_VARIABLE, "runs/adhoc")).absolute())
+
+
+def execute(
+    step: str, module: str, slices: str | None, inputs: Mapping[str, str], output: str, settings: Any = None
+) -> dict[str, Any]:
+    """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
+
+    Leaves the process with the step's exit code when it fails (see `Exit`), after writing the status file.
+
+    Args:
+        step: name in the DAG, such as `train-4`; selects the slice.
+        module: dotted name of the step module.
+        slices: path of the manifest that `resolve` wrote; None where `settings` is given.
+        inputs: paths of the input manifests by name.
+        output: where KFP wants the artifact's file.
+        settings: the slice itself, for `resolve`, which makes the slices.
+    """
+    place = Place.from_environment()
+    status = _Status(place.run_dir, step)
+    signal.signal(signal.SIGTERM, _preempted)
+    try:
+        if slices is not None:
+            every = Manifest.load(slices).values["slices"]
+            if step not in every:
+                raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
+            settings = every[step]
+        loaded = {name: place.store.load(path) for name, path in inputs.items()}
+        manifest, cached = perform(place, step, module, settings, loaded)
+        manifest.save(Path(output))
+        status.end("cached" if cached else "done", Exit.DONE, manifest=manifest)
+        return {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
+    except NvilaError as error:
+        status.end(_verdict(error.exit_code), error.exit_code, message=str(error))
+        _leave(error.exit_code, f"{step}: {error}")
+    except KeyboardInterrupt:
+        status.end("preempted", Exit.PREEMPTED, message="interrupted")
+        _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
+    except Exception as error:
+        traceback.print_exc()
+        status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
+        _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
+
+
+def perform(
+    place: Place, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+) -> tuple[Manifest, bool]:
+    """The manifest of this work, and whether it was there already.
+
+    Raises:
+        NvilaError: what the step raised; exit codes 2 and 3 leave a tombstone for retries within the same run.
+    """
+    code = importlib.import_module(module)
+    external = code.external(settings) if hasattr(code, "external") else None
+    key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)
+    store = place.store
+    with store.working(step, key) as folder:
+        if step not in ALWAYS:
+            if finished := store.finished(step, key):
+                return finished, True
+            if verdict := store.buried(step, key, place.run):
+                error = NvilaError(verdict[1])
+                error.exit_code = verdict[0]  # type: ignore[misc]
+                raise error
+        os.environ[PROGRESS_FILE] = str(place.run_dir / "progress" / f"{step}.json")
+        (folder / MANIFEST).unlink(missing_ok=True)
+        (folder / TOMBSTONE).unlink(missing_ok=True)
+        began = time.time()
+        try:
+            outcome = code.run(code.Settings.model_validate(settings), inputs, folder)
+        except NvilaError as error:
+            if error.exit_code in (Exit.USER, Exit.REJECTED):
+                store.bury(step, key, place.run, error)
+            _track(place, step, settings, inputs, None, began, str(error), {})
+            raise
+        files = describe_files(folder, outcome.files)
+        for name in (MANIFEST, TOMBSTONE):
+            files.pop(name, None)
+        manifest = Manifest(
+            step=step,
+            key=key,
+            kind=outcome.kind,
+            inputs={
+                n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=m.digest)
+                for n, m in inputs.items()
+            },
+            sources=outcome.sources,
+            files=files,
+            values=dict(outcome.values),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.time() - began, 3),
+        )
+        manifest = store.finish(folder, manifest)
+    _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
+    return manifest, False
+
+
+def _track(
+    place: Place,
+    step: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Manifest],
+    manifest: Manifest | None,
+    began: float,
+    error: str | None,
+    measured: Mapping[str, float],
+) -> None:
+    """Tell MLflow. A tracking store that is down must not lose finished work: the manifest is written already."""
+    from nvila.components.tracking.runs import record_step
+
+    try:
+        record_step(place.run_dir, step, settings, inputs, manifest, began, time.time(), error, measured)
+    except Exception as problem:
+        print(f"{step}: not tracked in MLflow: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+
+
+class _Status:
+    """`runs/<run>/steps/<step>.json`: what the terminal, the report and `summary.json` know of a step."""
+
+    def __init__(self, run_dir: Path, step: str) -> None:
+        self._path = run_dir / "steps" / f"{step}.json"
+        self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
+        write_atomic(self._path, json.dumps(self._record))
+
+    def end(self, status: str, code: Exit, *, manifest: Manifest | None = None, message: str | None = None) -> None:
+        ended = time.time()
+        self._record |= {
+            "status": status,
+            "cached": status == "cached",
+            "ended": ended,
+            "seconds": round(ended - self._record["started"], 3),
+            "exit_code": int(code),
+            "manifest": f"{manifest.folder}/{MANIFEST}" if manifest else None,
+            "message": message,
+        }
+        write_atomic(self._path, json.dumps(self._record, indent=1))
+
+
+def _verdict(code: Exit) -> str:
+    return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(code, "failed")
+
+
+def _preempted(signum: int, frame: object) -> NoReturn:
+    raise Preempted("asked to stop by SIGTERM", do="Run the same command again to resume.")
+
+
+def _leave(code: Exit, message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    raise SystemExit(int(code))

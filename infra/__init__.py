@@ -1,0 +1,1 @@
+"""What a cluster runs around the DAG."""

@@ -1,0 +1,1 @@
+"""DAGs, recipes and the command line: composition, no logic of a step."""

@@ -1,0 +1,1 @@
+"""The shipped recipes (YAML); their schema is `nvila.components.contracts.recipe.recipe`."""
