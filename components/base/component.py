@@ -1,0 +1,14 @@
+"""KFP wrapper of the step `base`: the model that stage 1 starts from."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def base(step: str, slices: dsl.Input[dsl.Artifact], samples: dsl.Input[dsl.Dataset], out: dsl.Output[dsl.Model]):
+    """Fetch published weights, or make a small tower, decoder and tokenizer."""
+    from nvila.components.runner.execute import execute
+
+    inputs = {"samples": samples.path}
+    out.metadata.update(execute(step, "nvila.components.base.step", slices.path, inputs, out.path))

@@ -1,0 +1,13 @@
+"""KFP wrapper of the step `preflight`: looks at the machine before anything long starts."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def preflight(step: str, slices: dsl.Input[dsl.Artifact], out: dsl.Output[dsl.Artifact]):
+    """Check memory, disk, package versions, data files and the serving port."""
+    from nvila.components.runner.execute import execute
+
+    out.metadata.update(execute(step, "nvila.components.preflight.step", slices.path, {}, out.path))

@@ -1,0 +1,20 @@
+"""KFP wrapper of the step `prune`, used once for the image sources and once for the video sources."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def prune(
+    step: str,
+    slices: dsl.Input[dsl.Artifact],
+    samples: dsl.Input[dsl.Dataset],
+    base: dsl.Input[dsl.Model],
+    out: dsl.Output[dsl.Dataset],
+):
+    """Score SFT samples with DeltaLoss; write the scores and the ids that stay."""
+    from nvila.components.runner.execute import execute
+
+    inputs = {"samples": samples.path, "base": base.path}
+    out.metadata.update(execute(step, "nvila.components.prune.step", slices.path, inputs, out.path))

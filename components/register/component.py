@@ -1,0 +1,29 @@
+"""KFP wrapper of the step `register`: a version in the model registry."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(
+    step: str,
+    slices: dsl.Input[dsl.Artifact],
+    model: dsl.Input[dsl.Model],
+    metrics: dsl.Input[dsl.Metrics],
+    full: dsl.Input[dsl.Metrics],
+    samples: dsl.Input[dsl.Dataset],
+    gate: dsl.Input[dsl.Artifact],
+    out: dsl.Output[dsl.Artifact],
+):
+    """Register the quantized model with its metrics, card and lineage; alias it `challenger`."""
+    from nvila.components.runner.execute import execute
+
+    inputs = {
+        "model": model.path,
+        "metrics": metrics.path,
+        "full": full.path,
+        "samples": samples.path,
+        "gate": gate.path,
+    }
+    out.metadata.update(execute(step, "nvila.components.register.step", slices.path, inputs, out.path))

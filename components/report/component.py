@@ -1,0 +1,16 @@
+"""KFP wrapper of the step `report`, the exit task: it is written for rejected and failed runs too."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def report(step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]):
+    """Gather the run folder into one self-contained HTML page."""
+    import shutil
+
+    from nvila.components.runner.execute import execute
+
+    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings={}))
+    shutil.copyfile(out.metadata["uri"] + "/report.html", html.path)

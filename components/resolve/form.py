@@ -1,0 +1,117 @@
+"""From the pipeline's form fields to one checked recipe; used by the step `resolve` and by the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.recipe.recipe import Recipe, merge, parse_recipe
+from nvila.components.contracts.recipe.section import Section
+
+SHIPPED = "nvila.pipelines.recipes"
+"""Where the recipes lie that come with the platform: read as data, never imported."""
+
+
+class Form(Section):
+    """The pipeline's parameters."""
+
+    recipe: str
+    """Name of a shipped recipe, or the YAML text of one."""
+    data_uri: str = ""
+    """Folder with one folder per source; empty keeps the recipe's paths."""
+    model_name: str = ""
+    """Name in the registry; empty keeps the recipe's."""
+    keep_ratio: float = 0.0
+    """Share of the SFT data that stays; 0 keeps the recipe's."""
+    target: str = ""
+    """Where to serve; empty keeps the recipe's."""
+    overrides: str = "{}"
+    """JSON object laid over the recipe."""
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the platform."""
+    return sorted(f.name.removesuffix(".yaml") for f in resources.files(SHIPPED).iterdir() if f.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> str:
+    """YAML text of a shipped recipe, or `recipe` itself when it is the text.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if "\n" in recipe or ":" in recipe:
+        return recipe
+    if recipe not in shipped():
+        raise ConfigError("no recipe of that name", value=recipe, do=f"Shipped are: {', '.join(shipped())}.")
+    return resources.files(SHIPPED).joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def read_recipe(recipe: str) -> str:
+    """Like `recipe_text`, for the command line, where a path of a YAML file will do as well."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError("no such recipe file", where=recipe, do=f"Shipped recipes: {', '.join(shipped())}.")
+        return path.read_text(encoding="utf-8")
+    return recipe_text(recipe)
+
+
+def fill_in(form: Form) -> Recipe:
+    """The recipe with the form's fields and overrides laid over it.
+
+    Raises:
+        ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
+    """
+    name = form.recipe if form.recipe in shipped() else "recipe"
+    content = _yaml(recipe_text(form.recipe), name)
+    for path, value in (
+        (("register", "model_name"), form.model_name),
+        (("prune", "keep_ratio"), form.keep_ratio),
+        (("rollout", "target"), form.target),
+    ):
+        if value:
+            content = merge(content, {path[0]: {path[1]: value}})
+    content = merge(content, _overrides(form.overrides))
+    if form.data_uri:
+        content = _move_data(content, form.data_uri)
+    return parse_recipe(content, where=name)
+
+
+def _yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=where) from None
+    if not isinstance(content, dict):
+        raise ConfigError("a recipe is a mapping of sections", where=where, value=content)
+    return content
+
+
+def _overrides(text: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not JSON: {error}", where="overrides", value=text) from None
+    if not isinstance(content, dict):
+        raise ConfigError("overrides must be a JSON object", where="overrides", value=text)
+    return content
+
+
+def _move_data(content: dict[str, Any], data_uri: str) -> dict[str, Any]:
+    """Each source is then the folder of its name under `data_uri`, and is the user's: never built as a demonstration."""
+    sources = content.get("data", {}).get("sources", [])
+    if not isinstance(sources, list) or not all(isinstance(s, dict) and "name" in s for s in sources):
+        return content  # the schema says what is wrong
+    moved = [
+        {k: v for k, v in s.items() if k not in ("demo", "demo_scale")}
+        | {"path": f"{data_uri.rstrip('/')}/{s['name']}"}
+        for s in sources
+    ]
+    return merge(content, {"data": {"sources": moved}})

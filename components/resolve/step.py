@@ -1,0 +1,32 @@
+"""The step `resolve`: merges the form's fields, checks the recipe, and cuts it into the slices of the other steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.step import Outcome
+from nvila.components.resolve.form import Form, fill_in, recipe_text
+
+Settings = Form
+
+
+def external(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Digest of the recipe's text: a shipped recipe may change under its name."""
+    return {"recipe": hashlib.sha256(recipe_text(settings["recipe"]).encode()).hexdigest()}
+
+
+def run(settings: Form, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Values: `recipe` (all of it, defaults filled in) and `slices` (by step name).
+
+    Raises:
+        ConfigError: names the dotted option and the nearest right key.
+    """
+    recipe = fill_in(settings)
+    return Outcome(
+        kind="slices", values={"recipe": recipe.model_dump(mode="json", by_alias=True), "slices": slices(recipe)}
+    )

@@ -1,0 +1,22 @@
+"""KFP wrapper of the step `rollout`: the registered version becomes the served one, or does not."""
+
+from kfp import dsl
+
+from nvila.components.runner.image import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def rollout(
+    step: str,
+    slices: dsl.Input[dsl.Artifact],
+    version: dsl.Input[dsl.Artifact],
+    model: dsl.Input[dsl.Model],
+    metrics: dsl.Input[dsl.Metrics],
+    samples: dsl.Input[dsl.Dataset],
+    out: dsl.Output[dsl.Artifact],
+):
+    """Serve the version, probe it, and move the alias `champion`."""
+    from nvila.components.runner.execute import execute
+
+    inputs = {"version": version.path, "model": model.path, "metrics": metrics.path, "samples": samples.path}
+    out.metadata.update(execute(step, "nvila.components.rollout.step", slices.path, inputs, out.path))
