@@ -1,0 +1,253 @@
+"""Decodes pictures and videos that may be broken or hostile; preprocessing for the model happens in `model`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nvila.components.contracts.errors import DataError
+
+if TYPE_CHECKING:
+    import av.container
+    import av.video.frame
+    from PIL import Image
+
+Problem = Literal["missing_file", "outside_source", "too_large", "too_long", "undecodable"]
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+"""Pillow's other readers are not tried: some of them run helper programs."""
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
+"""FFmpeg's other demuxers are not tried: playlists among them open further files and addresses."""
+
+
+class MediaError(DataError):
+    """A picture or a video that cannot be used; `problem` is the short name of the reason."""
+
+    def __init__(self, problem: Problem, what: str, where: Path | str, value: object = None) -> None:
+        super().__init__(what, where=str(where), value=value)
+        self.problem: Problem = problem
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a media file may ask for. Checked against headers first and while decoding again."""
+
+    max_pixels: int = 50_000_000
+    """Per picture or frame."""
+    max_bytes: int = 512 * 2**20
+    max_seconds: float = 3600.0
+    max_frames: int = 200_000
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a media file holds, found by decoding all of it."""
+
+    width: int
+    height: int
+    frames: int
+    """1 for a picture."""
+    seconds: float
+    """0 for a picture and for a folder of frames."""
+
+
+def inside(root: Path, name: str) -> Path:
+    """Path of the media file `name` of a source.
+
+    Raises:
+        MediaError: `name` is absolute, an address, or leads out of `root` (by `..` or by a symbolic link).
+    """
+    if "://" in name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise MediaError("outside_source", "a media path must stay inside the source's folder", root, name)
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise MediaError("outside_source", "a symbolic link leads out of the source's folder", root, name)
+    return path
+
+
+def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
+    """A picture in RGB: first frame of an animation, turned as EXIF says, transparency over white, 16 bit to 8 bit.
+
+    Raises:
+        MediaError: missing, larger than the limits, truncated, or not one of `IMAGE_FORMATS`.
+    """
+    from PIL import Image, ImageOps
+
+    _check_file(path, limits)
+    with _decoding(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+        _check_pixels(image.width, image.height, path, limits)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path)
+
+
+def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> list[Image.Image]:
+    """`frames` RGB frames at round(linspace(0, n - 1, frames)) of the n that decode; short videos repeat frames.
+
+    Spec section 1.9. `path` is a video file or a folder of frames, which are taken in the order of their names. What
+    follows the first damaged place of a file is not used; `validate` quarantines such files before training.
+
+    Raises:
+        MediaError: missing, larger than the limits, or without a single frame.
+    """
+    if path.is_dir():
+        names = _frame_files(path, limits)
+        return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
+    _check_file(path, limits)
+    count = _count_packets(path, limits)
+    while count:
+        wanted = set(sample_indices(count, frames))
+        kept, decoded = {}, 0
+        for frame in _decode(path, limits, strict=False):
+            if decoded in wanted:
+                kept[decoded] = frame.to_image()
+            decoded += 1
+            if decoded == count:
+                break
+        if decoded == count:
+            return [kept[index] for index in sample_indices(count, frames)]
+        count = decoded  # fewer than the file promises: choose again among those
+    raise MediaError("undecodable", "the video has no frame that can be decoded", path)
+
+
+def sample_indices(count: int, frames: int) -> list[int]:
+    """round(linspace(0, count - 1, frames)), halves to even as numpy rounds."""
+    if frames == 1:
+        return [0]
+    return [round(index * (count - 1) / (frames - 1)) for index in range(frames)]
+
+
+def probe(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()) -> Probe:
+    """Decode every pixel of a media file, strictly: a video that yields fewer frames than it promises is truncated.
+
+    Raises:
+        MediaError: as `load_image` and `load_video_frames`, and for truncated videos.
+    """
+    if kind == "image":
+        image = load_image(path, limits)
+        return Probe(image.width, image.height, 1, 0.0)
+    if path.is_dir():
+        sizes = [load_image(name, limits).size for name in _frame_files(path, limits)]
+        return Probe(*sizes[0], len(sizes), 0.0)
+    _check_file(path, limits)
+    promised, decoded, size, end = _count_packets(path, limits), 0, (0, 0), 0.0
+    for frame in _decode(path, limits, strict=True):
+        decoded, size, end = decoded + 1, (frame.width, frame.height), max(end, frame.time or 0.0)
+    if decoded == 0:
+        raise MediaError("undecodable", "the video has no frame that can be decoded", path)
+    if decoded < promised:
+        raise MediaError("undecodable", f"truncated video: {decoded} of {promised} frames can be decoded", path)
+    return Probe(*size, decoded, round(end, 3))
+
+
+def _check_file(path: Path, limits: Limits) -> None:
+    if not path.is_file():
+        raise MediaError("missing_file", "no such media file", path)
+    size = path.stat().st_size
+    if size > limits.max_bytes:
+        raise MediaError("too_large", f"more than {limits.max_bytes} bytes", path, size)
+
+
+def _check_pixels(width: int, height: int, path: Path, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise MediaError("too_large", f"more than {limits.max_pixels} pixels", path, f"{width}x{height}")
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Decoders raise anything on broken input; all of it means the same to us."""
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures below our own limit
+            yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {error}", path) from error
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return _sixteen_bit(image)
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise MediaError("undecodable", "pixels of a kind without a fixed meaning as colours", path, image.mode)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _sixteen_bit(image: Image.Image) -> Image.Image:
+    """0..65535 to 0..255; Pillow's own conversion clips instead."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+
+
+def _frame_files(folder: Path, limits: Limits) -> list[Path]:
+    names = sorted(name for name in folder.iterdir() if name.suffix.lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise MediaError("undecodable", "the folder holds no frames", folder)
+    if len(names) > limits.max_frames:
+        raise MediaError("too_long", f"more than {limits.max_frames} frames", folder, len(names))
+    return [inside(folder, name.name) for name in names]
+
+
+@contextmanager
+def _opened(path: Path, limits: Limits) -> Iterator[av.container.InputContainer]:
+    import av
+
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
+    with _decoding(path), av.open(f"file:{path.absolute()}", options=options) as container:
+        if not container.streams.video:
+            raise MediaError("undecodable", "the file holds no video", path)
+        stream = container.streams.video[0]
+        _check_pixels(stream.width, stream.height, path, limits)
+        if container.duration is not None and container.duration / av.time_base > limits.max_seconds:
+            raise MediaError("too_long", f"more than {limits.max_seconds} s", path, container.duration / av.time_base)
+        if stream.frames > limits.max_frames:
+            raise MediaError("too_long", f"more than {limits.max_frames} frames", path, stream.frames)
+        stream.thread_type = "NONE"
+        yield container
+
+
+def _count_packets(path: Path, limits: Limits) -> int:
+    """Frames that the file promises: what its index says, or the packets where it says nothing; nothing is decoded."""
+    with _opened(path, limits) as container:
+        stream = container.streams.video[0]
+        if stream.frames:
+            return int(stream.frames)
+        count = 0
+        for packet in container.demux(stream):
+            count += packet.size > 0
+            if count > limits.max_frames:
+                raise MediaError("too_long", f"more than {limits.max_frames} frames", path)
+        return count
+
+
+def _decode(path: Path, limits: Limits, *, strict: bool) -> Iterator[av.video.frame.VideoFrame]:
+    """Frames in the order of showing. With `strict` a damaged place is an error, else the end."""
+    import av
+
+    with _opened(path, limits) as container:
+        decoded = 0
+        try:
+            for frame in container.decode(video=0):
+                decoded += 1
+                if decoded > limits.max_frames:
+                    raise MediaError("too_long", f"more than {limits.max_frames} frames", path)
+                _check_pixels(frame.width, frame.height, path, limits)
+                if frame.time is not None and (frame.time > limits.max_seconds or math.isnan(frame.time)):
+                    raise MediaError("too_long", f"more than {limits.max_seconds} s", path, frame.time)
+                yield frame
+        except av.error.FFmpegError:
+            if strict:
+                raise

@@ -1,0 +1,200 @@
+"""The sample and label tables: written by `validate`, read by every step that trains, scores or evaluates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.data.media import inside
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Role = Literal["human", "gpt"]
+SAMPLES_FILE = "samples.parquet"
+LABELS_FILE = "labels.parquet"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `text` holds media markers such as `<image>`."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One good record of a source."""
+
+    id: str
+    """`source/split/id in the source's file`."""
+    source: str
+    kind: Literal["image", "video"]
+    split: Literal["sft", "captions", "heldout"]
+    root: Path
+    """Absolute folder of the source."""
+    media: tuple[str, ...]
+    """Paths relative to `root`, in the order of the markers."""
+    conversations: tuple[Turn, ...]
+    question: str
+    """First human turn without media markers."""
+    answer: str
+    """First answer."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Absolute paths of the media.
+
+        Raises:
+            MediaError: a path leaves the source's folder (something changed after validation).
+        """
+        return [inside(self.root, name) for name in self.media]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is to be seen in a training picture, in a box of it, or in one frame of a training clip."""
+
+    source: str
+    root: Path
+    media: str
+    frame: int | None
+    """Index of a video's frame; None for pictures."""
+    box: tuple[float, float, float, float] | None
+    """Left, top, right, bottom as fractions of width and height; None is the whole picture."""
+    labels: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Absolute path of the picture or video."""
+        return inside(self.root, self.media)
+
+
+def read_samples(
+    path: Path,
+    *,
+    split: str | None = None,
+    sources: Collection[str] | None = None,
+    ids: Iterable[str] | None = None,
+) -> list[Sample]:
+    """Samples of a table in its order.
+
+    Args:
+        path: the table, `samples.parquet`.
+        split: only this split.
+        sources: only these sources.
+        ids: only these samples; each must be in the table.
+
+    Raises:
+        DataError: the table cannot be read, or lacks some of `ids`.
+    """
+    wanted = None if ids is None else set(ids)
+    found = [
+        _sample(row)
+        for row in _rows(path)
+        if (split is None or row["split"] == split)
+        and (sources is None or row["source"] in sources)
+        and (wanted is None or row["id"] in wanted)
+    ]
+    if wanted is not None and (lost := wanted - {sample.id for sample in found}):
+        raise DataError(f"{len(lost)} samples are not in the table", where=str(path), value=min(lost))
+    return found
+
+
+def read_labels(path: Path, *, sources: Collection[str] | None = None) -> list[Label]:
+    """Labels of a table in its order, of all sources or of some.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    return [
+        Label(
+            row["source"],
+            Path(row["root"]),
+            row["media"],
+            row["frame"],
+            None if row["box"] is None else tuple(row["box"]),
+            tuple(row["labels"]),
+        )
+        for row in _rows(path)
+        if sources is None or row["source"] in sources
+    ]
+
+
+def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the columns of `sample_schema`."""
+    _write(path, rows, sample_schema())
+
+
+def write_labels(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the columns of `label_schema`."""
+    _write(path, rows, label_schema())
+
+
+def sample_schema() -> pyarrow.Schema:
+    """Columns of `samples.parquet`."""
+    import pyarrow as pa
+
+    texts = ("id", "source", "kind", "split", "root")
+    more = ("conversations", "question", "answer")
+    return pa.schema(
+        [
+            *((name, pa.string()) for name in texts),
+            ("media", pa.list_(pa.string())),
+            ("media_sha256", pa.list_(pa.string())),
+            *((name, pa.string()) for name in more),
+            ("line", pa.int64()),
+        ]
+    )
+
+
+def label_schema() -> pyarrow.Schema:
+    """Columns of `labels.parquet`."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("source", pa.string()),
+            ("root", pa.string()),
+            ("media", pa.string()),
+            ("frame", pa.int64()),
+            ("box", pa.list_(pa.float64())),
+            ("labels", pa.list_(pa.string())),
+        ]
+    )
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    return Sample(
+        id=row["id"],
+        source=row["source"],
+        kind=row["kind"],
+        split=row["split"],
+        root=Path(row["root"]),
+        media=tuple(row["media"]),
+        conversations=tuple(Turn(turn["from"], turn["value"]) for turn in json.loads(row["conversations"])),
+        question=row["question"],
+        answer=row["answer"],
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError("not a readable table", where=str(path), value=str(error)) from error
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
