@@ -1,0 +1,1 @@
+"""Step `base`: the model that stage 1 starts from."""

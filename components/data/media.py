@@ -113,6 +113,19 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
     raise MediaError("undecodable", "the video has no frame that can be decoded", path)
 
 
+def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image.Image:
+    """Frame `index` (from 0, in the order of showing) of a video file, RGB.
+
+    Raises:
+        MediaError: missing, larger than the limits, or it ends before that frame.
+    """
+    _check_file(path, limits)
+    for position, frame in enumerate(_decode(path, limits, strict=False)):
+        if position == index:
+            return frame.to_image()
+    raise MediaError("undecodable", "the video ends before this frame", path, index)
+
+
 def sample_indices(count: int, frames: int) -> list[int]:
     """round(linspace(0, count - 1, frames)), halves to even as numpy rounds."""
     if frames == 1:

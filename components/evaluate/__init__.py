@@ -1,0 +1,1 @@
+"""Steps `evaluate`, `evaluate-quantized` and the gates: what a model can do, beside what needs no picture."""

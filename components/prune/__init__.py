@@ -1,0 +1,1 @@
+"""Step `prune`: DeltaLoss pruning of the SFT data."""

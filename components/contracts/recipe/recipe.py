@@ -57,14 +57,14 @@ class Recipe(Section):
                         f"train.stages.{index}.data: {subset!r} is not SOURCE.SPLIT with a source of {names} "
                         "and a split sft or captions"
                     )
-        for option, used in (
-            ("evaluate.sources", self.evaluate.sources),
-            ("evaluate.gate.min_accuracy", list(self.evaluate.gate.min_accuracy)),
-            ("prune.keep_ratio_of", list(self.prune.keep_ratio_of)),
+        for option, used, known in (
+            ("evaluate.sources", self.evaluate.sources, names),
+            ("evaluate.gate.min_accuracy", list(self.evaluate.gate.min_accuracy), self.evaluate.sources),
+            ("prune.keep_ratio_of", list(self.prune.keep_ratio_of), names),
         ):
             for name in used:
-                if name not in names:
-                    raise ValueError(f"{option}: no source is called {name!r}; there are {names}")
+                if name not in known:
+                    raise ValueError(f"{option}: no source is called {name!r}; there are {known}")
         return self
 
 
@@ -98,8 +98,7 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     r = recipe.model_dump(mode="json", by_alias=True)
     image = [s["name"] for s in r["data"]["sources"] if s["kind"] == "image"]
     video = [s["name"] for s in r["data"]["sources"] if s["kind"] == "video"]
-    architecture = {k: v for k, v in r["model"].items() if k not in ("base", "variant")}
-    prune = {"prune": r["prune"], "model": architecture, "seed": r["seed"]}
+    prune = {"prune": r["prune"], "seed": r["seed"]}
     run = {k: v for k, v in r["train"].items() if k != "stages"}
     evaluate = {k: v for k, v in r["evaluate"].items() if k != "gate"}
     quantize = {k: v for k, v in r["quantize"].items() if k not in ("gate", "limit", "through_vllm")}

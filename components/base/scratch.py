@@ -1,0 +1,75 @@
+"""A small VLM from nothing: BPE tokenizer on training texts, tower taught by labels, blank decoder and projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nvila.components.base.tower import read_label_records, train_tower
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
+from nvila.components.data.samples import read_samples
+from nvila.components.model.checkpoint import save_native
+from nvila.components.model.config import model_config
+from nvila.components.model.nvila import init_model
+from nvila.components.model.tokenizer import train_tokenizer
+
+
+def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) -> dict[str, Any]:
+    """Make the model and save it to `folder`; returns what is worth showing of it."""
+    base = settings.base
+    table = samples.path("samples.parquet")
+    texts = [
+        turn.text
+        for split in ("captions", "sft")
+        for sample in read_samples(table, split=split)
+        for turn in sample.conversations
+    ]
+    tokenizer = train_tokenizer(texts, base.decoder.vocabulary)
+    config = model_config(
+        settings, tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
+    )
+    model = init_model(config, seed)
+    records = read_label_records(samples.path("labels.parquet"), settings.tile_pixels)
+    tower = train_tower(
+        model, records, epochs=base.tower_epochs, learning_rate=base.learning_rate, batch=base.batch, seed=seed
+    )
+    save_native(model, tokenizer, folder)
+    return {
+        "parameters": {
+            part: sum(p.numel() for p in getattr(model, part).parameters())
+            for part in ("vision_tower", "mm_projector", "llm")
+        },
+        "vocabulary": len(tokenizer),
+        "label_pictures": len(records.tiles),
+        "labels": len(records.labels),
+        "tower_label_accuracy": round(tower["accuracy"], 4),
+        "tower_steps": int(tower["steps"]),
+    }
+
+
+def tower_config(sizes: TowerSizes, tile_pixels: int) -> dict[str, Any]:
+    """SiglipVisionConfig of a tower made from scratch."""
+    return {
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": sizes.mlp,
+        "patch_size": sizes.patch_pixels,
+        "image_size": tile_pixels,
+    }
+
+
+def decoder_config(sizes: DecoderSizes, settings: ModelSettings) -> dict[str, Any]:
+    """Qwen2Config of a decoder made from scratch."""
+    return {
+        "vocab_size": sizes.vocabulary,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "intermediate_size": sizes.mlp,
+        "max_position_embeddings": settings.max_length_tokens,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }

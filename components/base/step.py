@@ -1,0 +1,46 @@
+"""Step `base`: assembles published weights into an untrained VLM, or makes a small one whose tower has seen labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.model import ModelSettings
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+
+
+class Settings(Section):
+    """Slice of `base`."""
+
+    model: ModelSettings
+    seed: int
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Make the model that stage 1 starts from.
+
+    Args:
+        settings: architecture and where the first weights come from.
+        inputs: `samples` (the validated tables; texts for the tokenizer, labels for the tower).
+        out: gets `model/` in the native layout.
+
+    Raises:
+        ConfigError: weights that do not fit the architecture.
+        DataError: no labels for a tower made from scratch.
+    """
+    base = settings.model.base
+    began = time.monotonic()
+    if base.vision_tower and base.llm:
+        from nvila.components.base.assemble import assemble
+
+        values = assemble(settings.model, settings.seed, out / "model")
+    else:
+        from nvila.components.base.scratch import make
+
+        values = make(settings.model, settings.seed, inputs["samples"], out / "model")
+    return Outcome(
+        kind="model", values=values, files=("model/**/*",), measured={"seconds": round(time.monotonic() - began, 1)}
+    )

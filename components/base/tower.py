@@ -1,0 +1,166 @@
+"""Pre-trains a small vision tower on image labels with SigLIP's pairwise sigmoid loss (arXiv 2303.15343, section 3.2).
+
+The text side is a table with one embedding per label text, which is all that a closed set of labels needs. The language
+loss alone does not teach a blank tower in minutes, so a model made from scratch begins here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.progress import Progress, track
+from nvila.components.data.media import load_image, load_video_frame
+from nvila.components.data.samples import Label, read_labels
+from nvila.components.model.nvila import NVILA
+
+HELD_BACK = 0.05
+"""Share of the label records that measures the tower instead of training it."""
+
+
+@dataclass(frozen=True)
+class LabelRecords:
+    """Pictures, cut and resized to one tile, with their labels."""
+
+    tiles: torch.Tensor
+    """uint8, (n, 3, S, S)."""
+    targets: torch.Tensor
+    """bool, (n, labels): which label texts are true of the picture."""
+    known: torch.Tensor
+    """bool, (n, labels): labels whose attribute the record speaks of; only these enter the loss."""
+    labels: list[str]
+
+
+def read_label_records(table: Path, tile_pixels: int) -> LabelRecords:
+    """Decode and cut what `labels.parquet` names.
+
+    A label is `attribute value` ("digit 3", "row 1 column 2: 7") or a bare value ("red"). A record denies the other
+    values of each attribute it speaks of, and says nothing of the attributes it does not name.
+
+    Raises:
+        DataError: the table is empty (no source brings labels).
+    """
+    records = read_labels(table)
+    if not records:
+        raise DataError(
+            "a vision tower made from scratch learns from image labels, and no source brings a labels.json",
+            where=str(table),
+            do="Add labels.json to a source, or name trained weights in model.base.vision_tower.",
+        )
+    labels = sorted({label for record in records for label in record.labels})
+    index = {label: i for i, label in enumerate(labels)}
+    attribute = np.array([_attribute(label) for label in labels])
+    tiles = np.empty((len(records), 3, tile_pixels, tile_pixels), dtype=np.uint8)
+    targets = np.zeros((len(records), len(labels)), dtype=bool)
+    known = np.zeros_like(targets)
+    for i, record in enumerate(track(records, "label pictures")):
+        tiles[i] = _tile(record, tile_pixels)
+        for label in record.labels:
+            targets[i, index[label]] = True
+            known[i] |= attribute == _attribute(label)
+    return LabelRecords(torch.from_numpy(tiles), torch.from_numpy(targets), torch.from_numpy(known), labels)
+
+
+def train_tower(
+    model: NVILA, records: LabelRecords, *, epochs: float, learning_rate: float, batch: int, seed: int
+) -> dict[str, float]:
+    """Teach `model.vision_tower` in place, through the feature layer that the projector will read.
+
+    Returns:
+        `accuracy`: share of attributes whose most likely value is right, on records held back from training;
+        `steps`: optimizer steps taken.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(records.tiles), generator=generator)
+    back = max(1, int(HELD_BACK * len(order)))
+    held, train = order[:back], order[back:]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokens, width = _features(model, records.tiles[:1]).shape[1:]
+        head = _Head(tokens, width, len(records.labels))
+    parameters = [*model.vision_tower.parameters(), *head.parameters()]
+    total = max(1, math.ceil(epochs * len(train) / batch))
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.1)
+    progress = Progress("vision tower on labels", total)
+    model.train()
+    done = 0
+    while done < total:
+        for chunk in train[torch.randperm(len(train), generator=generator)].split(batch):
+            if done >= total:
+                break
+            logits = head(_features(model, records.tiles[chunk]))
+            targets, known = records.targets[chunk].float(), records.known[chunk]
+            loss = functional.binary_cross_entropy_with_logits(logits, targets, weight=known.float(), reduction="sum")
+            loss = loss / len(chunk)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            progress.update(1, f"loss {loss.item():.3f}" if done % 10 == 0 else "")
+    return {"accuracy": _accuracy(model, head, records, held), "steps": float(done)}
+
+
+class _Head(nn.Module):
+    """Features of a tile -> one embedding -> scaled similarity with each label's embedding."""
+
+    def __init__(self, tokens: int, width: int, labels: int) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.LayerNorm(tokens * width), nn.Linear(tokens * width, width))
+        self.text = nn.Parameter(torch.randn(labels, width))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-5.0))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, tokens, width) features -> (B, labels) logits."""
+        image = functional.normalize(self.image(features.flatten(1)), dim=-1)
+        text = functional.normalize(self.text, dim=-1)
+        return image @ text.T * self.log_scale.exp() + self.bias
+
+
+def _features(model: NVILA, tiles: torch.Tensor) -> torch.Tensor:
+    """(B, 3, S, S) uint8 -> (B, tokens, width): SigLIP's normalisation, then the feature layer of the tower."""
+    return model.vision_tower((tiles.float() / 255.0 - 0.5) / 0.5)
+
+
+def _accuracy(model: NVILA, head: _Head, records: LabelRecords, held: torch.Tensor) -> float:
+    """Share of (record, attribute) pairs whose most likely labels are exactly the true ones."""
+    attributes = [_attribute(label) for label in records.labels]
+    groups = [torch.tensor([i for i, a in enumerate(attributes) if a == b]) for b in sorted(set(attributes))]
+    right = asked = 0
+    model.eval()
+    with torch.no_grad():
+        for chunk in held.split(512):
+            logits, targets = head(_features(model, records.tiles[chunk])), records.targets[chunk]
+            for columns in groups:
+                true = targets[:, columns]
+                rank = logits[:, columns].argsort(1, descending=True).argsort(1)
+                likely = rank < true.sum(1, keepdim=True)
+                rows = true.any(1)
+                right += int((likely == true).all(1)[rows].sum())
+                asked += int(rows.sum())
+    return right / asked
+
+
+def _attribute(label: str) -> str:
+    return label.rpartition(" ")[0]
+
+
+def _tile(record: Label, tile_pixels: int) -> np.ndarray:
+    """The record's picture or frame, cut to its box and resized: uint8 (3, S, S)."""
+    picture = load_image(record.path) if record.frame is None else load_video_frame(record.path, record.frame)
+    if record.box is not None:
+        left, top, right, bottom = record.box
+        width, height = picture.size
+        picture = picture.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+    tile = picture.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC)
+    return np.asarray(tile, dtype=np.uint8).transpose(2, 0, 1)

@@ -1,0 +1,97 @@
+"""Brings weights named by a path, `s3://bucket/prefix` or `hf://id@revision` to a local folder: data files only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nvila.components.contracts.errors import ConfigError, DataError
+
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja")
+"""What a checkpoint needs. Code, pickles and anything else are left where they are."""
+
+
+def fetch(uri: str) -> Path:
+    """Local folder with the files of `uri`.
+
+    Downloads go to `NVILA_CACHE` (default `~/.cache/nvila`) and are taken from there the next time. `hf://` honours
+    `HF_TOKEN` and `HF_HUB_OFFLINE`; `s3://` the usual AWS variables, `AWS_ENDPOINT_URL` among them.
+
+    Raises:
+        ConfigError: a URI of another kind.
+        DataError: nothing there, or it cannot be reached.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        if not Path(uri).is_dir():
+            raise DataError("no such folder of weights", where=uri)
+        return Path(uri)
+    if scheme == "hf":
+        return _from_hub(rest, uri)
+    if scheme == "s3":
+        return _from_s3(rest, uri)
+    raise ConfigError("weights are named by a path, s3://bucket/prefix or hf://id@revision", value=uri)
+
+
+def cache() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("NVILA_CACHE", "~/.cache/nvila")).expanduser()
+
+
+def _from_hub(name: str, uri: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            "the weights cannot be downloaded from the hub and are not in its cache",
+            where=uri,
+            value=str(error).splitlines()[0],
+            do="Check the name, HF_TOKEN and the network, or name a local folder.",
+        ) from error
+
+
+def _from_s3(name: str, uri: str) -> Path:
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, prefix = name.partition("/")
+    prefix = prefix.rstrip("/") + "/"
+    target = cache() / "s3" / bucket / prefix
+    try:
+        client = boto3.client("s3")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        objects = [item for page in pages for item in page.get("Contents", [])]
+        wanted = [item for item in objects if any(Path(item["Key"]).match(pattern) for pattern in WANTED)]
+        if not wanted:
+            raise DataError("no weights under this prefix", where=uri)
+        for item in wanted:
+            _download(client, bucket, item, _inside(target, item["Key"].removeprefix(prefix)))
+    except (BotoCoreError, ClientError) as error:
+        raise DataError("the weights cannot be read from S3", where=uri, value=str(error)) from error
+    return target
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """`folder/name`, refused when the object's name leads out of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError("an object's name leads out of its prefix", value=name)
+    return path
+
+
+def _download(client: object, bucket: str, item: dict, path: Path) -> None:  # type: ignore[type-arg]
+    """Get one object by rename, unless a file of its size and not older is there."""
+    if (
+        path.exists()
+        and path.stat().st_size == item["Size"]
+        and path.stat().st_mtime >= item["LastModified"].timestamp()
+    ):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    client.download_file(bucket, item["Key"], str(partial))  # type: ignore[attr-defined]
+    partial.rename(path)

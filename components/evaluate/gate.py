@@ -1,0 +1,69 @@
+"""Steps `gate` and `gate-quantized`: whether a measured model may go on. A refusal ends the run with exit code 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import Rejected
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.evaluate import Gate
+from nvila.components.contracts.recipe.quantize import QuantizeGate
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+
+
+class Settings(Section):
+    """Slice of a gate."""
+
+    gate: Gate | QuantizeGate
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Let the model pass, or refuse it with every reason.
+
+    Args:
+        settings: what is asked.
+        inputs: `metrics`, the manifest of the evaluation before the gate.
+        out: gets nothing but the manifest.
+
+    Raises:
+        Rejected: the model misses what the gate asks.
+    """
+    measured = inputs["metrics"].values["accuracy"]
+    reasons = objections(settings.gate, measured)
+    if reasons:
+        raise Rejected(
+            "the gate refuses the model: " + "; ".join(reasons),
+            do="Everything is kept; see the report. Train longer, or change the gate in the recipe.",
+        )
+    return Outcome(kind="metrics", values={"passed": True, "sources": sorted(measured)})
+
+
+def objections(gate: Gate | QuantizeGate, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why the gate would refuse; empty when it would not.
+
+    Args:
+        gate: of the evaluation, or of the quantization.
+        measured: per source `accuracy`, `low`, `high`, and `question_only` or `fall` and `fall_noise`.
+    """
+    if isinstance(gate, QuantizeGate):
+        return [
+            f"{source}: exact match fell by {m['fall']:.3f}, more than {gate.max_loss} plus noise {m['fall_noise']:.3f}"
+            for source, m in measured.items()
+            if m["fall"] > gate.max_loss + m["fall_noise"]
+        ]
+    reasons = [
+        f"{source}: exact match {measured[source]['accuracy']:.3f} is below {least}"
+        for source, least in gate.min_accuracy.items()
+        if measured[source]["accuracy"] < least
+    ]
+    if gate.above_question_only:
+        reasons += [
+            f"{source}: exact match {m['accuracy']:.3f} (95% from {m['low']:.3f}) is not above the question-only "
+            f"baseline {m['question_only']['accuracy']:.3f} (95% to {m['question_only']['high']:.3f})"
+            for source, m in measured.items()
+            if m["low"] <= m["question_only"]["high"]
+        ]
+    return reasons

@@ -1,0 +1,106 @@
+"""Step `evaluate-quantized`: the same questions to the quantized model, as it will be served, and what it lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.data.samples import Sample, read_samples
+from nvila.components.evaluate.step import Tasks
+from nvila.components.metrics.accuracy import accuracy, fall, is_correct
+
+
+class Settings(Section):
+    """Slice of `evaluate-quantized`."""
+
+    evaluate: Tasks
+    limit: int | None
+    """Questions per source; None is as many as the full model answered."""
+    through_vllm: bool
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Ask the quantized model what the full model was asked.
+
+    Args:
+        settings: tasks, and how the quantized model is run.
+        inputs: `model` (of quantize), `metrics` (of evaluate: its predictions are compared with), `samples`.
+        out: gets `predictions.parquet`.
+
+    Raises:
+        PreflightError: the serving environment is not there.
+        RolloutError: vLLM failed.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    began = time.monotonic()
+    before = _first_of_each_source(
+        parquet.read_table(inputs["metrics"].path("predictions.parquet")).to_pylist(), settings.limit
+    )
+    by_id = {s.id: s for s in read_samples(inputs["samples"].path("samples.parquet"), split="heldout")}
+    samples = [by_id[row["id"]] for row in before]
+    ask = _through_vllm if settings.through_vllm else _through_torch
+    predicted = ask(inputs["model"].dir("model"), samples, settings, out)
+    rows = [
+        {**row, "prediction_full": row["prediction"], "prediction": p, "correct": is_correct(p, row["answer"])}
+        for row, p in zip(before, predicted, strict=True)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), out / "predictions.parquet")
+    seconds = time.monotonic() - began
+    return Outcome(
+        kind="metrics",
+        values={
+            "accuracy": _compare(before, rows),
+            "same_answer": round(sum(r["prediction"] == r["prediction_full"] for r in rows) / len(rows), 4),
+            "through": "vllm" if settings.through_vllm else "torch",
+        },
+        files=("predictions.parquet",),
+        measured={"seconds": seconds, "questions_per_second": len(rows) / seconds},
+    )
+
+
+def _first_of_each_source(rows: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+    sources = dict.fromkeys(row["source"] for row in rows)
+    return [row for source in sources for row in [r for r in rows if r["source"] == source][:limit]]
+
+
+def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per source: accuracy with interval, accuracy of the full model on the same questions, and the fall."""
+    found = {}
+    for source in dict.fromkeys(row["source"] for row in before):
+        full = [row["correct"] for row in before if row["source"] == source]
+        now = [row["correct"] for row in after if row["source"] == source]
+        lost, noise = fall(full, now)
+        found[source] = {
+            **accuracy(now),
+            "full": accuracy(full)["accuracy"],
+            "fall": round(lost, 4),
+            "fall_noise": round(noise, 4),
+        }
+    return found
+
+
+def _through_vllm(model: Path, samples: list[Sample], settings: Settings, out: Path) -> list[str]:
+    from nvila.components.serve.batch import Request, generate_with_vllm
+
+    requests = [Request(media=[str(s.root / m) for m in s.media], kind=s.kind, question=s.question) for s in samples]
+    return generate_with_vllm(model, requests, max_new_tokens=settings.evaluate.max_new_tokens, work=out)
+
+
+def _through_torch(model: Path, samples: list[Sample], settings: Settings, out: Path) -> list[str]:
+    from nvila.components.metrics.answers import Questions, answers
+    from nvila.components.model.feed import Feed
+    from nvila.components.model.quantized import load_quantized
+
+    nvila, tokenizer = load_quantized(model)
+    prompts = Questions.prepare(samples, Feed(tokenizer, nvila.config)).prompts("own")
+    tasks = settings.evaluate
+    return answers(
+        nvila, tokenizer, prompts, batch=tasks.batch, max_new_tokens=tasks.max_new_tokens, what="quantized model"
+    )

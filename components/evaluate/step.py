@@ -1,0 +1,143 @@
+"""Step `evaluate`: exact match on held-out splits after base and each stage, beside baselines without the picture."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.data.samples import Sample, read_samples
+from nvila.components.metrics.accuracy import Accuracy, QuestionOnly, accuracy, is_correct
+
+STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
+"""Models measured, in the order of the DAG; the last is the final one."""
+
+
+class Tasks(Section):
+    """What is asked (the recipe's `evaluate` section without the gate)."""
+
+    sources: list[str]
+    limit: int | None
+    stage_limit: int
+    batch: int
+    max_new_tokens: int
+
+
+class Settings(Section):
+    """Slice of `evaluate`."""
+
+    evaluate: Tasks
+    seed: int
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Measure the final model on all questions, and each earlier one on the first `stage_limit` of them.
+
+    Args:
+        settings: tasks and seed.
+        inputs: `samples`, and the models by step name (`base`, `train-1` ... `train-5`).
+        out: gets `predictions.parquet` (one row per question) and `stages.png`.
+
+    Raises:
+        DataError: a source has no held-out questions.
+    """
+    from nvila.components.metrics.answers import Questions, answers
+    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.feed import Feed
+
+    began = time.monotonic()
+    tasks, table = settings.evaluate, inputs["samples"].path("samples.parquet")
+    known = QuestionOnly(read_samples(table, split="sft", sources=tasks.sources))
+    model, tokenizer = load_native(inputs[STAGES[-1]].dir("model"), dtype="bfloat16")
+    feed = Feed(tokenizer, model.config)
+    asked = {source: Questions.prepare(heldout(table, source, tasks, settings.seed), feed) for source in tasks.sources}
+    how: dict[str, Any] = {"batch": tasks.batch, "max_new_tokens": tasks.max_new_tokens}
+    values: dict[str, Any] = {"accuracy": {}, "stages": {}}
+    rows: list[dict[str, Any]] = []
+    for source, questions in asked.items():
+        said = {
+            show: answers(model, tokenizer, questions.prompts(show), what=f"{source}, {show} picture", **how)
+            for show in ("own", "blank", "other")
+        }
+        values["accuracy"][source] = _beside_baselines(questions.samples, said, known)
+        rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
+    for stage in STAGES:
+        if stage != STAGES[-1]:
+            model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16")
+        values["stages"][stage] = {}
+        for source, questions in asked.items():
+            prompts = questions.prompts("own", tasks.stage_limit)
+            predicted = answers(model, tokenizer, prompts, what=f"{stage}: {source}", **how)
+            pairs = zip(predicted, questions.samples, strict=False)
+            values["stages"][stage][source] = accuracy([is_correct(p, s.answer) for p, s in pairs])["accuracy"]
+    _write(rows, out / "predictions.parquet")
+    _plot(values["stages"], out / "stages.png")
+    seconds = time.monotonic() - began
+    return Outcome(kind="metrics", values=values, measured={"seconds": seconds, "questions": len(rows)})
+
+
+def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:
+    """The questions asked of a source, in an order that depends on the seed only."""
+    samples = sorted(read_samples(table, split="heldout", sources=[source]), key=lambda sample: sample.id)
+    if not samples:
+        raise DataError(f"source {source} has no held-out questions", where=str(table))
+    random.Random(seed).shuffle(samples)
+    return samples[: tasks.limit]
+
+
+def _beside_baselines(samples: list[Sample], said: Mapping[str, list[str]], known: QuestionOnly) -> dict[str, Any]:
+    def measure(given: list[str]) -> Accuracy:
+        return accuracy([is_correct(g, s.answer) for g, s in zip(given, samples, strict=True)])
+
+    baselines = {
+        "question text": measure([known.answer(s) for s in samples]),
+        "blank picture": measure(said["blank"]),
+        "other picture": measure(said["other"]),
+    }
+    strongest = max(baselines, key=lambda kind: baselines[kind]["accuracy"])
+    return {
+        **measure(said["own"]),
+        "majority": measure([known.majority(s.source) for s in samples])["accuracy"],
+        "question_only": {"kind": strongest, **baselines[strongest]},
+        "baselines": baselines,
+    }
+
+
+def _row(sample: Sample, own: str, blank: str, other: str) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "source": sample.source,
+        "question": sample.question,
+        "answer": sample.answer,
+        "prediction": own,
+        "prediction_blank": blank,
+        "prediction_other": other,
+        "correct": is_correct(own, sample.answer),
+        "root": str(sample.root),
+        "media": list(sample.media),
+    }
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def _plot(stages: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for source in next(iter(stages.values())):
+        axes.plot(list(stages), [stage[source] for stage in stages.values()], marker="o", label=source)
+    axes.set(ylabel="exact match", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=100)

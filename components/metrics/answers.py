@@ -1,0 +1,72 @@
+"""Answers of a torch model to held-out questions: with the right picture, a blank one, or another sample's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from nvila.components.contracts.progress import track
+from nvila.components.data.samples import Sample, Turn
+from nvila.components.model.feed import Feed
+from nvila.components.model.nvila import NVILA, Prompt
+from nvila.components.model.preprocess import Visual
+
+Show = Literal["own", "blank", "other"]
+
+
+@dataclass
+class Questions:
+    """Held-out samples of one source with their media preprocessed once for all models."""
+
+    samples: list[Sample]
+    visuals: dict[tuple[str, ...], list[Visual]]
+
+    @classmethod
+    def prepare(cls, samples: list[Sample], feed: Feed) -> Questions:
+        """Decode and preprocess each picture or clip once, however many questions ask about it."""
+        distinct = {sample.media: sample for sample in samples}
+        what = f"{samples[0].source} pictures" if samples else "pictures"
+        return cls(samples, {media: feed.visuals(sample) for media, sample in track(distinct.items(), what)})
+
+    def prompts(self, show: Show, limit: int | None = None) -> list[Prompt]:
+        """Prompts for the first `limit` questions, each with the picture that `show` says."""
+        chosen = self.samples[:limit]
+        media = [sample.media for sample in chosen]
+        if show == "other":
+            media = _displaced(media)
+        prompts = []
+        for sample, shown in zip(chosen, media, strict=True):
+            visuals = self.visuals[shown]
+            if show == "blank":
+                visuals = [replace(v, tiles=torch.zeros_like(v.tiles)) for v in visuals]
+            prompts.append(Prompt(turns=_question(sample), visuals=visuals))
+        return prompts
+
+
+def answers(
+    model: NVILA, tokenizer: Any, prompts: Sequence[Prompt], *, batch: int, max_new_tokens: int, what: str
+) -> list[str]:
+    """Greedy answers, in order; `what` names the work in the progress display."""
+    found: list[str] = []
+    model.eval()
+    for start in track(range(0, len(prompts), batch), what):
+        found.extend(model.generate(tokenizer, list(prompts[start : start + batch]), max_new_tokens=max_new_tokens))
+    return found
+
+
+def _question(sample: Sample) -> list[Turn]:
+    """The conversation up to the answer that is asked for."""
+    return [sample.conversations[0]]
+
+
+def _displaced(media: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Each sample gets another sample's picture: the one half the list away, or the next that differs."""
+    n = len(media)
+    shown = []
+    for i, own in enumerate(media):
+        candidates = (media[(i + n // 2 + k) % n] for k in range(n))
+        shown.append(next((other for other in candidates if other != own), own))
+    return shown

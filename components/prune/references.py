@@ -1,0 +1,123 @@
+"""Reference VLMs: loaded, or trained here on one fold to score the other. Each runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.progress import Progress
+from nvila.components.contracts.recipe.prune import Reference
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.data.fetch import fetch
+from nvila.components.data.mixture import draw
+from nvila.components.data.samples import Sample, read_samples
+from nvila.components.metrics.accuracy import is_correct
+from nvila.components.metrics.answers import Questions, answers
+from nvila.components.model.checkpoint import load_native
+from nvila.components.model.feed import Feed
+from nvila.components.model.nvila import NVILA, resized_decoder, token_logprobs
+
+FOLDS = 2
+BATCH_SCORED = 128
+
+
+class Work(Section):
+    """What one reference process does."""
+
+    name: str
+    """`small` or `large`."""
+    reference: Reference
+    fold: int | None
+    """The fold that is scored; the model is trained on the others. None scores everything with a given checkpoint."""
+    base: str
+    """Native checkpoint whose tower and tokenizer a reference that is trained here starts from."""
+    samples: str
+    sources: list[str]
+    heldout_limit: int
+    seed: int
+    out: str
+    """Result file: losses per sample id, held-out accuracy per source."""
+
+
+def work(job: Work) -> None:
+    """Make the reference, measure it on held-out questions, score its fold, write the result by rename."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    what = job.name if job.fold is None else f"{job.name} reference, fold {job.fold}"
+    samples = read_samples(Path(job.samples), split="sft", sources=job.sources)
+    if job.reference.path:
+        model, tokenizer = load_native(fetch(job.reference.path), dtype="bfloat16")
+        scored = samples
+    else:
+        model, tokenizer = load_native(Path(job.base))
+        sizes = job.reference.decoder.model_dump(exclude={"vocabulary"})
+        model = resized_decoder(model, sizes, seed=job.seed)
+        scored = [s for s in samples if fold_of(s) == job.fold]
+        train(model, Feed(tokenizer, model.config), [s for s in samples if fold_of(s) != job.fold], job, what)
+    feed = Feed(tokenizer, model.config)
+    accuracy = _heldout_accuracy(model, tokenizer, feed, job, what)
+    result = {"accuracy": accuracy, "losses": _losses(model, feed, scored, what)}
+    write_atomic(Path(job.out), json.dumps(result))
+
+
+def fold_of(sample: Sample) -> int:
+    """Fold of a sample: by its media, so that two questions about one picture never fall apart."""
+    return crc32("/".join((sample.source, *sample.media)).encode()) % FOLDS
+
+
+def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, what: str) -> None:
+    """Instruction tuning of all parts in plain torch (AdamW, one cycle): enough for a reference of this size."""
+    reference = job.reference
+    order = draw({"sft": samples}, {"sft": reference.epochs}, job.seed)
+    total = max(1, math.ceil(len(order) / reference.batch))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=reference.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, reference.learning_rate, total_steps=total, pct_start=0.1)
+    progress = Progress(what, total)
+    model.train()
+    for step, batch in enumerate(feed.batches(order, reference.batch, workers=0)):
+        loss = model(**batch.forward_arguments()).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.update(1, f"loss {loss.item():.3f}" if step % 10 == 0 else "")
+
+
+def _heldout_accuracy(model: NVILA, tokenizer: Any, feed: Feed, job: Work, what: str) -> dict[str, float]:
+    found = {}
+    for source in job.sources:
+        rows = read_samples(Path(job.samples), split="heldout", sources=[source])
+        rows = sorted(rows, key=lambda s: crc32(s.id.encode()))[: job.heldout_limit]
+        prompts = Questions.prepare(rows, feed).prompts("own")
+        said = answers(model, tokenizer, prompts, batch=64, max_new_tokens=8, what=f"{what}: held-out {source}")
+        found[source] = sum(is_correct(a, s.answer) for a, s in zip(said, rows, strict=True)) / max(1, len(rows))
+    return found
+
+
+def _losses(model: NVILA, feed: Feed, samples: Sequence[Sample], what: str) -> dict[str, tuple[float, int]]:
+    """Loss of each sample's answer tokens, summed (nats), and their number, by id."""
+    found: dict[str, tuple[float, int]] = {}
+    progress = Progress(f"{what}: scoring", len(samples))
+    model.eval()
+    position = 0
+    for batch in feed.batches(samples, BATCH_SCORED, workers=0):
+        sums, counts = token_logprobs(model, batch)
+        for total, count in zip(sums.tolist(), counts.tolist(), strict=True):
+            found[samples[position].id] = (-total, int(count))
+            position += 1
+        progress.update(len(counts))
+    return found
+
+
+def reference_processes() -> int:
+    """How many references are made at once: one per core, one thread each."""
+    return max(1, os.cpu_count() or 1)

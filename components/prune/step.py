@@ -1,0 +1,167 @@
+"""Step `prune`: scores every SFT sample with DeltaLoss and keeps the top share of each source (paper section 2.3)."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.prune.select import keep_top
+
+HELDOUT_QUESTIONS = 300
+"""Held-out questions per source on which the references are compared before their scores are believed."""
+
+
+class Settings(Section):
+    """Slice of a prune step."""
+
+    prune: PruneSettings
+    sources: list[str]
+    seed: int
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Score and select.
+
+    DeltaLoss of a sample is the loss of its answer under the small reference minus that under the large one, in nats:
+    high is informative, near 0 too easy or too hard for both, negative distracting.
+
+    Args:
+        settings: references, score, keep ratios.
+        inputs: `samples`, and `base` (tower and tokenizer of references that are trained here).
+        out: gets `scores.parquet` (id, source, delta, loss_small, loss_large, answer_tokens, kept), `histogram.png`;
+            finished references stay in `references/`, so that an interrupted step goes on with the next one.
+    """
+    from nvila.components.prune.references import Work, reference_processes, work
+
+    if not settings.sources:
+        _write([], out / "scores.parquet")
+        return Outcome(kind="dataset", values={"sources": {}}, files=("scores.parquet",))
+    began = time.monotonic()
+    jobs = []
+    for name, reference in (("small", settings.prune.small), ("large", settings.prune.large)):
+        for fold in [None] if reference.path else [0, 1]:
+            jobs.append(
+                Work(
+                    name=name,
+                    reference=reference,
+                    fold=fold,
+                    base=str(inputs["base"].dir("model")),
+                    samples=str(inputs["samples"].path("samples.parquet")),
+                    sources=settings.sources,
+                    heldout_limit=HELDOUT_QUESTIONS,
+                    seed=settings.seed,
+                    out=str(out / "references" / f"{name}-{fold}.json"),
+                )
+            )
+    missing = [job for job in jobs if not Path(job.out).exists()]
+    # The large ones first: a long job started last would leave the other core idle.
+    missing.sort(key=lambda job: job.name)
+    with ProcessPoolExecutor(reference_processes(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(work, missing))
+    small, large = (_results([job for job in jobs if job.name == name]) for name in ("small", "large"))
+    rows = _table(small["losses"], large["losses"], settings)
+    _write(rows, out / "scores.parquet")
+    _plot(rows, out / "histogram.png")
+    return Outcome(
+        kind="dataset",
+        values={"sources": _summary(rows, small["accuracy"], large["accuracy"]), "score": settings.prune.score},
+        files=("scores.parquet", "histogram.png"),
+        measured={"seconds": time.monotonic() - began, "samples": len(rows)},
+    )
+
+
+def _results(jobs: list[Any]) -> dict[str, Any]:
+    """Losses of all folds together; accuracy is the mean over folds."""
+    losses: dict[str, Any] = {}
+    accuracy: dict[str, list[float]] = {}
+    for job in jobs:
+        result = json.loads(Path(job.out).read_text())
+        losses |= result["losses"]
+        for source, value in result["accuracy"].items():
+            accuracy.setdefault(source, []).append(value)
+    return {"losses": losses, "accuracy": {s: round(sum(v) / len(v), 4) for s, v in accuracy.items()}}
+
+
+def _table(small: Mapping[str, Any], large: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    for sample in sorted(small):
+        loss_small, tokens = small[sample]
+        loss_large, tokens_large = large[sample]
+        if settings.prune.score == "mean":
+            loss_small, loss_large = loss_small / max(1, tokens), loss_large / max(1, tokens_large)
+        rows.append(
+            {
+                "id": sample,
+                "source": sample.partition("/")[0],
+                "delta": loss_small - loss_large,
+                "loss_small": loss_small,
+                "loss_large": loss_large,
+                "answer_tokens": tokens,
+            }
+        )
+    kept = keep_top(
+        [r["id"] for r in rows],
+        [r["source"] for r in rows],
+        [r["delta"] for r in rows],
+        settings.prune.keep_ratio,
+        settings.prune.keep_ratio_of,
+    )
+    return [{**row, "kept": row["id"] in kept} for row in rows]
+
+
+def _summary(
+    rows: list[dict[str, Any]], small: Mapping[str, float], large: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Per source: counts, and whether the scores mean anything (the large reference must be better held out)."""
+    found = {}
+    for source in sorted({row["source"] for row in rows}):
+        of = [row for row in rows if row["source"] == source]
+        found[source] = {
+            "n": len(of),
+            "kept": sum(row["kept"] for row in of),
+            "accuracy_small": small[source],
+            "accuracy_large": large[source],
+            "informative": large[source] > small[source],
+            "mean_delta": round(sum(row["delta"] for row in of) / len(of), 4),
+        }
+    return found
+
+
+def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    schema = pyarrow.schema(
+        {
+            "id": "string",
+            "source": "string",
+            "delta": "float64",
+            "loss_small": "float64",
+            "loss_large": "float64",
+            "answer_tokens": "int64",
+            "kept": "bool",
+        }.items()
+    )
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    sources = sorted({row["source"] for row in rows})
+    figure = Figure(figsize=(4 * max(1, len(sources)), 3), layout="constrained")
+    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+        deltas = [[r["delta"] for r in rows if r["source"] == source and r["kept"] is kept] for kept in (True, False)]
+        axes.hist(deltas, bins=40, stacked=True, label=["kept", "pruned"])
+        axes.set(title=source, xlabel="DeltaLoss (nats)", ylabel="samples", yscale="log")
+        axes.legend()
+    figure.savefig(path, dpi=100)

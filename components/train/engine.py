@@ -1,0 +1,130 @@
+"""DeepSpeed behind one file: start, step, save and resume. Nothing else of ours imports it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.contracts.errors import ConfigError, TrainingError
+from nvila.components.contracts.recipe.train import Stage
+from nvila.components.train.job import Run
+from nvila.components.train.schedule import warmup_cosine
+
+if TYPE_CHECKING:
+    import torch
+
+BETAS = (0.9, 0.999)
+
+
+@dataclass
+class Engine:
+    """A model under DeepSpeed ZeRO with AdamW and the warm-up cosine schedule."""
+
+    deepspeed: Any
+    micro_batches: int
+    """Forward passes per optimizer step and process."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process."""
+        return int(self.deepspeed.global_rank)
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return int(self.deepspeed.world_size)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.deepspeed.get_lr()[0])
+
+    def forward(self, **batch: Any) -> torch.Tensor:
+        """Loss of one micro batch (scalar)."""
+        return self.deepspeed(**batch).loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of one micro batch and step at the end of the global batch.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        if not bool(loss.isfinite()):
+            raise TrainingError(
+                "the loss is not finite",
+                where=f"optimizer step {self.deepspeed.global_steps}",
+                value=float(loss),
+                do="Lower the stage's learning_rate or set clip_norm; the last checkpoint is kept.",
+            )
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint that `resume` reads; `latest` is moved by DeepSpeed last."""
+        self.deepspeed.save_checkpoint(str(folder), tag=f"step-{step}", client_state={"step": step})
+
+    def resume(self, folder: Path) -> int:
+        """Load the last checkpoint and return its step, or 0 where there is none."""
+        if not (folder / "latest").exists():
+            return 0
+        _, state = self.deepspeed.load_checkpoint(str(folder))
+        return int(state["step"])
+
+
+def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> Engine:
+    """Put `model` under DeepSpeed; parameters with `requires_grad` are trained.
+
+    Raises:
+        ConfigError: a combination that is not supported here, by name.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    micro = stage.micro_batch or max(1, stage.batch // world)
+    if stage.batch % (micro * world):
+        raise ConfigError(
+            f"stage {stage.name}: batch {stage.batch} is not a multiple of micro_batch {micro} times {world} processes"
+        )
+    config = {
+        "train_batch_size": stage.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_clipping": stage.clip_norm or 0.0,
+        "zero_optimization": {"stage": run.zero},
+        "bf16": {"enabled": run.precision != "fp32"},
+        "steps_per_print": 1 << 30,
+        "zero_allow_untested_optimizer": True,
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        _decay_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=BETAS, eps=1e-8
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=trained,
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
+            opt, lambda step: warmup_cosine(step, total_steps, stage.warmup_ratio)
+        ),
+        config=config,
+    )
+    return Engine(engine, stage.batch // (micro * world))
+
+
+def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: LayerNorm weights and biases do not decay (spec section 3.2)."""
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decayed if parameter.ndim > 1 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

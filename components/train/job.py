@@ -1,0 +1,34 @@
+"""The job: everything a training process reads, as one JSON file, so that any launcher can start it."""
+
+from __future__ import annotations
+
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.train import Precision, Stage
+
+VERDICT = "verdict.json"
+"""Why the worker of rank 0 failed, for the process that launched it."""
+
+
+class Run(Section):
+    """How the stage runs (the recipe's `train` section without the table)."""
+
+    precision: Precision
+    zero: int
+    gpus: int
+    checkpoint_seconds: float
+
+
+class Job(Section):
+    """One stage on given data."""
+
+    stage: Stage
+    run: Run
+    seed: int
+    model: str
+    """Folder of the native checkpoint to start from."""
+    samples: str
+    """The sample table."""
+    kept: list[str] = []
+    """Score tables of DeltaLoss; with `stage.pruned` only their kept SFT samples are drawn."""
+    out: str
+    """The step's folder: checkpoints, `loss.jsonl`, and at the end `model/`."""

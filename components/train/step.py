@@ -1,0 +1,78 @@
+"""Step `train`: runs one row of the stage table from the previous model, and plots its loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.step import Outcome
+from nvila.components.train.job import Job, Run
+from nvila.components.train.launch import launch
+
+
+class Settings(Section):
+    """Slice of a train step."""
+
+    stage: Stage
+    run: Run
+    seed: int
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Train one stage; an interrupted attempt in `out` is resumed at its last checkpoint.
+
+    Args:
+        settings: the row, and how to run it.
+        inputs: `model` (the stage before, or base), `samples`, and for pruned rows `kept_*` (score tables).
+        out: gets `model/` (native layout), `loss.jsonl`, `loss.png`.
+
+    Raises:
+        TrainingError: a loss that is not finite, a worker that died.
+        Preempted: asked to stop.
+    """
+    began = time.monotonic()
+    job = Job(
+        stage=settings.stage,
+        run=settings.run,
+        seed=settings.seed,
+        model=str(inputs["model"].dir("model")),
+        samples=str(inputs["samples"].path("samples.parquet")),
+        kept=[str(m.path("scores.parquet")) for name, m in sorted(inputs.items()) if name.startswith("kept_")],
+        out=str(out),
+    )
+    if not (out / "model").exists():
+        launch(job)
+    records = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    _plot(records, settings.stage.name, out / "loss.png")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    seconds = time.monotonic() - began
+    tail = [r["loss"] for r in records[-max(1, len(records) // 10) :]]
+    return Outcome(
+        kind="model",
+        values={
+            "stage": settings.stage.model_dump(mode="json"),
+            "precision": settings.run.precision,
+            "steps": len(records),
+            "samples": len(records) * settings.stage.batch,
+            "final_loss": round(sum(tail) / len(tail), 4) if tail else None,
+        },
+        files=("model/**/*", "loss.jsonl", "loss.png"),
+        measured={"seconds": seconds, "samples_per_second": len(records) * settings.stage.batch / seconds},
+    )
+
+
+def _plot(records: list[dict[str, Any]], name: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1)
+    axes.set(title=f"Stage {name}", xlabel="optimizer step", ylabel="loss per supervised token")
+    figure.savefig(path, dpi=100)
