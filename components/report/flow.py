@@ -1,0 +1,109 @@
+"""The flow picture: one row per step, a rail that shows what runs beside what, and a bar for when and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from nvila.components.report.collect import RunView, StepView
+
+ROW_PIXELS = 34
+LANE_PIXELS = 18
+DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
+    ("resolve", 0, (), "recipe to slices"),
+    ("preflight", 0, ("resolve",), "is everything there?"),
+    ("validate", 0, ("preflight",), "data checked, spoilt records out"),
+    ("prune-image", 1, ("validate",), "DeltaLoss, image sources"),
+    ("prune-video", 2, ("validate",), "DeltaLoss, video sources"),
+    ("base", 0, ("validate",), "first weights"),
+    ("train-1", 0, ("base",), "projector initialisation"),
+    ("train-2", 0, ("train-1",), "vision-encoder pre-training"),
+    ("train-3", 0, ("train-2",), "token-processor pre-training"),
+    ("train-4", 0, ("train-3", "prune-image"), "image instruction tuning"),
+    ("train-5", 0, ("train-4", "prune-video"), "video instruction tuning"),
+    ("evaluate", 0, ("train-5",), "held-out accuracy"),
+    ("gate", 0, ("evaluate",), "good enough?"),
+    ("quantize", 0, ("gate",), "W8A8 tower, W4A16 language model"),
+    ("evaluate-quantized", 0, ("quantize",), "accuracy once more"),
+    ("gate-quantized", 0, ("evaluate-quantized",), "still good enough?"),
+    ("register", 0, ("gate-quantized",), "version in the registry"),
+    ("rollout", 0, ("register",), "serve, ask, promote"),
+)
+"""Name, lane of the rail, what it follows, what it does. A page of its own cannot import the pipeline."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the picture."""
+
+    name: str
+    about: str
+    status: str
+    time: str
+    left: float
+    """Start of the bar in percent of the run."""
+    width: float
+
+
+def rows(run: RunView) -> list[Row]:
+    """Every step of the DAG in order, reached or not, then steps that this table does not know."""
+    names = [name for name, *_ in DAG]
+    abouts = {name: about for name, _, _, about in DAG}
+    names += [name for name in run.steps if name not in abouts and name != "report"]
+    began, ended = run.span
+    total = (ended - began) or 1.0
+    found = []
+    for name in names:
+        view = run.steps.get(name) or StepView(name, "not reached")
+        left = 100 * ((view.started or began) - began) / total
+        width = 100 * (view.seconds or 0) / total
+        time = "" if view.status == "not reached" else duration(view.seconds)
+        found.append(Row(name, abouts.get(name, ""), view.status, time, round(left, 2), round(max(width, 0.4), 2)))
+    return found
+
+
+def rail(run: RunView, count: int) -> str:
+    """The graph left of the rows, as SVG: a dot per step coloured by its status, a line to each step it follows."""
+    lanes = {name: lane for name, lane, _, _ in DAG}
+    at = {name: index for index, (name, *_) in enumerate(DAG)}
+    width, height = 3 * LANE_PIXELS + 4, count * ROW_PIXELS
+    lines, dots = [], []
+    for name, lane, parents, _ in DAG:
+        x, y = _point(lane, at[name])
+        for parent in parents:
+            px, py = _point(lanes[parent], at[parent])
+            half = ROW_PIXELS / 2
+            if lane == lanes[parent]:
+                path = f"M{px},{py}L{x},{y}"
+            elif lane > lanes[parent]:  # a branch leaves right below its parent
+                path = f"M{px},{py}C{px},{py + half} {x},{py} {x},{py + ROW_PIXELS}L{x},{y}"
+            else:  # a branch comes back right above its child
+                path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
+            lines.append(f'<path class="edge" d="{path}"/>')
+        status = run.steps[name].status if name in run.steps else "not reached"
+        dots.append(f'<circle class="node {css(status)}" cx="{x}" cy="{y}" r="6"/>')
+    return (
+        f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
+        f"{''.join(lines)}{''.join(dots)}</svg>"
+    )
+
+
+def css(status: str) -> str:
+    """CSS class of a status."""
+    return escape(status.replace(" ", "-"))
+
+
+def duration(seconds: float | None) -> str:
+    """`0.4 s`, `12 s`, `3 min 07 s`, `2 h 05 min`."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _point(lane: int, row: int) -> tuple[float, float]:
+    return lane * LANE_PIXELS + 10, row * ROW_PIXELS + ROW_PIXELS / 2

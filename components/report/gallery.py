@@ -1,0 +1,125 @@
+"""Sample predictions with their pictures, embedded: some right and some wrong ones per source, always the same ones."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.report.collect import RunView
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RIGHT_PER_SOURCE, WRONG_PER_SOURCE = 3, 3
+CLIP_FRAMES = 6
+CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+PIXEL_ART = 96
+"""Pictures no larger than this are embedded as they are and shown enlarged without smoothing."""
+LARGEST = 320
+
+
+@dataclass(frozen=True)
+class Card:
+    """One answered question."""
+
+    source: str
+    question: str
+    answer: str
+    prediction: str
+    quantized: str | None
+    correct: bool
+    picture: str | None
+    """A data URI; None when the file cannot be read any more."""
+    wide: bool
+    """A strip of frames rather than one picture."""
+    pixelated: bool
+
+
+def cards(run: RunView) -> list[Card]:
+    """Right and wrong answers of every source, spread evenly over the held-out questions."""
+    rows = table(run.file("evaluate", "predictions.parquet"))
+    after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
+    rows.sort(key=lambda row: (row["source"], row["id"]))
+    chosen = []
+    for source in dict.fromkeys(row["source"] for row in rows):
+        mine = [row for row in rows if row["source"] == source]
+        chosen += _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
+        chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)
+    return [_card(row, after.get(row["id"])) for row in chosen]
+
+
+def table(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of a Parquet file, none where there is no file."""
+    if path is None:
+        return []
+    import pyarrow.parquet as parquet
+
+    return parquet.read_table(path).to_pylist()
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+
+
+def _card(row: Mapping[str, Any], quantized: str | None) -> Card:
+    media = list(row.get("media") or [])
+    paths = [Path(row.get("root") or "", name) for name in media]
+    clip = len(paths) == 1 and (paths[0].suffix.lower() in CLIP_SUFFIXES or paths[0].is_dir())
+    picture, small = _picture(paths, clip)
+    return Card(
+        source=row["source"],
+        question=row["question"],
+        answer=row["answer"],
+        prediction=row["prediction"],
+        quantized=quantized,
+        correct=bool(row["correct"]),
+        picture=picture,
+        wide=clip or len(paths) > 1,
+        pixelated=small,
+    )
+
+
+def _picture(paths: list[Path], clip: bool) -> tuple[str | None, bool]:
+    """Data URI of one picture or of a strip, and whether it is small enough to be shown pixel by pixel."""
+    from nvila.components.data.media import load_image, load_video_frames
+
+    try:
+        images = load_video_frames(paths[0], CLIP_FRAMES) if clip else [load_image(path) for path in paths]
+    except (DataError, OSError):
+        return None, False
+    if not images:
+        return None, False
+    limit = LARGEST if len(images) == 1 else LARGEST // 2
+    small = max(max(image.size) for image in images) <= PIXEL_ART
+    for image in images:
+        image.thumbnail((limit, limit))
+    return _data_uri(_strip(images), lossless=small), small
+
+
+def _strip(images: list[Image]) -> Image:
+    """Pictures side by side with a gap of 2 pixels."""
+    from PIL import Image as Pictures
+
+    if len(images) == 1:
+        return images[0]
+    width = sum(image.width for image in images) + 2 * (len(images) - 1)
+    strip = Pictures.new("RGB", (width, max(image.height for image in images)), (127, 127, 127))
+    at = 0
+    for image in images:
+        strip.paste(image, (at, 0))
+        at += image.width + 2
+    return strip
+
+
+def _data_uri(image: Image, *, lossless: bool) -> str:
+    stream = io.BytesIO()
+    kind = "png" if lossless else "jpeg"
+    image.convert("RGB").save(stream, kind.upper(), **({} if lossless else {"quality": 80}))
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,218 @@
+"""Turns a run into the numbers, rows and charts that the template lays out; knows nothing of HTML beyond the charts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nvila.components.report import charts, flow
+from nvila.components.report.collect import RunView
+from nvila.components.report.gallery import cards, table
+from nvila.components.tracking.flatten import parameters
+from nvila.components.tracking.redact import redact_text
+
+STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
+QUARANTINE_ROWS = 60
+CURVE_POINTS = 300
+
+
+def context(run: RunView) -> dict[str, Any]:
+    """Everything the template needs. Each part is empty where its step did not get that far."""
+    began, ended = run.span
+    rows = flow.rows(run)
+    return {
+        "run": run.name,
+        "recipe": _recipe(run),
+        "verdict": verdict(run),
+        "total": flow.duration(ended - began),
+        "rows": rows,
+        "rail": flow.rail(run, len(rows)),
+        "row_pixels": flow.ROW_PIXELS,
+        "accuracy": accuracy_rows(run),
+        "accuracy_chart": _accuracy_chart(run),
+        "stages": run.values("evaluate").get("stages", {}),
+        "stages_chart": _stages_chart(run),
+        "curves": loss_curves(run),
+        "prune": prune_parts(run),
+        "cards": cards(run),
+        "counts": run.values("validate").get("counts", {}),
+        "quarantined": run.values("validate").get("quarantined", {}),
+        "quarantine": quarantine(run),
+        "quantize": run.values("quantize"),
+        "register": run.values("register"),
+        "rollout": run.values("rollout"),
+        "lineage": _lineage(run),
+        "sources": _sources(run),
+        "settings": _settings(run),
+    }
+
+
+def verdict(run: RunView) -> dict[str, str]:
+    """The headline: `tone` (good, bad, neutral), `title`, `text`."""
+    bad = run.trouble
+    if bad:
+        titles = {"rejected": f"Rejected by {bad.name}", "preempted": f"Interrupted in {bad.name}"}
+        return {
+            "tone": "neutral" if bad.status == "preempted" else "bad",
+            "title": titles.get(bad.status, f"Failed in {bad.name}"),
+            "text": redact_text(bad.message),
+        }
+    rollout = run.values("rollout")
+    if not rollout:
+        return {"tone": "neutral", "title": "Not finished", "text": "The run has not reached rollout."}
+    version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
+    if rollout.get("endpoint"):
+        return {"tone": "good", "title": f"{version} is serving", "text": str(rollout["endpoint"])}
+    return {"tone": "good", "title": f"{version} is registered", "text": f"Rollout: {rollout.get('decision', '')}"}
+
+
+def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
+    """One row per source: the full model, its baselines, and the quantized model."""
+    full = run.values("evaluate").get("accuracy", {})
+    after = run.values("evaluate-quantized").get("accuracy", {})
+    rows = []
+    for source, measured in full.items():
+        quantized = after.get(source)
+        only = measured.get("question_only") or {}
+        change = quantized["accuracy"] - measured["accuracy"] if quantized else None
+        above = "low" in measured and "high" in only and measured["low"] > only["high"]
+        rows.append({"source": source, "full": measured, "only": only, "quantized": quantized, "change": change,
+                     "above": above})  # fmt: skip
+    return rows
+
+
+def loss_curves(run: RunView) -> list[dict[str, Any]]:
+    """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
+    found = []
+    for number, step in enumerate(STAGES[1:]):
+        path = run.file(step, "loss.jsonl")
+        if path is None:
+            continue
+        points = [(float(r["step"]), float(r["loss"])) for r in _json_lines(path.read_text()) if "loss" in r]
+        if not points:
+            continue
+        smooth = _smoothed(points)
+        lines = [
+            charts.Line(number, "loss", _thinned(points), faint=True),
+            charts.Line(number, "smoothed loss", _thinned(smooth)),
+        ]
+        name = run.values(step).get("stage", {}).get("name", "")
+        found.append(
+            {
+                "step": step,
+                "name": name,
+                "steps": len(points),
+                "first": smooth[0][1],
+                "last": smooth[-1][1],
+                "chart": charts.line_plot(lines, f"Loss of {step}", height=150),
+            }
+        )
+    return found
+
+
+def prune_parts(run: RunView) -> list[dict[str, Any]]:
+    """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
+    found = []
+    for step in ("prune-image", "prune-video"):
+        scores = table(run.file(step, "scores.parquet"))
+        for source, told in run.values(step).get("sources", {}).items():
+            mine = [row for row in scores if row["source"] == source]
+            chart = charts.histogram(
+                [row["delta"] for row in mine if row["kept"]],
+                [row["delta"] for row in mine if not row["kept"]],
+                f"DeltaLoss of {source}",
+            )
+            found.append({"source": source, "told": told, "chart": chart})
+    return found
+
+
+def quarantine(run: RunView) -> dict[str, Any]:
+    """The first records that validation set aside: column names, rows, how many there are in all."""
+    path = run.file("validate", "quarantine.jsonl")
+    records = _json_lines(path.read_text()) if path else []
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
+    return {"columns": columns, "rows": rows, "total": len(records)}
+
+
+def _accuracy_chart(run: RunView) -> str:
+    groups = []
+    for row in accuracy_rows(run):
+        dots = [charts.Dot(0, "full model", row["full"]["accuracy"], row["full"].get("low"), row["full"].get("high"))]
+        if row["quantized"]:
+            q = row["quantized"]
+            dots.append(charts.Dot(1, "quantized", q["accuracy"], q.get("low"), q.get("high")))
+        if row["only"]:
+            only = row["only"]
+            dots.append(charts.Dot(7, "question only", only["accuracy"], only.get("low"), only.get("high")))
+        if "majority" in row["full"]:
+            dots.append(charts.Dot(7, "majority", row["full"]["majority"]))
+        groups.append((row["source"], dots))
+    return charts.dot_plot(groups, "Exact match with 95% intervals beside baselines") if groups else ""
+
+
+def _stages_chart(run: RunView) -> str:
+    stages = run.values("evaluate").get("stages", {})
+    shown = [stage for stage in STAGES if stage in stages]
+    sources = list(dict.fromkeys(source for stage in shown for source in stages[stage]))
+    lines = [
+        charts.Line(i, source, [(x, stages[stage][source]) for x, stage in enumerate(shown) if source in stages[stage]])
+        for i, source in enumerate(sources)
+    ]
+    labels = [stage.replace("train-", "stage ") for stage in shown]
+    return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
+
+
+def _recipe(run: RunView) -> str:
+    recipe = run.values("resolve").get("recipe", {})
+    return recipe.get("name", "") if isinstance(recipe, Mapping) else str(recipe)
+
+
+def _lineage(run: RunView) -> list[dict[str, Any]]:
+    order = {name: i for i, (name, *_) in enumerate(flow.DAG)}
+    done = [view.manifest for view in run.steps.values() if view.manifest]
+    return [
+        {
+            "step": manifest.step,
+            "digest": manifest.digest,
+            "inputs": {name: ref.digest for name, ref in manifest.inputs.items()},
+            "folder": manifest.folder,
+        }
+        for manifest in sorted(done, key=lambda m: order.get(m.step, len(order)))
+    ]
+
+
+def _sources(run: RunView) -> list[dict[str, Any]]:
+    """The user's files, without those beyond the first hundred."""
+    found = {file.uri: file for view in run.steps.values() if view.manifest for file in view.manifest.sources}
+    return [{"uri": redact_text(f.uri), "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
+
+
+def _settings(run: RunView) -> dict[str, dict[str, str]]:
+    return {step: parameters(part) for step, part in run.values("resolve").get("slices", {}).items()}
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _short(value: Any, limit: int = 160) -> str:
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential moving average over about a twentieth of the curve, corrected for its start."""
+    weight = 1 - 1 / max(1.0, len(points) / 20)
+    total = norm = 0.0
+    found = []
+    for step, loss in points:
+        total, norm = weight * total + (1 - weight) * loss, weight * norm + (1 - weight)
+        found.append((step, total / norm))
+    return found
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    every = max(1, len(points) // CURVE_POINTS)
+    return points[::every] + ([points[-1]] if (len(points) - 1) % every else [])

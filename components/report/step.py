@@ -1,0 +1,58 @@
+"""Step `report`: one self-contained HTML page about this run. It runs last and always, whatever happened before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.report.collect import RunView, collect
+from nvila.components.report.flow import css, duration
+from nvila.components.report.page import context
+from nvila.components.runner.execute import Place
+
+PAGE = "report.html"
+HERE = Path(__file__).parent
+
+
+class Settings(Section):
+    """Nothing to set."""
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Write `report.html` into `out` and into the folder of the run (`NVILA_RUN`), whose status files it reads."""
+    run_dir = Place.from_environment().run_dir
+    write_atomic(out / PAGE, render(collect(run_dir)))
+    shutil.copyfile(out / PAGE, run_dir / PAGE)
+    return Outcome(kind="report", files=(PAGE,))
+
+
+def render(run: RunView) -> str:
+    """The page. Every text from outside is escaped; the page may load nothing and run nothing (its own CSP says so)."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": lambda value: f"{100 * value:.1f}%",
+        "points": lambda value: f"{100 * value:+.1f}",
+        "duration": duration,
+        "bytes": _bytes,
+        "css": css,
+        "svg": Markup,
+    }
+    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template("page.html").render(style=style, **context(run))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
