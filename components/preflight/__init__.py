@@ -1,0 +1,1 @@
+"""Step preflight: what the run will need is there."""

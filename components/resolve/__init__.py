@@ -1,0 +1,1 @@
+"""Step resolve: one checked recipe, cut into slices."""

@@ -63,14 +63,18 @@ def read_recipe(recipe: str) -> str:
     return recipe_text(recipe)
 
 
-def fill_in(form: Form) -> Recipe:
+def fill_in(form: Form, where: str = "recipe") -> Recipe:
     """The recipe with the form's fields and overrides laid over it.
+
+    Args:
+        form: the pipeline's parameters.
+        where: what messages call the recipe when it is given as text.
 
     Raises:
         ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
     """
-    name = form.recipe if form.recipe in shipped() else "recipe"
-    content = _yaml(recipe_text(form.recipe), name)
+    where = form.recipe if form.recipe in shipped() else where
+    content = parse_yaml(recipe_text(form.recipe), where)
     for path, value in (
         (("register", "model_name"), form.model_name),
         (("prune", "keep_ratio"), form.keep_ratio),
@@ -81,10 +85,15 @@ def fill_in(form: Form) -> Recipe:
     content = merge(content, _overrides(form.overrides))
     if form.data_uri:
         content = _move_data(content, form.data_uri)
-    return parse_recipe(content, where=name)
+    return parse_recipe(content, where=where)
 
 
-def _yaml(text: str, where: str) -> dict[str, Any]:
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The text as a mapping.
+
+    Raises:
+        ConfigError: it is no YAML, or no mapping.
+    """
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -105,7 +114,7 @@ def _overrides(text: str) -> Mapping[str, Any]:
 
 
 def _move_data(content: dict[str, Any], data_uri: str) -> dict[str, Any]:
-    """Each source is then the folder of its name under `data_uri`, and is the user's: never built as a demonstration."""
+    """Each source is then the folder of its name under `data_uri`, and is never built as a demonstration."""
     sources = content.get("data", {}).get("sources", [])
     if not isinstance(sources, list) or not all(isinstance(s, dict) and "name" in s for s in sources):
         return content  # the schema says what is wrong

@@ -1,0 +1,127 @@
+"""The single checks of preflight. Each returns the problems it found, one line each; none of them writes anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from nvila.components.contracts.recipe.data import Source
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
+"""Lies in the checkout; an image is built from it and does not carry it."""
+ANNOTATIONS = ("sft.json", "heldout.json")
+OPTIONAL_ANNOTATIONS = ("captions.json", "labels.json")
+
+
+def python_problems() -> list[str]:
+    """The interpreter is new enough."""
+    found = sys.version_info[:2]
+    return [] if found >= (3, 11) else [f"Python 3.11 or newer is needed, this is {found[0]}.{found[1]}"]
+
+
+def memory_available_bytes() -> int:
+    """What the machine or our cgroup still gives, whichever is less."""
+    available = psutil.virtual_memory().available
+    try:
+        limit = int(CGROUP_LIMIT.read_text())
+        return min(available, limit - int(CGROUP_USED.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or its limit is "max"
+        return available
+
+
+def memory_problems(needed_bytes: int) -> list[str]:
+    """Enough memory is available now."""
+    available = memory_available_bytes()
+    if available >= needed_bytes:
+        return []
+    return [f"needs.memory_bytes: {_gib(needed_bytes)} of memory are needed, {_gib(available)} are available"]
+
+
+def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
+    """Each folder can be written, and its disk has room."""
+    problems = []
+    for folder in folders:
+        there = _nearest_existing(folder)
+        free = shutil.disk_usage(there).free
+        if not _writable(there):
+            problems.append(f"{there} cannot be written")
+        elif free < needed_bytes:
+            problems.append(f"needs.disk_bytes: {_gib(needed_bytes)} are needed at {there}, {_gib(free)} are free")
+    return problems
+
+
+def package_problems(lock: Path = LOCK) -> list[str]:
+    """Installed versions are those of the lock file; a local label such as `+cpu` does not count."""
+    if not lock.is_file():
+        return []
+    wrong = []
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        name, _, pinned = line.partition("#")[0].strip().partition("==")
+        if not pinned:
+            continue
+        try:
+            installed = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            wrong.append(f"{name}=={pinned} is missing")
+            continue
+        if installed != pinned:
+            wrong.append(f"{name} is {installed}, the lock says {pinned}")
+    if not wrong:
+        return []
+    more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    return [f"packages differ from {lock.name}: {', '.join(wrong[:4])}{more}; `make env` installs the lock"]
+
+
+def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False) -> list[str]:
+    """Annotation files are there and are JSON lists.
+
+    Args:
+        sources: the recipe's sources.
+        demo_can_be_built: a demonstration source that is not there yet is no problem.
+    """
+    problems: list[str] = []
+    for source in sources:
+        folder = Path(source.path)
+        if not folder.is_dir():
+            if not (source.demo and demo_can_be_built):
+                problems.append(f"data source {source.name}: no such folder {source.path}")
+            continue
+        if source.demo and demo_can_be_built:
+            continue
+        problems += [
+            f"data source {source.name}: {folder / n} is missing" for n in ANNOTATIONS if not (folder / n).is_file()
+        ]
+        problems += [p for n in ANNOTATIONS + OPTIONAL_ANNOTATIONS if (p := _list_problem(folder / n))]
+    return problems
+
+
+def _list_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"{path}: not JSON ({error})"
+    return None if isinstance(content, list) and content else f"{path}: must be a JSON list with at least one record"
+
+
+def _nearest_existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def _writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,98 @@
+"""The step `preflight`: refuses with one message before anything long starts. Skipped when nothing has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.manifest import Manifest, sha256_file
+from nvila.components.contracts.recipe.data import DataSettings
+from nvila.components.contracts.recipe.recipe import Needs
+from nvila.components.contracts.recipe.rollout import RolloutSettings
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.preflight import checks
+from nvila.components.preflight.port import port_problem
+from nvila.components.runner.execute import Place
+from nvila.components.serve.environment import serve_python
+
+
+class Settings(Section):
+    """The step's slice."""
+
+    data: DataSettings
+    rollout: RolloutSettings
+    needs: Needs
+    vllm: bool
+    """Whether a step of the recipe starts vLLM."""
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Values: which data files were found. Nothing is written.
+
+    Raises:
+        PreflightError: every problem that was found, in one message.
+    """
+    place = Place.from_environment()
+    refuse(problems(settings, place.run_dir.parent, place.store.root))
+    return Outcome(
+        kind="report",
+        values={"annotations": _annotation_digests(settings.data)},
+        measured={"memory_available_bytes": float(checks.memory_available_bytes())},
+    )
+
+
+def external(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is wrong now, and digests of the annotation files: an unchanged and healthy machine is a cache hit."""
+    parsed = Settings.model_validate(settings)
+    place = Place.from_environment()
+    found = problems(parsed, place.run_dir.parent, place.store.root)
+    return {"problems": found, "annotations": _annotation_digests(parsed.data)}
+
+
+def problems(settings: Settings, runs: Path, store: Path, *, demo_can_be_built: bool = False) -> list[str]:
+    """Everything that would stop the run, one line each.
+
+    Args:
+        settings: the slice.
+        runs: folder of all runs; `serving/` in it tells which servers are ours.
+        store: folder of finished work.
+        demo_can_be_built: pass over demonstration sources that are not there yet.
+    """
+    found = checks.python_problems()
+    found += checks.memory_problems(settings.needs.memory_bytes)
+    found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
+    found += checks.package_problems()
+    found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
+    if settings.rollout.target == "local":
+        problem = port_problem(settings.rollout.host, settings.rollout.port, runs / "serving")
+        found += [problem] if problem else []
+    if settings.vllm:
+        found += _serving_problems()
+    return found
+
+
+def refuse(found: list[str]) -> None:
+    """Raise the problems as one error, if there are any."""
+    if found:
+        count = f"{len(found)} problems: " if len(found) > 1 else ""
+        raise PreflightError(count + "; ".join(found))
+
+
+def _serving_problems() -> list[str]:
+    try:
+        serve_python()
+    except PreflightError as error:
+        return [str(error)]
+    return []
+
+
+def _annotation_digests(data: DataSettings) -> dict[str, str]:
+    paths = [
+        (f"{source.name}/{name}", Path(source.path) / name)
+        for source in data.sources
+        for name in checks.ANNOTATIONS + checks.OPTIONAL_ANNOTATIONS
+    ]
+    return {label: sha256_file(path) for label, path in paths if path.is_file()}

@@ -1,0 +1,142 @@
+"""The command line `nvila`. Each command imports what it needs when it runs, so that `--help` is immediate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.exits import Exit
+
+app = typer.Typer(
+    help="NVILA: from a recipe to a validated, trained, quantized and served vision-language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs, the MLflow store and the endpoint's state.")]
+Store = Annotated[Path, typer.Option("--store", help="Folder of finished work, shared between runs.")]
+
+
+@app.callback()
+def _all(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (micro, tiny, ...) or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Run the whole lifecycle on this machine.
+
+    Exit code: 0 done, 2 wrong input, 3 rejected by a gate, 75 stopped (the same command resumes), 1 a fault.
+
+    Example: nvila run tiny --override prune.keep_ratio=0.3
+    """
+    from nvila.pipelines.local import run as run_locally
+
+    raise typer.Exit(run_locally(recipe, override or [], runs=runs, store=store))
+
+
+@app.command(name="compile")
+def compile_(
+    out: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lifecycle.yaml"),
+    image: Annotated[str, typer.Option(help="Container image of the steps, pinned by digest if you can.")] = "",
+) -> None:
+    """Write the pipeline for a Kubeflow cluster.
+
+    Example: nvila compile lifecycle.yaml --image registry.example/nvila@sha256:...
+    """
+    from nvila.pipelines.cluster import compile_pipeline
+
+    size = compile_pipeline(out, **({"image": image} if image else {}))
+    typer.echo(f"{out}: {size / 1024:.0f} KiB")
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="Folder of a native checkpoint, or `champion`.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture; repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", help="Clip; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Ask a model about pictures and clips.
+
+    Example: nvila infer champion --image photo.jpg "What is in row 2, column 1?"
+    """
+    from nvila.pipelines.ask import infer as answer
+
+    typer.echo(answer(model, question, image or [], video or [], max_new_tokens, runs))
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or `champion`.")] = "champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8321,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Start the endpoint of a model and wait until it answers.
+
+    Example: nvila serve champion --port 8321
+    """
+    from nvila.pipelines.endpoint import serve as start
+
+    typer.echo(f"serving at {start(model, host, port, runs)}; `nvila stop` ends it")
+
+
+@app.command()
+def stop(runs: Runs = Path("runs")) -> None:
+    """Stop the endpoint that a run or `nvila serve` has started.
+
+    Example: nvila stop
+    """
+    from nvila.pipelines.endpoint import stop as end
+
+    stopped = end(runs)
+    typer.echo(f"stopped {', '.join(stopped)}" if stopped else "no endpoint was running")
+
+
+@app.command()
+def trace(
+    name: Annotated[str, typer.Argument(help="`champion`, or another alias or version of the registry.")] = "champion",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Walk from a registered model back to the source files it was made from.
+
+    Example: nvila trace champion
+    """
+    from nvila.components.tracking.trace import trace as walk
+
+    typer.echo(walk(name))
+
+
+def main() -> None:
+    """Entry point: our own errors are one line on stderr and their exit code."""
+    try:
+        app()
+    except NvilaError as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"nvila: {error}", file=sys.stderr)
+        raise SystemExit(int(error.exit_code)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(int(Exit.PREEMPTED)) from None
+
+
+if __name__ == "__main__":
+    main()

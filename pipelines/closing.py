@@ -1,0 +1,139 @@
+"""The last thing `nvila run` prints: the steps, the accuracy, where everything is, and how to ask the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nvila.components.contracts.errors import NvilaError
+from nvila.pipelines.summary import Finished
+from nvila.pipelines.watch import step_table
+
+REPORT = "report.html"
+
+
+def show_closing(finished: Finished, summary: dict[str, Any], console: Console) -> None:
+    """Print the summary of a run that has ended, however it ended."""
+    minutes, gib = summary["seconds_total"] / 60, summary["peak_pss_bytes"] / 2**30
+    title = (
+        f"{summary['run']}: {summary['decision']} after {minutes:.1f} min "
+        f"(overhead {summary['seconds_overhead']:.1f} s, peak memory {gib:.1f} GiB)"
+    )
+    console.print()
+    console.print(step_table(finished.states, title))
+    if summary["accuracy"]:
+        console.print()
+        console.print(_accuracy_table(summary["accuracy"]))
+    if summary["stages"]:
+        console.print()
+        console.print(_stage_table(summary["stages"]))
+    console.print()
+    for label, value in _places(finished, summary):
+        console.print(f"{label:<12} {value}", markup=False, highlight=False, soft_wrap=True)
+    if summary["endpoint"]:
+        console.print("\nask the served model about a picture:")
+        console.print(curl_example(finished), markup=False, highlight=False, soft_wrap=True)
+    if finished.failed:
+        failed = finished.failed
+        console.print(f"\n{failed.name} {failed.status}: {failed.record.get('message')}", markup=False, soft_wrap=True)
+
+
+def curl_example(finished: Finished) -> str:
+    """A shell command that asks the endpoint a held-out question about its picture."""
+    served = finished.values("rollout")
+    picture, question = _held_out(finished)
+    kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
+    marker = "@PICTURE@"
+    body = {
+        "model": served["model"],
+        "temperature": 0,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{marker}"}},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ],
+    }
+    text = json.dumps(body, separators=(",", ":"))
+    for special in '\\"$`':
+        text = text.replace(special, "\\" + special)
+    data = text.replace(marker, f"$(base64 -w0 '{_short(picture)}')")
+    return (
+        f"curl -s {served['endpoint'].rstrip('/')}/v1/chat/completions "
+        f"-H 'Content-Type: application/json' -d \"{data}\""
+    )
+
+
+def _held_out(finished: Finished) -> tuple[Path, str]:
+    from nvila.components.data.samples import read_samples
+
+    samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
+    pictures = [sample for sample in samples if sample.kind == "image" and len(sample.media) == 1]
+    if not pictures:
+        raise NvilaError("no held-out sample has a single picture")
+    best = max(pictures, key=lambda sample: sample.source)
+    first = next(sample for sample in pictures if sample.source == best.source)
+    return first.root / first.media[0], first.question
+
+
+def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
+    table = _table("exact match on held-out data (95% interval), beside what a model reaches without looking")
+    for column in ("source", "n", "majority", "question only", "trained", "quantized"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source, row in accuracy.items():
+        table.add_row(
+            source,
+            str(row["n"]),
+            f"{row['majority']:.3f}",
+            f"{_interval(row['question_only'], row['question_only_interval'])} {row['question_only_kind']}",
+            _interval(row["bf16"], row["bf16_interval"]),
+            _interval(row["quantized"], row["quantized_interval"]),
+        )
+    return table
+
+
+def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
+    sources = sorted({source for row in stages.values() for source in row})
+    table = _table("exact match after base and after each stage")
+    table.add_column("after")
+    for source in sources:
+        table.add_column(source, justify="right")
+    for stage, row in stages.items():
+        table.add_row(stage, *(f"{row[source]:.3f}" if source in row else "" for source in sources))
+    return table
+
+
+def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    run_dir = finished.run_dir
+    places = [("log", _short(run_dir / "log.txt")), ("numbers", _short(run_dir / "summary.json"))]
+    if (run_dir / REPORT).is_file():
+        places.append(("report", _short(run_dir / REPORT)))
+    store = run_dir.parent / "mlflow.db"
+    if store.is_file():
+        places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
+    if version := finished.values("register").get("version"):
+        places.append(("registered", f"{finished.values('register')['name']} version {version}"))
+    if summary["endpoint"]:
+        places.append(("endpoint", f"{summary['endpoint']} (`nvila stop` ends it)"))
+    return places
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False)
+
+
+def _interval(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "-"
+    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

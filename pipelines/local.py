@@ -1,0 +1,152 @@
+"""`nvila run`: the lifecycle on this machine. Checks first, then runs the DAG in a child process and watches it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.recipe.recipe import Recipe, slices
+from nvila.components.preflight import step as preflight
+from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
+from nvila.pipelines.closing import show_closing
+from nvila.pipelines.memory import MemorySampler
+from nvila.pipelines.overrides import parse_overrides
+from nvila.pipelines.summary import Finished, write_summary
+from nvila.pipelines.watch import Watch
+from nvila.pipelines.worker import ARGUMENTS, GRACE_SECONDS
+
+LOG = "log.txt"
+"""In the run's folder: everything that KFP and the steps print."""
+
+
+def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
+    """Run the lifecycle and return the exit code (see `Exit`).
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `dotted.key=value` pairs.
+        runs: folder that gets a folder for this run.
+        store: folder of finished work, shared between runs.
+
+    Raises:
+        ConfigError, PreflightError: the input is wrong; nothing has been written yet.
+    """
+    text = read_recipe(recipe)
+    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
+    form = Form(recipe=text, overrides=json.dumps(laid_over))
+    checked = fill_in(form, where=recipe)
+    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
+    run_dir = _new_run(runs.absolute(), checked.name)
+    return _run_checked(checked, form, run_dir, store.absolute())
+
+
+def _run_checked(recipe: Recipe, form: Form, run_dir: Path, store: Path) -> int:
+    demo = [source.model_dump(mode="json") for source in recipe.data.sources if source.demo]
+    write_atomic(run_dir / ARGUMENTS, json.dumps({"arguments": form.model_dump(), "demo_sources": demo}, indent=1))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(f"run {run_dir.name}: what the steps print goes to {_short(run_dir / LOG)}", highlight=False)
+    began = time.monotonic()
+    sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
+    sampler.start()
+    code = _watched(run_dir, store, console)
+    sampler.stop()
+    finished = Finished.read(run_dir)
+    exit_code = _exit_code(finished, code)
+    summary = write_summary(finished, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
+    _point_latest(run_dir)
+    show_closing(finished, summary, console)
+    return exit_code
+
+
+def _watched(run_dir: Path, store: Path, console: Console) -> int:
+    """Start the child, show its progress, pass signals on; return its exit code."""
+    environment = os.environ | {STORE_VARIABLE: str(store), RUN_VARIABLE: str(run_dir)}
+    # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
+    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = [sys.executable, "-m", "nvila.pipelines.worker", str(run_dir)]
+    with (run_dir / LOG).open("ab") as log, Watch(run_dir, console) as watch, _Stop() as stop:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        while child.poll() is None:
+            watch.refresh()
+            stop.pass_on(child)
+            time.sleep(0.2)
+    return int(Exit.PREEMPTED) if stop.asked else child.returncode
+
+
+class _Stop:
+    """Collects SIGINT and SIGTERM; the child gets one SIGTERM for the first, and is killed when it does not end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deadline: float | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.asked = True
+
+    def pass_on(self, child: subprocess.Popen[bytes]) -> None:
+        if self.asked and self._deadline is None:
+            self._deadline = time.monotonic() + GRACE_SECONDS + 10
+            child.terminate()
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _exit_code(finished: Finished, worker_code: int) -> Exit:
+    """That of the first step that did not come through; else the worker's own (75, or 2 for demonstration data)."""
+    if worker_code == Exit.PREEMPTED:
+        return Exit.PREEMPTED
+    if finished.failed:
+        return Exit(finished.failed.record["exit_code"])
+    if any(state.status == "running" for state in finished.states):
+        return Exit.FAULT  # a step was killed outright
+    return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
+
+
+def _new_run(runs: Path, recipe: str) -> Path:
+    """A new folder named by the time (UTC) and the recipe."""
+    runs.mkdir(parents=True, exist_ok=True)
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{recipe}"
+    for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
+        try:
+            (runs / name).mkdir()
+            return runs / name
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{runs}/{stem}")
+
+
+def _point_latest(run_dir: Path) -> None:
+    """`runs/latest` -> the newest run, replaced in one step."""
+    fresh = run_dir.parent / f".latest.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(run_dir.name)
+    fresh.replace(run_dir.parent / "latest")
+
+
+def _short(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,103 @@
+"""`summary.json`: the numbers of one run for programs, gathered from its status files and manifests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.pipelines.watch import StepState, read_states
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended, however it ended: the states of its steps and the manifests of those that came through."""
+
+    run_dir: Path
+    states: list[StepState]
+    manifests: dict[str, Manifest]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Finished:
+        """Load what the status files name."""
+        states = read_states(run_dir)
+        named = {s.name: s.record["manifest"] for s in states if s.record.get("manifest")}
+        return cls(run_dir, states, {name: Manifest.load(path) for name, path in named.items()})
+
+    def values(self, step: str) -> dict[str, Any]:
+        """Values of a step's manifest; empty where the step did not come through."""
+        return self.manifests[step].values if step in self.manifests else {}
+
+    @property
+    def failed(self) -> StepState | None:
+        """The step that ended first without success."""
+        bad = [s for s in self.states if s.record.get("exit_code", 0) != 0]
+        return min(bad, key=lambda s: s.record["ended"]) if bad else None
+
+    @property
+    def decision(self) -> str:
+        """`promoted` and the like from the rollout; `rejected`, `preempted` or `failed` where it ended before that."""
+        if self.failed:
+            return self.failed.status
+        return str(self.values("rollout").get("decision", "unfinished"))
+
+    @property
+    def work_seconds(self) -> float:
+        """Time inside the steps' own functions: what is left of the whole is overhead. Skipped steps worked 0 s."""
+        worked = 0.0
+        for state in self.states:
+            if state.status == "done" and state.name in self.manifests:
+                worked += self.manifests[state.name].seconds
+            elif state.status != "cached":
+                worked += state.seconds
+        return worked
+
+
+def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> dict[str, Any]:
+    """Write the run's `summary.json` and return its content."""
+    summary = {
+        "run": finished.run_dir.name,
+        "recipe": finished.values("resolve").get("recipe", {}).get("name"),
+        "exit_code": int(exit_code),
+        "decision": finished.decision if exit_code != Exit.PREEMPTED else "preempted",
+        "message": finished.failed.record.get("message") if finished.failed else None,
+        "steps": [
+            {"name": s.name, "status": s.status, "seconds": round(s.seconds, 3), "cached": s.status == "cached"}
+            for s in finished.states
+        ],
+        "accuracy": accuracy(finished),
+        "stages": finished.values("evaluate").get("stages", {}),
+        "endpoint": finished.values("rollout").get("endpoint"),
+        "seconds_total": round(seconds_total, 3),
+        "seconds_overhead": round(max(seconds_total - finished.work_seconds, 0.0), 3),
+        "peak_pss_bytes": peak_pss_bytes,
+    }
+    write_atomic(finished.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def accuracy(finished: Finished) -> dict[str, dict[str, Any]]:
+    """Exact match per source: trained, quantized, and the baselines; null where the step did not come through."""
+    full = finished.values("evaluate").get("accuracy", {})
+    quantized = finished.values("evaluate-quantized").get("accuracy", {})
+    found = {}
+    for source, row in full.items():
+        small = quantized.get(source, {})
+        blind = row["question_only"]
+        found[source] = {
+            "bf16": row["accuracy"],
+            "bf16_interval": [row["low"], row["high"]],
+            "quantized": small.get("accuracy"),
+            "quantized_interval": [small["low"], small["high"]] if small else None,
+            "majority": row["majority"],
+            "question_only": blind["accuracy"],
+            "question_only_interval": [blind["low"], blind["high"]],
+            "question_only_kind": blind["kind"],
+            "n": row["n"],
+        }
+    return found

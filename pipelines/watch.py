@@ -1,0 +1,128 @@
+"""What the terminal shows while a run is going on: a live table, or plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from nvila.pipelines.steps import STEPS
+
+PROGRESS_EVERY_SECONDS = 15.0
+_COLOUR = {
+    "running": "cyan",
+    "done": "green",
+    "cached": "blue",
+    "rejected": "yellow",
+    "failed": "red",
+    "preempted": "yellow",
+}
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One step as its status and progress files tell it."""
+
+    name: str
+    status: str
+    seconds: float
+    note: str
+    record: dict[str, Any]
+
+
+def read_states(run_dir: Path) -> list[StepState]:
+    """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
+    return [_state(run_dir, name) for name in STEPS]
+
+
+class Watch:
+    """Shows the states again and again. Use as a context manager and call `refresh` a few times a second."""
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        self._run_dir, self._console = run_dir, console
+        self._began = time.time()
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._seen: dict[str, str] = {}
+        self._spoke = time.monotonic()
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.refresh()
+        if self._live:
+            self._live.stop()
+
+    def refresh(self) -> None:
+        """Read the files and show what is new."""
+        states = read_states(self._run_dir)
+        if self._live:
+            self._live.update(step_table(states, self._title(states)))
+        else:
+            self._lines(states)
+
+    def _title(self, states: list[StepState]) -> str:
+        data = _json(self._run_dir / "progress" / "data.json")
+        if data and all(state.status == "waiting" for state in states):
+            return f"building demonstration data: {_progress(data)}"
+        return f"{self._run_dir.name}  {time.time() - self._began:.0f} s"
+
+    def _lines(self, states: list[StepState]) -> None:
+        for state in states:
+            if state.status != self._seen.get(state.name, "waiting"):
+                self._seen[state.name] = state.status
+                took = "" if state.status == "running" else f" in {state.seconds:.1f} s"
+                self._say(f"{state.name}: {state.status}{took}")
+        if time.monotonic() - self._spoke > PROGRESS_EVERY_SECONDS:
+            running = [f"{s.name}: {s.note or 'running'} [{s.seconds:.0f} s]" for s in states if s.status == "running"]
+            self._say("; ".join(running) or self._title(states))
+
+    def _say(self, line: str) -> None:
+        self._spoke = time.monotonic()
+        self._console.print(f"[{time.time() - self._began:6.0f} s] {line}", markup=False, highlight=False)
+
+
+def step_table(states: list[StepState], title: str) -> Table:
+    """Name, status, seconds and a remark of each step."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("step")
+    table.add_column("status")
+    table.add_column("seconds", justify="right")
+    table.add_column("", overflow="ellipsis", no_wrap=True)
+    for state in states:
+        colour = _COLOUR.get(state.status, "dim")
+        seconds = "" if state.status == "waiting" else f"{state.seconds:.1f}"
+        table.add_row(state.name, f"[{colour}]{state.status}[/]", seconds, state.note)
+    return table
+
+
+def _state(run_dir: Path, name: str) -> StepState:
+    record = _json(run_dir / "steps" / f"{name}.json")
+    status = record.get("status", "waiting")
+    if status == "running":
+        note = _progress(_json(run_dir / "progress" / f"{name}.json"))
+        return StepState(name, status, time.time() - record["started"], note, record)
+    return StepState(name, status, record.get("seconds", 0.0), record.get("message") or "", record)
+
+
+def _progress(record: dict[str, Any]) -> str:
+    if not record:
+        return ""
+    of = f"/{record['total']}" if record.get("total") is not None else ""
+    return f"{record['what']} {record['done']}{of} {record.get('note', '')}".strip()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Content of a file that is written by rename; empty while it is not there."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
