@@ -105,9 +105,10 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     stages = {
         f"train-{i}": {"stage": stage, "run": run, "seed": r["seed"]} for i, stage in enumerate(r["train"]["stages"], 1)
     }
+    vllm = recipe.quantize.through_vllm or recipe.rollout.target == "local"
     quantized = {"evaluate": evaluate, "limit": r["quantize"]["limit"], "through_vllm": r["quantize"]["through_vllm"]}
     return {
-        "preflight": {"data": r["data"], "rollout": r["rollout"], "needs": r["needs"]},
+        "preflight": {"data": r["data"], "rollout": r["rollout"], "needs": r["needs"], "vllm": vllm},
         "validate": {"data": r["data"]},
         "base": {"model": r["model"], "seed": r["seed"]},
         "prune-image": prune | {"sources": image},
