@@ -1,0 +1,58 @@
+"""Padding samples to a batch; the last step before the model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from nvila.components.model.conversation import IGNORED, Encoded
+from nvila.components.model.preprocess import Visual
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `NVILA.forward` takes: (B, L) token ids, mask and labels, and all visuals in order of appearance."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    visuals: list[Visual]
+
+    def forward_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `NVILA.forward`."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "visuals": self.visuals,
+            "labels": self.labels,
+        }
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device; tiles follow when they are encoded."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.visuals)
+
+
+def collate(items: Sequence[tuple[Encoded, Sequence[Visual]]], pad_id: int, side: Side = "right") -> Batch:
+    """Pad samples to the longest.
+
+    Args:
+        items: each sample's tokens and its visuals.
+        pad_id: token id under the padding; the mask hides it.
+        side: where the padding goes.
+    """
+    length = max(len(encoded.input_ids) for encoded, _ in items)
+    ids = torch.full((len(items), length), pad_id)
+    labels = torch.full((len(items), length), IGNORED)
+    mask = torch.zeros((len(items), length), dtype=torch.bool)
+    for row, (encoded, _) in enumerate(items):
+        n = len(encoded.input_ids)
+        span = slice(length - n, length) if side == "left" else slice(0, n)
+        ids[row, span] = torch.tensor(encoded.input_ids)
+        labels[row, span] = torch.tensor(encoded.labels)
+        mask[row, span] = True
+    return Batch(ids, mask, labels, [visual for _, visuals in items for visual in visuals])

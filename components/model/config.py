@@ -1,0 +1,270 @@
+"""The model's configuration: one frozen record, and its translation to and from the reference's `config.json` keys.
+
+Sizes of the sub-models stay plain dictionaries in Hugging Face's own keys, so that nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from nvila.components.contracts.errors import ConfigError
+
+VISION_MODES = ("resize", "dynamic", "s2", "dynamic_s2")
+S2_MODES = ("s2", "dynamic_s2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one NVILA; spec section 1.
+
+    Raises:
+        ConfigError: fields that cannot work together.
+    """
+
+    vision: dict[str, Any]
+    """SigLIP tower, Hugging Face's `SiglipVisionConfig` keys."""
+    llm: dict[str, Any]
+    """Decoder, Hugging Face's `Qwen2Config` keys. `vocab_size` counts the saved tokens, not the media markers."""
+    projector: str
+    vision_mode: str
+    s2_scales: tuple[int, ...]
+    """Pixels per side, ascending; only the tile's side in modes without S2."""
+    s2_output_scale: int
+    max_tiles: int
+    select_layer: int
+    max_length_tokens: int
+    num_video_frames: int
+    video_pool_sizes: tuple[tuple[int, int, int], ...]
+    """(time, vertical, horizontal) of each scale; `((1, 1, 1),)` pools nothing."""
+
+    def __post_init__(self) -> None:
+        if self.vision_mode not in VISION_MODES:
+            raise ConfigError(
+                "unknown vision mode", where="vision_mode", value=self.vision_mode, do=_one_of(VISION_MODES)
+            )
+        if self.vision["image_size"] != self.tile_pixels:
+            raise ConfigError(
+                f"the tower's image_size {self.vision['image_size']} is not the first scale",
+                where="s2_scales",
+                value=self.s2_scales,
+            )
+        if self.is_s2:
+            self._check_s2()
+        layers = self.vision["num_hidden_layers"]
+        if not -layers - 1 <= self.select_layer <= layers:
+            raise ConfigError(f"the tower has {layers} layers", where="select_layer", value=self.select_layer)
+
+    def _check_s2(self) -> None:
+        if any(scale % self.tile_pixels for scale in self.s2_scales) or sorted(set(self.s2_scales)) != list(
+            self.s2_scales
+        ):
+            raise ConfigError(
+                "scales must ascend and be multiples of the first", where="s2_scales", value=self.s2_scales
+            )
+        if not -len(self.s2_scales) <= self.s2_output_scale < len(self.s2_scales):
+            raise ConfigError("names no scale", where="s2_output_scale", value=self.s2_output_scale)
+        if self.vision_mode == "dynamic_s2" and self.max_tiles < self.scale_tiles[-1] ** 2:
+            raise ConfigError(
+                f"the last scale needs at least {self.scale_tiles[-1] ** 2} tiles",
+                where="max_tiles",
+                value=self.max_tiles,
+            )
+
+    @property
+    def is_s2(self) -> bool:
+        """Whether features of several scales are stacked."""
+        return self.vision_mode in S2_MODES
+
+    @property
+    def tile_pixels(self) -> int:
+        """Side of one tile: the tower's input."""
+        return self.s2_scales[0]
+
+    @property
+    def scale_tiles(self) -> tuple[int, ...]:
+        """Tiles per side of each scale when it is square."""
+        return tuple(scale // self.tile_pixels for scale in self.s2_scales)
+
+    @property
+    def features_per_side(self) -> int:
+        """Side of one tile's feature map."""
+        return self.tile_pixels // int(self.vision["patch_size"])
+
+    @property
+    def mm_hidden_size(self) -> int:
+        """Channels that enter the projector: the tower's width times the number of stacked scales."""
+        return int(self.vision["hidden_size"]) * (len(self.s2_scales) if self.is_s2 else 1)
+
+    @property
+    def llm_hidden_size(self) -> int:
+        """Width of the decoder."""
+        return int(self.llm["hidden_size"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The reference's top-level `config.json` (spec section 2.1)."""
+        pooled = self.video_pool_sizes != ((1, 1, 1),)
+        video = {"_target_": f"llava.model.encoders.{'TSP' if pooled else 'Basic'}VideoEncoder"}
+        ends = {"start_tokens": None, "end_tokens": "\n"}
+        pools = {"pool_sizes": [list(p) for p in self.video_pool_sizes], "sep_tokens": None} if pooled else {}
+        return {
+            "architectures": ["LlavaLlamaModel"],
+            "model_type": "llava_llama",
+            "model_dtype": "torch.bfloat16",
+            "hidden_size": self.llm_hidden_size,
+            "mm_hidden_size": self.mm_hidden_size,
+            "image_aspect_ratio": "resize" if self.vision_mode == "s2" else self.vision_mode,
+            "s2": self.vision_mode == "s2",
+            "dynamic_s2": self.vision_mode == "dynamic_s2",
+            "s2_scales": ",".join(str(scale) for scale in self.s2_scales),
+            "s2_max_split_size": self.tile_pixels,
+            "s2_resize_output_to_scale_idx": self.s2_output_scale,
+            "min_tiles": 1,
+            "max_tiles": self.max_tiles,
+            "video_max_tiles": 1,
+            "num_video_frames": self.num_video_frames,
+            "fps": 0.0,
+            "interpolate_mode": "linear",
+            "vision_resolution": -1,
+            "mm_vision_select_layer": self.select_layer,
+            "mm_vision_select_feature": "cls_patch",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder", **ends},
+            "video_encoder": {**video, **pools, **ends},
+            "llm_cfg": {
+                **self.llm,
+                "model_max_length": self.max_length_tokens,
+                "tokenizer_model_max_length": self.max_length_tokens,
+                "tokenizer_padding_side": "right",
+            },
+            "vision_tower_cfg": dict(self.vision),
+            "mm_projector_cfg": {"mm_projector_type": self.projector, "model_type": "v2l_projector"},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Read the reference's `config.json` with `llm_cfg`, `vision_tower_cfg` and `mm_projector_cfg` as dictionaries.
+
+        Keys that older checkpoints lack take the reference's defaults (12 tiles, plain encoders).
+
+        Raises:
+            ConfigError: a key is missing or asks for something that this model does not compute.
+        """
+        try:
+            llm, vision = dict(content["llm_cfg"]), dict(content["vision_tower_cfg"])
+            projector = content["mm_projector_cfg"]["mm_projector_type"]
+        except (KeyError, TypeError) as error:
+            raise ConfigError("incomplete model configuration", where=where, value=str(error)) from None
+        mode = _mode(content, where)
+        feature = content.get("mm_vision_select_feature", "cls_patch")
+        if feature != "cls_patch":
+            raise ConfigError(
+                "SigLIP has no class token to drop", where=f"{where}: mm_vision_select_feature", value=feature
+            )
+        length = llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192
+        for runtime in ("model_max_length", "tokenizer_padding_side"):
+            llm.pop(runtime, None)
+        return cls(
+            vision=vision,
+            llm=llm,
+            projector=projector,
+            vision_mode=mode,
+            s2_scales=_scales(content.get("s2_scales"), where) if mode in S2_MODES else (int(vision["image_size"]),),
+            s2_output_scale=int(content.get("s2_resize_output_to_scale_idx", -1 if mode == "dynamic_s2" else 0)),
+            max_tiles=int(content.get("max_tiles") or 12),
+            select_layer=int(content.get("mm_vision_select_layer", -2)),
+            max_length_tokens=int(length),
+            num_video_frames=int(content.get("num_video_frames") or 8),
+            video_pool_sizes=_pool_sizes(content.get("video_encoder"), where),
+        )
+
+
+class VideoSettings(Protocol):
+    """What `model_config` reads of the recipe's `model.video`."""
+
+    @property
+    def frames(self) -> int: ...  # noqa: D102
+    @property
+    def pool_sizes(self) -> Sequence[tuple[int, int, int]]: ...  # noqa: D102
+
+
+class Architecture(Protocol):
+    """What `model_config` reads of the recipe's `model` section, with or without `base` and `variant`."""
+
+    @property
+    def vision_mode(self) -> str: ...  # noqa: D102
+    @property
+    def projector(self) -> str: ...  # noqa: D102
+    @property
+    def s2_scales(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def s2_output_scale(self) -> int: ...  # noqa: D102
+    @property
+    def max_tiles(self) -> int: ...  # noqa: D102
+    @property
+    def select_layer(self) -> int: ...  # noqa: D102
+    @property
+    def max_length_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def video(self) -> VideoSettings: ...  # noqa: D102
+
+
+def model_config(settings: Architecture, vision: Mapping[str, Any], llm: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that a recipe's `model` section asks for, over a given tower and decoder."""
+    scales = tuple(settings.s2_scales)
+    return ModelConfig(
+        vision=dict(vision),
+        llm=dict(llm),
+        projector=settings.projector,
+        vision_mode=settings.vision_mode,
+        s2_scales=scales if settings.vision_mode in S2_MODES else scales[:1],
+        s2_output_scale=settings.s2_output_scale,
+        max_tiles=settings.max_tiles,
+        select_layer=settings.select_layer,
+        max_length_tokens=settings.max_length_tokens,
+        num_video_frames=settings.video.frames,
+        video_pool_sizes=tuple((t, h, w) for t, h, w in settings.video.pool_sizes),
+    )
+
+
+def with_vocabulary(config: ModelConfig, vocabulary: int) -> ModelConfig:
+    """`config` for a tokenizer of `vocabulary` saved tokens."""
+    return replace(config, llm={**config.llm, "vocab_size": vocabulary})
+
+
+def _mode(content: Mapping[str, Any], where: str) -> str:
+    if content.get("dynamic_s2"):
+        return "dynamic_s2"
+    if content.get("s2"):
+        return "s2"
+    ratio = content.get("image_aspect_ratio")
+    if ratio not in ("resize", "dynamic"):
+        raise ConfigError(
+            "unsupported aspect mode", where=f"{where}: image_aspect_ratio", value=ratio, do=_one_of(VISION_MODES)
+        )
+    return str(ratio)
+
+
+def _scales(value: Any, where: str) -> tuple[int, ...]:
+    """The scales, a comma list in one string or a list, sorted ascending."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(sorted(int(part) for part in parts))
+    except (TypeError, ValueError):
+        raise ConfigError("not a list of scales", where=f"{where}: s2_scales", value=value) from None
+
+
+def _pool_sizes(encoder: Any, where: str) -> tuple[tuple[int, int, int], ...]:
+    """Pool sizes of the video encoder, which is a dictionary, the same as a JSON string, or absent."""
+    content = json.loads(encoder) if isinstance(encoder, str) else (encoder or {})
+    where = f"{where}: video_encoder"
+    if content.get("start_tokens") or content.get("sep_tokens") or content.get("end_tokens", "\n") != "\n":
+        raise ConfigError("only a line break after each frame is supported", where=where, value=content)
+    return tuple((int(t), int(h), int(w)) for t, h, w in content.get("pool_sizes") or [(1, 1, 1)])
+
+
+def _one_of(values: Sequence[str]) -> str:
+    return f"Use one of {', '.join(values)}"

@@ -1,0 +1,285 @@
+"""The model: SigLIP tower, projector and Qwen2 decoder around the spliced sequence; spec section 1.
+
+The mathematics lies in `visual`, `splice` and their neighbours; this file joins them to transformers' sub-models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.batch import Batch, collate
+from nvila.components.model.config import ModelConfig, with_vocabulary
+from nvila.components.model.conversation import IGNORED
+from nvila.components.model.generation import Sampling, decode_tokens
+from nvila.components.model.preprocess import Visual
+from nvila.components.model.projector import build_projector
+from nvila.components.model.prompt import Prompt
+from nvila.components.model.splice import Spliced, splice
+from nvila.components.model.tokenizer import TokenIds
+from nvila.components.model.tower import tower_features
+from nvila.components.model.visual import encode_visuals
+
+__all__ = ["NVILA", "Output", "Prompt", "build_model", "init_model", "resized_decoder", "token_logprobs"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of a forward. B rows, T positions after splicing, V tokens."""
+
+    loss: torch.Tensor | None
+    """Mean cross-entropy over supervised tokens, float32; None without labels."""
+    logits: torch.Tensor | None
+    """(B, T, V); None where only the loss was asked for."""
+    labels: torch.Tensor | None
+    """(B, T), shifted by nothing: position t is predicted from t - 1."""
+
+
+class NVILA(nn.Module):
+    """Vision tower -> projector -> decoder.
+
+    The decoder keeps exactly the saved vocabulary: media tokens have ids behind it, are always replaced by visual
+    embeddings, and can never be generated.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokens: TokenIds, llm: nn.Module, vision_tower: nn.Module, mm_projector: nn.Module
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = tokens
+        self.llm = llm
+        self.vision_tower = vision_tower
+        self.mm_projector = mm_projector
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are."""
+        return self.llm.get_input_embeddings().weight.device
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visuals: Sequence[Visual],
+        labels: torch.Tensor | None = None,
+        *,
+        full_logits: bool | None = None,
+    ) -> Output:
+        """Loss and logits of a padded batch (either side).
+
+        Args:
+            input_ids: (B, L) with one media token per visual.
+            attention_mask: (B, L), zero on padding.
+            visuals: in order of appearance across the batch.
+            labels: (B, L), -100 where unsupervised; with labels rows are cut to `max_length_tokens`.
+            full_logits: compute logits at every position. By default only where there are no labels: training needs
+                them at supervised positions alone.
+
+        Raises:
+            DataError: media and markers do not match, or nothing is supervised.
+        """
+        spliced = self.prepare(input_ids, attention_mask, visuals, labels)
+        hidden = self.hidden_states(spliced)
+        wanted = labels is None if full_logits is None else full_logits
+        logits = self.llm.lm_head(hidden) if wanted else None
+        if spliced.labels_BT is None:
+            return Output(None, logits, None)
+        losses, _ = self._token_losses(hidden, spliced.labels_BT)
+        if not len(losses):
+            raise DataError("no supervised token in the batch", do="Raise model.max_length_tokens or check the answers")
+        return Output(losses.mean(), logits, spliced.labels_BT)
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        visuals: Sequence[Visual],
+        labels: torch.Tensor | None = None,
+        side: str = "right",
+    ) -> Spliced:
+        """Encode the visuals and splice them into the token embeddings, padded on `side`."""
+        embed = self.llm.get_input_embeddings()
+        newline = embed(torch.tensor([self.tokens.newline], device=self.device))[0]
+        touch = None
+        if self.training and not visuals:
+            # Each rank must run the tower and projector, or ZeRO-3's collectives would wait for ever.
+            blank = torch.zeros(1, 3, self.config.tile_pixels, self.config.tile_pixels)
+            touch = self.encode([Visual("image", blank, None)], newline)[0].sum() * 0
+        encoded = self.encode(visuals, newline)
+        media: dict[int, list[torch.Tensor]] = {self.tokens.image: [], self.tokens.video: []}
+        for visual, sequence in zip(visuals, encoded, strict=True):
+            media[self.tokens.image if visual.kind == "image" else self.tokens.video].append(sequence)
+        spliced = splice(
+            embed,
+            input_ids,
+            attention_mask,
+            labels,
+            media,
+            max_length=self.config.max_length_tokens if labels is not None else None,
+            side="left" if side == "left" else "right",
+        )
+        return spliced if touch is None else replace(spliced, embeds_BTH=spliced.embeds_BTH + touch)
+
+    def encode(self, visuals: Sequence[Visual], newline: torch.Tensor) -> list[torch.Tensor]:
+        """Embedding sequence (n_i, H) of each visual."""
+        return encode_visuals(self.features, self.mm_projector, newline, visuals, self.config)
+
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(T, 3, S, S) normalised tiles to the tower's (T, N, C) features."""
+        return tower_features(self.vision_tower, tiles, self.config.select_layer)
+
+    def hidden_states(self, spliced: Spliced) -> torch.Tensor:
+        """(B, T, H) last hidden states of the decoder."""
+        return self.llm.model(
+            inputs_embeds=spliced.embeds_BTH,
+            attention_mask=spliced.attention_mask_BT,
+            position_ids=spliced.position_ids_BT,
+            use_cache=False,
+        ).last_hidden_state
+
+    def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy (n,) float32 of each supervised token and its row (n,)."""
+        supervised = labels[:, 1:] != IGNORED
+        logits = self.llm.lm_head(hidden[:, :-1][supervised])
+        losses = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="none")
+        return losses, supervised.nonzero()[:, 0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Answers to a batch of prompts, the same as one by one.
+
+        Args:
+            tokenizer: the model's.
+            prompts: conversations ending with a human turn.
+            max_new_tokens: most tokens per answer.
+            temperature: 0 takes the likeliest token; above, samples with `seed`.
+            seed: each prompt draws from its own generator, seeded by this and its place in the batch.
+
+        Returns:
+            The answers without special tokens, stripped.
+        """
+        if not prompts:
+            return []
+        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
+        batch = collate(items, self.tokens.pad, side="left").to(self.device)
+        was_training = self.training
+        self.eval()
+        spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
+        sampling = Sampling(max_new_tokens, frozenset({self.tokens.end}), temperature, seed)
+        tokens = decode_tokens(self.llm, spliced, sampling)
+        self.train(was_training)
+        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute activations of tower and decoder blocks in the backward pass."""
+        for part in (self.vision_tower, self.llm):
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NVILA:
+        """Casts of the whole model leave the rotary frequencies in float32: in bfloat16 long positions would blur."""
+        rotary = self.llm.model.rotary_emb
+        exact = {name: buffer for name, buffer in rotary.named_buffers() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(rotary, name, buffer.to(getattr(rotary, name).device))
+        return self
+
+
+@torch.no_grad()
+def token_logprobs(model: NVILA, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the log-probabilities (nats) of each sample's supervised tokens, and their number.
+
+    Returns:
+        (B,) float32 and (B,) int64, on the model's device. A sample whose answer was cut off counts 0 tokens.
+    """
+    batch = batch.to(model.device)
+    spliced = model.prepare(batch.input_ids, batch.attention_mask, batch.visuals, batch.labels)
+    assert spliced.labels_BT is not None
+    losses, rows = model._token_losses(model.hidden_states(spliced), spliced.labels_BT)
+    sums = torch.zeros(len(batch.input_ids), device=losses.device).index_add(0, rows, -losses)
+    return sums, torch.bincount(rows, minlength=len(batch.input_ids))
+
+
+def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torch.float32) -> NVILA:
+    """The modules with the random weights of torch's current generator.
+
+    Raises:
+        ConfigError: the sub-models are not SigLIP and Qwen2, or their configurations do not fit.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+    if config.llm.get("model_type", "qwen2") != "qwen2":
+        raise ConfigError("the decoder is not Qwen2", where="llm_cfg: model_type", value=config.llm["model_type"])
+    if config.llm["vocab_size"] != tokens.vocabulary:
+        raise ConfigError(
+            f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
+            where="llm_cfg: vocab_size",
+        )
+    llm_config = Qwen2Config.from_dict(_long_context(config))
+    vision_config = SiglipVisionConfig.from_dict({"vision_use_head": False, **config.vision})
+    try:
+        llm = Qwen2ForCausalLM._from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
+        tower = SiglipVisionModel._from_config(vision_config, dtype=dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        raise ConfigError(
+            "the sub-models cannot be built", where="llm_cfg, vision_tower_cfg", value=str(error)
+        ) from None
+    projector = build_projector(config.projector, config.mm_hidden_size, config.llm_hidden_size).to(dtype)
+    return NVILA(config, tokens, llm, tower, projector)
+
+
+def init_model(config: ModelConfig, tokenizer: Any, seed: int) -> NVILA:
+    """A model with fresh weights; its decoder gets the tokenizer's vocabulary. The global generator is left alone."""
+    tokens = TokenIds.of(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(with_vocabulary(config, tokens.vocabulary), tokens)
+
+
+def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
+    """A model with the same tower and tokenizer, and a fresh projector and decoder of other sizes.
+
+    Args:
+        model: gives tower weights and everything but the sizes.
+        sizes: hidden, layers, heads, kv_heads and mlp, as in the recipe's `DecoderSizes`.
+        seed: of the fresh weights.
+    """
+    names = {
+        "hidden": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "mlp": "intermediate_size",
+    }
+    llm = {**model.config.llm, **{names[size]: value for size, value in sizes.items()}}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resized = build_model(replace(model.config, llm=llm), model.tokens)
+    resized.vision_tower.load_state_dict(model.vision_tower.state_dict())
+    return resized
+
+
+def _long_context(config: ModelConfig) -> dict[str, Any]:
+    """The decoder's configuration, its rotary positions stretched where sequences may outgrow them (section 1.3)."""
+    llm = dict(config.llm)
+    limit = int(llm.get("max_position_embeddings", config.max_length_tokens))
+    if config.max_length_tokens <= limit:
+        return llm
+    factor = float(-(-config.max_length_tokens // limit))
+    theta = llm.pop("rope_theta", None) or (llm.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    return {**llm, "rope_parameters": {"rope_type": "linear", "factor": factor, "rope_theta": theta}}

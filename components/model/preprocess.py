@@ -1,0 +1,107 @@
+"""From a picture or the frames of a video to the tower's input tiles; spec sections 1.7 and 1.8.
+
+Decoding files and sampling frames happens before (data.media); the tower and everything behind it comes after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.tiling import dynamic_grid, dynamic_s2_grid
+
+Kind = Literal["image", "video"]
+BlockSize = tuple[int, int]
+"""(rows, columns) of the last scale's tiles."""
+Medium = Image.Image | Sequence[Image.Image]
+"""A picture, or a video as its sampled frames."""
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What one media token stands for."""
+
+    kind: Kind
+    tiles: torch.Tensor
+    """(T, 3, S, S): float32 in [-1, 1], or the same as uint8 pixels, which take a quarter of the memory in a cache."""
+    block_size: BlockSize | None
+    """(rows, columns) of the largest scale; None is one tile per picture or frame."""
+
+    def normalised(self) -> Visual:
+        """The same with float tiles."""
+        return replace(self, tiles=normalise(self.tiles))
+
+
+def normalise(tiles: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels to the tower's range: (x / 255 - 0.5) / 0.5. Float tiles pass."""
+    return tiles.float() / 127.5 - 1.0 if tiles.dtype == torch.uint8 else tiles
+
+
+def preprocess_image(
+    image: Image.Image, config: ModelConfig, *, alone: bool = True, pixels: bool = False
+) -> list[Visual]:
+    """Tiles of one picture.
+
+    Args:
+        image: the decoded picture, of any size and mode.
+        config: gives vision mode, scales and the most tiles.
+        alone: False leaves a picture of a multi-picture prompt untiled, as in the reference at inference.
+        pixels: leave the tiles uint8, for a cache.
+
+    Returns:
+        One Visual; with dynamic tiling one per tile, the thumbnail last.
+    """
+    image = image.convert("RGB")
+    if config.vision_mode == "dynamic" and alone:
+        visuals = [Visual("image", tile[None], None) for tile in _dynamic_tiles(image, config)]
+    elif config.vision_mode == "s2" or (config.vision_mode == "dynamic_s2" and alone):
+        visuals = [_s2_visual(image, config)]
+    else:
+        visuals = [Visual("image", _cut(image, 1, 1, config.tile_pixels), None)]
+    return visuals if pixels else [visual.normalised() for visual in visuals]
+
+
+def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixels: bool = False) -> Visual:
+    """Tiles of a video's frames, in order: one tile a frame, in plain S2 all scales of each frame.
+
+    Raises:
+        DataError: there is no frame.
+    """
+    if not frames:
+        raise DataError("a video without frames", do="Check that the file can be decoded")
+    each = [preprocess_image(frame, config, alone=False, pixels=True)[0] for frame in frames]
+    visual = Visual("video", torch.cat([frame.tiles for frame in each]), each[0].block_size)
+    return visual if pixels else visual.normalised()
+
+
+def _dynamic_tiles(image: Image.Image, config: ModelConfig) -> torch.Tensor:
+    columns, rows = dynamic_grid(*image.size, config.tile_pixels, config.max_tiles)
+    tiles = _cut(image, columns, rows, config.tile_pixels)
+    if len(tiles) == 1:
+        return tiles
+    return torch.cat([tiles, _cut(image, 1, 1, config.tile_pixels)])
+
+
+def _s2_visual(image: Image.Image, config: ModelConfig) -> Visual:
+    """All scales of one picture, ascending; the last is square in plain S2 and follows the picture in Dynamic-S2."""
+    side = config.scale_tiles[-1]
+    columns, rows = side, side
+    if config.vision_mode == "dynamic_s2":
+        columns, rows = dynamic_s2_grid(*image.size, config.s2_scales, config.max_tiles)
+    grids = [(tiles, tiles) for tiles in config.scale_tiles[:-1]] + [(columns, rows)]
+    tiles = [_cut(image, i, j, config.tile_pixels) for i, j in grids]
+    return Visual("image", torch.cat(tiles), (rows, columns))
+
+
+def _cut(image: Image.Image, columns: int, rows: int, side: int) -> torch.Tensor:
+    """(rows * columns, 3, side, side) uint8: the picture resized without keeping its shape, cut row by row."""
+    resized = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    array = np.asarray(resized).reshape(rows, side, columns, side, 3)
+    return torch.from_numpy(array.transpose(0, 2, 4, 1, 3).reshape(rows * columns, 3, side, side).copy())

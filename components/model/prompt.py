@@ -1,0 +1,63 @@
+"""One sample ready for the model: its turns, its media as tiles, and the markers that stand for them.
+
+The only place that decides between tiling and one tile (spec section 1.8), so that training, scoring and generation
+cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Encoded, TurnLike, encode
+from nvila.components.model.preprocess import Medium, Visual, preprocess_image, preprocess_video
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation and its media."""
+
+    turns: Sequence[TurnLike]
+    visuals: Sequence[Visual] = ()
+    markers: Sequence[str] | None = None
+    """Text for each medium; None trusts the literal markers in the turns."""
+
+    def encode(self, tokenizer: Any, *, system: str | None = None, generate: bool = False) -> Encoded:
+        """Token ids and labels, as `conversation.encode`."""
+        return encode(tokenizer, self.turns, system=system, generate=generate, markers=self.markers)
+
+
+def make_prompt(
+    turns: Sequence[TurnLike],
+    media: Sequence[Medium],
+    config: ModelConfig,
+    *,
+    tile_all: bool = False,
+    pixels: bool = False,
+) -> Prompt:
+    """Preprocess the media of one sample.
+
+    Args:
+        turns: the conversation; see `conversation.place_media` for where media go.
+        media: pictures, or lists of frames for videos, in order.
+        config: the architecture.
+        tile_all: tile every picture of a multi-picture sample, as the reference does in training; False leaves them
+            one tile each.
+        pixels: keep tiles as uint8.
+    """
+    alone = tile_all or len(media) == 1
+    visuals: list[Visual] = []
+    markers: list[str] = []
+    for medium in media:
+        if not isinstance(medium, Image.Image):
+            visuals.append(preprocess_video(medium, config, pixels=pixels))
+            markers.append(VIDEO_TOKEN)
+            continue
+        tiles = preprocess_image(medium, config, alone=alone, pixels=pixels)
+        visuals += tiles
+        markers.append(f"{IMAGE_TOKEN}\n" * len(tiles) if config.vision_mode == "dynamic" and alone else IMAGE_TOKEN)
+    return Prompt(turns, visuals, markers)

@@ -1,0 +1,80 @@
+"""Stacking the features of several scales (S2, Dynamic-S2): plain tensor functions; spec section 1.7.
+
+Sits between the vision tower and the projector. Legend: V visuals, T tiles of each, N features of a tile (s x s),
+C channels, R x K blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.preprocess import BlockSize
+
+
+def tiles_per_unit(block_size: BlockSize | None, config: ModelConfig) -> int:
+    """Tiles of one picture or frame: all lower scales' squares and the last scale's grid."""
+    if block_size is None:
+        return 1
+    return sum(tiles**2 for tiles in config.scale_tiles[:-1]) + block_size[0] * block_size[1]
+
+
+def output_blocks(block_size: BlockSize | None, config: ModelConfig) -> BlockSize:
+    """(rows, columns) of tiles in the map that the projector sees."""
+    if block_size is None:
+        return (1, 1)
+    index = config.s2_output_scale % len(config.s2_scales)
+    last = index == len(config.s2_scales) - 1
+    return block_size if last else (config.scale_tiles[index], config.scale_tiles[index])
+
+
+def merge_chessboard(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(V * rows * columns, s, s, C) tiles, row by row, to (V, rows * s, columns * s, C) maps."""
+    _, s, _, c = tiles.shape
+    board = tiles.reshape(-1, rows, columns, s, s, c)
+    return board.permute(0, 1, 3, 2, 4, 5).reshape(-1, rows * s, columns * s, c)
+
+
+def split_chessboard(maps: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The inverse of `merge_chessboard`: (V, rows * s, columns * s, C) to (V * rows * columns, s, s, C)."""
+    _, height, width, c = maps.shape
+    board = maps.reshape(-1, rows, height // rows, columns, width // columns, c)
+    return board.permute(0, 1, 3, 2, 4, 5).reshape(-1, height // rows, width // columns, c)
+
+
+def merge_scales(features: torch.Tensor, block_size: BlockSize | None, config: ModelConfig) -> torch.Tensor:
+    """Stack the scales of V visuals of the same `block_size` and cut the result into the projector's blocks.
+
+    Args:
+        features: (V, T, N, C) of the tower; T is `tiles_per_unit(block_size)`, scales ascending, tiles row by row.
+        block_size: grid of the last scale, or None for one tile, whose channels are repeated for every scale.
+        config: scales and the scale whose size the others are brought to (by area means, in float32).
+
+    Returns:
+        (V * R * K, N, C * scales) with (R, K) = `output_blocks(block_size)`, channels in ascending scale order.
+    """
+    v, _, n, c = features.shape
+    if not config.is_s2:
+        return features.reshape(-1, n, c)
+    if block_size is None:
+        return features.reshape(-1, n, c).repeat(1, 1, len(config.s2_scales))
+    side = round(n**0.5)
+    rows, columns = output_blocks(block_size, config)
+    maps, start = [], 0
+    for index, tiles in enumerate(config.scale_tiles):
+        last = index == len(config.scale_tiles) - 1
+        r, k = block_size if last else (tiles, tiles)
+        scale = features[:, start : start + r * k].reshape(-1, side, side, c)
+        start += r * k
+        maps.append(_area(merge_chessboard(scale, r, k), rows * side, columns * side))
+    stacked = torch.cat(maps, dim=-1)
+    return split_chessboard(stacked, rows, columns).reshape(v * rows * columns, n, -1)
+
+
+def _area(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Area interpolation of (V, h, w, C) maps; windows are fractional where sizes do not divide."""
+    if maps.shape[1:3] == (height, width):
+        return maps
+    resized = F.interpolate(maps.permute(0, 3, 1, 2).float(), size=(height, width), mode="area")
+    return resized.permute(0, 2, 3, 1).to(maps.dtype)

@@ -1,0 +1,142 @@
+"""Tokenizers: training a small one of Qwen2's kind, loading, saving, and the ids the model needs; spec section 1.4.
+
+The media markers exist at run time only: `with_markers` adds them after the saved tokens and `save_tokenizer` leaves
+them out, so that a checkpoint's vocabulary stays the decoder's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
+"""Special tokens of a saved tokenizer, in the order of their ids behind the byte-pair vocabulary."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids the model itself needs to know."""
+
+    vocabulary: int
+    """Number of saved tokens; the markers' ids start here."""
+    image: int
+    video: int
+    newline: int
+    end: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenIds:
+        """The ids in a tokenizer that has the media markers.
+
+        Raises:
+            ConfigError: a token is missing, or a line break is not one token.
+        """
+        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (*MARKERS, "<|im_end|>")}
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        missing = [name for name, number in ids.items() if number is None]
+        if missing or len(newline) != 1 or tokenizer.pad_token_id is None:
+            raise ConfigError(
+                "the tokenizer is not of Qwen2's kind: it needs <|im_end|>, a padding token and a one-token line break",
+                value=missing or newline,
+            )
+        start = len(tokenizer) - len(MARKERS)
+        if [ids[name] for name in MARKERS] != list(range(start, len(tokenizer))):
+            raise ConfigError("the media markers are not the last tokens", value=ids, do="Load it with load_tokenizer")
+        return cls(start, ids[IMAGE_TOKEN], ids[VIDEO_TOKEN], newline[0], ids["<|im_end|>"], tokenizer.pad_token_id)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """A saved tokenizer with the media markers added behind its tokens. No code of the folder runs.
+
+    Raises:
+        DataError: the folder holds no readable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise DataError("no tokenizer here", where=str(folder), do="A checkpoint keeps it in llm/")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError("the tokenizer cannot be read", where=str(folder), value=str(error)) from None
+    return with_markers(tokenizer)
+
+
+def with_markers(tokenizer: Any) -> Any:
+    """Add the media markers to a tokenizer, in place."""
+    tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer with Qwen2's normaliser, pre-tokenizer (digits one by one) and special tokens.
+
+    Args:
+        texts: what it learns its merges from.
+        vocabulary: most tokens, special ones included; at least 256 bytes and the special tokens.
+
+    Returns:
+        The tokenizer with the media markers, whose ids lie behind the vocabulary.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    least = 256 + len(SPECIAL)
+    if vocabulary < least:
+        raise ConfigError(
+            f"a byte-level vocabulary needs at least {least} tokens", where="vocabulary", value=vocabulary
+        )
+    empty = Qwen2Tokenizer().backend_tokenizer
+    raw = Tokenizer(models.BPE())
+    raw.normalizer, raw.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    learnt = json.loads(raw.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], unk_token=None)
+    tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "[PAD]", "[BOS]"
+    return with_markers(tokenizer)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None:
+    """Write a tokenizer without the media markers: `tokenizer.json` and the files of the reference's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    content = _read(folder / "tokenizer.json")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in MARKERS]
+    _write(folder / "tokenizer.json", content)
+    _write(folder / "vocab.json", content["model"]["vocab"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    _write(folder / "added_tokens.json", {token["content"]: token["id"] for token in content["added_tokens"]})
+    names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
+    _write(folder / "special_tokens_map.json", names)
+    settings = _read(folder / "tokenizer_config.json")
+    fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {name: token[name] for name in fields} for token in content["added_tokens"]
+    }
+    settings["extra_special_tokens"] = [t for t in settings.get("extra_special_tokens") or [] if t not in MARKERS]
+    settings["model_max_length"], settings["padding_side"] = max_length_tokens, "right"
+    _write(folder / "tokenizer_config.json", settings)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""From tiles to the embeddings that replace media tokens: tower, scales, projector, pooling, line breaks.
+
+Plain torch, shared by the torch model and the vLLM plugin: the tower is any callable. Spec sections 1.5 to 1.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.pooling import temporal_pool
+from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
+from nvila.components.model.projector import DOWNSAMPLE
+from nvila.components.model.s2 import merge_chessboard, merge_scales, output_blocks, tiles_per_unit
+
+Tower = Callable[[torch.Tensor], torch.Tensor]
+"""(T, 3, S, S) normalised tiles to (T, N, C) features."""
+Group = tuple[Kind, BlockSize | None, int]
+"""Visuals that can share tensor operations: kind, block size, number of tiles."""
+
+
+def encode_visuals(
+    vision_tower: Tower,
+    projector: Callable[[torch.Tensor], torch.Tensor],
+    newline: torch.Tensor,
+    visuals: Sequence[Visual],
+    config: ModelConfig,
+) -> list[torch.Tensor]:
+    """Embedding sequence of each visual.
+
+    One tower call and one projector call for all; the operations between run once per group of equal shape.
+
+    Args:
+        vision_tower: (T, 3, S, S) to (T, N, C); it sees the tiles in the dtype and on the device of `newline`.
+        projector: (B, N, D) to (B, n, H).
+        newline: (H,) the embedding of a line break, put after each picture and each pooled frame.
+        visuals: pictures and videos in any order.
+        config: the architecture.
+
+    Returns:
+        (n_i, H) of each visual, in the order given.
+    """
+    if not visuals:
+        return []
+    groups = _group(visuals)
+    tiles = torch.cat([visuals[i].tiles for members in groups.values() for i in members])
+    features = vision_tower(normalise(tiles.to(newline.device)).to(newline.dtype))
+    sizes = [len(members) * tiles_each for (_, _, tiles_each), members in groups.items()]
+    blocks = [
+        merge_scales(part.unflatten(0, (-1, tiles_per_unit(block, config))), block, config)
+        for (_, block, _), part in zip(groups, features.split(sizes), strict=True)
+    ]
+    projected = projector(torch.cat(blocks)).split([len(block) for block in blocks])
+    encoded: dict[int, torch.Tensor] = {}
+    for ((kind, block, _), members), part in zip(groups.items(), projected, strict=True):
+        tokens = _whole_map(part, output_blocks(block, config)).unflatten(0, (len(members), -1))
+        sequences = _video(tokens, newline, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
+        encoded.update(zip(members, sequences.unbind(0), strict=True))
+    return [encoded[i] for i in range(len(visuals))]
+
+
+def token_count(kind: Kind, block_size: BlockSize | None, tiles: int, config: ModelConfig) -> int:
+    """Length of the embedding sequence of a visual of this shape, line breaks included."""
+    rows, columns = output_blocks(block_size, config)
+    side = -(-config.features_per_side // DOWNSAMPLE[config.projector])
+    tokens = rows * columns * side * side
+    if kind == "image":
+        return tokens + 1
+    frames = tiles // tiles_per_unit(block_size, config)
+    return sum(frames // pt * (tokens // (ph * pw) + 1) for pt, ph, pw in config.video_pool_sizes)
+
+
+def _group(visuals: Iterable[Visual]) -> dict[Group, list[int]]:
+    groups: dict[Group, list[int]] = {}
+    for index, visual in enumerate(visuals):
+        groups.setdefault((visual.kind, visual.block_size, len(visual.tiles)), []).append(index)
+    return groups
+
+
+def _whole_map(blocks: torch.Tensor, grid: BlockSize) -> torch.Tensor:
+    """(U * rows * columns, n, H) projected blocks to (U, rows * columns * n, H), row by row over the whole map."""
+    if grid == (1, 1):
+        return blocks
+    side = round(blocks.shape[1] ** 0.5)
+    return merge_chessboard(blocks.unflatten(1, (side, side)), *grid).flatten(1, 2)
+
+
+def _end(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+    """(V, U, n, H) to (V, U, n + 1, H): a line break after each picture or frame."""
+    return torch.cat([tokens, newline.expand(*tokens.shape[:2], 1, -1)], dim=2)
+
+
+def _video(tokens: torch.Tensor, newline: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """(V, frames, n, H) to (V, length, H): pooled frames of every pool size, each with its line break."""
+    scales = temporal_pool(tokens, config.video_pool_sizes)
+    return torch.cat([_end(scale, newline).flatten(1, 2) for scale in scales], dim=1)
