@@ -29,7 +29,7 @@ def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) ->
     config = model_config(
         settings, tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
     )
-    model = init_model(config, seed)
+    model = init_model(config, tokenizer, seed)
     records = read_label_records(samples.path("labels.parquet"), settings.tile_pixels)
     tower = train_tower(
         model, records, epochs=base.tower_epochs, learning_rate=base.learning_rate, batch=base.batch, seed=seed

@@ -11,8 +11,9 @@ import torch
 from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.feed import Feed
-from nvila.components.model.nvila import NVILA, Prompt
+from nvila.components.model.nvila import NVILA
 from nvila.components.model.preprocess import Visual
+from nvila.components.model.prompt import Prompt
 
 Show = Literal["own", "blank", "other"]
 
@@ -22,14 +23,15 @@ class Questions:
     """Held-out samples of one source with their media preprocessed once for all models."""
 
     samples: list[Sample]
-    visuals: dict[tuple[str, ...], list[Visual]]
+    shown: dict[tuple[str, ...], Prompt]
+    """A prompt with the tiles of each picture or clip, by its media names."""
 
     @classmethod
     def prepare(cls, samples: list[Sample], feed: Feed) -> Questions:
         """Decode and preprocess each picture or clip once, however many questions ask about it."""
         distinct = {sample.media: sample for sample in samples}
         what = f"{samples[0].source} pictures" if samples else "pictures"
-        return cls(samples, {media: feed.visuals(sample) for media, sample in track(distinct.items(), what)})
+        return cls(samples, {media: feed.prompt(sample) for media, sample in track(distinct.items(), what)})
 
     def prompts(self, show: Show, limit: int | None = None) -> list[Prompt]:
         """Prompts for the first `limit` questions, each with the picture that `show` says."""
@@ -38,11 +40,11 @@ class Questions:
         if show == "other":
             media = _displaced(media)
         prompts = []
-        for sample, shown in zip(chosen, media, strict=True):
-            visuals = self.visuals[shown]
+        for sample, name in zip(chosen, media, strict=True):
+            prompt = replace(self.shown[name], turns=_question(sample))
             if show == "blank":
-                visuals = [replace(v, tiles=torch.zeros_like(v.tiles)) for v in visuals]
-            prompts.append(Prompt(turns=_question(sample), visuals=visuals))
+                prompt = replace(prompt, visuals=[_blank(visual) for visual in prompt.visuals])
+            prompts.append(prompt)
         return prompts
 
 
@@ -60,6 +62,11 @@ def answers(
 def _question(sample: Sample) -> list[Turn]:
     """The conversation up to the answer that is asked for."""
     return [sample.conversations[0]]
+
+
+def _blank(visual: Visual) -> Visual:
+    """The same tiles in the middle grey of SigLIP's normalisation."""
+    return replace(visual, tiles=torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0))
 
 
 def _displaced(media: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -10,8 +10,9 @@ from nvila.components.data.media import Limits, load_image, load_video_frames
 from nvila.components.data.samples import Sample
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import Encoded, encode
-from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
+from nvila.components.model.conversation import Encoded
+from nvila.components.model.preprocess import Medium, Visual
+from nvila.components.model.prompt import Prompt, make_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,29 +26,23 @@ class Feed:
     config: ModelConfig
     limits: Limits = field(default_factory=Limits)
 
-    def visuals(self, sample: Sample) -> list[Visual]:
-        """The sample's media, decoded and preprocessed."""
+    def media(self, sample: Sample) -> list[Medium]:
+        """The sample's media, decoded: pictures, or the frames of a video."""
         if sample.kind == "video":
-            return [
-                preprocess_video(load_video_frames(path, self.config.num_video_frames, self.limits), self.config)
-                for path in sample.paths
-            ]
-        alone = len(sample.media) == 1
-        return [
-            visual
-            for path in sample.paths
-            for visual in preprocess_image(load_image(path, self.limits), self.config, alone=alone)
-        ]
+            return [load_video_frames(path, self.config.num_video_frames, self.limits) for path in sample.paths]
+        return [load_image(path, self.limits) for path in sample.paths]
 
-    def item(self, sample: Sample) -> tuple[Encoded, list[Visual]]:
+    def prompt(self, sample: Sample) -> Prompt:
+        """The sample's conversation and its media as tiles (uint8: the model normalises them)."""
+        return make_prompt(sample.conversations, self.media(sample), self.config, tile_all=True, pixels=True)
+
+    def item(self, sample: Sample) -> tuple[Encoded, Sequence[Visual]]:
         """Token ids with labels, and visuals, of one training sample."""
-        return encode(self.tokenizer, sample.conversations), self.visuals(sample)
+        prompt = self.prompt(sample)
+        return prompt.encode(self.tokenizer), prompt.visuals
 
     def batches(self, samples: Sequence[Sample], batch: int, *, start: int = 0, workers: int = 1) -> Iterator[Batch]:
-        """Consecutive batches of `samples`, the first `start` left out; a process prepares the next ones meanwhile.
-
-        A last batch that is not full is dropped only where it would be the only reason for another shape: it is kept.
-        """
+        """Consecutive batches of `samples`, the first `start` left out; `workers` processes prepare the next ones."""
         from torch.utils.data import DataLoader
 
         order = [list(range(i, min(i + batch, len(samples)))) for i in range(start * batch, len(samples), batch)]
@@ -60,7 +55,7 @@ class Feed:
         )
         yield from loader
 
-    def _collate(self, items: list[tuple[Encoded, list[Visual]]]) -> Batch:
+    def _collate(self, items: list[tuple[Encoded, Sequence[Visual]]]) -> Batch:
         return collate(items, pad_id=self.tokenizer.pad_token_id)
 
 
@@ -72,5 +67,5 @@ class _Items:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Encoded, list[Visual]]:
+    def __getitem__(self, index: int) -> tuple[Encoded, Sequence[Visual]]:
         return self.feed.item(self.samples[index])

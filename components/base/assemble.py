@@ -1,0 +1,85 @@
+"""Puts published weights and a fresh projector into the native layout, file by file: no tensor of them is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.progress import track
+from nvila.components.contracts.recipe.model import ModelSettings
+from nvila.components.data.fetch import fetch
+from nvila.components.model.config import ModelConfig, model_config
+from nvila.components.model.projector import build_projector
+
+
+def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:
+    """Write `folder` in the native layout and return what is worth showing of it.
+
+    Args:
+        settings: architecture; `base.vision_tower` and `base.llm` name the weights.
+        seed: of the projector's initial weights (torch's default initialisation, spec section 3.2).
+        folder: gets `config.json`, `llm/`, `vision_tower/`, `mm_projector/`.
+
+    Raises:
+        ConfigError: the weights are not a SigLIP tower and a Qwen2 decoder, or do not fit the architecture.
+        DataError: they cannot be fetched.
+    """
+    base = settings.base
+    sources = {"vision_tower": fetch(str(base.vision_tower)), "llm": fetch(str(base.llm))}
+    vision = _config(sources["vision_tower"], "siglip_vision_model", "model.base.vision_tower")
+    llm = _config(sources["llm"], "qwen2", "model.base.llm")
+    config = model_config(settings, vision, llm)
+    for part, source in sources.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _WANTED]
+        for file in track(files, f"{part} files"):
+            shutil.copyfile(file, folder / part / file.name)
+    _write_projector(config, seed, folder / "mm_projector")
+    write_atomic(folder / "config.json", json.dumps(config.to_json(), indent=2))
+    return {"parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")}}
+
+
+_WANTED = {".safetensors", ".json", ".txt", ".jinja"}
+
+
+def _config(folder: Path, model_type: str, option: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError("no config.json beside the weights", where=option, value=str(folder))
+    content = json.loads(path.read_text())
+    content = content.get("vision_config", content) if model_type.startswith("siglip") else content
+    if content.get("model_type") != model_type:
+        raise ConfigError(f"not a {model_type} model", where=option, value=content.get("model_type"))
+    return dict(content)
+
+
+def _write_projector(config: ModelConfig, seed: int, folder: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projector = build_projector(config.projector, config.mm_hidden_size, config.llm_hidden_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in projector.state_dict().items()}, folder / "model.safetensors"
+    )
+    write_atomic(folder / "config.json", json.dumps(config.to_json()["mm_projector_cfg"], indent=2))
+
+
+def _count(folder: Path) -> int:
+    """Parameters in a folder of safetensors, from the headers."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total
