@@ -82,7 +82,7 @@ def line_plot(
     every = [point for line in shown for point in line.points]
     low, high = y_range or _padded([y for _, y in every])
     x_low, x_high = min(p[0] for p in every), max(p[0] for p in every)
-    left, right, top, bottom = 40, 14, 8, height - 24
+    left, right, top, bottom = 40, 24, 8, height - 24
     x, y = _scale(x_low, x_high, left, WIDTH - right), _scale(low, high, bottom, top)
     body = []
     for tick in _ticks(low, high):

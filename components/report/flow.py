@@ -44,6 +44,11 @@ class Row:
     """Start of the bar in percent of the run."""
     width: float
 
+    @property
+    def text_side(self) -> str:
+        """Where there is more room beside the bar."""
+        return "left" if self.left > 100 - self.left - self.width else "right"
+
 
 def rows(run: RunView) -> list[Row]:
     """Every step of the DAG in order, reached or not, then steps that this table does not know."""

@@ -44,9 +44,9 @@ def cards(run: RunView) -> list[Card]:
     """Right and wrong answers of every source, spread evenly over the held-out questions."""
     rows = table(run.file("evaluate", "predictions.parquet"))
     after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
-    rows.sort(key=lambda row: (row["source"], row["id"]))
+    rows.sort(key=lambda row: row["id"])
     chosen = []
-    for source in dict.fromkeys(row["source"] for row in rows):
+    for source in run.values("evaluate").get("accuracy", {}):
         mine = [row for row in rows if row["source"] == source]
         chosen += _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from nvila.components.report import charts, flow
@@ -203,13 +204,14 @@ def _short(value: Any, limit: int = 160) -> str:
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential moving average over about a twentieth of the curve, corrected for its start."""
-    weight = 1 - 1 / max(1.0, len(points) / 20)
-    total = norm = 0.0
+    """Centred moving average over a twentieth of the curve (narrower towards the ends), which does not lag behind."""
+    half = max(1, len(points) // 40)
+    sums = [0.0, *accumulate(loss for _, loss in points)]
     found = []
-    for step, loss in points:
-        total, norm = weight * total + (1 - weight) * loss, weight * norm + (1 - weight)
-        found.append((step, total / norm))
+    for index, (step, _) in enumerate(points):
+        reach = min(half, index, len(points) - 1 - index)
+        low, high = index - reach, index + reach + 1
+        found.append((step, (sums[high] - sums[low]) / (high - low)))
     return found
 
 
