@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.config import ModelConfig
+from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
 
@@ -51,7 +51,7 @@ def save_native(
     _write_json(folder / "config.json", config | {"model_dtype": dtype})
     _write_json(folder / "llm/config.json", _llm_config(model, tokenizer))
     _write_json(folder / "llm/generation_config.json", _generation_config(model, tokenizer))
-    _write_json(folder / "vision_tower/config.json", {"model_type": "siglip_vision_model", **model.config.vision})
+    _write_json(folder / "vision_tower/config.json", _vision_config(model.config))
     _write_json(folder / "vision_tower/preprocessor_config.json", _image_processor(model.config.tile_pixels))
     _write_json(
         folder / "mm_projector/config.json", {**config["mm_projector_cfg"], "architectures": ["MultimodalProjector"]}
@@ -140,7 +140,9 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         path = folder / name
@@ -156,8 +158,6 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def _empty(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
     """The modules without the cost of random weights. A decoder with more rows than tokens is built without them."""
     from transformers.initialization import no_init_weights
-
-    from nvila.components.model.config import with_vocabulary
 
     if config.llm["vocab_size"] < tokens.vocabulary:
         raise ConfigError(
@@ -193,6 +193,11 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
+def _vision_config(config: ModelConfig) -> dict[str, Any]:
+    kind = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "vision_use_head": False}
+    return {**kind, **config.vision}
+
+
 def _llm_config(model: NVILA, tokenizer: Any) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": model.tokens.end}
     return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **model.config.llm, **ids}
@@ -226,13 +231,16 @@ def _image_processor(tile_pixels: int) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             "not there", where=str(path), do="A checkpoint has llm/, vision_tower/ and mm_projector/"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError("not readable JSON", where=str(path), value=str(error)) from None
+    if not isinstance(content, dict):
+        raise DataError("not a JSON object", where=str(path))
+    return content
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -156,7 +156,10 @@ class ModelConfig:
         try:
             llm, vision = dict(content["llm_cfg"]), dict(content["vision_tower_cfg"])
             projector = content["mm_projector_cfg"]["mm_projector_type"]
-        except (KeyError, TypeError) as error:
+            needed = [(vision, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")]
+            for part, key in [*needed, (llm, "hidden_size"), (llm, "vocab_size")]:
+                part[key] = int(part[key])
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("incomplete model configuration", where=where, value=str(error)) from None
         mode = _mode(content, where)
         feature = content.get("mm_vision_select_feature", "cls_patch")

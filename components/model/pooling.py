@@ -1,4 +1,4 @@
-"""Temporal and spatial mean pooling of a video's projected tokens (TSP encoder); paper section 2.2, spec section 1.6."""
+"""Mean pooling of a video's projected tokens over time and space (TSP encoder); paper section 2.2, spec section 1.6."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Projector(nn.Module):
 
 
 class SpaceToChannel(nn.Module):
-    """Fold cells of k x k features into channels, row by row in the cell, zeros at the bottom and right where needed."""
+    """Fold k x k features into channels, row by row in the cell, with zeros at the bottom and right where needed."""
 
     def __init__(self, k: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The vision tower's feature: the hidden state at `select_layer`, computed without the blocks above it; spec section 1.1."""
+"""The tower's feature: the hidden state at `select_layer`, without computing the blocks above it; spec section 1.1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def used_blocks(layers: int, select_layer: int) -> int:
-    """How many blocks the hidden state at `select_layer` needs; index 0 is the embeddings, -1 the last block's output."""
+    """Blocks that the hidden state at `select_layer` needs; index 0 is the embeddings, -1 the last block's output."""
     return select_layer if select_layer >= 0 else layers + 1 + select_layer
 
 
