@@ -181,7 +181,8 @@ def _decoding(path: Path) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {error}", path) from error
+        said = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
+        raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {said}", path) from error
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:

@@ -1,0 +1,101 @@
+"""Puts the rows before the expectations and turns the results into a quarantine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.contracts.recipe.data import Source, Validation
+from nvila.components.validate import expectations
+from nvila.components.validate.annotations import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from great_expectations.core import ExpectationSuiteValidationResult
+
+Result = tuple[str, "ExpectationSuiteValidationResult"]
+"""What was checked, in one sentence, and what came of it."""
+
+
+def judge(
+    sources: Sequence[Source], records: list[Row], labels: list[Row], limits: Validation
+) -> tuple[dict[str, Result], dict[str, Row]]:
+    """Results by suite, and the quarantine's lines by record."""
+    context = expectations.context()
+    results: dict[str, Result] = {}
+    quarantine: dict[str, Row] = {}
+    for name, sentence, rows, expected in (
+        ("records", "Each question and answer.", records, expectations.record_expectations(limits)),
+        ("labels", "Each label of a training picture.", labels, expectations.label_expectations()),
+    ):
+        if rows:
+            table = _table(rows, expected)
+            result = expectations.check(context, name, table, expected)
+            results[name] = (sentence, result)
+            found = expectations.breaches(result, table)
+            for row in rows:
+                if (record := row[expectations.RECORD]) in found:
+                    quarantine[record] = _quarantined(row, *found[record])
+    for name, sentence, rows, expected in (
+        ("pictures", "Each distinct media file.", _sides(records, labels), expectations.picture_expectations()),
+        (
+            "sources",
+            "Each source as a whole.",
+            _shares(sources, records, labels, quarantine),
+            expectations.source_expectations(limits),
+        ),
+    ):
+        results[name] = (sentence, expectations.check(context, name, _table(rows, expected), expected))
+    return results, quarantine
+
+
+def _table(rows: list[Row], expected: Sequence[Any]) -> pd.DataFrame:
+    """The columns that the expectations look at, and the name of each row."""
+    import pandas as pd
+
+    keys = ("column", "column_A", "column_B")
+    columns = [getattr(each, key) for each in expected for key in keys if getattr(each, key, None)]
+    wanted = [expectations.RECORD, *dict.fromkeys(columns)]
+    return pd.DataFrame({column: pd.Series([row[column] for row in rows]) for column in wanted})
+
+
+def _sides(records: list[Row], labels: list[Row]) -> list[Row]:
+    """One row per distinct file and side; labels are training data."""
+    sides: dict[tuple[str, str], Row] = {}
+    for row in (*records, *labels):
+        side = "heldout" if row["split"] == "heldout" else "training"
+        for sha256 in row["media_sha256"]:
+            if sha256 is not None:
+                sides.setdefault((sha256, side), {expectations.RECORD: row[expectations.RECORD], "sha256": sha256})
+    return list(sides.values())
+
+
+def _shares(
+    sources: Sequence[Source], records: list[Row], labels: list[Row], quarantine: Mapping[str, Row]
+) -> list[Row]:
+    """One row per source: its share of good SFT records, and the spoilt share of its records and labels."""
+    good = Counter(row["source"] for row in without(records, quarantine) if row["split"] == "sft")
+    everything = Counter((row["source"], row["split"] == "labels") for row in (*records, *labels))
+    spoilt = Counter((row["source"], row["split"] == "labels") for row in quarantine.values())
+    return [
+        {
+            expectations.RECORD: source.name,
+            "share_of_sft": good[source.name] / max(good.total(), 1),
+            "quarantined_share": spoilt[source.name, False] / max(everything[source.name, False], 1),
+            "quarantined_labels_share": spoilt[source.name, True] / max(everything[source.name, True], 1),
+        }
+        for source in sources
+    ]
+
+
+def without(rows: list[Row], quarantine: Mapping[str, Row]) -> list[Row]:
+    """The rows that are not in quarantine."""
+    return [row for row in rows if row[expectations.RECORD] not in quarantine]
+
+
+def _quarantined(row: Row, reason: str, observed: Mapping[str, Any]) -> Row:
+    """A line of the quarantine file."""
+    seen = ", ".join(f"{name}: {value}" for name, value in observed.items())
+    detail = row["media_detail"] if "media_status" in observed else seen
+    return {key: row[key] for key in ("id", "source", "split", "line")} | {"reason": reason, "detail": detail}

@@ -1,0 +1,107 @@
+"""Decodes every media file of the sources once, in two processes, and takes its digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+from nvila.components.contracts.manifest import sha256_file
+from nvila.components.contracts.progress import Progress
+from nvila.components.data.media import Limits, MediaError, inside, probe
+
+Kind = Literal["image", "video"]
+PROCESSES = 2
+CHUNK = 64
+"""Files per task: large enough that handing them over costs nothing, small enough for a moving progress bar."""
+
+
+@dataclass(frozen=True)
+class Medium:
+    """One media file as a record names it."""
+
+    root: str
+    name: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What probing found. `status` is `ok` or the name of the problem."""
+
+    status: str
+    detail: str = ""
+    sha256: str | None = None
+    """None where the file's bytes could not be read."""
+    side_pixels: int | None = None
+    """The shorter side."""
+    frames: int | None = None
+
+
+def probe_all(media: Iterable[Medium], limits: Limits) -> dict[Medium, Finding]:
+    """A finding for each of `media`. A file whose decoder kills the process is a finding, too."""
+    todo = sorted(set(media), key=lambda medium: (medium.root, medium.name))
+    progress = Progress("media files decoded", len(todo))
+    found: dict[Medium, Finding] = {}
+    chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+    pool = _pool(PROCESSES)
+    try:
+        for future in as_completed([pool.submit(_probe_chunk, chunk, limits) for chunk in chunks]):
+            found |= (part := future.result())
+            progress.update(len(part))
+    except BrokenProcessPool:
+        for medium in todo:
+            if medium not in found:
+                found[medium] = _probe_alone(medium, limits)
+                progress.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Forked, because this process has no threads yet and the workers need what it has imported."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+
+
+def _probe_chunk(chunk: list[Medium], limits: Limits) -> dict[Medium, Finding]:
+    return {medium: _probe(medium, limits) for medium in chunk}
+
+
+def _probe_alone(medium: Medium, limits: Limits) -> Finding:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_probe, medium, limits).result()
+        except BrokenProcessPool:
+            return Finding("undecodable", "the decoder crashed")
+
+
+def _probe(medium: Medium, limits: Limits) -> Finding:
+    sha256 = None
+    try:
+        path = inside(Path(medium.root), medium.name)
+        sha256 = _digest(path)
+        found = probe(path, medium.kind, limits)
+    except MediaError as error:
+        return Finding(error.problem, error.what, sha256)
+    except OSError as error:
+        return Finding("undecodable", f"cannot be read: {error.strerror}", sha256)
+    return Finding("ok", "", sha256, min(found.width, found.height), found.frames)
+
+
+def _digest(path: Path) -> str | None:
+    """sha256 of a file, or of the names and contents of a folder of frames."""
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        return None
+    whole = hashlib.sha256()
+    for name in sorted(path.iterdir()):
+        if name.is_file():
+            whole.update(f"{name.name}\0{sha256_file(name)}\0".encode())
+    return whole.hexdigest()

@@ -1,0 +1,172 @@
+"""Step `validate`: the user's files in; a table of good samples, a quarantine with reasons and data docs out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.manifest import File, Manifest, digest_json, sha256_file, write_atomic
+from nvila.components.contracts.recipe.data import SPLITS, DataSettings, Source
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
+from nvila.components.validate import annotations
+from nvila.components.validate.annotations import Row, annotation_files
+from nvila.components.validate.docs import page
+from nvila.components.validate.judge import Result, judge, without
+from nvila.components.validate.listing import media_listing
+from nvila.components.validate.measures import look_at_media
+from nvila.components.validate.probing import Finding, Medium
+
+QUARANTINE_FILE = "quarantine.jsonl"
+DOCS_FILE = "data_docs.html"
+RESULTS_FILE = "validation.json"
+
+
+class Settings(Section):
+    """Slice of the recipe."""
+
+    data: DataSettings
+
+
+def external(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of each source's annotation files, and of the listing of its media (names, sizes, times).
+
+    Raises:
+        DataError: a required annotation file is missing.
+    """
+    sources = Settings.model_validate(settings).data.sources
+    return {
+        source.name: {
+            "files": {name: sha256_file(path) for name, path in annotation_files(source).items()},
+            "media": media_listing(Path(source.path)),
+        }
+        for source in sources
+    }
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Read, probe, check, part good from spoilt, and write it all into `out`.
+
+    Raises:
+        DataError: broken annotation files; too much of a source is spoilt; a source is too small a part of the whole;
+            a held-out picture is a training picture as well. The outputs are written before that is decided.
+    """
+    sources, limits = settings.data.sources, settings.data.validation
+    files = {source.name: annotation_files(source) for source in sources}
+    records = [
+        row
+        for source in sources
+        for split in SPLITS
+        if split in files[source.name]
+        for row in annotations.read_records(source, split, files[source.name][split])
+    ]
+    labels = [
+        row
+        for source in sources
+        if "labels" in files[source.name]
+        for row in annotations.read_label_rows(source, files[source.name]["labels"])
+    ]
+    findings = look_at_media(sources, records, labels, limits)
+    results, quarantine = judge(sources, records, labels, limits)
+    good, good_labels = without(records, quarantine), without(labels, quarantine)
+    counts = _counts(sources, (*good, *good_labels))
+    write_samples(out / SAMPLES_FILE, [_sample(row) for row in good])
+    write_labels(out / LABELS_FILE, good_labels)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in quarantine.values()]
+    write_atomic(out / QUARANTINE_FILE, "".join(lines))
+    write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1) + "\n")
+    write_atomic(out / DOCS_FILE, page(results, counts, list(quarantine.values())))
+    _refuse(sources, results, out)
+    return Outcome(
+        kind="dataset",
+        values={
+            "records": counts,
+            "quarantined": dict(sorted(Counter(record["reason"] for record in quarantine.values()).items())),
+            "media_files": len(findings),
+            "media_digest": _digest(findings),
+        },
+        sources=[
+            File(uri=str(path), size_bytes=path.stat().st_size, sha256=sha256_file(path))
+            for source in sources
+            for path in files[source.name].values()
+        ],
+        files=(SAMPLES_FILE, LABELS_FILE, QUARANTINE_FILE, DOCS_FILE, RESULTS_FILE),
+    )
+
+
+def _refuse(sources: Sequence[Source], results: Mapping[str, Result], out: Path) -> None:
+    """Stop where the data as a whole cannot be used."""
+    paths = {source.name: source.path for source in sources}
+    for name in ("pictures", "sources"):
+        for each in results[name][1].results:
+            items = each.result["unexpected_index_list"]
+            if not each.success:
+                raise _refusal(each.expectation_config.meta["reason"], items, paths, out)
+
+
+def _refusal(reason: str, items: list[dict[str, Any]], paths: Mapping[str, str], out: Path) -> DataError:
+    first = items[0]
+    if reason == "leak":
+        return DataError(
+            f"{len({item['sha256'] for item in items})} held-out pictures are training pictures as well",
+            where=" and ".join(item["record"] for item in items if item["sha256"] == first["sha256"]),
+            do="Take them out of one side: accuracy on them would mean nothing.",
+        )
+    where, share = paths[first["record"]], next(value for key, value in first.items() if key != "record")
+    if reason == "unbalanced":
+        return DataError(
+            f"source {first['record']!r} holds too small a share of all good SFT records",
+            where=where,
+            value=round(share, 4),
+            do="Add records to it, leave it out, or lower data.validation.min_source_share.",
+        )
+    what = "labels" if reason == "spoilt_labels" else "records"
+    return DataError(
+        f"too many {what} of source {first['record']!r} are spoilt",
+        where=where,
+        value=round(share, 4),
+        do=f"Read {out / QUARANTINE_FILE}, mend the data, or raise data.validation.max_quarantined_share.",
+    )
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    columns = ("id", "source", "kind", "split", "root", "media", "media_sha256", "question", "answer", "line")
+    return {column: row[column] for column in columns} | {
+        "conversations": json.dumps(row["conversations"], ensure_ascii=False)
+    }
+
+
+def _counts(sources: Sequence[Source], good: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Good rows by source and split."""
+    counted = Counter((row["source"], row["split"]) for row in good)
+    return {source.name: {split: counted[source.name, split] for split in (*SPLITS, "labels")} for source in sources}
+
+
+def _digest(findings: Mapping[Medium, Finding]) -> str:
+    """Digest over the names and digests of all media, wherever their folders lie."""
+    return digest_json(sorted([medium.name, finding.sha256] for medium, finding in findings.items()))
+
+
+def _summary(results: Mapping[str, Result]) -> dict[str, Any]:
+    """Results without times: the same data give the same file."""
+    shown = ("element_count", "missing_count", "unexpected_count", "unexpected_percent", "partial_unexpected_list")
+    return {
+        name: {
+            "success": result.success,
+            "expectations": [
+                {
+                    "type": each.expectation_config.type,
+                    "kwargs": {k: v for k, v in each.expectation_config.kwargs.items() if k != "batch_id"},
+                    "success": each.success,
+                    **{key: each.result[key] for key in shown if key in each.result},
+                }
+                for each in result.results
+            ],
+        }
+        for name, (_, result) in results.items()
+    }
