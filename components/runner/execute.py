@@ -46,7 +46,9 @@ class Place:
     def from_environment(cls) -> Place:
         """Read `NVILA_STORE` and `NVILA_RUN`."""
         store = Path(os.environ.get(STORE_VARIABLE, "store")).absolute()
-        return cls(Store(store), Path(os.environ.get(RUN_VARIABLE, "runs/adhoc")).absolute())
+        # On a cluster the run's id is known inside the pod only, as another variable.
+        run_dir = os.path.expandvars(os.environ.get(RUN_VARIABLE, "runs/adhoc"))
+        return cls(Store(store), Path(run_dir).absolute())
 
 
 def execute(
