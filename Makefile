@@ -1,0 +1,86 @@
+# What a person types. `make help` lists the targets; everything else is in the README.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RECIPE ?= tiny
+PORT ?= 5000
+
+BIN := .venv/bin
+# A stamp inside each environment, named by what it was made from: another lock makes it anew, and nothing else does.
+made_from = $(firstword $(shell cat $(1) pyproject.toml | sha256sum))
+MAIN := .venv/.made-from-$(call made_from,requirements/main.lock)
+SERVE := .venv-serve/.made-from-$(call made_from,requirements/serve.lock)
+PIP_OPTIONS := --quiet --disable-pip-version-check
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: env ## Run the whole lifecycle on this machine (RECIPE=tiny)
+	$(BIN)/nvila run $(RECIPE)
+
+.PHONY: test
+test: env ## Run the test suite (no GPU, no cluster)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+.PHONY: test-gpu
+test-gpu: env ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+.PHONY: check
+check: $(MAIN) .typing ## Lint, formatting, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.typing $(BIN)/mypy --namespace-packages --explicit-package-bases -p nvila
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_packaging.py
+
+.PHONY: bench
+bench: env ## Measure; tables on the terminal, rows in runs/bench/*.json
+	$(BIN)/python tests/bench/run.py
+
+.PHONY: compile
+compile: $(MAIN) ## Write the pipeline for a Kubeflow cluster to lifecycle.yaml
+	$(BIN)/nvila compile lifecycle.yaml
+
+.PHONY: ui
+ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000)
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) \
+	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+.PHONY: golden
+golden: $(MAIN) ## Write the golden files anew; look at the diff
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py
+
+.PHONY: env
+env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files
+
+.PHONY: clean
+clean: ## Stop the endpoint; remove data, store, runs and caches
+	if [ -x $(BIN)/nvila ]; then $(BIN)/nvila stop; fi
+	rm -rf data store runs build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis lifecycle.yaml
+	find components pipelines infra tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch alone and first: it brings what its build for this machine requires (CUDA libraries on one machine, nothing on
+# another). The lock then pins everything else and no resolver runs; vLLM's own list would add a torchvision that a CPU
+# build of torch cannot load.
+$(MAIN): requirements/main.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' $<)"
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps -r $<
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
+	rm -f .venv/.made-from-* && touch $@
+
+$(SERVE): requirements/serve.lock pyproject.toml
+	test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
+	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' $<)"
+	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r $<
+	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
+	rm -f .venv-serve/.made-from-* && touch $@
+
+# mypy does not see setuptools' package-dir; it does see these links.
+.typing:
+	mkdir -p .typing/nvila
+	for root in components pipelines infra; do ln -sfn ../../$$root .typing/nvila/$$root; done
