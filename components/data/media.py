@@ -103,7 +103,7 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
         kept, decoded = {}, 0
         for frame in _decode(path, limits, strict=False):
             if decoded in wanted:
-                kept[decoded] = frame.to_image()
+                kept[decoded] = _upright(frame)
             decoded += 1
             if decoded == count:
                 break
@@ -181,6 +181,8 @@ def _decoding(path: Path) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
+        if type(error).__name__ == "DecompressionBombError":  # Pillow's own limit, where ours is higher
+            raise MediaError("too_large", str(error), path) from error
         said = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {said}", path) from error
 
@@ -196,6 +198,12 @@ def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(frame: av.video.frame.VideoFrame) -> Image.Image:
+    """The frame as a telephone's owner saw it: turned as the file's display matrix says."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
 def _sixteen_bit(image: Image.Image) -> Image.Image:
