@@ -1,0 +1,1 @@
+"""A model version in the registry, with signature, card and lineage."""

@@ -1,0 +1,83 @@
+"""Lays out a checkpoint as an MLflow model: `MLmodel` with signature and loader beside the checkpoint's own files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.models import ModelSignature
+
+DATA = "data"
+LOADER = "nvila.components.register.served"
+
+
+def signature() -> ModelSignature:
+    """Question and one medium in (text: a path, base64 or a data URL), answer out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema(
+            [
+                ColSpec("string", "question"),
+                ColSpec("string", "image", required=False),
+                ColSpec("string", "video", required=False),
+            ]
+        ),
+        outputs=Schema([ColSpec("string", "answer")]),
+        params=ParamSchema([ParamSpec("max_new_tokens", "long", 32)]),
+    )
+
+
+def log_model(
+    client: MlflowClient,
+    checkpoint: Path,
+    scratch: Path,
+    *,
+    experiment: str,
+    name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+) -> dict[str, Any]:
+    """Upload the checkpoint as a logged model.
+
+    Args:
+        checkpoint: folder of the quantized model.
+        scratch: an empty folder's path for the layout; it holds links only and is removed again.
+        experiment: id of the MLflow experiment.
+        name: of the logged model.
+        params: shown with the logged model.
+        tags: of the logged model.
+
+    Returns:
+        `source` and `model_id` for the model version.
+    """
+    logged = client.create_logged_model(experiment, name=name, params=dict(params), tags=dict(tags), model_type="nvila")
+    try:
+        _lay_out(checkpoint, scratch, logged.model_id)
+        client.log_model_artifacts(logged.model_id, str(scratch))
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    client.finalize_logged_model(logged.model_id, "READY")
+    return {"source": logged.artifact_location, "model_id": logged.model_id}
+
+
+def _lay_out(checkpoint: Path, folder: Path, model_id: str) -> None:
+    """Links instead of copies: a checkpoint may have many gigabytes, and the upload follows links of files."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        link = folder / DATA / path.relative_to(checkpoint)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    model = Model(signature=signature(), model_id=model_id)
+    pyfunc.add_to_model(model, loader_module=LOADER, data=DATA)
+    model.save(str(folder / "MLmodel"))

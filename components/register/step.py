@@ -1,0 +1,70 @@
+"""Step `register`: the quantized model becomes a version in the registry, aliased `challenger`. Rollout comes next.
+
+It reconciles: whoever runs it again finds the same version, with its card, tags and alias put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.rollout import RegisterSettings
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.register.card import model_card
+from nvila.components.register.package import log_model
+from nvila.components.register.record import record_metrics
+from nvila.components.runner.execute import Place
+from nvila.components.tracking.connect import experiment_id
+from nvila.components.tracking.registry import CHALLENGER, MANIFEST_TAG, register_version, set_alias
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CARD = "model_card.md"
+
+
+class Settings(Section):
+    """Slice of `register`."""
+
+    register_: RegisterSettings = Field(alias="register")
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Create or update the version.
+
+    Args:
+        settings: the name in the registry.
+        inputs: `model` (of quantize), `metrics` (of evaluate-quantized), `full` (of evaluate), `samples`, `gate`.
+        out: gets the model card.
+    """
+    runs, name = Place.from_environment().run_dir.parent, settings.register_.model_name
+    model = inputs["model"]
+    card = model_card(name, inputs)
+    (out / CARD).write_text(card, encoding="utf-8")
+    lineage = {f"nvila.digest.{key}": manifest.digest for key, manifest in inputs.items()}
+
+    def log(client: MlflowClient) -> dict[str, Any]:
+        experiment = experiment_id(client, runs)
+        logged = log_model(
+            client,
+            model.dir("model"),
+            out / "upload",
+            experiment=experiment,
+            name=name,
+            params={key: str(value) for key, value in model.values.get("schemes", {}).items()},
+            tags=lineage,
+        )
+        run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)
+        return logged | {"run_id": run_id}
+
+    tags = lineage | {MANIFEST_TAG: f"{model.folder}/manifest.json"}
+    version = register_version(runs, name, model.digest, log, description=card, tags=tags)
+    set_alias(runs, name, CHALLENGER, version.version)
+    return Outcome(
+        kind="version", values={"name": name, "version": version.version, "model_uri": version.uri}, files=(CARD,)
+    )

@@ -1,0 +1,150 @@
+"""The MLflow model registry as a reconciler: one version per model digest, and the aliases that rollout moves.
+
+`register` and `rollout` decide; this only makes the registry say so, and saying it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.tracking.connect import connected
+from nvila.components.tracking.redact import redact, redact_text
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+DIGEST_TAG = "nvila.digest"
+"""Tag of a version: digest of the model's manifest. Two versions never share it."""
+MANIFEST_TAG = "nvila.manifest"
+"""Tag of a version: where that manifest lies."""
+LOGGED_MODEL_TAG = "nvila.logged_model"
+"""Tag of a version: the id of its logged model, which MLflow's SQL registry does not keep."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    name: str
+    version: str
+    tags: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def uri(self) -> str:
+        """What MLflow's APIs take."""
+        return f"models:/{self.name}/{self.version}"
+
+
+LogModel = Callable[["MlflowClient"], Mapping[str, Any]]
+"""Uploads the model and returns `source`, `run_id` and `model_id` for the new version."""
+
+
+def register_version(
+    runs: Path, name: str, digest: str, log_model: LogModel, *, description: str, tags: Mapping[str, str]
+) -> Version:
+    """The version of model `name` that holds the model with this digest, made when missing, with this card and tags.
+
+    Args:
+        runs: the runs folder, which holds the local registry.
+        digest: of the model's manifest; identifies the version.
+        log_model: called only when there is no such version yet.
+        description: the model card, Markdown.
+        tags: lineage and the like; secrets are redacted.
+    """
+    with connected(runs) as client:
+        found = _with_digest(client, name, digest)
+        if found is None:
+            _ensure_model(client, name)
+            logged = dict(log_model(client))
+            own = {DIGEST_TAG: digest, LOGGED_MODEL_TAG: logged["model_id"]}
+            found = _version(client.create_model_version(name, tags=own, **logged))
+            link = json.dumps([{"name": name, "version": int(found.version)}])  # the other direction, for the UI
+            client.set_logged_model_tags(logged["model_id"], {"mlflow.modelVersions": link})
+        client.update_model_version(name, found.version, redact_text(description))
+        for key, value in redact({**tags, DIGEST_TAG: digest}).items():
+            if found.tags.get(key) != value:
+                client.set_model_version_tag(name, found.version, key, value)
+        return _version(client.get_model_version(name, found.version))
+
+
+def set_alias(runs: Path, name: str, alias: str, version: str) -> None:
+    """Point `alias` at a version; nothing is written when it points there already."""
+    with connected(runs) as client:
+        _point(client, name, alias, version)
+
+
+def promote(runs: Path, name: str, version: str) -> str | None:
+    """Make `version` the champion; the old champion becomes `previous`. Returns the old one's number, if it differs."""
+    with connected(runs) as client:
+        old = _by_alias(client, name, CHAMPION)
+        if old and old.version != version:
+            _point(client, name, PREVIOUS, old.version)
+        _point(client, name, CHAMPION, version)
+        return old.version if old and old.version != version else None
+
+
+def find(runs: Path, name: str, reference: str) -> Version | None:
+    """The version of model `name` with this alias or number."""
+    with connected(runs) as client:
+        if reference.isdigit():
+            return next((v for v in _versions(client, name) if v.version == reference), None)
+        return _by_alias(client, name, reference)
+
+
+def champion(runs: Path, name: str) -> Version | None:
+    """The version that users are served."""
+    return find(runs, name, CHAMPION)
+
+
+def models(runs: Path) -> list[str]:
+    """Names of the registered models, the most recently changed first."""
+    with connected(runs) as client:
+        found = client.search_registered_models(max_results=100)
+        return [m.name for m in sorted(found, key=lambda m: m.last_updated_timestamp or 0, reverse=True)]
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    if not client.search_registered_models(filter_string=f"name = '{name}'"):
+        client.create_registered_model(name, description="NVILA models, quantized for serving.")
+
+
+def _with_digest(client: MlflowClient, name: str, digest: str) -> Version | None:
+    return next((v for v in _versions(client, name) if v.tags.get(DIGEST_TAG) == digest), None)
+
+
+def _versions(client: MlflowClient, name: str) -> list[Version]:
+    found, page = [], None
+    while True:
+        some = client.search_model_versions(f"name = '{name}'", max_results=200, page_token=page)
+        found += [_version(v) for v in some]
+        page = some.token
+        if not page:
+            return found
+
+
+def _by_alias(client: MlflowClient, name: str, alias: str) -> Version | None:
+    """MLflow raises for an unknown alias as for an unknown model: neither is an error here."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(client.get_model_version_by_alias(name, alias))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _point(client: MlflowClient, name: str, alias: str, version: str) -> None:
+    now = _by_alias(client, name, alias)
+    if now is None or now.version != version:
+        client.set_registered_model_alias(name, alias, version)
+
+
+def _version(made: Any) -> Version:
+    return Version(made.name, str(made.version), dict(made.tags), tuple(sorted(made.aliases)))

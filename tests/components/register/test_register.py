@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import base64
+import io
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.register.step import Settings, run
+from nvila.components.tracking.connect import connected
+from nvila.components.tracking.registry import CHALLENGER, find
+
+SETTINGS = Settings.model_validate({"register": {"model_name": "small"}})
+
+
+@pytest.fixture
+def runs(tracked_run: Path) -> Path:
+    return tracked_run.parent
+
+
+def test_register_twice_is_one_version_with_card_lineage_and_alias(
+    runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]
+) -> None:
+    """A repeated step must not fill the registry with copies, and a removed alias must come back."""
+    out = tmp_path / "out"
+    out.mkdir()
+    first = run(SETTINGS, register_inputs, out)
+    with connected(runs) as client:
+        client.delete_registered_model_alias("small", CHALLENGER)
+    second = run(SETTINGS, register_inputs, out)
+    assert first.values == second.values == {"name": "small", "version": "1", "model_uri": "models:/small/1"}
+    version = find(runs, "small", CHALLENGER)
+    assert version is not None and version.version == "1"
+    assert version.tags["nvila.digest"] == register_inputs["model"].digest
+    assert version.tags["nvila.digest.samples"] == register_inputs["samples"].digest
+    with connected(runs) as client:
+        made = client.get_model_version("small", "1")
+        logged = client.get_logged_model(made.tags["nvila.logged_model"])
+        history = {m.key: m for m in logged.metrics}
+    assert "| digits | 1000 | 0.110 | 0.300 (0.270 to 0.330), blank picture |" in made.description
+    assert history["quantized/digits/accuracy"].value == 0.71
+    assert history["quantized/digits/accuracy"].dataset_name == "validate"
+    stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
+              Path(logged.artifact_location.removeprefix("file://")).rglob("*") if p.is_file()}  # fmt: skip
+    assert {"MLmodel", "data/config.json", "data/model.safetensors"} <= stored
+    assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
+    assert not (out / "upload").exists()
+
+
+def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
+    """Two different models under one version would make lineage and rollback lie."""
+    run(SETTINGS, register_inputs, tmp_path)
+    changed = register_inputs["model"].model_copy(update={"values": {"schemes": {}}})
+    again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path)
+    assert again.values["version"] == "2"
+    challenger = find(runs, "small", CHALLENGER)
+    assert challenger is not None and challenger.version == "2"
+
+
+def test_registered_model_loads_through_mlflow_and_answers(
+    runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registered artifact must be usable by MLflow alone: our loader gets the checkpoint, rows become answers."""
+    import pandas
+    from PIL import Image
+
+    seen: list[tuple[Path, int]] = []
+
+    class Small:
+        config = types.SimpleNamespace(num_video_frames=2)
+
+        def eval(self) -> None: ...
+
+        def generate(self, tokenizer: object, prompts: list, max_new_tokens: int) -> list[str]:
+            seen.append((prompts[0][1][0].size, max_new_tokens))
+            return [f"{prompts[0][0][0].text} yes"]
+
+    def load(folder: Path) -> tuple[Small, None]:
+        assert (Path(folder) / "model.safetensors").read_text() == "weights"
+        return Small(), None
+
+    monkeypatch.setitem(sys.modules, "nvila.components.model.quantized", types.SimpleNamespace(load_quantized=load))
+    prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
+    monkeypatch.setitem(sys.modules, "nvila.components.model.prompt", prompt)
+    run(SETTINGS, register_inputs, tmp_path)
+
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
+    mlflow.set_tracking_uri(f"sqlite:///{runs}/mlflow.db")
+    try:
+        model = mlflow.pyfunc.load_model("models:/small@challenger")
+    finally:
+        mlflow.set_tracking_uri(None)
+    stream = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(stream, "PNG")
+    picture = base64.b64encode(stream.getvalue()).decode()
+    assert model.predict(pandas.DataFrame({"question": ["red?"], "image": [picture]})) == ["red? yes"]
+    assert seen == [((5, 4), 32)]
+    assert model.metadata.signature is not None
+    with pytest.raises(DataError, match="neither a file nor base64"):
+        model.predict(pandas.DataFrame({"question": ["red?"], "image": ["/no/such/file.png"]}))
+    with pytest.raises(MlflowException, match="question"):
+        model.predict(pandas.DataFrame({"image": [picture]}))
