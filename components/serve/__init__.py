@@ -1,0 +1,1 @@
+"""The vLLM plugin, and how a model is started, asked and stopped through vLLM."""

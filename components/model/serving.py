@@ -1,0 +1,139 @@
+"""The serving form of a model: one flat folder of safetensors that vLLM (through our plugin) and `quantized` can read.
+
+Training keeps the reference's three folders (`checkpoint`); vLLM wants one. Names are those of vLLM's modules:
+`llm.model.*`, `vision_tower.vision_model.*`, `mm_projector.layers.*`. Blocks of the tower above the selected layer,
+its post_layernorm and its head are never computed and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.model.conversation import IMAGE_TOKEN, SYSTEM, VIDEO_TOKEN
+from nvila.components.model.tower import used_blocks
+
+if TYPE_CHECKING:
+    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.nvila import NVILA
+
+ARCHITECTURE = "NVILAForConditionalGeneration"
+MODEL_TYPE = "nvila"
+SHARD_BYTES = 4 * 2**30
+TOWER, LLM, PROJECTOR = "vision_tower.vision_model.", "llm.", "mm_projector."
+
+
+def serving_tensors(model: NVILA) -> dict[str, torch.Tensor]:
+    """The model's tensors by their serving names, in the model's own dtype."""
+    tensors = {PROJECTOR + name: tensor for name, tensor in model.mm_projector.state_dict().items()}
+    for name, tensor in model.vision_tower.state_dict().items():
+        if is_served(name, model.config):
+            tensors[TOWER + name.removeprefix("vision_model.")] = tensor
+    tied = bool(model.config.llm.get("tie_word_embeddings"))
+    for name, tensor in model.llm.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            tensors[LLM + name] = tensor
+    return tensors
+
+
+def is_served(tower_name: str, config: ModelConfig) -> bool:
+    """Whether a module or tensor of the vision tower takes part in the features."""
+    name = tower_name.removeprefix("vision_model.")
+    if name.startswith("encoder.layers."):
+        return int(name.split(".")[2]) < used_blocks(config.vision["num_hidden_layers"], config.select_layer)
+    return not name.startswith(("post_layernorm", "head"))
+
+
+def write_serving(
+    model: NVILA,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: Mapping[str, Any] | None = None,
+) -> int:
+    """Write a serving folder.
+
+    Args:
+        model: gives the configuration and, unless `tensors` is given, the weights.
+        tokenizer: with the media markers; they are saved too, so that a server can tokenize them.
+        folder: where to; made when missing.
+        tensors: as of `serving_tensors`, some of them replaced by compressed ones.
+        dtype: what floating-point tensors are stored and computed in.
+        quantization: the `quantization_config` of a compressed checkpoint.
+
+    Returns:
+        Bytes of the tensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ids, stored = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
+    content: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        **stored,
+        "text_config": {**model.llm.config.to_dict(), **stored},
+        "vision_config": {**model.vision_tower.config.to_dict(), **stored},
+        "nvila": model.config.to_json(),
+        "image_token_id": ids.image,
+        "video_token_id": ids.video,
+        "newline_token_id": ids.newline,
+        "tie_word_embeddings": bool(model.config.llm.get("tie_word_embeddings")),
+    }
+    if quantization is not None:
+        content["quantization_config"] = dict(quantization)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    _write_json(
+        folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
+    )
+    total = _write_shards(serving_tensors(model) if tensors is None else tensors, folder, dtype)
+    _write_json(folder / "config.json", content)
+    return total
+
+
+def chat_template() -> str:
+    """Jinja form of `conversation.render` for one text per message; it drops a line break behind a marker too."""
+    text = "m['content']"
+    for marker in (IMAGE_TOKEN, VIDEO_TOKEN):
+        text += f" | replace('{marker}\\n', '{marker}')"
+    return (
+        f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{SYSTEM}<|im_end|>\n{{% endif %}}"
+        f"{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n{{{{ {text} | trim }}}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> int:
+    """`model.safetensors`, or several with an index when the model is large."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    total = held = 0
+    for name, tensor in sorted(tensors.items()):
+        stored = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().cpu()
+        size = stored.numel() * stored.element_size()
+        if shards[-1] and held + size > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = stored
+        held, total = held + size, total + size
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        # A clone each: tensors that share memory cannot be stored, and tied ones are rare here.
+        save_file({key: value.clone() for key, value in shard.items()}, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    return total
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomic(path, json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

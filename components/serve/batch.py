@@ -1,0 +1,104 @@
+"""Answers many questions with vLLM in one go: the evaluation backend, a child process of the serving environment.
+
+The caller (main environment) writes requests as JSON lines and reads answers as JSON lines; an answer is kept as soon
+as its chunk is done, so that a killed evaluation goes on where it was. `worker` holds what runs inside the child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from nvila.components.contracts.errors import RolloutError
+from nvila.components.contracts.manifest import digest_json, write_atomic
+from nvila.components.serve.environment import serve_python, serve_variables
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about pictures or a clip."""
+
+    media: Sequence[str]
+    """Paths of the media files."""
+    kind: Literal["image", "video"]
+    question: str
+    """Media stand in front of it, or where it has `<image>` or `<vila/video>`."""
+
+
+def generate_with_vllm(
+    model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int | None = None
+) -> list[str]:
+    """Greedy answers, in the order of `requests`.
+
+    Args:
+        model_dir: serving folder (`model.serving`).
+        requests: the questions.
+        max_new_tokens: longest answer.
+        work: folder for requests, answers and log; answers found there for the same model and requests are kept.
+        threads: compute threads; None uses every core this process may use.
+
+    Raises:
+        PreflightError: no serving environment.
+        RolloutError: the child died; its last lines are in the message, its log in `work`.
+    """
+    if not requests:
+        return []
+    python = serve_python()
+    work.mkdir(parents=True, exist_ok=True)
+    wanted = [asdict(request) for request in requests]
+    key = digest_json({"model": _identity(model_dir), "requests": wanted, "max_new_tokens": max_new_tokens})[:16]
+    asked, answered, log = (work / f"vllm-{key}.{end}" for end in ("requests.jsonl", "answers.jsonl", "log"))
+    answers = _read_answers(answered)
+    if len(answers) < len(requests):
+        write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
+        command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
+        command += ["--model", str(model_dir), "--max-new-tokens", str(max_new_tokens)]
+        variables = serve_variables(threads or len(os.sched_getaffinity(0)))
+        with log.open("w") as sink:
+            done = subprocess.run(command, env=variables, stdout=sink, stderr=subprocess.STDOUT, check=False)
+        answers = _read_answers(answered)
+        if done.returncode or len(answers) < len(requests):
+            raise RolloutError(
+                f"vLLM answered {len(answers)} of {len(requests)} requests and ended with code {done.returncode}: "
+                + _last_lines(log),
+                where=str(log),
+                do="Run again: the answers so far are kept.",
+            )
+    return [answers[index] for index in range(len(requests))]
+
+
+def _identity(model_dir: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the model's files: enough to tell one folder's content from another's."""
+    files = sorted(path for path in model_dir.iterdir() if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _read_answers(path: Path) -> dict[int, str]:
+    """Answers so far; a last line cut off by a kill is dropped."""
+    answers = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            answers[record["index"]] = record["text"]
+    return answers
+
+
+def _last_lines(log: Path, count: int = 12) -> str:
+    with log.open(errors="replace") as file:
+        return "".join(deque(file, maxlen=count)).strip()
+
+
+if __name__ == "__main__":
+    from nvila.components.serve.worker import main
+
+    main(sys.argv[1:])

@@ -1,0 +1,60 @@
+"""The serving environment: vLLM pins another set of libraries than training, so it runs in a venv of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nvila.components.contracts.errors import PreflightError
+
+PYTHON_VARIABLE = "NVILA_SERVE_PYTHON"
+"""Environment variable: the Python of the serving environment (default `.venv-serve/bin/python`)."""
+
+
+def serve_python() -> Path:
+    """The interpreter that has vLLM.
+
+    Looked for in `NVILA_SERVE_PYTHON`, then under the working directory, then beside an editable checkout.
+
+    Raises:
+        PreflightError: it is not there.
+    """
+    if named := os.environ.get(PYTHON_VARIABLE):
+        candidates = [Path(named)]
+    else:
+        checkout = Path(__file__).resolve().parents[2]
+        candidates = [root / ".venv-serve" / "bin" / "python" for root in (Path.cwd(), checkout)]
+    for path in candidates:
+        if path.is_file() and os.access(path, os.X_OK):
+            return path.absolute()
+    raise PreflightError(
+        "the serving environment with vLLM is missing",
+        where=PYTHON_VARIABLE,
+        value=[str(path) for path in candidates],
+        do="Make it from requirements/serve.lock, or set NVILA_SERVE_PYTHON to a Python that has it.",
+    )
+
+
+def serve_variables(threads: int | None = None) -> dict[str, str]:
+    """Environment variables for a vLLM process on this machine: offline, silent to the outside, small on a CPU.
+
+    Args:
+        threads: compute threads; None leaves the choice to vLLM.
+    """
+    variables = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_PLUGINS": "nvila",
+        "VLLM_MEDIA_CONNECTOR": "nvila",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    kept = {name: os.environ[name] for name in variables if name.startswith("VLLM_CPU_") and name in os.environ}
+    if threads is not None:
+        kept |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
+    # PYTHONPATH and the like of the calling environment must not leak into another set of libraries.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    return inherited | variables | kept

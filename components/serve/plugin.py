@@ -1,0 +1,31 @@
+"""The vLLM plugin's entry point: makes the architecture, its config and our media connector known to vLLM.
+
+vLLM calls `register` in every process it starts (entry point group `vllm.general_plugins`). The model itself is named
+by a string, so that registering imports no torch; what it says is in `model`, `processing`, `tower` and `connector`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the code behind the string below: it belongs to the content key of whatever runs through vLLM
+    from nvila.components.serve import model  # noqa: F401
+
+ARCHITECTURE = "NVILAForConditionalGeneration"
+CONNECTOR = "nvila"
+
+
+def register() -> None:
+    """Register everything; safe to call again."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from nvila.components.serve.config import NVILAServingConfig
+    from nvila.components.serve.connector import register_connector
+
+    AutoConfig.register(NVILAServingConfig.model_type, NVILAServingConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"nvila.components.serve.model:{ARCHITECTURE}")
+    register_connector(CONNECTOR)
+    # vLLM picks the connector by this variable; every media URL of the HTTP API then passes through ours.
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)

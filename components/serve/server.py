@@ -1,0 +1,229 @@
+"""Starts, probes, asks and stops one OpenAI-compatible vLLM server on this machine; rollout decides when."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import mimetypes
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.serve.environment import serve_python, serve_variables
+
+API_KEY_VARIABLE = "VLLM_API_KEY"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was started; it may still be loading."""
+
+    pid: int
+    """Also the id of its process group."""
+    url: str
+    """Base URL without `/v1`."""
+
+
+def start(
+    model_dir: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int,
+    served_name: str,
+    log_path: Path,
+    api_key: str | None = None,
+    threads: int | None = None,
+) -> Server:
+    """Start a server that outlives this process.
+
+    Args:
+        model_dir: serving folder.
+        host: address to listen on.
+        port: port to listen on.
+        served_name: the `model` of requests.
+        log_path: where stdout and stderr go.
+        api_key: required as a bearer token of every request under `/v1` when given.
+        threads: compute threads; None leaves the choice to vLLM.
+
+    Raises:
+        PreflightError: the port is taken, or there is no serving environment.
+    """
+    require_free_port(host, port)
+    command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
+    command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *_engine_options(model_dir)]
+    variables = serve_variables(threads)
+    variables.pop(API_KEY_VARIABLE, None)
+    if api_key is not None:
+        variables[API_KEY_VARIABLE] = api_key  # not on the command line, which every user of the machine can read
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as sink:
+        child = subprocess.Popen(
+            command, env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    return Server(child.pid, f"http://{host}:{port}")
+
+
+def _engine_options(model_dir: Path) -> list[str]:
+    config = json.loads((model_dir / "config.json").read_text())
+    frames = int(config["nvila"]["num_video_frames"])
+    return [
+        "--enforce-eager",
+        "--max-num-seqs",
+        "32",
+        "--skip-mm-profiling",
+        "--media-io-kwargs",
+        json.dumps({"video": {"num_frames": frames}}),
+        "--disable-uvicorn-access-log",
+    ]
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises:
+    PreflightError: something listens on the port already.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PreflightError(
+                f"port {port} is in use by another program ({error.strerror})",
+                where="rollout.port",
+                value=port,
+                do="Stop that program, or set rollout.port to a free port.",
+            ) from None
+
+
+def wait_ready(url: str, deadline_seconds: float, pid: int, log_path: Path | None = None) -> float:
+    """Wait until `/health` answers; returns the seconds it took.
+
+    Raises:
+        RolloutError: the process ended, or the deadline passed.
+    """
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < deadline_seconds:
+        if not is_alive(pid):
+            raise RolloutError("the server ended while starting: " + _tail(log_path), where=str(log_path or url))
+        if is_ready(url):
+            return waited
+        time.sleep(0.5)
+    raise RolloutError(
+        f"the server was not ready within {deadline_seconds:.0f} seconds: " + _tail(log_path),
+        where=str(log_path or url),
+        do="Look into its log; a slower machine needs a larger rollout.policy.deadline_seconds.",
+    )
+
+
+def is_ready(url: str) -> bool:
+    """Whether `/health` says yes."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process is there and not a zombie of ours."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def stop(pid: int, grace_seconds: float = 20.0) -> None:
+    """End the server's process group: SIGTERM, then SIGKILL after `grace_seconds`. Nothing happens when it is gone."""
+    for sign, patience in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, sign)
+        deadline = time.monotonic() + patience
+        while _group_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not _group_alive(pid):
+            return
+
+
+def _group_alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def ask(
+    url: str,
+    model: str,
+    question: str,
+    *,
+    image: Path | None = None,
+    video: Path | None = None,
+    max_tokens: int = 32,
+    api_key: str | None = None,
+    timeout_seconds: float = 120.0,
+) -> str:
+    """The answer to one question about a picture, a clip, or nothing.
+
+    Raises:
+        RolloutError: the server refused or did not answer.
+    """
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        data=json.dumps(chat_request(model, question, image=image, video=video, max_tokens=max_tokens)).encode(),
+        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
+            content = json.load(answer)["choices"][0]["message"]["content"]
+            return str(content or "").strip()
+    except urllib.error.HTTPError as error:
+        detail = error.read().decode(errors="replace")[:500]
+        raise RolloutError(f"the server answered {error.code}: {detail}", where=url) from None
+    except OSError as error:
+        raise RolloutError(f"the server did not answer: {error}", where=url) from None
+
+
+def chat_request(
+    model: str, question: str, *, image: Path | None = None, video: Path | None = None, max_tokens: int = 32
+) -> dict[str, Any]:
+    """Body of a `/v1/chat/completions` request: media as data URLs, greedy."""
+    content: list[dict[str, Any]] = []
+    for kind, path in (("image_url", image), ("video_url", video)):
+        if path is not None:
+            content.append({"type": kind, kind: {"url": _data_url(path)}})
+    content.append({"type": "text", "text": question})
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+
+
+def _data_url(path: Path) -> str:
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _tail(log_path: Path | None, count: int = 8) -> str:
+    if log_path is None or not log_path.is_file():
+        return "no log"
+    with log_path.open(errors="replace") as file:
+        return "".join(deque(file, maxlen=count)).strip()

@@ -1,0 +1,120 @@
+"""The child process behind `batch`: vLLM inside this process, greedy decoding, answers written chunk by chunk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.contracts.progress import Progress
+from nvila.components.data.media import load_image, load_video_frames
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, encode
+from nvila.components.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from nvila.components.serve import plugin  # noqa: F401 - loaded by vLLM, so part of the content key
+
+CHUNK = 256
+"""Requests between two writes of answers: large enough to keep the batch full."""
+
+
+def main(arguments: list[str]) -> None:
+    """`batch IN.jsonl OUT.jsonl --model DIR --max-new-tokens N`."""
+    parser = argparse.ArgumentParser(prog="nvila.components.serve.batch")
+    parser.add_argument("requests", type=Path)
+    parser.add_argument("answers", type=Path)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--max-new-tokens", type=int, required=True)
+    args = parser.parse_args(arguments)
+
+    requests = [json.loads(line) for line in args.requests.read_text(encoding="utf-8").splitlines()]
+    done = _finish_lines(args.answers)
+    left = [request for request in requests if request["index"] not in done]
+    progress = Progress("vLLM answers", len(requests))
+    progress.update(len(done), "starting vLLM")
+    began = time.monotonic()
+    engine = start_engine(args.model)
+    print(f"vLLM started in {time.monotonic() - began:.1f} s", flush=True)
+    answer_all(engine, args.model, left, args.answers, args.max_new_tokens, progress)
+
+
+def start_engine(model: Path) -> Any:
+    """A vLLM engine in this process, sized for short prompts on a few cores."""
+    # One process: a second one costs another import of everything (20 s here) and buys nothing with one worker.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    return LLM(
+        model=str(model),
+        dtype=json.loads((model / "config.json").read_text(encoding="utf-8"))["dtype"],  # "auto" narrows float32
+        enforce_eager=True,  # compiling costs more than it saves below some ten thousand requests
+        distributed_executor_backend="uni",
+        max_num_seqs=128,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        skip_mm_profiling=True,
+        disable_log_stats=True,
+        seed=0,
+    )
+
+
+def answer_all(
+    engine: Any, model: Path, requests: list[dict[str, Any]], answers: Path, max_new_tokens: int, progress: Progress
+) -> None:
+    """Append {"index", "text"} lines to `answers`."""
+    from vllm import SamplingParams
+
+    tokenizer = load_tokenizer(model)
+    config = ModelConfig.from_json(json.loads((model / "config.json").read_text(encoding="utf-8"))["nvila"])
+    # Decoded by the tokenizer that the torch model uses: vLLM's own detokenizer withholds unfinished characters.
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
+    with answers.open("a", encoding="utf-8") as sink:
+        for chunk in _chunks(requests, CHUNK):
+            prompts = [_prompt(tokenizer, request, config) for request in chunk]
+            outputs = engine.generate(prompts, sampling, use_tqdm=False)
+            texts = tokenizer.batch_decode([o.outputs[0].token_ids for o in outputs], skip_special_tokens=True)
+            for request, text in zip(chunk, texts, strict=True):
+                record = {"index": request["index"], "text": text.strip()}
+                sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            sink.flush()
+            progress.update(len(chunk))
+
+
+def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Token ids from our own template and decoded media: exactly what the torch model is given.
+
+    Each medium is one marker here; the plugin expands it.
+    """
+    paths = [Path(path) for path in request["media"]]
+    turns = [Turn("human", request["question"])]
+    data: dict[str, Any]
+    if request["kind"] == "video":
+        data = {"video": [load_video_frames(path, config.num_video_frames) for path in paths]}
+        markers = [VIDEO_TOKEN] * len(paths)
+    else:
+        data = {"image": [load_image(path) for path in paths]}
+        markers = [IMAGE_TOKEN] * len(paths)
+    ids = encode(tokenizer, turns, generate=True, markers=markers).input_ids
+    return {"prompt_token_ids": ids, "multi_modal_data": data}
+
+
+def _finish_lines(path: Path) -> set[int]:
+    """Indices answered so far; a line cut off by a kill is removed, so that appending goes on at a line's start."""
+    if not path.is_file():
+        return set()
+    whole = path.read_text(encoding="utf-8")
+    kept = whole[: whole.rfind("\n") + 1]
+    if kept != whole:
+        path.write_text(kept, encoding="utf-8")
+    return {json.loads(line)["index"] for line in kept.splitlines()}
+
+
+def _chunks(items: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
