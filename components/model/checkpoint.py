@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def save_native(
     """
     folder = Path(folder)
     state = state_dict if state_dict is not None else model.state_dict()
-    config = model.config.to_json()
+    vision, llm = _vision_config(model.config), _llm_config(model, tokenizer)
+    config = replace(model.config, vision=vision, llm=llm).to_json()
     for part in PARTS:
         tensors = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -49,9 +51,9 @@ def save_native(
         _write_tensors(tensors, folder / part)
     dtype = str(next(model.parameters()).dtype)
     _write_json(folder / "config.json", config | {"model_dtype": dtype})
-    _write_json(folder / "llm/config.json", _llm_config(model, tokenizer))
+    _write_json(folder / "llm/config.json", llm)
     _write_json(folder / "llm/generation_config.json", _generation_config(model, tokenizer))
-    _write_json(folder / "vision_tower/config.json", _vision_config(model.config))
+    _write_json(folder / "vision_tower/config.json", vision)
     _write_json(folder / "vision_tower/preprocessor_config.json", _image_processor(model.config.tile_pixels))
     _write_json(
         folder / "mm_projector/config.json", {**config["mm_projector_cfg"], "architectures": ["MultimodalProjector"]}

@@ -124,14 +124,23 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None
     _write(folder / "added_tokens.json", {token["content"]: token["id"] for token in content["added_tokens"]})
     names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     _write(folder / "special_tokens_map.json", names)
-    settings = _read(folder / "tokenizer_config.json")
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    settings["added_tokens_decoder"] = {
-        str(token["id"]): {name: token[name] for name in fields} for token in content["added_tokens"]
-    }
-    settings["extra_special_tokens"] = [t for t in settings.get("extra_special_tokens") or [] if t not in MARKERS]
-    settings["model_max_length"], settings["padding_side"] = max_length_tokens, "right"
-    _write(folder / "tokenizer_config.json", settings)
+    decoder = {str(token["id"]): {name: token[name] for name in fields} for token in content["added_tokens"]}
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "add_prefix_space": False,
+            "added_tokens_decoder": decoder,
+            **names,
+            "unk_token": None,
+            "errors": "replace",
+            "split_special_tokens": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length_tokens,
+            "padding_side": "right",
+        },
+    )
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,84 @@
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.errors import DataError
+from nvila.components.model.conversation import Turn, encode, place_media, render
+from nvila.components.model.prompt import make_prompt
+
+DIALOGUE = [
+    Turn("human", "<image>\nIs the circle red?"),
+    Turn("gpt", "yes\n\nno\n three"),
+    Turn("human", " and now? "),
+    Turn("gpt", "four"),
+]
+
+
+def test_template() -> None:
+    """Prevents another default system prompt or white space than the decoder was trained with."""
+    assert render(DIALOGUE) == (
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+        "<|im_start|>user\n<image>Is the circle red?<|im_end|>\n"
+        "<|im_start|>assistant\nyes\n\nno\n three<|im_end|>\n"
+        "<|im_start|>user\nand now?<|im_end|>\n"
+        "<|im_start|>assistant\nfour<|im_end|>\n"
+    )
+    assert render(DIALOGUE[:1], system="", generate=True) == (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n<image>Is the circle red?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_labels_are_the_answers_and_their_ends(tokenizer: Any) -> None:
+    """Prevents the reference's defect: in a multi-line answer a line break lost and one after the end supervised."""
+    encoded = encode(tokenizer, DIALOGUE)
+    supervised = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != -100]
+    assert all(label in (-100, i) for i, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    assert tokenizer.decode(supervised) == "yes\n\nno\n three<|im_end|>four<|im_end|>"
+    after = [encoded.labels[k + 1] for k, label in enumerate(encoded.labels) if label == tokenizer.eos_token_id]
+    assert after == [-100, -100]
+
+
+@pytest.mark.parametrize("answer", ["yes", "", "  naïve\n\n\ncafé ", "'s 42 != 7\t.", "e\u0301", "\n\nx"])
+def test_pieces_tokenize_like_the_whole(tokenizer: Any, answer: str) -> None:
+    """Prevents tokens at the edges of answers that the decoder would never see in the whole text."""
+    turns = [Turn("human", "Which?"), Turn("gpt", answer), Turn("human", "Why?"), Turn("gpt", "4")]
+    whole = tokenizer(render(turns), add_special_tokens=False)["input_ids"]
+    assert encode(tokenizer, turns).input_ids == whole
+
+
+def test_each_medium_is_one_token(tokenizer: Any) -> None:
+    """Prevents a marker that is cut into text tokens and never replaced."""
+    ids = encode(tokenizer, [Turn("human", "<image><vila/video>\nWhat?")], generate=True).input_ids
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<vila/video>"])
+    assert ids.count(image) == 1 and ids[ids.index(image) + 1] == video
+    assert tokenizer.decode(ids).endswith("What?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_media_are_placed() -> None:
+    """Prevents users' interleaved prompts from breaking, and text from smuggling in markers."""
+    turns = [Turn("human", "<image>\nA <image> or <image>? <vila/sentinel>"), Turn("gpt", "<image>yes")]
+    assert [t.text for t in place_media(turns, ["<image>", "<image>"])] == ["<image>A <image> or ?", "yes"]
+    plain = [Turn("human", "What?")]
+    assert place_media(plain, ["<image>\n<image>\n"])[0].text == "<image>\n<image>\nWhat?"
+    assert place_media([Turn("human", "<image>\nWhat?")], [])[0].text == "What?"
+    assert place_media([Turn("human", "<image>\nWhat?")], ["<vila/video>"])[0].text == "<vila/video>What?"
+    with pytest.raises(DataError):
+        place_media([Turn("gpt", "x")], ["<image>"])
+    with pytest.raises(DataError, match="role"):
+        place_media([Turn("system", "x")], None)
+
+
+def test_prompt_markers_match_visuals(configure: Any, picture: Any, tokenizer: Any) -> None:
+    """Prevents a prompt whose markers and visuals differ in number, in each vision mode and for several pictures."""
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<vila/video>"])
+    media = [picture(84, 56), [picture(seed=i) for i in range(4)], picture(30, 90)]
+    for mode in ("resize", "dynamic", "s2", "dynamic_s2"):
+        for tile_all in (False, True):
+            for count in (1, 3):
+                config = configure(vision_mode=mode)
+                prompt = make_prompt([Turn("human", "Hm?")], media[:count], config, tile_all=tile_all)
+                ids = prompt.encode(tokenizer).input_ids
+                kinds = [visual.kind for visual in prompt.visuals]
+                assert [{image: "image", video: "video"}[i] for i in ids if i in (image, video)] == kinds
+    tiled = make_prompt([Turn("human", "<image>\nHm?")], media[:1], configure(vision_mode="dynamic"))
+    assert "user\n" + "<image>\n" * 7 + "Hm?" in render(tiled.turns, markers=tiled.markers)

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+import torch
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.pooling import temporal_pool
+
+
+@pytest.mark.parametrize("pool", [(1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 1, 4), (2, 2, 2)])
+def test_means(pool: tuple[int, int, int]) -> None:
+    """Prevents pooling over the wrong axis or with overlap, against literal loops."""
+    x = torch.randn(8, 16, 3)
+    (pooled,) = temporal_pool(x, [pool])
+    pt, ph, pw = pool
+    grid = x.view(8, 4, 4, 3).numpy()
+    expected = np.array(
+        [
+            [
+                grid[t : t + pt, r : r + ph, c : c + pw].mean(axis=(0, 1, 2))
+                for r in range(0, 4, ph)
+                for c in range(0, 4, pw)
+            ]
+            for t in range(0, 8, pt)
+        ]
+    )
+    assert pooled.shape == expected.shape
+    assert np.allclose(pooled.numpy(), expected, atol=1e-6)
+
+
+def test_scales_keep_their_order_and_leading_axes() -> None:
+    """Prevents a batch of videos from mixing, and scales from being sorted."""
+    x = torch.randn(3, 4, 4, 2)
+    coarse, fine = temporal_pool(x, [(4, 2, 2), (1, 1, 1)])
+    assert coarse.shape == (3, 1, 1, 2) and torch.equal(fine, x)
+    assert torch.allclose(coarse[1, 0, 0], x[1].mean(dim=(0, 1)), atol=1e-6)
+
+
+def test_a_pool_that_does_not_divide_is_refused() -> None:
+    """Prevents silently dropped frames."""
+    with pytest.raises(ConfigError, match="pool"):
+        temporal_pool(torch.randn(6, 4, 2), [(4, 1, 1)])
+    with pytest.raises(ConfigError, match="pool"):
+        temporal_pool(torch.randn(4, 9, 2), [(1, 2, 1)])

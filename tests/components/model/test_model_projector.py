@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.projector import SpaceToChannel, build_projector
+
+
+@given(st.integers(1, 2), st.integers(1, 9), st.sampled_from([2, 3]), st.integers(1, 3))
+@settings(deadline=None)
+def test_space_to_channel(batch: int, side: int, k: int, channels: int) -> None:
+    """Prevents column-major cells, padding at the top or left, or another token order, for any map size."""
+    x = torch.randn(batch, side * side, channels)
+    cells = -(-side // k)
+    padded = np.zeros((batch, cells * k, cells * k, channels), dtype=np.float32)
+    padded[:, :side, :side] = x.view(batch, side, side, channels).numpy()
+    expected = np.stack(
+        [
+            np.concatenate([padded[:, k * i + r, k * j + c] for r in range(k) for c in range(k)], axis=-1)
+            for i in range(cells)
+            for j in range(cells)
+        ],
+        axis=1,
+    )
+    assert np.array_equal(SpaceToChannel(k)(x).numpy(), expected)
+
+
+def test_token_counts_of_the_real_tower() -> None:
+    """Prevents other token counts than the published 256 and 121 a tile."""
+    x = torch.zeros(1, 32 * 32, 4)
+    assert build_projector("mlp_downsample", 4, 8)(x).shape == (1, 256, 8)
+    assert build_projector("mlp_downsample_2x2_fix", 4, 8)(x).shape == (1, 256, 8)
+    assert build_projector("mlp_downsample_3x3_fix", 4, 8)(x).shape == (1, 121, 8)
+    assert build_projector("linear", 4, 8)(x).shape == (1, 1024, 8)
+    assert build_projector("mlp2x_gelu", 4, 8)(x).shape == (1, 1024, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "downsample"),
+    [
+        ("linear", {0: (8, 4)}, 1),
+        ("mlp2x_gelu", {0: (8, 4), 2: (8, 8)}, 1),
+        ("mlp_downsample", {1: (16,), 2: (8, 16), 4: (8, 8)}, 2),
+        ("mlp_downsample_2x2_fix", {1: (16,), 2: (8, 16), 4: (8, 8)}, 2),
+        ("mlp_downsample_3x3_fix", {1: (36,), 2: (12, 36), 4: (12,), 5: (8, 12), 7: (8, 8)}, 3),
+    ],
+)
+def test_names_and_shapes_of_published_weights(kind: str, shapes: dict[int, tuple[int, ...]], downsample: int) -> None:
+    """Prevents state-dict names under which published projectors would not load."""
+    projector = build_projector(kind, 4, 8)
+    weights = {name: tuple(t.shape) for name, t in projector.state_dict().items() if name.endswith("weight")}
+    assert weights == {f"layers.{i}.weight": shape for i, shape in shapes.items()}
+    assert {f"layers.{i}.bias" for i in shapes} <= projector.state_dict().keys()
+    assert projector.downsample == downsample
+
+
+def test_unknown_kind() -> None:
+    """Prevents a traceback instead of the list of projectors."""
+    with pytest.raises(ConfigError, match="mlp_downsample_3x3_fix"):
+        build_projector("perceiver", 4, 8)

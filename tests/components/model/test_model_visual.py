@@ -1,0 +1,96 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
+from nvila.components.model.projector import build_projector
+from nvila.components.model.visual import encode_visuals, token_count
+
+Configure = Callable[..., ModelConfig]
+NEWLINE = torch.full((8,), 7.0)
+
+
+def tower(tiles: torch.Tensor) -> torch.Tensor:
+    """A tower that keeps where things were: each patch's mean colour, padded to 24 channels."""
+    patches = torch.nn.functional.avg_pool2d(tiles, 14).flatten(2).transpose(1, 2)
+    return torch.nn.functional.pad(patches, (0, 21))
+
+
+def sample_visuals(config: ModelConfig, picture: Callable[..., Image.Image]) -> list[Visual]:
+    frames = [picture(40, 30, 10 + i) for i in range(4)]
+    found = preprocess_image(picture(56, 56, 1), config)
+    found.append(preprocess_video(frames, config))
+    found += preprocess_image(picture(90, 30, 2), config, alone=False)
+    found += preprocess_image(picture(100, 50, 3), config)
+    found += preprocess_image(picture(56, 56, 4), config)
+    found.append(preprocess_video(frames[::-1], config))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["resize", "dynamic", "s2", "dynamic_s2"])
+@pytest.mark.parametrize("pools", [((1, 1, 1),), ((4, 1, 1), (2, 1, 1))])
+def test_a_batch_is_its_members(
+    configure: Configure, picture: Callable[..., Image.Image], mode: str, pools: tuple[tuple[int, int, int], ...]
+) -> None:
+    """Prevents grouping from changing the order or the values, and `token_count` from disagreeing with the result."""
+    config = configure(vision_mode=mode, video_pool_sizes=pools)
+    torch.manual_seed(0)
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    visuals = sample_visuals(config, picture)
+    together = encode_visuals(tower, projector, NEWLINE, visuals, config)
+    assert len(together) == len(visuals)
+    for visual, sequence in zip(visuals, together, strict=True):
+        (single,) = encode_visuals(tower, projector, NEWLINE, [visual], config)
+        assert torch.allclose(sequence, single, atol=1e-5)
+        assert len(sequence) == token_count(visual.kind, visual.block_size, len(visual.tiles), config)
+        assert torch.equal(sequence[-1], NEWLINE)
+
+
+def test_whole_picture_is_read_row_by_row(configure: Configure) -> None:
+    """Prevents tokens in block order: the decoder sees the rows of the whole picture, then one line break."""
+    config = configure(tile=56, s2_scales=(56, 112), projector="mlp_downsample")
+    rows, columns, side = 2, 3, 4
+    numbered = torch.arange(rows * columns * side * side, dtype=torch.float32)
+    by_place = numbered.view(rows * side, columns * side)
+    tiles = [torch.zeros(side * side)]
+    tiles += [
+        by_place[r * side : (r + 1) * side, c * side : (c + 1) * side].flatten()
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    features = torch.stack(tiles)[:, :, None]
+    visual = Visual("image", torch.zeros(1 + rows * columns, 3, 56, 56), (rows, columns))
+
+    def first_of_each_cell(blocks: torch.Tensor) -> torch.Tensor:
+        last_scale = blocks[..., -1].view(-1, side // 2, 2, side // 2, 2)[:, :, 0, :, 0]
+        return last_scale.reshape(len(blocks), -1, 1).expand(-1, -1, 8)
+
+    (sequence,) = encode_visuals(lambda _: features, first_of_each_cell, NEWLINE, [visual], config)
+    assert torch.equal(sequence[:-1, 0], by_place[::2, ::2].flatten())
+
+
+def test_video_has_a_line_break_after_each_pooled_frame(
+    configure: Configure, picture: Callable[..., Image.Image]
+) -> None:
+    """Prevents one line break per video or per raw frame; NVILA-Video's 256 frames give 32 * 257 embeddings."""
+    config = configure(vision_mode="resize", video_pool_sizes=((2, 1, 1),))
+    visual = preprocess_video([picture(28, 28, i) for i in range(4)], config)
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    (sequence,) = encode_visuals(tower, projector, NEWLINE, [visual], config)
+    assert [bool((row == NEWLINE).all()) for row in sequence] == [False, True, False, True]
+    real = configure(tile=448, vision_mode="resize", video_pool_sizes=((8, 1, 1),))
+    assert token_count("video", None, 256, real) == 8224
+
+
+def test_pixels_and_floats_agree(configure: Configure, picture: Callable[..., Image.Image]) -> None:
+    """Prevents cached uint8 tiles from reaching the tower without normalisation."""
+    config = configure()
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    one, other = (
+        encode_visuals(tower, projector, NEWLINE, preprocess_image(picture(), config, pixels=p), config)[0]
+        for p in (False, True)
+    )
+    assert torch.allclose(one, other, atol=1e-6)
