@@ -59,6 +59,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             "accuracy": _compare(before, rows),
             "same_answer": round(sum(r["prediction"] == r["prediction_full"] for r in rows) / len(rows), 4),
             "through": "vllm" if settings.through_vllm else "torch",
+            "max_new_tokens": settings.evaluate.max_new_tokens,
         },
         files=("predictions.parquet",),
         measured={"seconds": seconds, "questions_per_second": len(rows) / seconds},

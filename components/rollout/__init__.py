@@ -1,0 +1,1 @@
+"""From a registered version to the one that users are served."""

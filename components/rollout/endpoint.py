@@ -1,0 +1,89 @@
+"""The record of the server that users talk to: `<runs folder>/serving/endpoint.json`, written by rename."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nvila.components.contracts.manifest import write_atomic
+
+SERVING = "serving"
+ENDPOINT, CHALLENGER = "endpoint", "challenger"
+"""Names of records: the one users talk to, and one that is being tried."""
+
+
+class Endpoint(BaseModel):
+    """A server that was started and what it serves."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+    """Base URL without `/v1`."""
+    pid: int
+    born: float
+    """When the process started (seconds since the epoch): tells it from a later one with the same id."""
+    host: str
+    port: int
+    model: str
+    """Name that requests give, and the registered model's."""
+    version: str
+    digest: str
+    """Of the model's manifest."""
+    model_dir: str
+    log: str
+    pinned: dict[str, Any] = {}
+    """What it did with the pinned prompts before it became champion."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs."""
+        return birth(self.pid) == self.born
+
+
+def birth(pid: int) -> float | None:
+    """Start time of a process; None when there is none, or only its remains."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def read(runs: Path, name: str = ENDPOINT) -> Endpoint | None:
+    """The record, dead or alive; None where there is none or it is not ours."""
+    try:
+        return Endpoint.model_validate_json(_path(runs, name).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def write(runs: Path, endpoint: Endpoint, name: str = ENDPOINT) -> None:
+    """Keep the record."""
+    write_atomic(_path(runs, name), json.dumps(endpoint.model_dump(), indent=1) + "\n")
+
+
+def forget(runs: Path, name: str = ENDPOINT) -> None:
+    """Remove the record."""
+    _path(runs, name).unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(runs: Path) -> Iterator[None]:
+    """Only one process at a time starts or stops servers of a runs folder."""
+    folder = runs / SERVING
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _path(runs: Path, name: str) -> Path:
+    return runs / SERVING / f"{name}.json"

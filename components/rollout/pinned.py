@@ -1,0 +1,86 @@
+"""The pinned prompts: held-out questions whose answers the evaluation has on record, always the same for one model."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import RolloutError
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.progress import track
+from nvila.components.data.samples import Sample, read_samples
+from nvila.components.metrics.accuracy import is_correct
+from nvila.components.rollout.policy import Observation
+from nvila.components.serve import server
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A question, what the evaluated model said, and the truth."""
+
+    id: str
+    question: str
+    expected: str
+    answer: str
+    image: Path | None
+    video: Path | None
+
+
+def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
+    """`count` prompts (or as many as there are) with one medium each, the sources in turn, by the digest of their id.
+
+    Args:
+        metrics: of evaluate-quantized, with `predictions.parquet`.
+        samples: of validate, with `samples.parquet`.
+        count: the policy's `pinned_prompts`.
+    """
+    import pyarrow.parquet as parquet
+
+    columns = ["id", "source", "prediction", "answer", "media"]
+    rows = parquet.read_table(metrics.path("predictions.parquet"), columns=columns).to_pylist()
+    rows = sorted((row for row in rows if len(row["media"]) == 1), key=lambda row: _order(row["id"]))
+    sources = sorted({row["source"] for row in rows})
+    turns = zip_longest(*([row for row in rows if row["source"] == source] for source in sources))
+    chosen = [row for turn in turns for row in turn if row is not None][:count]
+    by_id = {s.id: s for s in read_samples(samples.path("samples.parquet"), ids=[row["id"] for row in chosen])}
+    return [_pinned(row, by_id[row["id"]]) for row in chosen]
+
+
+def observe(
+    url: str, model: str, prompts: list[Pinned], max_tokens: int, api_key: str | None
+) -> tuple[Observation, float]:
+    """Ask a running server every prompt; returns what it did and the mean seconds of an answer."""
+    errors = agreed = right = 0
+    began = time.monotonic()
+    for prompt in track(prompts, f"pinned prompts to {url}"):
+        try:
+            said = server.ask(
+                url,
+                model,
+                prompt.question,
+                image=prompt.image,
+                video=prompt.video,
+                max_tokens=max_tokens,
+                api_key=api_key,
+            )
+        except RolloutError:
+            errors += 1
+            continue
+        agreed += is_correct(said, prompt.expected)
+        right += is_correct(said, prompt.answer)
+    seconds = (time.monotonic() - began) / max(len(prompts), 1)
+    return Observation(asked=len(prompts), errors=errors, agreed=agreed, right=right), seconds
+
+
+def _order(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _pinned(row: dict[str, Any], sample: Sample) -> Pinned:
+    path = sample.paths[0]
+    image, video = (path, None) if sample.kind == "image" else (None, path)
+    return Pinned(row["id"], sample.question, row["prediction"], row["answer"], image, video)

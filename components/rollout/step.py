@@ -1,0 +1,67 @@
+"""Step `rollout`: the registered version becomes the served one and gets the alias `champion`, or is refused.
+
+It reconciles: when the version is served already, nothing happens; a dead endpoint is started again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.evaluate import EvaluateSettings
+from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
+from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.step import Outcome
+from nvila.components.rollout.endpoint import exclusive
+from nvila.components.rollout.local import Wanted, reconcile
+from nvila.components.rollout.pinned import choose
+from nvila.components.runner.execute import Place
+from nvila.components.tracking.registry import promote
+
+
+class Settings(Section):
+    """Slice of `rollout`."""
+
+    rollout: RolloutSettings
+    register_: RegisterSettings = Field(alias="register")
+
+
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+    """Serve the version, if the policy lets it.
+
+    Args:
+        settings: target, address and policy.
+        inputs: `version` (of register), `model` (of quantize), `metrics` (of evaluate-quantized), `samples`.
+        out: stays empty.
+
+    Raises:
+        PreflightError: the port is held by a program that is not ours.
+        Rejected: the policy said no.
+        RolloutError: the promoted version did not come up at its address.
+    """
+    version = inputs["version"].values
+    values = {"model": version["name"], "version": version["version"]}
+    if settings.rollout.target == "none":
+        return Outcome(kind="endpoint", values=values | {"endpoint": None, "decision": "not asked for", "pinned": {}})
+    runs, rollout = Place.from_environment().run_dir.parent, settings.rollout
+    wanted = Wanted(
+        model=version["name"],
+        version=version["version"],
+        digest=inputs["model"].digest,
+        model_dir=inputs["model"].dir("model"),
+        host=rollout.host,
+        port=rollout.port,
+    )
+    prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
+    longest = inputs["metrics"].values.get("max_new_tokens", EvaluateSettings.model_fields["max_new_tokens"].default)
+    with exclusive(runs):
+        served = reconcile(runs, wanted, prompts, rollout.policy, longest)
+        promote(runs, wanted.model, wanted.version)
+    return Outcome(
+        kind="endpoint",
+        values=values | {"endpoint": served.endpoint.url, "decision": "promoted", "pinned": served.endpoint.pinned},
+        measured=served.measured,
+    )

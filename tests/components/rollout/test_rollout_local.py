@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.errors import PreflightError, Rejected, RolloutError
+from nvila.components.contracts.recipe.rollout import Policy
+from nvila.components.rollout import endpoint as records
+from nvila.components.rollout import local
+from nvila.components.rollout.endpoint import Endpoint, exclusive
+from nvila.components.rollout.local import Served, Wanted, reconcile
+from nvila.components.rollout.pinned import Pinned
+from nvila.components.serve import server
+
+FAKE = """
+import json, sys, pathlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+answers = json.loads(pathlib.Path(sys.argv[1], "answers.json").read_text())
+if answers.get("die"): sys.exit("no such weights")
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+    def do_GET(self):
+        hangs = pathlib.Path(sys.argv[1], "hang").exists() or answers.get("hang")
+        self.send_response(503 if hangs else 200); self.end_headers()
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][0]["content"][-1]["text"]
+        self.send_response(200 if question in answers else 500); self.end_headers()
+        said = {"choices": [{"message": {"content": answers.get(question)}}]}
+        self.wfile.write(json.dumps(said).encode())
+HTTPServer((sys.argv[2], int(sys.argv[3])), Handler).serve_forever()
+"""
+PROMPTS = [Pinned(f"d/heldout/{i}", f"question {i}", "7", "7", None, None) for i in range(4)]
+POLICY = Policy(pinned_prompts=4, deadline_seconds=10)
+GOOD = {f"question {i}": "7" for i in range(4)}
+BAD = {f"question {i}": "9" for i in range(4)}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runs folder; servers are small real processes in place of vLLM and end with the test."""
+    started: list[int] = []
+
+    def start(model_dir: Path, *, host: str, port: int, log_path: Path, **_: Any) -> server.Server:
+        server.require_free_port(host, port)
+        with log_path.open("ab") as log:
+            command = [sys.executable, "-c", FAKE, str(model_dir), host, str(port)]
+            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        started.append(child.pid)
+        return server.Server(child.pid, f"http://{host}:{port}")
+
+    monkeypatch.setattr(server, "start", start)
+    yield tmp_path / "runs"
+    for pid in started:
+        server.stop(pid)
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wanted(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wanted:
+    folder = runs.parent / f"model-{version}"
+    folder.mkdir(exist_ok=True)
+    (folder / "answers.json").write_text(json.dumps(answers))
+    return Wanted("small", version, f"digest-{version}", folder, "127.0.0.1", port)
+
+
+def roll(runs: Path, target: Wanted, policy: Policy = POLICY) -> Served:
+    with exclusive(runs):
+        return reconcile(runs, target, PROMPTS, policy, 8)
+
+
+def serving(runs: Path) -> Endpoint:
+    found = records.read(runs)
+    assert found is not None and found.alive and server.is_ready(found.url)
+    return found
+
+
+def test_first_version_is_served_and_a_second_run_leaves_it_alone(runs: Path, port: int) -> None:
+    """Running again must not restart a healthy endpoint under its users."""
+    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    assert first.pinned == {"asked": 4, "agreed": 4, "right": 4, "errors": 0}
+    again = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    assert again == first == serving(runs)
+    assert first.url == f"http://127.0.0.1:{port}"
+    assert records.read(runs, records.CHALLENGER) is None
+
+
+def test_dead_endpoint_is_started_again(runs: Path, port: int) -> None:
+    """After a reboot the next run must bring the endpoint back, at the same address."""
+    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    server.stop(first.pid)
+    second = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    assert second.pid != first.pid
+    assert serving(runs).url == first.url
+
+
+def test_hanging_endpoint_is_replaced(runs: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that lives but does not answer is not an endpoint."""
+    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    hang = Path(first.model_dir, "hang")
+    hang.touch()
+    monkeypatch.setattr(local, "HEALTH_SECONDS", 1.0)
+    monkeypatch.setattr(server, "stop", lambda pid, stop=server.stop: (stop(pid), hang.unlink(missing_ok=True)))
+    second = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    assert second.pid != first.pid
+    assert not first.alive
+
+
+def test_better_version_takes_the_address_over(runs: Path, port: int) -> None:
+    """Users keep their URL, and the old server does not stay behind and eat memory."""
+    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    new = roll(runs, wanted(runs, port, "2", GOOD)).endpoint
+    assert (new.url, new.version) == (old.url, "2")
+    assert serving(runs) == new
+    assert not old.alive
+    assert records.read(runs, records.CHALLENGER) is None
+
+
+def test_rejected_version_leaves_the_old_one_untouched(runs: Path, port: int) -> None:
+    """A bad model must never reach the address."""
+    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    with pytest.raises(Rejected, match="0 of 4 answers equal") as refusal:
+        roll(runs, wanted(runs, port, "2", BAD))
+    assert refusal.value.exit_code == 3
+    assert serving(runs) == old
+    assert records.read(runs, records.CHALLENGER) is None
+
+
+def test_rejected_version_brings_a_dead_predecessor_back(runs: Path, port: int) -> None:
+    """With the champion down and the challenger refused, serving the champion is right; serving nothing is not."""
+    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    server.stop(old.pid)
+    with pytest.raises(Rejected):
+        roll(runs, wanted(runs, port, "2", BAD))
+    assert serving(runs).version == "1"
+
+
+def test_rejected_first_version_leaves_nothing_running(runs: Path, port: int) -> None:
+    """A refused server must not hold the port."""
+    with pytest.raises(Rejected, match="4 of 4 requests failed"):
+        roll(runs, wanted(runs, port, "1", {}))
+    server.require_free_port("127.0.0.1", port)
+    assert records.read(runs) is None
+
+
+@pytest.mark.parametrize(("answers", "reason"), [({"die": 1}, "no such weights"), ({"hang": 1}, "not ready within")])
+def test_version_that_never_gets_ready_is_refused(runs: Path, port: int, answers: dict[str, Any], reason: str) -> None:
+    """The reason must be the server's own last words, and no process may stay behind."""
+    with pytest.raises(Rejected, match=reason):
+        roll(runs, wanted(runs, port, "1", answers), POLICY.model_copy(update={"deadline_seconds": 2.0}))
+    server.require_free_port("127.0.0.1", port)
+
+
+def test_too_few_prompts_promote_nothing(runs: Path, port: int) -> None:
+    """Four answers cannot satisfy a policy that asks for twelve."""
+    with pytest.raises(Rejected, match="too few"):
+        roll(runs, wanted(runs, port, "1", GOOD), Policy(pinned_prompts=12))
+
+
+def test_port_of_another_program_is_refused(runs: Path, port: int) -> None:
+    """Exit code 2 and the other program keeps running; nothing is started on some other port instead."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(PreflightError, match=str(port)):
+            roll(runs, wanted(runs, port, "1", GOOD))
+
+
+def test_record_of_a_reused_process_id_is_not_ours(runs: Path, port: int) -> None:
+    """After a reboot the recorded id may be any program: it must be neither trusted nor killed."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        stale = Endpoint(
+            url=f"http://127.0.0.1:{port}", pid=child.pid, born=1.0, host="127.0.0.1", port=port, model="small",
+            version="1", digest="digest-1", model_dir="/gone", log="",
+        )  # fmt: skip
+        records.write(runs, stale)
+        records.write(runs, stale, records.CHALLENGER)
+        assert roll(runs, wanted(runs, port, "1", GOOD)).endpoint.pid != child.pid
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_orphan_of_a_killed_run_is_cleared(runs: Path, port: int) -> None:
+    """A run killed while it tried a version leaves a server that nobody else would stop."""
+    orphan = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
+    records.write(runs, orphan, records.CHALLENGER)
+    records.forget(runs)
+    assert roll(runs, wanted(runs, port, "1", GOOD)).endpoint.pid != orphan.pid
+    assert not orphan.alive
+
+
+def test_old_version_returns_when_the_new_one_fails_at_the_address(
+    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between stopping the old and starting the new something may break; users must not be left without a server."""
+    roll(runs, wanted(runs, port, "1", GOOD))
+    start = server.start
+
+    def refuse_second(model_dir: Path, *, port: int, **rest: Any) -> server.Server:
+        if model_dir.name == "model-2" and port == serve_at:
+            raise RolloutError("no memory left")
+        return start(model_dir, port=port, **rest)
+
+    serve_at = port
+    monkeypatch.setattr(server, "start", refuse_second)
+    with pytest.raises(RolloutError, match="no memory left"):
+        roll(runs, wanted(runs, port, "2", GOOD))
+    assert serving(runs).version == "1"

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.errors import Rejected
+from nvila.components.contracts.manifest import Kind, Manifest, describe_files
+from nvila.components.rollout import local
+from nvila.components.rollout import step as rollout
+from nvila.components.rollout.endpoint import Endpoint
+from nvila.components.rollout.local import Served, Wanted
+from nvila.components.rollout.pinned import Pinned, choose
+from nvila.components.tracking.connect import connected
+from nvila.components.tracking.registry import find
+
+
+def manifest(
+    root: Path, step: str, kind: Kind, values: dict[str, Any], rows: list[dict[str, Any]] | None = None
+) -> Manifest:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    folder = root / step
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    if rows:
+        name = "samples.parquet" if kind == "dataset" else "predictions.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    return Manifest(step=step, key="k" * 64, kind=kind, values=values, files=describe_files(folder), folder=str(folder))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, Manifest]:
+    samples, predictions = [], []
+    for source, kind, name in (("clips", "video", "c.mp4"), ("digits", "image", "d.png")):
+        for i in range(20):
+            turns = json.dumps([{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": str(i)}])
+            same = {"id": f"{source}/heldout/{i}", "source": source, "root": str(tmp_path), "media": [name],
+                    "question": "Which?", "answer": str(i)}  # fmt: skip
+            samples.append(
+                same | {"kind": kind, "split": "heldout", "media_sha256": ["0"], "conversations": turns, "line": i}
+            )
+            predictions.append(same | {"prediction": "7", "correct": i == 7})
+    return {
+        "version": manifest(tmp_path, "register", "version", {"name": "small", "version": "2"}),
+        "model": manifest(tmp_path, "quantize", "model", {}),
+        "metrics": manifest(tmp_path, "evaluate-quantized", "metrics", {"max_new_tokens": 5}, predictions),
+        "samples": manifest(tmp_path, "validate", "dataset", {}, samples),
+    }
+
+
+def settings(**rollout_options: Any) -> rollout.Settings:
+    return rollout.Settings.model_validate({"rollout": rollout_options, "register": {"model_name": "small"}})
+
+
+def test_pinned_prompts_are_the_same_each_time_and_take_the_sources_in_turn(inputs: dict[str, Manifest]) -> None:
+    """A different draw each run would make the decision a matter of luck; one source alone would hide the others."""
+    chosen = choose(inputs["metrics"], inputs["samples"], 6)
+    assert chosen == choose(inputs["metrics"], inputs["samples"], 6)
+    assert [p.id.partition("/")[0] for p in chosen] == ["clips", "digits"] * 3
+    assert all((p.video is None) == (p.image is not None) and p.expected == "7" for p in chosen)
+
+
+def test_more_prompts_than_there_are(inputs: dict[str, Manifest]) -> None:
+    """A small held-out set must give what it has, for the policy to judge."""
+    assert len(choose(inputs["metrics"], inputs["samples"], 1000)) == 40
+
+
+def test_promotion_moves_the_aliases(
+    tracked_run: Path, inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`champion` must name what users are served, and `previous` what to go back to; a repeat must not lose it."""
+    runs = tracked_run.parent
+    with connected(runs) as client:
+        client.create_registered_model("small")
+        for _ in range(2):
+            client.create_model_version("small", source="file:///nowhere")
+        client.set_registered_model_alias("small", "champion", "1")
+    asked: list[tuple[Wanted, list[Pinned], int]] = []
+
+    def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: object, longest: int) -> Served:
+        asked.append((wanted, prompts, longest))
+        made = Endpoint(
+            url="http://127.0.0.1:1", pid=1, born=0, host="127.0.0.1", port=1, model="small", version="2",
+            digest="d", model_dir="m", log="l", pinned={"asked": 3},
+        )  # fmt: skip
+        return Served(made, {"seconds_until_ready": 1.0})
+
+    monkeypatch.setattr(rollout, "reconcile", reconcile)
+    for _ in range(2):
+        outcome = rollout.run(settings(policy={"pinned_prompts": 3}), inputs, tmp_path)
+        champion, previous = find(runs, "small", "champion"), find(runs, "small", "previous")
+        assert champion is not None and champion.version == "2"
+        assert previous is not None and previous.version == "1"
+    assert outcome.values == {
+        "model": "small", "version": "2", "endpoint": "http://127.0.0.1:1", "decision": "promoted",
+        "pinned": {"asked": 3},
+    }  # fmt: skip
+    wanted, prompts, longest = asked[0]
+    assert (wanted.digest, len(prompts), longest) == (inputs["model"].digest, 3, 5)
+
+
+def test_refused_version_moves_no_alias(
+    tracked_run: Path, inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The alias is what other tools deploy: it must not name a version that was refused."""
+
+    def refuse(*_: object) -> Served:
+        raise Rejected("rollout refuses the new version")
+
+    monkeypatch.setattr(rollout, "reconcile", refuse)
+    with pytest.raises(Rejected):
+        rollout.run(settings(), inputs, tmp_path)
+    assert find(tracked_run.parent, "small", "champion") is None
+
+
+def test_target_none_starts_nothing(
+    inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A recipe that registers only must not need a serving environment."""
+    monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
+    values = rollout.run(settings(target="none"), inputs, tmp_path).values
+    assert (values["endpoint"], values["decision"]) == (None, "not asked for")
