@@ -58,7 +58,8 @@ def read_label_rows(source: Source, path: Path) -> list[Row]:
     rows = []
     for index, record in _each(path):
         where = f"{path}[{index}]"
-        media, labels, box, frame = (record.get(key) for key in (source.kind, "labels", "box", "frame"))
+        media, box, frame = (record.get(key) for key in (source.kind, "box", "frame"))
+        labels: Any = record.get("labels")
         _require(isinstance(media, str), f"a label needs the path of its {source.kind}", where, media)
         _require(_is_texts(labels), "`labels` must be a list of texts", where, labels)
         _require(box is None or _is_box(box), "`box` must be null or four fractions", where, box)

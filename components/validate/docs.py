@@ -7,6 +7,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.validate.expectations import configuration
+
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuiteValidationResult
 
@@ -26,7 +28,8 @@ td, td * { overflow-wrap: anywhere }
 .badge { background: var(--soft); border-radius: .3rem; padding: 0 .35rem; font-family: ui-monospace, monospace }
 .text-success, .passed { color: #1a7f37 } .text-danger, .failed { color: #cf222e }
 .fa-check-circle::before { content: "\\2713"; font-style: normal } .fa-times::before { content: "\\2717" }
-.fas { font-style: normal; font-weight: bold } .number { text-align: right; font-variant-numeric: tabular-nums }
+.fas { font-style: normal; font-weight: bold }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 
@@ -42,7 +45,7 @@ def page(
         counts: good records by source and split.
         quarantine: the quarantined records.
     """
-    passed = sum(each.success for _, result in results.values() for each in result.results)
+    passed = sum(bool(each.success) for _, result in results.values() for each in result.results)
     total = sum(len(result.results) for _, result in results.values())
     parts = [
         f"<h1>Data validation</h1><p>{passed} of {total} expectations hold on every row. "
@@ -51,15 +54,24 @@ def page(
         "<h2>Quarantine</h2>" + _quarantine(quarantine),
     ]
     for name, (sentence, result) in results.items():
-        verdict = "passed" if result.success else "failed"
-        parts.append(f'<h2>Expectations on {html.escape(name)}: <span class="{verdict}">{verdict}</span></h2>')
-        parts.append(f"<p>{html.escape(sentence)}</p>{_sections(result, name)}")
+        verdict, shown = ("passed", "all hold") if result.success else ("failed", "not all hold")
+        parts.append(f'<h2>Expectations on {html.escape(name)}: <span class="{verdict}">{shown}</span></h2>')
+        parts.append(f"<p>{html.escape(sentence)}</p>{_rules(result)}{_sections(result, name)}")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>Data validation</title><style>{STYLE}</style>"
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(parts)}</body></html>\n'
+
+
+def _rules(result: ExpectationSuiteValidationResult) -> str:
+    """The rules in words, and how many rows break each."""
+    rows = [
+        [configuration(each).notes, each.result["element_count"], each.result["unexpected_count"]]
+        for each in result.results
+    ]
+    return _table(["rule", "rows", "break it"], rows)
 
 
 def _sections(result: ExpectationSuiteValidationResult, name: str) -> str:
@@ -70,7 +82,7 @@ def _sections(result: ExpectationSuiteValidationResult, name: str) -> str:
     shown = copy.deepcopy(result)
     for each in shown.results:
         each.result = _escaped(each.result)
-    shown.meta.setdefault("run_id", None)
+    shown.meta["run_id"] = None  # type: ignore[typeddict-item,arg-type]
     document = ValidationResultsPageRenderer(run_info_at_end=False).render(shown)
     view = DefaultJinjaSectionView()
     texts = []
@@ -106,10 +118,10 @@ def _quarantine(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        kind = ' class="number"' if isinstance(value, int) else ""
-        return f"<td{kind}>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</td>"
+    def cell(value: Any, tag: str, like: Any) -> str:
+        kind = ' class="number"' if isinstance(like, int) else ""
+        return f"<{tag}{kind}>{html.escape(f'{value:,}' if isinstance(value, int) else str(value))}</{tag}>"
 
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    head = "".join(cell(column, "th", like) for column, like in zip(columns, rows[0], strict=True))
+    body = "".join(f"<tr>{''.join(cell(value, 'td', value) for value in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -9,9 +9,10 @@ from nvila.components.contracts.recipe.data import Validation
 
 if TYPE_CHECKING:
     import pandas as pd
-    from great_expectations.core import ExpectationSuiteValidationResult
+    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
     from great_expectations.data_context import EphemeralDataContext
     from great_expectations.expectations import Expectation
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
 
 RECORD = "record"
 """Column that names a row in results: `source/file.json[index]`."""
@@ -39,11 +40,11 @@ def record_expectations(limits: Validation) -> list[Expectation]:
         gxe.ExpectColumnValuesToBeBetween(
             column="side_pixels",
             min_value=limits.min_side_pixels,
-            notes="The shorter side of the smallest picture.",
+            notes="The shorter side of each picture is at least min_side_pixels.",
             meta={"reason": "too_small"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="media_count", min_value=1, notes="A record is about something.", meta={"reason": "no_media"}
+            column="media_count", min_value=1, notes="A record is about at least one file.", meta={"reason": "no_media"}
         ),
         gxe.ExpectColumnPairValuesToBeEqual(
             column_A="markers",
@@ -58,14 +59,17 @@ def record_expectations(limits: Validation) -> list[Expectation]:
             meta={"reason": "empty_answer"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="text_chars", max_value=limits.max_text_chars, meta={"reason": "text_too_long"}
+            column="text_chars",
+            max_value=limits.max_text_chars,
+            notes="A conversation is not longer than max_text_chars.",
+            meta={"reason": "text_too_long"},
         ),
         gxe.ExpectColumnValuesToBeUnique(
-            column="id", notes="The first record of an id stays.", meta={"reason": "duplicate_id"}
+            column="id", notes="Each id comes once; the first record of an id stays.", meta={"reason": "duplicate_id"}
         ),
         gxe.ExpectColumnValuesToBeUnique(
             column="content",
-            notes="Digest of the media's bytes and the conversation; the first of equal records stays.",
+            notes="No record equals another in media bytes and conversation; the first one stays.",
             meta={"reason": "duplicate"},
         ),
     ]
@@ -76,14 +80,18 @@ def label_expectations() -> list[Expectation]:
     from great_expectations import expectations as gxe
 
     return [
-        gxe.ExpectColumnValuesToBeInSet(column="media_status", value_set=["ok"]),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="media_status", value_set=["ok"], notes="The file is there, within the limits, and decodes whole."
+        ),
         gxe.ExpectColumnValuesToBeNull(
             column="box_problem", notes="A box lies inside the picture.", meta={"reason": "bad_box"}
         ),
         gxe.ExpectColumnValuesToBeNull(
             column="frame_problem", notes="The video has that frame.", meta={"reason": "bad_frame"}
         ),
-        gxe.ExpectColumnValuesToBeBetween(column="labels_count", min_value=1, meta={"reason": "empty_labels"}),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="labels_count", min_value=1, notes="A label says something.", meta={"reason": "empty_labels"}
+        ),
     ]
 
 
@@ -106,19 +114,19 @@ def source_expectations(limits: Validation) -> list[Expectation]:
         gxe.ExpectColumnValuesToBeBetween(
             column="share_of_sft",
             min_value=limits.min_source_share,
-            notes="min_source_share",
+            notes="Each source holds at least min_source_share of all good SFT records.",
             meta={"reason": "unbalanced"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="quarantined_share",
             max_value=limits.max_quarantined_share,
-            notes="max_quarantined_share",
+            notes="At most max_quarantined_share of its records are spoilt.",
             meta={"reason": "spoilt"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="quarantined_labels_share",
             max_value=limits.max_quarantined_share,
-            notes="max_quarantined_share",
+            notes="At most max_quarantined_share of its labels are spoilt.",
             meta={"reason": "spoilt_labels"},
         ),
     ]
@@ -144,8 +152,14 @@ def check(
             "return_unexpected_index_query": False,
         },
     )
-    result.results.sort(key=lambda each: each.expectation_config.meta["order"])
+    result.results.sort(key=lambda each: configuration(each).meta["order"])
     return result
+
+
+def configuration(result: ExpectationValidationResult) -> ExpectationConfiguration:
+    """The expectation that a result is about; results that `check` made always have one."""
+    assert result.expectation_config is not None
+    return result.expectation_config
 
 
 def breaches(result: ExpectationSuiteValidationResult, table: pd.DataFrame) -> dict[str, tuple[str, Any]]:
@@ -156,7 +170,7 @@ def breaches(result: ExpectationSuiteValidationResult, table: pd.DataFrame) -> d
     position = {record: index for index, record in enumerate(table[RECORD])}
     found: dict[str, tuple[str, Any]] = {}
     for each in result.results:
-        config = each.expectation_config
+        config = configuration(each)
         items = each.result.get("unexpected_index_list") or []
         items = sorted(items, key=lambda item: position[item[RECORD]])
         if config.type == "expect_column_values_to_be_unique":

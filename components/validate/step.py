@@ -14,9 +14,9 @@ from nvila.components.contracts.recipe.data import SPLITS, DataSettings, Source
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
-from nvila.components.validate import annotations
-from nvila.components.validate.annotations import Row, annotation_files
+from nvila.components.validate.annotations import Row, annotation_files, read_label_rows, read_records
 from nvila.components.validate.docs import page
+from nvila.components.validate.expectations import configuration
 from nvila.components.validate.judge import Result, judge, without
 from nvila.components.validate.listing import media_listing
 from nvila.components.validate.measures import look_at_media
@@ -63,13 +63,13 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         for source in sources
         for split in SPLITS
         if split in files[source.name]
-        for row in annotations.read_records(source, split, files[source.name][split])
+        for row in read_records(source, split, files[source.name][split])
     ]
     labels = [
         row
         for source in sources
         if "labels" in files[source.name]
-        for row in annotations.read_label_rows(source, files[source.name]["labels"])
+        for row in read_label_rows(source, files[source.name]["labels"])
     ]
     findings = look_at_media(sources, records, labels, limits)
     results, quarantine = judge(sources, records, labels, limits)
@@ -79,7 +79,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     write_labels(out / LABELS_FILE, good_labels)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in quarantine.values()]
     write_atomic(out / QUARANTINE_FILE, "".join(lines))
-    write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1) + "\n")
+    write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1, default=_plain) + "\n")
     write_atomic(out / DOCS_FILE, page(results, counts, list(quarantine.values())))
     _refuse(sources, results, out)
     return Outcome(
@@ -106,7 +106,7 @@ def _refuse(sources: Sequence[Source], results: Mapping[str, Result], out: Path)
         for each in results[name][1].results:
             items = each.result["unexpected_index_list"]
             if not each.success:
-                raise _refusal(each.expectation_config.meta["reason"], items, paths, out)
+                raise _refusal(configuration(each).meta["reason"], items, paths, out)
 
 
 def _refusal(reason: str, items: list[dict[str, Any]], paths: Mapping[str, str], out: Path) -> DataError:
@@ -160,8 +160,8 @@ def _summary(results: Mapping[str, Result]) -> dict[str, Any]:
             "success": result.success,
             "expectations": [
                 {
-                    "type": each.expectation_config.type,
-                    "kwargs": {k: v for k, v in each.expectation_config.kwargs.items() if k != "batch_id"},
+                    "type": configuration(each).type,
+                    "kwargs": {k: v for k, v in configuration(each).kwargs.items() if k != "batch_id"},
                     "success": each.success,
                     **{key: each.result[key] for key in shown if key in each.result},
                 }
@@ -170,3 +170,8 @@ def _summary(results: Mapping[str, Result]) -> dict[str, Any]:
         }
         for name, (_, result) in results.items()
     }
+
+
+def _plain(number: Any) -> Any:
+    """numpy's numbers as Python's."""
+    return number.item()

@@ -62,11 +62,11 @@ class Draft:
 
     def write(self) -> dict[str, int]:
         """Write the annotation files and return the number of records in each."""
-        contents: dict[str, list[Record]] = {**self._records, "labels": self._labels}
-        for name, records in contents.items():
+        contents: list[tuple[str, list[Record]]] = [*self._records.items(), ("labels", self._labels)]
+        for name, records in contents:
             text = json.dumps(records, ensure_ascii=False, indent=0) + "\n"
             (self.folder / f"{name}.json").write_text(text, encoding="utf-8")
-        return {name: len(records) for name, records in contents.items()}
+        return {name: len(records) for name, records in contents}
 
     def _record(self, media: str, question: str, answer: str) -> Record:
         self._count += 1
