@@ -19,7 +19,7 @@ from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.conversation import IGNORED
 from nvila.components.model.generation import Sampling, decode_tokens
 from nvila.components.model.preprocess import Visual
-from nvila.components.model.projector import build_projector
+from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.splice import Spliced, splice
 from nvila.components.model.tokenizer import TokenIds
@@ -38,7 +38,7 @@ class Output:
     logits: torch.Tensor | None
     """(B, T, V); None where only the loss was asked for."""
     labels: torch.Tensor | None
-    """(B, T), shifted by nothing: position t is predicted from t - 1."""
+    """(B, T) after splicing, not shifted: the prediction of position t stands at t - 1."""
 
 
 class NVILA(nn.Module):
@@ -48,8 +48,13 @@ class NVILA(nn.Module):
     embeddings, and can never be generated.
     """
 
+    llm: Any
+    """transformers' `Qwen2ForCausalLM`."""
+    vision_tower: Any
+    """transformers' `SiglipVisionModel`."""
+
     def __init__(
-        self, config: ModelConfig, tokens: TokenIds, llm: nn.Module, vision_tower: nn.Module, mm_projector: nn.Module
+        self, config: ModelConfig, tokens: TokenIds, llm: nn.Module, vision_tower: nn.Module, mm_projector: Projector
     ) -> None:
         super().__init__()
         self.config = config

@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
+from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, SYSTEM, VIDEO_TOKEN
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
 """Special tokens of a saved tokenizer, in the order of their ids behind the byte-pair vocabulary."""
+
+TEMPLATE = f"system\n{SYSTEM}\nuser\nassistant\n"
+"""Words of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     """A byte-level BPE tokenizer with Qwen2's normaliser, pre-tokenizer (digits one by one) and special tokens.
 
     Args:
-        texts: what it learns its merges from.
+        texts: what it learns its merges from. The template's words count as often as there are texts: they are in
+            every prompt, and would be single bytes otherwise.
         vocabulary: most tokens, special ones included; at least 256 bytes and the special tokens.
 
     Returns:
@@ -98,14 +103,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     empty = Qwen2Tokenizer().backend_tokenizer
     raw = Tokenizer(models.BPE())
     raw.normalizer, raw.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+    # Qwen2Tokenizer takes pairs and no unknown token, which its annotations do not say.
+    make: Any = Qwen2Tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    raw.train_from_iterator(texts, trainer)
+    raw.train_from_iterator(chain.from_iterable((text, TEMPLATE) for text in texts), trainer)
     learnt = json.loads(raw.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], unk_token=None)
+    tokenizer = make(vocab=learnt["vocab"], merges=[tuple(m) for m in learnt["merges"]], unk_token=None)
     tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<|im_end|>", "[PAD]", "[BOS]"
     return with_markers(tokenizer)

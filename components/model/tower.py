@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 
 def used_blocks(layers: int, select_layer: int) -> int:
@@ -11,7 +12,7 @@ def used_blocks(layers: int, select_layer: int) -> int:
     return select_layer if select_layer >= 0 else layers + 1 + select_layer
 
 
-def tower_features(tower: nn.Module, tiles: torch.Tensor, select_layer: int) -> torch.Tensor:
+def tower_features(tower: Any, tiles: torch.Tensor, select_layer: int) -> torch.Tensor:
     """(T, 3, S, S) tiles to (T, N, C) features of a `SiglipVisionModel`.
 
     No layer norm follows: the blocks above and `post_layernorm` get no gradient, as in the reference.

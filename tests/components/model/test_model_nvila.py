@@ -9,9 +9,11 @@ from nvila.components.contracts.errors import DataError
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import Turn
-from nvila.components.model.nvila import NVILA, Prompt, init_model, resized_decoder, token_logprobs
+from nvila.components.model.nvila import NVILA, Prompt, build_model, init_model, resized_decoder, token_logprobs
 from nvila.components.model.prompt import make_prompt
+from nvila.components.model.tokenizer import TokenIds
 from nvila.components.model.tower import tower_features
+from nvila.components.model.visual import token_count
 
 Picture = Callable[..., Image.Image]
 
@@ -249,3 +251,35 @@ def test_gradient_checkpointing_changes_nothing(model: NVILA, tokenizer: Any, pi
         model(**batch.forward_arguments()).loss.backward()
         found.append(model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad.clone())
     assert torch.allclose(*found, atol=1e-6) and bool(found[0].any())
+
+
+@pytest.mark.parametrize(
+    ("mode", "projector", "parameters"),
+    [("dynamic_s2", "mlp_downsample", 8.09e9), ("dynamic", "mlp_downsample_3x3_fix", 8.1e9)],
+)
+def test_real_sizes_build(mode: str, projector: str, parameters: float) -> None:
+    """Prevents anything special-cased to tiny sizes: NVILA-8B and Lite-8B are built (without memory) and counted."""
+    tokens = TokenIds(151648, 151649, 151650, 198, 151645, 151647)
+    vision = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+    llm = {"vocab_size": 151648, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
+    llm |= {"num_key_value_heads": 4, "intermediate_size": 18944, "max_position_embeddings": 32768, "rope_theta": 1e6}
+    config = ModelConfig(
+        vision={**vision, "image_size": 448, "patch_size": 14},
+        llm={**llm, "tie_word_embeddings": False},
+        projector=projector,
+        vision_mode=mode,
+        s2_scales=(448, 896, 1344) if mode == "dynamic_s2" else (448,),
+        s2_output_scale=-1,
+        max_tiles=12,
+        select_layer=-2,
+        max_length_tokens=8192,
+        num_video_frames=8,
+        video_pool_sizes=((1, 1, 1),),
+    )
+    with torch.device("meta"):
+        model = build_model(config, tokens)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert model.vision_tower.embeddings.position_embedding.weight.shape == (1024, 1152)
+    block = (3, 4) if mode == "dynamic_s2" else None
+    tiles = 17 if mode == "dynamic_s2" else 1
+    assert token_count("image", block, tiles, config) == (12 * 256 + 1 if mode == "dynamic_s2" else 122)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.conversation import Turn, encode
 from nvila.components.model.tokenizer import SPECIAL, TokenIds, load_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = ["Which digit is in row 2?", "12345 naïve café 東京 🎈\n\t x", "<|im_start|>user\nhi<|im_end|>\n<image>"]
@@ -32,6 +33,13 @@ def test_vocabulary_is_bounded() -> None:
     assert len(train_tokenizer(["abc abc abcd " * 50], 264)) - 3 <= 264
     with pytest.raises(ConfigError, match="261"):
         train_tokenizer(["abc"], 200)
+
+
+def test_template_is_short() -> None:
+    """Prevents prompts whose constant part, spelt in bytes, costs more than the question."""
+    tokenizer = train_tokenizer(["Which digit is in row 2?"] * 9, 400)
+    ids = encode(tokenizer, [Turn("human", "Which digit is in row 2?")], generate=True).input_ids
+    assert len(ids) < 32
 
 
 def test_save_and_load(tokenizer: Any, tmp_path: Path) -> None:
