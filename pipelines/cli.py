@@ -113,16 +113,25 @@ def stop(runs: Runs = Path("runs")) -> None:
 
 @app.command()
 def trace(
-    name: Annotated[str, typer.Argument(help="`champion`, or another alias or version of the registry.")] = "champion",
+    name: Annotated[
+        str, typer.Argument(help="`champion`, another alias or number, or a manifest's path.")
+    ] = "champion",
+    deep: Annotated[bool, typer.Option("--deep", help="Check the sha256 of every file, not only its size.")] = False,
     runs: Runs = Path("runs"),
+    store: Store = Path("store"),
 ) -> None:
-    """Walk from a registered model back to the source files it was made from.
+    """Walk from a registered model back to the source files it was made from, checking digests.
+
+    Exit code: 0 all agree, 1 a manifest or a file of the store is missing or altered, 2 no such model.
 
     Example: nvila trace champion
     """
+    from nvila.components.tracking.trace import render
     from nvila.components.tracking.trace import trace as walk
 
-    typer.echo(walk(name))
+    tree = walk(store, name, runs=runs, deep=deep)
+    typer.echo(render(tree))
+    raise typer.Exit(0 if tree.sound else 1)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from nvila.components.register.package import log_model
 from nvila.components.register.record import record_metrics
 from nvila.components.runner.execute import Place
 from nvila.components.tracking.connect import experiment_id
-from nvila.components.tracking.registry import CHALLENGER, MANIFEST_TAG, register_version, set_alias
+from nvila.components.tracking.registry import CHALLENGER, lineage_tags, register_version, set_alias
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,7 +46,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     model = inputs["model"]
     card = model_card(name, inputs)
     (out / CARD).write_text(card, encoding="utf-8")
-    lineage = {f"nvila.digest.{key}": manifest.digest for key, manifest in inputs.items()}
+    lineage = lineage_tags(inputs)
 
     def log(client: MlflowClient) -> dict[str, Any]:
         experiment = experiment_id(client, runs)
@@ -62,8 +62,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)
         return logged | {"run_id": run_id}
 
-    tags = lineage | {MANIFEST_TAG: f"{model.folder}/manifest.json"}
-    version = register_version(runs, name, model.digest, log, description=card, tags=tags)
+    version = register_version(runs, name, model.digest, log, description=card, tags=lineage)
     set_alias(runs, name, CHALLENGER, version.version)
     return Outcome(
         kind="version", values={"name": name, "version": version.version, "model_uri": version.uri}, files=(CARD,)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.manifest import InputRef, Manifest
+from nvila.components.contracts.store import MANIFEST
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.redact import redact, redact_text
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 DIGEST_TAG = "nvila.digest"
 """Tag of a version: digest of the model's manifest. Two versions never share it."""
-MANIFEST_TAG = "nvila.manifest"
-"""Tag of a version: where that manifest lies."""
+INPUT_TAG = "nvila.input."
+"""Prefix of a version's tags that hold its lineage: an `InputRef` as JSON for each manifest it was registered from."""
 LOGGED_MODEL_TAG = "nvila.logged_model"
 """Tag of a version: the id of its logged model, which MLflow's SQL registry does not keep."""
 
@@ -73,6 +75,17 @@ def register_version(
         return _version(client.get_model_version(name, found.version))
 
 
+def lineage_tags(inputs: Mapping[str, Manifest]) -> dict[str, str]:
+    """Tags for `register_version` that say which manifests a version comes from."""
+    refs = {n: InputRef(step=m.step, uri=f"{m.folder}/{MANIFEST}", digest=m.digest) for n, m in inputs.items()}
+    return {INPUT_TAG + name: ref.model_dump_json() for name, ref in refs.items()}
+
+
+def registered_inputs(version: Version) -> list[InputRef]:
+    """What `lineage_tags` wrote; empty for a version that no run of ours registered."""
+    return [InputRef.model_validate_json(text) for key, text in version.tags.items() if key.startswith(INPUT_TAG)]
+
+
 def set_alias(runs: Path, name: str, alias: str, version: str) -> None:
     """Point `alias` at a version; nothing is written when it points there already."""
     with connected(runs) as client:
@@ -93,8 +106,11 @@ def find(runs: Path, name: str, reference: str) -> Version | None:
     """The version of model `name` with this alias or number."""
     with connected(runs) as client:
         if reference.isdigit():
-            return next((v for v in _versions(client, name) if v.version == reference), None)
-        return _by_alias(client, name, reference)
+            found = next((v for v in _versions(client, name) if v.version == reference), None)
+        else:
+            found = _by_alias(client, name, reference)
+        # Only this call fills in the aliases.
+        return _version(client.get_model_version(name, found.version)) if found else None
 
 
 def champion(runs: Path, name: str) -> Version | None:

@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
-from nvila.components.tracking.registry import CHALLENGER, find
+from nvila.components.tracking.registry import CHALLENGER, find, registered_inputs
 
 SETTINGS = Settings.model_validate({"register": {"model_name": "small"}})
 
@@ -36,7 +36,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     version = find(runs, "small", CHALLENGER)
     assert version is not None and version.version == "1"
     assert version.tags["nvila.digest"] == register_inputs["model"].digest
-    assert version.tags["nvila.digest.samples"] == register_inputs["samples"].digest
+    assert {ref.digest for ref in registered_inputs(version)} == {m.digest for m in register_inputs.values()}
     with connected(runs) as client:
         made = client.get_model_version("small", "1")
         logged = client.get_logged_model(made.tags["nvila.logged_model"])
