@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.report.collect import collect
+from nvila.components.report.flow import DAG, duration
+from nvila.components.report.step import Settings, render, run
+from nvila.pipelines.steps import STEPS
+
+MakeRun = Callable[..., Path]
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}</style></title>"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, their attributes, the text; and whether they nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.events: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "xlink:href")]
+        self.events += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style",):
+            self.text += data + " "
+
+
+def page(run_dir: Path) -> Page:
+    return Page(render(collect(run_dir)))
+
+
+def test_finished_run_tells_everything(make_run: MakeRun) -> None:
+    """The page is what people look at first: each part of the work must be on it."""
+    seen = page(make_run())
+    text = " ".join(seen.text.split())
+    for part in (
+        "nvila-tiny version 3 is serving", "http://127.0.0.1:8321", "18 min 59 s", "81.0%", "78.5% to 83.2%",
+        "blank picture", "Stage 5", "400 of 800 samples stay", "Uninformative", "Set aside: 3", "W8A8: 18 modules",
+        "2.47 times smaller", "models:/nvila-tiny/3", "18 manifests", "quarantine",
+    ):  # fmt: skip
+        assert part in text, part
+    assert [name for name, *_ in DAG if name not in text] == []
+    assert seen.tags.count("figure") == 18
+    assert seen.tags.count("svg") == 1 + 2 + 5 + 3
+
+
+def test_page_needs_no_network_and_runs_nothing(make_run: MakeRun) -> None:
+    """Offline means offline, and a report that is mailed around must not be able to call home."""
+    html = render(collect(make_run()))
+    seen = Page(html)
+    assert "script" not in seen.tags and seen.events == []
+    assert [link for link in seen.links if not link.startswith(("data:image/", "#"))] == []
+    assert re.findall(r"url\(|@import", html) == []
+    assert "default-src 'none'" in html
+
+
+def test_hostile_records_stay_text(make_run: MakeRun) -> None:
+    """Questions, answers, names and reasons come from users' files; none of it may become markup."""
+    plain, hostile = page(make_run()), page(make_run(text=HOSTILE))
+    assert hostile.tags == plain.tags
+    assert hostile.events == [] and "script" not in hostile.tags
+    assert HOSTILE in hostile.text
+
+
+def test_rejected_run_says_so_with_the_gates_words(make_run: MakeRun) -> None:
+    """After a rejection the report is how one learns why; it must not need the steps that never ran."""
+    seen = page(make_run(stop_at="gate", text="digits: exact match 0.31 is below 0.4"))
+    assert "Rejected by gate" in seen.text
+    assert "the gate says no: digits: exact match 0.31 is below 0.4" in seen.text
+    assert "not reached" in seen.text
+    assert "not measured" in seen.text
+
+
+@pytest.mark.parametrize("step", [name for name, *_ in DAG])
+@pytest.mark.parametrize("verdict", ["failed", "preempted"])
+def test_any_step_may_be_the_last(make_run: MakeRun, step: str, verdict: str) -> None:
+    """The exit task runs after any failure, however early."""
+    text = page(make_run(stop_at=step, verdict=verdict)).text
+    assert f"{'Failed' if verdict == 'failed' else 'Interrupted'} in {step}" in text
+
+
+def test_run_without_any_step(tmp_path: Path) -> None:
+    """Even when resolve never wrote its status the exit task must leave a page."""
+    assert "Not finished" in page(tmp_path).text
+
+
+def test_damaged_run_still_gets_a_page(make_run: MakeRun) -> None:
+    """A manifest or status file that is broken is shown; the report does not break with it."""
+    run_dir = make_run()
+    status = json.loads((run_dir / "steps" / "quantize.json").read_text())
+    Path(status["manifest"]).write_text("{")
+    (run_dir / "steps" / "gate.json").write_text("{")
+    Path(json.loads((run_dir / "steps" / "train-1.json").read_text())["manifest"]).parent.joinpath(
+        "loss.jsonl"
+    ).unlink()
+    assert "the status file is not JSON" in page(run_dir).text
+
+
+def test_settings_are_shown_without_secrets(make_run: MakeRun) -> None:
+    """The page gets attached to mails and tickets."""
+    html = render(collect(make_run()))
+    assert "hunter2" not in html
+    assert "[redacted]" in html
+
+
+def test_step_writes_the_page_into_its_folder_and_the_run(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KFP shows the one, people open the other."""
+    run_dir = make_run()
+    monkeypatch.setenv("NVILA_RUN", str(run_dir))
+    out = tmp_path / "out"
+    out.mkdir()
+    outcome = run(Settings(), {}, out)
+    assert outcome.files == ("report.html",)
+    assert (out / "report.html").read_text() == (run_dir / "report.html").read_text()
+
+
+def test_flow_names_every_step_of_the_pipeline(make_run: MakeRun) -> None:
+    """A step added to the pipeline and forgotten here would be missing from the picture until it ran."""
+    assert {name for name, *_ in DAG} | {"report"} == set(STEPS)
+
+
+def test_step_unknown_to_the_picture_is_listed(make_run: MakeRun) -> None:
+    """Other pipelines have other steps; their time must not vanish."""
+    run_dir = make_run()
+    record = {"name": "merge-lora", "status": "done", "started": 1_000_000.0, "ended": 1_000_060.0, "message": None}
+    (run_dir / "steps" / "merge-lora.json").write_text(json.dumps(record))
+    assert "merge-lora" in page(run_dir).text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (0.44, "0.4 s"), (59.4, "59 s"), (127, "2 min 07 s"), (7500, "2 h 05 min")]
+)
+def test_durations_read_well(seconds: float | None, text: str) -> None:
+    """127 seconds is not what anyone says."""
+    assert duration(seconds) == text
+
+
+def test_manifest_digests_link_the_steps(make_run: MakeRun) -> None:
+    """Lineage on the page must be the manifests' own digests."""
+    run_dir = make_run()
+    status = json.loads((run_dir / "steps" / "quantize.json").read_text())
+    assert Manifest.load(status["manifest"]).digest in render(collect(run_dir))
