@@ -113,25 +113,25 @@ def stop(runs: Runs = Path("runs")) -> None:
 
 @app.command()
 def trace(
-    name: Annotated[
-        str, typer.Argument(help="`champion`, another alias or number, or a manifest's path.")
+    model: Annotated[
+        str, typer.Argument(help="Alias or number in the registry, NAME@ALIAS, or path of a manifest.")
     ] = "champion",
-    deep: Annotated[bool, typer.Option("--deep", help="Check the sha256 of every file, not only its size.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check the digest of every file, not only its size.")] = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
-    """Walk from a registered model back to the source files it was made from, checking digests.
+    """Walk from a registered model back to the source files it was made from.
 
-    Exit code: 0 all agree, 1 a manifest or a file of the store is missing or altered, 2 no such model.
+    Exit code 1 when a manifest or a file on the way is missing or is not what was recorded.
 
     Example: nvila trace champion
     """
     from nvila.components.tracking.trace import render
     from nvila.components.tracking.trace import trace as walk
 
-    tree = walk(store, name, runs=runs, deep=deep)
+    tree = walk(store.absolute(), model, runs=runs.absolute(), deep=deep)
     typer.echo(render(tree))
-    raise typer.Exit(0 if tree.sound else 1)
+    raise typer.Exit(int(Exit.DONE if tree.sound else Exit.FAULT))
 
 
 def main() -> None:

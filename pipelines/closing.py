@@ -23,14 +23,12 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
         f"{summary['run']}: {summary['decision']} after {minutes:.1f} min "
         f"(overhead {summary['seconds_overhead']:.1f} s, peak memory {gib:.1f} GiB)"
     )
-    console.print()
-    console.print(step_table(finished.states, title))
+    _print_table(console, title, step_table(finished.states))
     if summary["accuracy"]:
-        console.print()
-        console.print(_accuracy_table(summary["accuracy"]))
+        title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
+        _print_table(console, title, _accuracy_table(summary["accuracy"]))
     if summary["stages"]:
-        console.print()
-        console.print(_stage_table(summary["stages"]))
+        _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
     console.print()
     for label, value in _places(finished, summary):
         console.print(f"{label:<12} {value}", markup=False, highlight=False, soft_wrap=True)
@@ -84,7 +82,7 @@ def _held_out(finished: Finished) -> tuple[Path, str]:
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
-    table = _table("exact match on held-out data (95% interval), beside what a model reaches without looking")
+    table = Table(box=None, pad_edge=False)
     for column in ("source", "n", "majority", "question only", "trained", "quantized"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, row in accuracy.items():
@@ -101,7 +99,7 @@ def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
 
 def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
     sources = sorted({source for row in stages.values() for source in row})
-    table = _table("exact match after base and after each stage")
+    table = Table(box=None, pad_edge=False)
     table.add_column("after")
     for source in sources:
         table.add_column(source, justify="right")
@@ -125,8 +123,10 @@ def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]
     return places
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _print_table(console: Console, title: str, table: Table) -> None:
+    """The title on a line of its own: a table's own title wraps at the table's width."""
+    console.print(f"\n{title}", style="bold", highlight=False)
+    console.print(table)
 
 
 def _interval(value: float | None, interval: list[float] | None) -> str:

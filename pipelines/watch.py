@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -65,7 +65,7 @@ class Watch:
         """Read the files and show what is new."""
         states = read_states(self._run_dir)
         if self._live:
-            self._live.update(step_table(states, self._title(states)))
+            self._live.update(Group(self._title(states), step_table(states)))
         else:
             self._lines(states)
 
@@ -90,9 +90,9 @@ class Watch:
         self._console.print(f"[{time.time() - self._began:6.0f} s] {line}", markup=False, highlight=False)
 
 
-def step_table(states: list[StepState], title: str) -> Table:
+def step_table(states: list[StepState]) -> Table:
     """Name, status, seconds and a remark of each step."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("step")
     table.add_column("status")
     table.add_column("seconds", justify="right")

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 
 OUR_COMMANDS = ("vllm", "nvila")
-"""A server of ours has one of these in its command line; guards against a pid that was given to another program."""
+"""A server of ours has one of these in its command line."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Server:
 def our_servers(serving: Path) -> list[Server]:
     """Live servers recorded in `runs/serving/*.json`; records of dead ones are passed over."""
     records = (_read(path) for path in sorted(serving.glob("*.json")))
-    return [
-        Server(r["pid"], str(r.get("url", ""))) for r in records if isinstance(r.get("pid"), int) and _ours(r["pid"])
-    ]
+    return [Server(r["pid"], str(r.get("url", ""))) for r in records if isinstance(r.get("pid"), int) and _ours(r)]
 
 
 def port_problem(host: str, port: int, serving: Path) -> str | None:
@@ -59,10 +57,11 @@ def _read(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _ours(pid: int) -> bool:
+def _ours(record: dict[str, Any]) -> bool:
+    """The very process: same start time as recorded, and a server's command line."""
     try:
-        process = psutil.Process(pid)
+        process = psutil.Process(record["pid"])
         command = " ".join(process.cmdline()).lower()
-        return process.status() != psutil.STATUS_ZOMBIE and any(word in command for word in OUR_COMMANDS)
+        return process.create_time() == record.get("born") and any(word in command for word in OUR_COMMANDS)
     except psutil.Error:
         return False
