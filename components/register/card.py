@@ -51,7 +51,7 @@ def _interval(measured: Mapping[str, Any]) -> str:
 
 
 def _data(samples: Manifest) -> list[str]:
-    counts: Mapping[str, Mapping[str, int]] = samples.values.get("counts", {})
+    counts: Mapping[str, Mapping[str, int]] = samples.values.get("records", {})
     if not counts:
         return []
     splits = list(dict.fromkeys(split for of in counts.values() for split in of))
@@ -62,7 +62,7 @@ def _data(samples: Manifest) -> list[str]:
 
 def _quantization(model: Manifest) -> list[str]:
     values = model.values
-    lines = [f"- {scheme}: {count} modules" for scheme, count in values.get("schemes", {}).items()]
+    lines = [f"- {scheme}: {count} linear layers" for scheme, count in values.get("linears", {}).items()]
     if values.get("bytes_before") and values.get("bytes_after"):
         lines.append(f"- {values['bytes_before']} bytes before, {values['bytes_after']} after")
     return ["## Quantization", "\n".join(lines)] if lines else []

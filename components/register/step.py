@@ -56,7 +56,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             out / "upload",
             experiment=experiment,
             name=name,
-            params={key: str(value) for key, value in model.values.get("schemes", {}).items()},
+            params={key: str(value) for key, value in model.values.get("linears", {}).items()},
             tags=lineage,
         )
         run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)

@@ -37,7 +37,7 @@ def context(run: RunView) -> dict[str, Any]:
         "curves": loss_curves(run),
         "prune": prune_parts(run),
         "cards": cards(run),
-        "counts": run.values("validate").get("counts", {}),
+        "counts": run.values("validate").get("records", {}),
         "quarantined": run.values("validate").get("quarantined", {}),
         "quarantine": quarantine(run),
         "quantize": run.values("quantize"),

@@ -26,8 +26,8 @@ def register_inputs(tmp_path: Path) -> dict[str, Manifest]:
     only = {"kind": "blank picture", "accuracy": 0.3, "low": 0.27, "high": 0.33}
     full = {"digits": measured | {"majority": 0.11, "question_only": only}}
     weights = {"model/config.json": "{}", "model/model.safetensors": "weights"}
-    schemes = {"bytes_before": 400, "bytes_after": 170, "schemes": {"W4A16": 21}}
-    counts = {"counts": {"digits": {"sft": 4000, "heldout": 1000}}, "quarantined": {"undecodable": 2}}
+    schemes = {"bytes_before": 400, "bytes_after": 170, "linears": {"W4A16": 21}}
+    counts = {"records": {"digits": {"sft": 4000, "heldout": 1000}}, "quarantined": {"undecodable": 2}}
     return {
         "model": manifest(tmp_path, "quantize", "model", schemes, weights),
         "metrics": manifest(tmp_path, "evaluate-quantized", "metrics", {"accuracy": {"digits": measured}}),

@@ -41,6 +41,8 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
         made = client.get_model_version("small", "1")
         logged = client.get_logged_model(made.tags["nvila.logged_model"])
         history = {m.key: m for m in logged.metrics}
+    assert "- W4A16: 21 linear layers" in made.description
+    assert "| digits | 4000 | 1000 |" in made.description
     assert "| digits | 1000 | 0.110 | 0.300 (0.270 to 0.330), blank picture |" in made.description
     assert history["quantized/digits/accuracy"].value == 0.71
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
@@ -54,7 +56,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
     """Two different models under one version would make lineage and rollback lie."""
     run(SETTINGS, register_inputs, tmp_path)
-    changed = register_inputs["model"].model_copy(update={"values": {"schemes": {}}})
+    changed = register_inputs["model"].model_copy(update={"values": {"linears": {}}})
     again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path)
     assert again.values["version"] == "2"
     challenger = find(runs, "small", CHALLENGER)

@@ -102,7 +102,7 @@ def _values(root: Path, folder: Path, step: str, text: str) -> dict[str, Any]:
     if step == "validate":
         spoilt = [{"source": n, "id": f"{n}-{i}", "line": i, "reason": text} for i, n in enumerate(NAMES)]
         (folder / "quarantine.jsonl").write_text("\n".join(map(json.dumps, spoilt)))
-        return {"counts": {n: {"sft": 4000, "heldout": 1000} for n in NAMES}, "quarantined": {text: 3}}
+        return {"records": {n: {"sft": 4000, "heldout": 1000} for n in NAMES}, "quarantined": {text: 3}}
     if step.startswith("prune"):
         return {"sources": _scores(folder, ("clips",) if step.endswith("video") else ("shapes", "digits"), dice)}
     if step.startswith("train"):
@@ -112,7 +112,7 @@ def _values(root: Path, folder: Path, step: str, text: str) -> dict[str, Any]:
     if step.startswith("evaluate"):
         return _evaluation(root, folder, step, text)
     return {
-        "quantize": {"bytes_before": 4_200_000, "bytes_after": 1_700_000, "schemes": {"W8A8": 18, "W4A16": 21}},
+        "quantize": {"bytes_before": 4_200_000, "bytes_after": 1_700_000, "linears": {"W8A8": 18, "W4A16": 21}},
         "register": {"name": "nvila-tiny", "version": "3", "model_uri": "models:/nvila-tiny/3"},
         "rollout": {
             "endpoint": "http://127.0.0.1:8321",
