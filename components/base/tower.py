@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from nvila.components.contracts.progress import Progress, track
 from nvila.components.data.media import load_image, load_video_frame
 from nvila.components.data.samples import Label, read_labels
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.preprocess import normalise
 
 HELD_BACK = 0.05
 """Share of the label records that measures the tower instead of training it."""
@@ -129,7 +131,7 @@ class _Head(nn.Module):
 
 def _features(model: NVILA, tiles: torch.Tensor) -> torch.Tensor:
     """(B, 3, S, S) uint8 -> (B, tokens, width): SigLIP's normalisation, then the feature layer of the tower."""
-    return model.vision_tower((tiles.float() / 255.0 - 0.5) / 0.5)
+    return model.features(normalise(tiles))
 
 
 def _accuracy(model: NVILA, head: _Head, records: LabelRecords, held: torch.Tensor) -> float:
@@ -157,10 +159,16 @@ def _attribute(label: str) -> str:
 
 def _tile(record: Label, tile_pixels: int) -> np.ndarray:
     """The record's picture or frame, cut to its box and resized: uint8 (3, S, S)."""
-    picture = load_image(record.path) if record.frame is None else load_video_frame(record.path, record.frame)
+    picture = _picture(record.path, record.frame)
     if record.box is not None:
         left, top, right, bottom = record.box
         width, height = picture.size
         picture = picture.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
     tile = picture.resize((tile_pixels, tile_pixels), Image.Resampling.BICUBIC)
     return np.asarray(tile, dtype=np.uint8).transpose(2, 0, 1)
+
+
+@lru_cache(maxsize=1)
+def _picture(path: Path, frame: int | None) -> Image.Image:
+    """Records of one picture follow each other: it is decoded once."""
+    return load_image(path) if frame is None else load_video_frame(path, frame)

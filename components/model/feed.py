@@ -32,13 +32,16 @@ class Feed:
             return [load_video_frames(path, self.config.num_video_frames, self.limits) for path in sample.paths]
         return [load_image(path, self.limits) for path in sample.paths]
 
-    def prompt(self, sample: Sample) -> Prompt:
-        """The sample's conversation and its media as tiles (uint8: the model normalises them)."""
-        return make_prompt(sample.conversations, self.media(sample), self.config, tile_all=True, pixels=True)
+    def prompt(self, sample: Sample, *, tile_all: bool = False) -> Prompt:
+        """The sample's conversation and its media as tiles (uint8: the model normalises them).
+
+        With `tile_all` each picture of several is tiled, as in training; without, each is one tile, as in inference.
+        """
+        return make_prompt(sample.conversations, self.media(sample), self.config, tile_all=tile_all, pixels=True)
 
     def item(self, sample: Sample) -> tuple[Encoded, Sequence[Visual]]:
         """Token ids with labels, and visuals, of one training sample."""
-        prompt = self.prompt(sample)
+        prompt = self.prompt(sample, tile_all=True)
         return prompt.encode(self.tokenizer), prompt.visuals
 
     def batches(self, samples: Sequence[Sample], batch: int, *, start: int = 0, workers: int = 1) -> Iterator[Batch]:

@@ -190,6 +190,17 @@ class NVILA(nn.Module):
         self.train(was_training)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    def prepare_for_training(self) -> None:
+        """Training mode; on a CPU with attention in plain matrix products.
+
+        The backward pass of torch's fused attention on CPU takes longer in bfloat16 than all matrix products of a
+        small model together: 0.20 s against 0.11 s a step of the tiny recipe (one thread).
+        """
+        self.train()
+        if self.device.type == "cpu":
+            for part in (self.vision_tower, self.llm):
+                part.set_attn_implementation("eager")
+
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations of tower and decoder blocks in the backward pass."""
         for part in (self.vision_tower, self.llm):

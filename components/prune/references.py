@@ -81,9 +81,10 @@ def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, what: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=reference.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, reference.learning_rate, total_steps=total, pct_start=0.1)
     progress = Progress(what, total)
-    model.train()
+    model.prepare_for_training()
     for step, batch in enumerate(feed.batches(order, reference.batch, workers=0)):
-        loss = model(**batch.forward_arguments()).loss
+        with torch.autocast(model.device.type, torch.bfloat16):
+            loss = model(**vars(batch)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -52,8 +52,9 @@ def train(job: Job, stop: _StopRequest) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_native(Path(job.model), dtype="float32", device=device)
     set_trainable(model, stage.trainable)
+    model.prepare_for_training()
     if stage.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     engine = start(model, stage, job.run, total)
     done = engine.resume(out / "checkpoints")
     log = _LossLog(out / "loss.jsonl", done) if engine.rank == 0 else None
@@ -64,10 +65,9 @@ def train(job: Job, stop: _StopRequest) -> None:
     progress.update(done)
     saved = time.monotonic()
     losses: list[float] = []
-    model.train()
     for index, batch in enumerate(feed.batches(mine, micro, start=done * engine.micro_batches), 1):
         learning_rate = engine.learning_rate
-        loss = engine.forward(**batch.to(device).forward_arguments())
+        loss = engine.forward(**vars(batch.to(device)))
         engine.backward(loss)
         losses.append(float(loss.detach()))
         if index % engine.micro_batches:
