@@ -28,8 +28,8 @@ SHARD_BYTES = 4 * 2**30
 TOWER, LLM, PROJECTOR = "vision_tower.vision_model.", "llm.", "mm_projector."
 
 
-def serving_tensors(model: NVILA) -> dict[str, torch.Tensor]:
-    """The model's tensors by their serving names, in the model's own dtype."""
+def serving_tensors(model: NVILA, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The model's tensors by their serving names, floating-point ones in `dtype`."""
     tensors = {PROJECTOR + name: tensor for name, tensor in model.mm_projector.state_dict().items()}
     for name, tensor in model.vision_tower.state_dict().items():
         if is_served(name, model.config):
@@ -38,7 +38,7 @@ def serving_tensors(model: NVILA) -> dict[str, torch.Tensor]:
     for name, tensor in model.llm.state_dict().items():
         if not (tied and name == "lm_head.weight"):
             tensors[LLM + name] = tensor
-    return tensors
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def is_served(tower_name: str, config: ModelConfig) -> bool:
@@ -65,7 +65,7 @@ def write_serving(
         tokenizer: with the media markers; they are saved too, so that a server can tokenize them.
         folder: where to; made when missing.
         tensors: as of `serving_tensors`, some of them replaced by compressed ones.
-        dtype: what floating-point tensors are stored and computed in.
+        dtype: what a server computes in.
         quantization: the `quantization_config` of a compressed checkpoint.
 
     Returns:
@@ -77,8 +77,8 @@ def write_serving(
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **stored,
-        "text_config": {**model.llm.config.to_dict(), **stored},
-        "vision_config": {**model.vision_tower.config.to_dict(), **stored},
+        "text_config": _sub_config(model.llm) | stored,
+        "vision_config": _sub_config(model.vision_tower) | stored,
         "nvila": model.config.to_json(),
         "image_token_id": ids.image,
         "video_token_id": ids.video,
@@ -92,7 +92,7 @@ def write_serving(
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
     )
-    total = _write_shards(serving_tensors(model) if tensors is None else tensors, folder, dtype)
+    total = _write_shards(serving_tensors(model, dtype) if tensors is None else tensors, folder)
     _write_json(folder / "config.json", content)
     return total
 
@@ -109,14 +109,14 @@ def chat_template() -> str:
     )
 
 
-def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> int:
+def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path) -> int:
     """`model.safetensors`, or several with an index when the model is large."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, torch.Tensor]] = [{}]
     total = held = 0
     for name, tensor in sorted(tensors.items()):
-        stored = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().cpu()
+        stored = tensor.detach().contiguous().cpu()
         size = stored.numel() * stored.element_size()
         if shards[-1] and held + size > SHARD_BYTES:
             shards.append({})
@@ -133,6 +133,12 @@ def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torc
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     return total
+
+
+def _sub_config(part: Any) -> dict[str, Any]:
+    """A part's transformers configuration, without the path it was read from."""
+    content = part.config.to_dict()
+    return {key: value for key, value in content.items() if key not in ("_name_or_path", "quantization_config")}
 
 
 def _write_json(path: Path, content: Any) -> None:

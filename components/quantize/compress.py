@@ -6,7 +6,9 @@ Quantized modules keep their float weights until packed; packing reads the scale
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +53,7 @@ def quantize_part(
     group: Group,
     settings: QuantizeSettings,
     batches: Sequence[Mapping[str, torch.Tensor]],
+    checkpoint: Path,
 ) -> dict[str, torch.Tensor]:
     """Quantize some Linears of one part.
 
@@ -61,6 +64,7 @@ def quantize_part(
         group: their scheme.
         settings: method and group size.
         batches: keyword arguments of `part` for calibration; empty where the method needs none.
+        checkpoint: the part's folder in the native checkpoint; llm-compressor looks at its config.json.
 
     Returns:
         Compressed tensors by serving name. The plain `weight` of these Linears is not among them where the format has
@@ -70,14 +74,20 @@ def quantize_part(
 
     inner = [name.removeprefix(prefix) for name in names]
     scheme = {**config_group(group, settings), "targets": inner}
-    with _quiet_progress():
-        _oneshot(part, _modifiers(group, settings, scheme), batches)
+    with _quiet():
+        _oneshot(part, _modifiers(group, settings, scheme), batches, checkpoint)
     packed: dict[str, torch.Tensor] = {}
     for name in inner:
         module = part.get_submodule(name)
         compress_module(module)
-        packed |= {f"{prefix}{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        packed |= {f"{prefix}{name}.{key}": _stored(key, tensor, group) for key, tensor in module.state_dict().items()}
     return packed
+
+
+def _stored(key: str, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """bf16 as everything else, but vLLM's int8 kernels take their scales in float32."""
+    exact = not tensor.is_floating_point() or (group.scheme == "W8A8" and key == "weight_scale")
+    return tensor if exact else tensor.to(torch.bfloat16)
 
 
 def quantization_config(groups: Sequence[Group], settings: QuantizeSettings, ignore: Sequence[str]) -> dict[str, Any]:
@@ -107,14 +117,16 @@ def _modifiers(group: Group, settings: QuantizeSettings, scheme: dict[str, Any])
     return [AWQModifier(), QuantizationModifier(config_groups=groups)]
 
 
-def _oneshot(part: nn.Module, modifiers: list[Any], batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _oneshot(part: Any, modifiers: list[Any], batches: Sequence[Mapping[str, torch.Tensor]], checkpoint: Path) -> None:
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(list(batches), batch_size=None) if batches else None  # type: ignore[arg-type]
+    part.config.name_or_path = str(checkpoint)
     with _host_memory():
         oneshot(
             model=part,
+            processor=object(),  # none is needed, but llm-compressor would try to make one
             recipe=modifiers,
             dataset=loader,
             num_calibration_samples=len(batches),
@@ -137,14 +149,17 @@ def _host_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """llm-compressor's own log and bars say nothing that ours do not."""
+def _quiet() -> Iterator[None]:
+    """llm-compressor's log and bars say nothing that ours do not."""
+    import llmcompressor  # noqa: F401 - switches its logging on when imported
     from loguru import logger
 
-    logger.disable("llmcompressor")
-    logger.disable("compressed_tensors")
+    names = ("llmcompressor", "compressed_tensors")
+    for name in names:
+        logger.disable(name)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.enable("llmcompressor")
-        logger.enable("compressed_tensors")
+        for name in names:
+            logger.enable(name)

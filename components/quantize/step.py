@@ -57,7 +57,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     began = time.monotonic()
     wanted = settings.quantize
-    model, tokenizer = load_native(inputs["model"].dir("model"), dtype="float32")
+    checkpoint = inputs["model"].dir("model")
+    model, tokenizer = load_native(checkpoint, dtype="float32")
     schemes = module_map(linears(model), wanted)
     write_atomic(out / MODULE_MAP, json.dumps(schemes, indent=1, sort_keys=True) + "\n")
     before = sum(tensor.numel() for tensor in serving_tensors(model).values()) * torch.bfloat16.itemsize
@@ -68,7 +69,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     # The decoder first: its calibration runs the tower, which cannot run any more once it is packed.
     for group in track(groups(wanted)[::-1], "quantizing"):
         names = [name for name, scheme in schemes.items() if scheme != UNUSED and re.match(group.pattern, name)]
-        packed |= _quantize(model, names, group, wanted, batches)
+        packed |= _quantize(model, names, group, wanted, batches, checkpoint)
     config = quantization_config(groups(wanted), wanted, [name for name, scheme in schemes.items() if scheme == PLAIN])
     after = write_serving(
         model, tokenizer, out / "model", tensors=_replace(serving_tensors(model), packed, schemes), quantization=config
@@ -100,7 +101,12 @@ def _calibration(model: NVILA, tokenizer: Any, samples: Manifest, settings: Sett
 
 
 def _quantize(
-    model: NVILA, names: list[str], group: Group, settings: QuantizeSettings, batches: list[Batch]
+    model: NVILA,
+    names: list[str],
+    group: Group,
+    settings: QuantizeSettings,
+    batches: list[Batch],
+    checkpoint: Path,
 ) -> dict[str, torch.Tensor]:
     """Compressed tensors of one part, by serving name."""
     from nvila.components.model.serving import LLM, TOWER
@@ -111,9 +117,11 @@ def _quantize(
     if group.name == "vision_tower":
         if settings.smoothquant_alpha > 0:
             smooth_tower(model, tower_batches(batches), settings.smoothquant_alpha)
-        return quantize_part(model.vision_tower, TOWER, names, group, settings, [])  # inputs are rounded at run time
+        return quantize_part(
+            model.vision_tower, TOWER, names, group, settings, [], checkpoint / "vision_tower"
+        )  # inputs are rounded at run time
     calibration = [] if settings.method == "rtn" else decoder_batches(model, batches)
-    return quantize_part(model.llm, LLM, names, group, settings, calibration)
+    return quantize_part(model.llm, LLM, names, group, settings, calibration, checkpoint / "llm")
 
 
 def _replace(

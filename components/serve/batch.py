@@ -7,7 +7,6 @@ as its chunk is done, so that a killed evaluation goes on where it was. `worker`
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import deque
@@ -33,7 +32,7 @@ class Request:
 
 
 def generate_with_vllm(
-    model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int | None = None
+    model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int = 1
 ) -> list[str]:
     """Greedy answers, in the order of `requests`.
 
@@ -42,7 +41,7 @@ def generate_with_vllm(
         requests: the questions.
         max_new_tokens: longest answer.
         work: folder for requests, answers and log; answers found there for the same model and requests are kept.
-        threads: compute threads; None uses every core this process may use.
+        threads: compute threads, see `serve_variables`.
 
     Raises:
         PreflightError: no serving environment.
@@ -60,7 +59,8 @@ def generate_with_vllm(
         write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
         command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
         command += ["--model", str(model_dir), "--max-new-tokens", str(max_new_tokens)]
-        variables = serve_variables(threads or len(os.sched_getaffinity(0)))
+        variables = serve_variables(threads)
+        variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
         with log.open("w") as sink:
             done = subprocess.run(command, env=variables, stdout=sink, stderr=subprocess.STDOUT, check=False)
         answers = _read_answers(answered)

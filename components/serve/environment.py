@@ -35,11 +35,12 @@ def serve_python() -> Path:
     )
 
 
-def serve_variables(threads: int | None = None) -> dict[str, str]:
+def serve_variables(threads: int = 1) -> dict[str, str]:
     """Environment variables for a vLLM process on this machine: offline, silent to the outside, small on a CPU.
 
     Args:
-        threads: compute threads; None leaves the choice to vLLM.
+        threads: compute threads on a CPU. A second one gains little with a small model and costs a factor of five
+            when another process wants the same core (threads that wait for each other), hence one.
     """
     variables = {
         "HF_HUB_OFFLINE": "1",
@@ -49,12 +50,12 @@ def serve_variables(threads: int | None = None) -> dict[str, str]:
         "VLLM_PLUGINS": "nvila",
         "VLLM_MEDIA_CONNECTOR": "nvila",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
-    kept = {name: os.environ[name] for name in variables if name.startswith("VLLM_CPU_") and name in os.environ}
-    if threads is not None:
-        kept |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}"}
     # PYTHONPATH and the like of the calling environment must not leak into another set of libraries.
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    return inherited | variables | kept
+    return inherited | variables

@@ -42,7 +42,7 @@ def start(
     served_name: str,
     log_path: Path,
     api_key: str | None = None,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> Server:
     """Start a server that outlives this process.
 
@@ -53,7 +53,7 @@ def start(
         served_name: the `model` of requests.
         log_path: where stdout and stderr go.
         api_key: required as a bearer token of every request under `/v1` when given.
-        threads: compute threads; None leaves the choice to vLLM.
+        threads: compute threads, see `serve_variables`.
 
     Raises:
         PreflightError: the port is taken, or there is no serving environment.

@@ -78,9 +78,10 @@ def answer_all(
         for chunk in _chunks(requests, CHUNK):
             prompts = [_prompt(tokenizer, request, config) for request in chunk]
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
-            texts = tokenizer.batch_decode([o.outputs[0].token_ids for o in outputs], skip_special_tokens=True)
-            for request, text in zip(chunk, texts, strict=True):
-                record = {"index": request["index"], "text": text.strip()}
+            tokens = [list(output.outputs[0].token_ids) for output in outputs]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for request, text, ids in zip(chunk, texts, tokens, strict=True):
+                record = {"index": request["index"], "text": text.strip(), "tokens": ids}
                 sink.write(json.dumps(record, ensure_ascii=False) + "\n")
             sink.flush()
             progress.update(len(chunk))
