@@ -28,15 +28,10 @@ def record_metrics(
     if datasets:
         client.log_inputs(run, datasets)
     client.log_outputs(run, [LoggedModelOutput(model_id, step=0)])
-    data = datasets[0].dataset if datasets else None
+    data = {"dataset_name": datasets[0].dataset.name, "dataset_digest": datasets[0].dataset.digest} if datasets else {}
     now = int(time.time() * 1000)
     values = metrics({"full": inputs["full"].values["accuracy"], "quantized": inputs["metrics"].values["accuracy"]})
-    rows = [
-        Metric(
-            key, value, now, 0, model_id=model_id, dataset_name=data and data.name, dataset_digest=data and data.digest
-        )
-        for key, value in values.items()
-    ]
+    rows = [Metric(key, value, now, 0, model_id=model_id, **data) for key, value in values.items()]
     for some in batches(rows, 1000):
         client.log_batch(run, metrics=some)
     client.set_terminated(run)
