@@ -66,6 +66,7 @@ def _run_checked(recipe: Recipe, form: Form, run_dir: Path, store: Path) -> int:
     finished = Finished.read(run_dir)
     exit_code = _exit_code(finished, code)
     summary = write_summary(finished, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
+    _close_tracking(run_dir, exit_code)
     _point_latest(run_dir)
     show_closing(finished, summary, console)
     return exit_code
@@ -87,6 +88,19 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
             stop.pass_on(child)
             time.sleep(0.2)
     return int(Exit.PREEMPTED) if stop.asked else child.returncode
+
+
+def _close_tracking(run_dir: Path, code: Exit) -> None:
+    """End the parent run in MLflow. A tracking store that is down must not change how the run ended."""
+    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+
+    if not (run_dir / PARENT_FILE).is_file():  # no step was executed, or a parent that is not ours
+        return
+    status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
+    try:
+        close_pipeline_run(run_dir, status)
+    except Exception as problem:
+        print(f"the run in MLflow stays open: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
 
 
 class _Stop:
