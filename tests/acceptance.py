@@ -1,0 +1,75 @@
+"""Checks a run's summary.json against what the tiny recipe must show: `python tests/acceptance.py first|again`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SUMMARY = Path("runs/latest/summary.json")
+NEVER_SKIPPED = {"register", "rollout", "report"}
+MAX_SECONDS = 25 * 60
+MAX_BYTES = 8_000_000_000
+MIN_DIGITS = 0.40
+SOURCES = {"shapes", "digits", "clips"}
+
+
+def first_run(summary: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What the first run of the tiny recipe must show, each with whether it does."""
+    yield from any_run(summary)
+    seconds, peak = summary["seconds_total"], summary["peak_pss_bytes"]
+    yield f"took {seconds / 60:.1f} min, at most {MAX_SECONDS / 60:.0f}", seconds <= MAX_SECONDS
+    yield f"peak memory {peak / 1e9:.2f} GB, at most {MAX_BYTES / 1e9:.0f}", 0 < peak <= MAX_BYTES
+    for source, row in summary["accuracy"].items():
+        low, blind = row["bf16_interval"][0], row["question_only_interval"][1]
+        yield f"{source}: {row['bf16']:.3f} (from {low:.3f}) above question only (to {blind:.3f})", low > blind
+        yield f"{source}: {row['n']} held-out questions", row["n"] >= 1000
+        yield f"{source}: quantized {row['quantized']}", row["quantized"] is not None
+    digits = summary["accuracy"].get("digits", {}).get("bf16", 0)
+    yield f"digits {digits:.3f}, at least {MIN_DIGITS}", digits >= MIN_DIGITS
+    stages = summary["stages"]
+    for source, stage, before in (("digits", "train-4", "train-3"), ("clips", "train-5", "train-4")):
+        old, new = stages[before][source], stages[stage][source]
+        yield f"{stage} takes {source} from {old:.3f} to {new:.3f}", new > old
+
+
+def second_run(summary: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What a run must show that follows an equal one."""
+    yield from any_run(summary)
+    for step in summary["steps"]:
+        if step["name"] not in NEVER_SKIPPED:
+            yield f"{step['name']} is cached", step["cached"]
+
+
+def any_run(summary: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What every successful run must show."""
+    yield f"decision {summary['decision']}", summary["decision"] == "promoted"
+    yield f"exit code {summary['exit_code']}", summary["exit_code"] == 0
+    yield "accuracy of every source", set(summary["accuracy"]) == SOURCES
+    yield f"endpoint {summary['endpoint']} answers", _answers(summary["endpoint"])
+
+
+def _answers(url: str | None) -> bool:
+    if not url:
+        return False
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def main() -> int:
+    """Print every check; 1 when one fails."""
+    checks = {"first": first_run, "again": second_run}[sys.argv[1]]
+    results = list(checks(json.loads(SUMMARY.read_text(encoding="utf-8"))))
+    for text, good in results:
+        print(f"{'ok  ' if good else 'FAIL'} {text}")
+    return 0 if all(good for _, good in results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
