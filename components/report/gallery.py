@@ -27,7 +27,6 @@ LARGEST = 320
 class Card:
     """One answered question."""
 
-    source: str
     question: str
     answer: str
     prediction: str
@@ -40,17 +39,17 @@ class Card:
     pixelated: bool
 
 
-def cards(run: RunView) -> list[Card]:
-    """Right and wrong answers of every source, spread evenly over the held-out questions."""
-    rows = table(run.file("evaluate", "predictions.parquet"))
+def cards(run: RunView) -> dict[str, list[Card]]:
+    """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
+    rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
     after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
-    rows.sort(key=lambda row: row["id"])
-    chosen = []
+    found = {}
     for source in run.values("evaluate").get("accuracy", {}):
         mine = [row for row in rows if row["source"] == source]
-        chosen += _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
+        chosen = _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)
-    return [_card(row, after.get(row["id"])) for row in chosen]
+        found[source] = [_card(row, after.get(row["id"])) for row in chosen]
+    return {source: some for source, some in found.items() if some}
 
 
 def table(path: Path | None) -> list[dict[str, Any]]:
@@ -74,7 +73,6 @@ def _card(row: Mapping[str, Any], quantized: str | None) -> Card:
     clip = len(paths) == 1 and (paths[0].suffix.lower() in CLIP_SUFFIXES or paths[0].is_dir())
     picture, small = _picture(paths, clip)
     return Card(
-        source=row["source"],
         question=row["question"],
         answer=row["answer"],
         prediction=row["prediction"],
