@@ -48,7 +48,7 @@ def save_native(
             tensors.pop("lm_head.weight", None)
         if part == "vision_tower":
             tensors = {TOWER_PREFIX + name: tensor for name, tensor in tensors.items()}
-        _write_tensors(tensors, folder / part)
+        write_tensors(tensors, folder / part)
     dtype = str(next(model.parameters()).dtype)
     _write_json(folder / "config.json", config | {"model_dtype": dtype})
     _write_json(folder / "llm/config.json", llm)
@@ -172,7 +172,7 @@ def _empty(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
     return model
 
 
-def _write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """One `model.safetensors`, or shards of at most `SHARD_BYTES` and their index."""
     from safetensors.torch import save_file
 

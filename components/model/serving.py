@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nvila.components.contracts.manifest import write_atomic
+from nvila.components.model.checkpoint import write_tensors
 from nvila.components.model.conversation import IMAGE_TOKEN, SYSTEM, VIDEO_TOKEN
 from nvila.components.model.tower import used_blocks
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 MODEL_TYPE = "nvila"
-SHARD_BYTES = 4 * 2**30
 TOWER, LLM, PROJECTOR = "vision_tower.vision_model.", "llm.", "mm_projector."
 
 
@@ -72,13 +72,13 @@ def write_serving(
         Bytes of the tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ids, stored = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
+    ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
-        **stored,
-        "text_config": _sub_config(model.llm) | stored,
-        "vision_config": _sub_config(model.vision_tower) | stored,
+        **computed,
+        "text_config": _sub_config(model.llm) | computed,
+        "vision_config": _sub_config(model.vision_tower) | computed,
         "nvila": model.config.to_json(),
         "image_token_id": ids.image,
         "video_token_id": ids.video,
@@ -92,9 +92,10 @@ def write_serving(
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
     )
-    total = _write_shards(serving_tensors(model, dtype) if tensors is None else tensors, folder)
+    stored = serving_tensors(model, dtype) if tensors is None else tensors
+    write_tensors(stored, folder)
     _write_json(folder / "config.json", content)
-    return total
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def chat_template() -> str:
@@ -107,32 +108,6 @@ def chat_template() -> str:
         f"{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n{{{{ {text} | trim }}}}<|im_end|>\n{{% endfor %}}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-
-
-def _write_shards(tensors: Mapping[str, torch.Tensor], folder: Path) -> int:
-    """`model.safetensors`, or several with an index when the model is large."""
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    total = held = 0
-    for name, tensor in sorted(tensors.items()):
-        stored = tensor.detach().contiguous().cpu()
-        size = stored.numel() * stored.element_size()
-        if shards[-1] and held + size > SHARD_BYTES:
-            shards.append({})
-            held = 0
-        shards[-1][name] = stored
-        held, total = held + size, total + size
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        # A clone each: tensors that share memory cannot be stored, and tied ones are rare here.
-        save_file({key: value.clone() for key, value in shard.items()}, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
-    return total
 
 
 def _sub_config(part: Any) -> dict[str, Any]:
