@@ -1,0 +1,162 @@
+"""The step `preflight` and its single checks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.recipe.data import Source
+from nvila.components.preflight import checks, step
+from nvila.components.preflight.port import our_servers, port_problem
+
+RECORD = [{"id": "1", "image": "a.png", "conversations": []}]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    folder = tmp_path / "data" / "digits"
+    folder.mkdir(parents=True)
+    for name in ("sft.json", "heldout.json"):
+        (folder / name).write_text(json.dumps(RECORD))
+    return Source(name="digits", kind="image", path=str(folder))
+
+
+@pytest.fixture
+def settings(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    monkeypatch.setenv("NVILA_RUN", str(tmp_path / "runs" / "r1"))
+    monkeypatch.setenv("NVILA_STORE", str(tmp_path / "store"))
+    return {
+        "data": {"sources": [source.model_dump(mode="json")]},
+        "rollout": {"target": "none"},
+        "needs": {"memory_bytes": 1, "disk_bytes": 1},
+        "vllm": False,
+    }
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+def _run(settings: dict, tmp_path: Path) -> None:
+    step.run(step.Settings.model_validate(settings), {}, tmp_path)
+
+
+def test_a_sound_machine_passes(settings: dict, tmp_path: Path) -> None:
+    """Preflight must not cry wolf."""
+    _run(settings, tmp_path)
+    assert step.external(settings)["problems"] == []
+
+
+def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source: Source) -> None:
+    """Mending one problem at a time costs a run each."""
+    Path(source.path, "heldout.json").unlink()
+    settings["needs"] = {"memory_bytes": 10**18, "disk_bytes": 10**18}
+    with pytest.raises(PreflightError) as caught:
+        _run(settings, tmp_path)
+    message = str(caught.value)
+    assert all(word in message for word in ("heldout.json is missing", "needs.memory_bytes", "needs.disk_bytes"))
+    assert caught.value.exit_code == Exit.USER and "\n" not in message
+
+
+@pytest.mark.parametrize(("content", "word"), [("{", "not JSON"), ("{}", "JSON list"), ("[]", "JSON list")])
+def test_annotation_files_must_be_lists_of_records(source: Source, content: str, word: str) -> None:
+    """Found here in a second; found by validate after the environment was loaded."""
+    Path(source.path, "sft.json").write_text(content)
+    (problem,) = checks.data_problems([source])
+    assert "sft.json" in problem and word in problem
+
+
+def test_a_demo_source_may_still_be_missing_before_it_is_built(tmp_path: Path) -> None:
+    """The first `nvila run tiny` on a fresh clone must not be refused for want of data it builds itself."""
+    demo = Source(name="digits", kind="image", path=str(tmp_path / "none"), demo="digits")
+    assert checks.data_problems([demo], demo_can_be_built=True) == []
+    assert len(checks.data_problems([demo])) == 1
+    own = Source(name="digits", kind="image", path=str(tmp_path / "none"))
+    assert len(checks.data_problems([own], demo_can_be_built=True)) == 1
+
+
+def test_versions_are_compared_with_the_lock(tmp_path: Path) -> None:
+    """A package that was upgraded by hand gives results that nobody can repeat."""
+    lock = tmp_path / "main.lock"
+    lock.write_text(f"# comment\npsutil=={psutil.__version__}\ntyper==0.0.1\nno-such-package==1.0\n")
+    (problem,) = checks.package_problems(lock)
+    assert "typer is" in problem and "no-such-package==1.0 is missing" in problem and "psutil" not in problem
+
+
+def test_the_installed_packages_are_those_of_the_lock() -> None:
+    """The lock that is shipped is the environment that is tested."""
+    assert checks.LOCK.is_file()
+    assert checks.package_problems() == []
+
+
+def test_a_port_used_by_someone_else_is_refused(settings: dict, listener: int, tmp_path: Path) -> None:
+    """Otherwise the run would find out after twenty minutes, at rollout."""
+    settings["rollout"] = {"target": "local", "port": listener}
+    with pytest.raises(PreflightError) as caught:
+        _run(settings, tmp_path)
+    assert str(listener) in str(caught.value) and "someone else" in str(caught.value)
+
+
+def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:
+    """The second run finds the endpoint of the first: that is no reason to refuse, nor to repeat preflight."""
+    code = (
+        "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+        "print(s.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, "vllm"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            assert port_problem("127.0.0.1", port, tmp_path) is not None
+            record = {
+                "pid": server.pid,
+                "url": f"http://127.0.0.1:{port}",
+                "born": psutil.Process(server.pid).create_time(),
+            }
+            (tmp_path / "endpoint.json").write_text(json.dumps(record))
+            assert port_problem("127.0.0.1", port, tmp_path) is None
+            (tmp_path / "endpoint.json").write_text(json.dumps(record | {"born": 1.0}))
+            assert port_problem("127.0.0.1", port, tmp_path) is not None, "the pid was given to another program"
+        finally:
+            server.kill()
+
+
+def test_records_that_cannot_be_read_are_no_servers(tmp_path: Path) -> None:
+    """A half-written or foreign file in the folder must not stop a run."""
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text("[1]")
+    (tmp_path / "c.json").write_text(json.dumps({"pid": os.getpid(), "url": "http://x:1", "born": 0}))
+    assert our_servers(tmp_path) == []
+
+
+def test_a_missing_serving_environment_is_told_early(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that goes through vLLM cannot end well without it."""
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(tmp_path / "no-python"))
+    _run(settings, tmp_path)
+    with pytest.raises(PreflightError) as caught:
+        _run(settings | {"vllm": True}, tmp_path)
+    assert "NVILA_SERVE_PYTHON" in str(caught.value)
+
+
+def test_the_key_changes_with_the_data_and_with_problems_only(settings: dict, source: Source) -> None:
+    """Unchanged and healthy is a cache hit; new data or a new problem is looked at again."""
+    first = step.external(settings)
+    assert step.external(settings) == first
+    Path(source.path, "sft.json").write_text(json.dumps(RECORD * 2))
+    assert step.external(settings) != first
+    settings["needs"]["memory_bytes"] = 10**18
+    assert step.external(settings)["problems"] != []

@@ -1,0 +1,116 @@
+"""The step `resolve` and the form it reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.keys import content_key
+from nvila.components.resolve import step
+from nvila.components.resolve.form import Form, fill_in, recipe_text, shipped
+
+TINY = recipe_text("tiny")
+
+
+def _error(**fields: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        fill_in(Form(**({"recipe": "tiny"} | fields)))
+    return str(caught.value)
+
+
+def test_empty_fields_keep_the_recipe() -> None:
+    """The form's defaults must not overwrite what the recipe says."""
+    assert fill_in(Form(recipe="tiny")) == fill_in(Form(recipe=TINY))
+    assert fill_in(Form(recipe="tiny")).prune.keep_ratio == 0.5
+
+
+def test_fields_and_overrides_are_laid_over_the_recipe() -> None:
+    """A field of the form that has no effect would be a lie in the UI."""
+    form = Form(
+        recipe="tiny",
+        model_name="mine",
+        keep_ratio=0.25,
+        target="none",
+        overrides=json.dumps({"evaluate": {"limit": 7}}),
+    )
+    recipe = fill_in(form)
+    assert (recipe.register_.model_name, recipe.prune.keep_ratio) == ("mine", 0.25)
+    assert (recipe.rollout.target, recipe.evaluate.limit) == ("none", 7)
+    assert recipe.evaluate.sources == ["shapes", "digits", "clips"]
+
+
+def test_data_uri_moves_every_source_and_builds_none() -> None:
+    """Demonstration data must never be written into a user's folder."""
+    sources = fill_in(Form(recipe="tiny", data_uri="/mnt/data/")).data.sources
+    assert [source.path for source in sources] == [f"/mnt/data/{source.name}" for source in sources]
+    assert {source.demo for source in sources} == {None}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"train": {"percision": "bf16"}}, ["unknown recipe key train.percision", "Did you mean train.precision?"]),
+        ({"modle": {}}, ["unknown recipe key modle", "Did you mean model?"]),
+        ({"quantize": {"gate": {"max_los": 1}}}, ["quantize.gate.max_los", "quantize.gate.max_loss"]),
+        ({"model": {"projector": "mlp_downsample_3x3_fix"}}, ["projector", "dynamic_s2", "cannot work together"]),
+        ({"train": {"zero": 7}}, ["train.zero", "7"]),
+        ({"evaluate": {"sources": ["pictures"]}}, ["evaluate.sources", "pictures", "shapes"]),
+        ({"model": {"s2_scales": [28, 60]}}, ["s2_scales", "multiple"]),
+    ],
+)
+def test_a_wrong_recipe_is_explained_in_one_line(override: dict, words: list[str]) -> None:
+    """The message must name the dotted option and what to do; a pydantic dump helps nobody."""
+    message = _error(overrides=json.dumps(override))
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"recipe": "tinny"}, "tiny"),
+        ({"recipe": "a: [1,\nb"}, "YAML"),
+        ({"recipe": "- 1\n- 2"}, "mapping"),
+        ({"overrides": "{'a': 1}"}, "JSON"),
+        ({"overrides": "[1]"}, "object"),
+    ],
+)
+def test_what_is_no_recipe_is_explained(fields: dict[str, str], word: str) -> None:
+    """A typing error in the form must not end in a traceback."""
+    message = _error(**fields)
+    assert word in message and "\n" not in message
+
+
+def test_the_step_writes_a_slice_for_every_step(tmp_path: Path) -> None:
+    """The outcome's values are what every other step and the report read."""
+    outcome = step.run(Form(recipe="micro"), {}, tmp_path)
+    assert outcome.values["recipe"]["register"]["model_name"] == "nvila-micro"
+    assert outcome.values["slices"]["train-4"]["stage"]["pruned"] is True
+
+
+def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> None:
+    """Otherwise a changed evaluation task would train everything anew."""
+    before = step.run(Form(recipe="tiny"), {}, tmp_path).values["slices"]
+    after = step.run(Form(recipe="tiny", overrides='{"evaluate": {"limit": 5}}'), {}, tmp_path).values["slices"]
+    assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
+
+
+def test_a_changed_shipped_recipe_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster the settings hold only the recipe's name: the text must count as well."""
+
+    def key() -> str:
+        settings = Form(recipe="tiny").model_dump()
+        return content_key("nvila.components.resolve.step", settings, {}, step.external(settings))
+
+    first = key()
+    assert key() == first
+    monkeypatch.setattr(step, "recipe_text", lambda name: TINY + "\n# edited\n")
+    assert key() != first
+
+
+def test_shipped_names_are_not_paths() -> None:
+    """A name with a slash must not read files outside the shipped recipes."""
+    assert all("/" not in name for name in shipped())
+    with pytest.raises(ConfigError):
+        recipe_text("../recipes/tiny")

@@ -1,0 +1,135 @@
+"""The command line: help, wrong input, exit codes."""
+
+import json
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Nvila
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.resolve.form import recipe_text
+
+COMMANDS = ("run", "compile", "infer", "serve", "stop", "trace")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(nvila: Nvila, command: str) -> None:
+    """Help without an example sends people to the source."""
+    shown = nvila(command, "--help")
+    assert shown.returncode == 0
+    assert f"Example: nvila {command}" in " ".join(shown.stdout.split())
+
+
+def test_help_is_immediate(nvila: Nvila) -> None:
+    """A heavy import slips in easily and makes every command slow; best of three, the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        shown = nvila("--help").stdout
+        seconds.append(time.monotonic() - began)
+        assert all(command in shown for command in COMMANDS)
+    assert min(seconds) < 1.0
+
+
+def _micro(tmp_path: Path, **sections: dict) -> str:
+    content = yaml.safe_load(recipe_text("micro"))
+    for name, section in sections.items():
+        content[name] = content.get(name, {}) | section
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def _refused(nvila: Nvila, tmp_path: Path, *args: str) -> str:
+    """The one line on stderr of a run that is refused with exit code 2 and has written nothing."""
+    before = sorted(tmp_path.rglob("*"))
+    ended = nvila("run", *args)
+    assert ended.returncode == Exit.USER, ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    return ended.stderr
+
+
+def test_an_unknown_key_names_its_path_and_the_nearest_right_one(nvila: Nvila, tmp_path: Path) -> None:
+    """A key that is silently ignored trains another model than was asked for."""
+    line = _refused(nvila, tmp_path, "micro", "--override", "train.chekpoint_seconds=5")
+    assert "unknown recipe key train.chekpoint_seconds" in line and "train.checkpoint_seconds" in line
+
+
+def test_a_recipe_file_is_named_in_the_message(nvila: Nvila, tmp_path: Path) -> None:
+    """With several recipes about, one must see which is meant."""
+    line = _refused(nvila, tmp_path, _micro(tmp_path, quantize={"metod": "rtn"}))
+    assert "mine.yaml" in line and "quantize.metod" in line and "quantize.method" in line
+
+
+def test_projector_and_vision_mode_that_cannot_work_together(nvila: Nvila, tmp_path: Path) -> None:
+    """Found late, this is a shape error in the middle of stage 1."""
+    line = _refused(nvila, tmp_path, "micro", "--override", "model.projector=mlp_downsample_3x3_fix")
+    assert "mlp_downsample_3x3_fix" in line and "dynamic_s2" in line and "cannot work together" in line
+
+
+def test_a_missing_data_file(nvila: Nvila, tmp_path: Path) -> None:
+    """The file's own path must be in the message."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    (folder / "sft.json").write_text(json.dumps([{"id": "1"}]))
+    sources = [
+        {"name": name, "kind": kind, "path": str(folder)}
+        for name, kind in (("shapes", "image"), ("digits", "image"), ("clips", "video"))
+    ]
+    line = _refused(nvila, tmp_path, _micro(tmp_path, data={"sources": sources}))
+    assert str(folder / "heldout.json") in line and "missing" in line
+
+
+def test_a_port_in_use_by_someone_else(nvila: Nvila, tmp_path: Path) -> None:
+    """Found at rollout, this would cost the whole run."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        line = _refused(nvila, tmp_path, "micro", "-o", "rollout.target=local", "-o", f"rollout.port={port}")
+    assert str(port) in line and "in use by someone else" in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("run", "no-such-recipe"),
+        ("run", "no-such-file.yaml"),
+        ("run", "micro", "--override", "seed"),
+        ("infer", "no-such-model", "What is this?"),
+        ("serve", "champion"),
+        ("trace", "champion"),
+        ("compile", "out.yaml", "--image", "two words"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(nvila: Nvila, args: tuple[str, ...]) -> None:
+    """A traceback tells a user that we are broken, not that the input is."""
+    ended = nvila(*args)
+    assert ended.returncode == Exit.USER, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("nvila: ")
+
+
+def test_developers_can_ask_for_the_traceback(nvila: Nvila) -> None:
+    """One line is too little to mend the platform itself."""
+    ended = nvila("--traceback", "run", "no-such-recipe")
+    assert "Traceback" in ended.stderr and "ConfigError" in ended.stderr
+
+
+def test_stop_without_an_endpoint_is_no_error(nvila: Nvila, tmp_path: Path) -> None:
+    """`nvila stop` ends every script; it must not fail it nor leave folders behind."""
+    ended = nvila("stop")
+    assert (ended.returncode, ended.stdout.strip()) == (0, "no endpoint was running")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_writes_the_file_it_names(nvila: Nvila, tmp_path: Path) -> None:
+    """The command of the README."""
+    ended = nvila("compile", "lifecycle.yaml")
+    assert ended.returncode == 0 and re.fullmatch(r"lifecycle\.yaml: \d+ KiB\n", ended.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["lifecycle.yaml"]

@@ -1,0 +1,181 @@
+"""What a run leaves behind: summary.json, the exit code, the closing words and the command that asks the model."""
+
+import base64
+import io
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.manifest import Manifest
+from nvila.pipelines import closing
+from nvila.pipelines.local import _exit_code, _new_run, _point_latest
+from nvila.pipelines.memory import MemorySampler, pss_bytes
+from nvila.pipelines.steps import STEPS
+from nvila.pipelines.summary import Finished, write_summary
+from nvila.pipelines.watch import Watch
+
+BLIND = {"kind": "question text", "accuracy": 0.3, "low": 0.2, "high": 0.4}
+ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "n": 1000, "majority": 0.1, "question_only": BLIND}
+VALUES: dict[str, dict[str, Any]] = {
+    "resolve": {"recipe": {"name": "tiny"}},
+    "evaluate": {"accuracy": {"digits": ROW}, "stages": {"base": {"digits": 0.1}, "train-4": {"digits": 0.6}}},
+    "evaluate-quantized": {"accuracy": {"digits": {"accuracy": 0.69, "low": 0.59, "high": 0.79, "n": 1000}}},
+    "register": {"name": "nvila-tiny", "version": "3"},
+    "rollout": {"endpoint": "http://127.0.0.1:8321", "model": "nvila-tiny", "decision": "promoted"},
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run, as `execute` would have left it."""
+    folder = tmp_path / "runs" / "r1"
+    for index, name in enumerate(STEPS):
+        _write_step(folder, name, "cached" if name == "base" else "done", started=100.0 + index)
+    return folder
+
+
+def _write_step(folder: Path, name: str, status: str, *, started: float = 100.0, code: int = 0) -> None:
+    manifest = folder / "store" / name / "manifest.json"
+    Manifest(step=name, key="k", kind="metrics", values=VALUES.get(name, {}), seconds=2.0).save(manifest)
+    record = {
+        "name": name,
+        "status": status,
+        "started": started,
+        "ended": started + 3,
+        "seconds": 3.0,
+        "exit_code": code,
+        "manifest": None if code else str(manifest),
+        "message": "because" if code else None,
+    }
+    (folder / "steps").mkdir(parents=True, exist_ok=True)
+    (folder / "steps" / f"{name}.json").write_text(json.dumps(record))
+
+
+def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
+    """CI and dashboards read these names."""
+    summary = write_summary(Finished.read(run_dir), 60.0, 123, 0)
+    assert json.loads((run_dir / "summary.json").read_text()) == summary
+    assert summary["decision"] == "promoted" and summary["endpoint"] == "http://127.0.0.1:8321"
+    assert [step["name"] for step in summary["steps"]] == list(STEPS)
+    row = summary["accuracy"]["digits"]
+    assert (row["bf16"], row["quantized"], row["majority"], row["question_only"], row["n"]) == (
+        0.7,
+        0.69,
+        0.1,
+        0.3,
+        1000,
+    )
+    assert summary["stages"]["train-4"] == {"digits": 0.6}
+
+
+def test_overhead_is_what_no_steps_function_used(run_dir: Path) -> None:
+    """Skipped steps did no work, although their manifests say how long it once took."""
+    worked = (len(STEPS) - 1) * 2.0
+    assert write_summary(Finished.read(run_dir), 60.0, 0, 0)["seconds_overhead"] == pytest.approx(60.0 - worked)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "decision"), [("rejected", 3, "rejected"), ("failed", 2, "failed"), ("failed", 1, "failed")]
+)
+def test_the_first_step_that_failed_gives_the_exit_code(run_dir: Path, status: str, code: int, decision: str) -> None:
+    """Later failures follow from the first; a script must see the first's code."""
+    _write_step(run_dir, "gate", status, started=50.0, code=code)
+    _write_step(run_dir, "report", "failed", started=90.0, code=1)
+    finished = Finished.read(run_dir)
+    assert _exit_code(finished, 1) == code
+    summary = write_summary(finished, 1.0, 0, code)
+    assert (summary["decision"], summary["message"]) == (decision, "because")
+
+
+def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> None:
+    """75 tells the launcher to run the same command again."""
+    _write_step(run_dir, "train-1", "failed", code=1)
+    assert _exit_code(Finished.read(run_dir), Exit.PREEMPTED) == Exit.PREEMPTED
+
+
+def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
+    """A step killed by the kernel leaves `running` behind: that is no success."""
+    (run_dir / "steps" / "train-3.json").write_text(json.dumps({"name": "train-3", "status": "running", "started": 1}))
+    assert _exit_code(Finished.read(run_dir), 1) == Exit.FAULT
+    assert _exit_code(Finished.read(run_dir), -9) == Exit.FAULT
+
+
+def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accuracy beside its baselines, the places, and the command must all be there."""
+    monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / "a.png", "Which digit?"))
+    (run_dir / "report.html").write_text("x")
+    (run_dir.parent / "mlflow.db").write_text("x")
+    finished = Finished.read(run_dir)
+    out = io.StringIO()
+    closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
+    for part in ("promoted", "1.0 GiB", "0.700", "0.690", "0.300", "question text", "report.html", "mlflow.db", "curl"):
+        assert part in out.getvalue(), part
+
+
+@pytest.mark.parametrize("question", ["Which digit is in row 2?", 'It\'s "5" $HOME `id` \\ back?'])
+def test_the_curl_command_works_by_copy_and_paste(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str
+) -> None:
+    """The shell must hand over exactly the picture and the question, whatever characters they hold."""
+    picture = tmp_path / "some picture.png"
+    picture.write_bytes(bytes(range(256)))
+    monkeypatch.setattr(closing, "_held_out", lambda finished: (picture, question))
+    fake = tmp_path / "bin" / "curl"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    command = closing.curl_example(Finished.read(run_dir))
+    ran = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    args = ran.stdout.split("\0")
+    assert "http://127.0.0.1:8321/v1/chat/completions" in args
+    body = json.loads(args[args.index("-d") + 1])
+    image, text = body["messages"][0]["content"]
+    assert text["text"] == question and body["model"] == "nvila-tiny"
+    assert base64.b64decode(image["image_url"]["url"].partition(",")[2]) == bytes(range(256))
+
+
+def test_latest_always_points_at_a_whole_run(tmp_path: Path) -> None:
+    """Replaced in one step, also over an older link; two runs in one second do not share a folder."""
+    first, second = _new_run(tmp_path, "tiny"), _new_run(tmp_path, "tiny")
+    assert first != second
+    _point_latest(first)
+    _point_latest(second)
+    assert (tmp_path / "latest").resolve() == second.resolve()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_memory_counts_children_and_forgets_nothing(tmp_path: Path) -> None:
+    """The peak is that of the whole tree: training runs in grandchildren."""
+    sampler = MemorySampler(os.getpid(), tmp_path)
+    sampler.sample()
+    alone = sampler.peak_pss_bytes
+    assert alone > 0
+    code = "x = bytearray(80_000_000); print(1, flush=True); input()"
+    with subprocess.Popen(["python3", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        sampler.sample()
+        child.communicate("\n")
+    assert sampler.peak_pss_bytes > alone + 70_000_000
+    peak = sampler.peak_pss_bytes
+    sampler.sample()
+    assert sampler.peak_pss_bytes == peak and pss_bytes(child.pid) == 0
+
+
+def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
+    """A log of CI has no live table: each change is one line, once."""
+    out = io.StringIO()
+    with Watch(run_dir, Console(file=out, width=140)) as watch:
+        watch.refresh()
+        watch.refresh()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == len(STEPS)
+    assert any("base: cached in 3.0 s" in line for line in lines)
