@@ -25,6 +25,11 @@ def tracking_uri(runs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
 
 
+def has_store(runs: Path) -> bool:
+    """Whether there is anything to read: connecting to the local default would make an empty one."""
+    return "MLFLOW_TRACKING_URI" in os.environ or (runs / "mlflow.db").is_file()
+
+
 @contextmanager
 def connected(runs: Path) -> Iterator[MlflowClient]:
     """A client on the tracking store and registry of a runs folder, which no other process of ours uses meanwhile.

@@ -12,6 +12,7 @@ from typing import Literal
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import File, InputRef, Manifest, sha256_file
 from nvila.components.contracts.store import MANIFEST, Store
+from nvila.components.tracking.connect import has_store
 from nvila.components.tracking.registry import Version, find, models, registered_inputs
 
 State = Literal["sound", "missing", "altered", "damaged"]
@@ -111,7 +112,7 @@ def _registered(runs: Path, reference: str) -> Version:
     """
     separator = "@" if "@" in reference else "/"
     name, found, key = reference.rpartition(separator)
-    candidates = [name] if found else models(runs)
+    candidates = ([name] if found else models(runs)) if has_store(runs) else []
     for model in candidates:
         version = find(runs, model, key)
         if version is None:

@@ -123,6 +123,14 @@ def test_champion_is_found_through_the_registry(tmp_path: Path, tracked_run: Pat
         trace(tmp_path / "store", "3", runs=runs)
 
 
+def test_question_without_a_registry_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped folder must get one clear line, not a new empty database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="Registered models: none"):
+        trace(tmp_path / "store", "champion", runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def logged(client: Any) -> dict[str, str]:
     model = client.create_logged_model("0", name="small")
     return {"source": "file:///nowhere", "model_id": model.model_id, "run_id": client.create_run("0").info.run_id}
