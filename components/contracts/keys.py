@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from nvila.components.contracts.manifest import digest_json, sha256_file
 
 OURS = "nvila."
+_OUR_MODULE = re.compile(r"nvila(\.[A-Za-z_]\w*)+")
 
 
 def content_key(
@@ -46,7 +48,8 @@ def content_key(
 def import_closure(module: str) -> dict[str, str]:
     """Files of our own modules that `module` reaches by import, at any depth, late imports included: name -> path.
 
-    Reads the source, executes nothing. A package's `__init__` counts for each module inside it.
+    Reads the source, executes nothing. A package's `__init__` counts for each module inside it, and so does a module
+    that is named in a string: a process started with `-m nvila...`, or `import_module("nvila...")`.
     """
     found: dict[str, str] = {}
     queue = [module]
@@ -87,11 +90,18 @@ def _owners() -> Mapping[str, list[str]]:
 
 @cache
 def _source(module: str) -> str | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ModuleNotFoundError, ValueError):
-        return None
-    return spec.origin if spec and spec.origin and spec.origin.endswith(".py") else None
+    """File of one of our modules; None where the name is something inside a module.
+
+    Looked for by path: `find_spec` of the whole name would execute what stands above it, torch and all.
+    """
+    top, _, rest = module.removeprefix(OURS).partition(".")
+    spec = importlib.util.find_spec(OURS + top)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder, *rest.split("."))
+        for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+            if file.is_file():
+                return str(file)
+    return None
 
 
 @cache
@@ -108,17 +118,6 @@ def _imported(path: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and _is_import_call(node):
-            names.add(node.args[0].value)  # type: ignore[attr-defined]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _OUR_MODULE.fullmatch(node.value):
+            names.add(node.value)
     return tuple(sorted(names))
-
-
-def _is_import_call(node: ast.Call) -> bool:
-    """`import_module("x.y")`, `module("x.y")` are imports too when the name is a literal."""
-    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-    return (
-        name == "import_module"
-        and bool(node.args)
-        and isinstance(node.args[0], ast.Constant)
-        and isinstance(node.args[0].value, str)
-    )

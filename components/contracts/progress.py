@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from nvila.components.contracts.manifest import write_atomic
 
 T = TypeVar("T")
 PROGRESS_FILE = "NVILA_PROGRESS_FILE"
-"""Environment variable that names the file; `execute` sets it for the step and its child processes."""
+"""Environment variable that names the file; `progress_to` sets it for a step and its child processes."""
 
 
 class Progress:
@@ -42,9 +43,25 @@ class Progress:
             print(f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def progress_to(path: Path) -> Iterator[None]:
+    """Have progress written to `path` by this process and its children, as long as the context is open."""
+    before = os.environ.get(PROGRESS_FILE)
+    os.environ[PROGRESS_FILE] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PROGRESS_FILE]
+        else:
+            os.environ[PROGRESS_FILE] = before
+
+
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate over `items` while showing progress."""
-    progress = Progress(what, total if total is not None else len(items) if hasattr(items, "__len__") else None)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    progress = Progress(what, total)
     for item in items:
         yield item
         progress.update()

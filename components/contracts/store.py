@@ -50,10 +50,7 @@ class Store:
 
     @contextmanager
     def working(self, step: str, key: str) -> Iterator[Path]:
-        """The step's folder, locked against a second process that does the same work.
-
-        A manifest that is there although its files are not (`finished` said no) is removed first.
-        """
+        """The step's folder, locked against a second process that does the same work."""
         folder = self.folder(step, key)
         folder.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
@@ -84,7 +81,14 @@ class Store:
         return (Exit(record["exit_code"]), record["message"]) if record["run"] == run else None
 
     def remove(self, step: str, key: str) -> None:
-        """Delete one piece of work; the manifest goes first, so that an interrupted delete leaves unfinished work."""
+        """Delete one piece of work; the manifest goes last, so that an interrupted delete leaves damaged work.
+
+        Whoever meets a manifest whose files are gone deletes the rest too: half a deleted folder is never resumed.
+        """
         folder = self.folder(step, key)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST:
+                path.unlink()
         shutil.rmtree(folder, ignore_errors=True)

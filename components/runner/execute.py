@@ -19,7 +19,7 @@ from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
-from nvila.components.contracts.progress import PROGRESS_FILE
+from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
 
 STORE_VARIABLE = "NVILA_STORE"
@@ -112,16 +112,20 @@ def perform(
                 error = NvilaError(verdict[1])
                 error.exit_code = verdict[0]  # type: ignore[misc]
                 raise error
-        os.environ[PROGRESS_FILE] = str(place.run_dir / "progress" / f"{step}.json")
+            if (folder / MANIFEST).exists():
+                # Finished once, damaged since: nothing in the folder can be trusted, so nothing of it is resumed.
+                store.remove(step, key)
+                folder.mkdir(exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         (folder / TOMBSTONE).unlink(missing_ok=True)
         began = time.time()
         try:
-            outcome = code.run(code.Settings.model_validate(settings), inputs, folder)
-        except NvilaError as error:
-            if error.exit_code in (Exit.USER, Exit.REJECTED):
+            with progress_to(place.run_dir / "progress" / f"{step}.json"):
+                outcome = code.run(code.Settings.model_validate(settings), inputs, folder)
+        except Exception as error:
+            if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)
-            _track(place, step, settings, inputs, None, began, str(error), {})
+            _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
             raise
         files = describe_files(folder, outcome.files)
         for name in (MANIFEST, TOMBSTONE):
