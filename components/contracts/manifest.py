@@ -41,7 +41,7 @@ class InputRef(BaseModel):
 class Manifest(BaseModel):
     """What a step made, from what, and how to check it.
 
-    `seconds`, `created`, `resumed` and the URIs of inputs are facts of one execution and stay out of `digest`, so that
+    `seconds`, `created`, `folder` and the URIs of inputs are facts of one execution and stay out of `digest`, so that
     the same work done twice, or in another place, has the same identity.
     """
 
@@ -144,7 +144,7 @@ def describe_files(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[st
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex sha256 of a file's bytes, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -161,4 +161,4 @@ def write_atomic(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -18,13 +18,13 @@ class Outcome:
 
     kind: Kind
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Small JSON results. Nothing here may differ between two executions of the same work (no times, no paths of run)."""
+    """Small JSON results, the same in every execution of the same work: no times, no paths of a run."""
     sources: list[File] = field(default_factory=list)
     """The user's own files that were read."""
     files: tuple[str, ...] = ("**/*",)
     """Glob patterns, relative to the step's folder, of the files that belong to the output."""
     measured: Mapping[str, float] = field(default_factory=dict)
-    """Measurements of this one execution (seconds, samples per second, bytes): tracked, but not part of the identity."""
+    """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
 
 
 class Step(Protocol):

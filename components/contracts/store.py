@@ -54,11 +54,8 @@ class Store:
         folder = self.folder(step, key)
         folder.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
-        with open(lock_path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock_path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:

@@ -19,10 +19,10 @@ class Source(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     kind: Literal["image", "video"]
     path: str
-    """Folder holding `sft.json`, `heldout.json`, optionally `captions.json` and `labels.json`, and the media they name."""
+    """Folder with `sft.json`, `heldout.json`, optionally `captions.json` and `labels.json`, and the media they name."""
     demo: Literal["shapes", "digits", "clips"] | None = None
     """Build this demonstration source at `path` first when it is not there."""
-    demo_scale: float = Field(1.0, gt=0, le=1)
+    demo_scale: float = Field(default=1.0, gt=0, le=1)
     """Share of the full demonstration source to build (the micro recipe takes a few)."""
 
 
@@ -35,9 +35,9 @@ class Validation(Section):
     max_video_seconds: float = 3600.0
     max_video_frames: int = 200_000
     max_text_chars: int = 32_768
-    max_quarantined_share: float = Field(0.05, ge=0, le=1)
+    max_quarantined_share: float = Field(default=0.05, ge=0, le=1)
     """More spoilt records than this share of a source stop the run: something is systematically wrong."""
-    min_source_share: float = Field(0.01, ge=0, le=1)
+    min_source_share: float = Field(default=0.01, ge=0, le=1)
     """Each source must hold at least this share of all SFT records."""
 
 

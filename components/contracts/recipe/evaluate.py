@@ -20,10 +20,10 @@ class EvaluateSettings(Section):
     """Exact match on the held-out splits."""
 
     sources: list[str] = Field(min_length=1)
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """Held-out questions per source for the final model; None is all of them."""
-    stage_limit: int = 500
+    stage_limit: int = Field(default=500, ge=1)
     """Held-out questions per source for the model after base and after each stage."""
-    batch: int = 64
-    max_new_tokens: int = 8
+    batch: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=8, ge=1)
     gate: Gate = Gate()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from nvila.components.contracts.recipe.section import Section
 
 VisionMode = Literal["resize", "dynamic", "s2", "dynamic_s2"]
-Projector = Literal[
-    "linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"
-]
+Projector = Literal["linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"]
 DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
 """Side of the space-to-channel cell of each projector (1 where not named); spec section 1.2."""
 
@@ -19,23 +17,37 @@ DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_
 class TowerSizes(Section):
     """Sizes of a SigLIP vision tower that is made from scratch."""
 
-    hidden: int = 96
-    layers: int = 3
-    heads: int = 3
-    mlp: int = 192
-    patch_pixels: int = 14
+    hidden: PositiveInt = 96
+    layers: PositiveInt = 3
+    heads: PositiveInt = 3
+    mlp: PositiveInt = 192
+    patch_pixels: PositiveInt = 14
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> TowerSizes:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        return self
 
 
 class DecoderSizes(Section):
     """Sizes of a Qwen2 decoder that is made from scratch."""
 
-    hidden: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 256
-    vocabulary: int = 512
+    hidden: PositiveInt = 128
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    mlp: PositiveInt = 256
+    vocabulary: PositiveInt = 512
     """Upper bound of the BPE vocabulary, special tokens included."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> DecoderSizes:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"hidden {self.hidden} must be a multiple of heads {self.heads}, and those of kv_heads {self.kv_heads}"
+            )
+        return self
 
 
 class Base(Section):
@@ -47,17 +59,23 @@ class Base(Section):
     """Path, `s3://` URI or `hf://id@revision` of a Qwen2 decoder with its tokenizer; None makes one from `decoder`."""
     tower: TowerSizes = TowerSizes()
     decoder: DecoderSizes = DecoderSizes()
-    tower_epochs: float = 8.0
+    tower_epochs: float = Field(default=8.0, gt=0)
     """Passes over the label records while a tower made from scratch learns."""
-    learning_rate: float = 2e-3
-    batch: int = 128
+    learning_rate: float = Field(default=2e-3, gt=0)
+    batch: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Base:
+        if (self.vision_tower is None) != (self.llm is None):
+            raise ValueError("vision_tower and llm go together: name both, or neither to make a small model here")
+        return self
 
 
 class Video(Section):
     """How a video becomes tokens; spec sections 1.6 and 1.9."""
 
-    frames: int = Field(8, ge=1, le=4096)
-    pool_sizes: list[tuple[int, int, int]] = [(1, 1, 1)]
+    frames: int = Field(default=8, ge=1, le=4096)
+    pool_sizes: list[tuple[PositiveInt, PositiveInt, PositiveInt]] = Field(default=[(1, 1, 1)], min_length=1)
     """Temporal, vertical and horizontal pooling; one entry per scale."""
 
 
@@ -67,14 +85,14 @@ class ModelSettings(Section):
     variant: str
     vision_mode: VisionMode = "dynamic_s2"
     projector: Projector = "mlp_downsample"
-    s2_scales: list[int] = [448, 896, 1344]
-    """Pixels per side of each scale, ascending. The first is the tile, and the tower's input. Other modes use the first only."""
+    s2_scales: list[PositiveInt] = Field(default=[448, 896, 1344], min_length=1)
+    """Pixels per side of each scale, ascending. The first is the tile, the tower's input; without S2 it is used alone."""
     s2_output_scale: int = -1
     """Index of the scale whose feature map the others are resized to."""
-    max_tiles: int = Field(12, ge=1, le=48)
+    max_tiles: int = Field(default=12, ge=1, le=48)
     select_layer: int = -2
     """Which of the tower's hidden states is the feature; the blocks above it are not computed."""
-    max_length_tokens: int = 8192
+    max_length_tokens: int = Field(default=8192, ge=1)
     video: Video = Video()
     base: Base
 
@@ -94,6 +112,9 @@ class ModelSettings(Section):
                 raise ValueError("each of s2_scales must be a multiple of the first")
             if not -len(self.s2_scales) <= self.s2_output_scale < len(self.s2_scales):
                 raise ValueError("s2_output_scale names no entry of s2_scales")
+            needed = (self.s2_scales[-1] // self.tile_pixels) ** 2
+            if self.vision_mode == "dynamic_s2" and self.max_tiles < needed:
+                raise ValueError(f"max_tiles {self.max_tiles} is less than the {needed} tiles of the last of s2_scales")
             if self.projector == "mlp_downsample_3x3_fix":
                 raise ValueError(
                     f"projector mlp_downsample_3x3_fix and vision_mode {self.vision_mode} cannot work together: "

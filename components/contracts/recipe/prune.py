@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,22 +11,22 @@ from nvila.components.contracts.recipe.section import Section
 
 
 class Reference(Section):
-    """A reference VLM: a checkpoint, or (tiny recipes) one trained here on two folds so that it never scores its own."""
+    """A reference VLM: a checkpoint, or (tiny recipes) one trained here per fold so that it never scores its own."""
 
     path: str | None = None
     """Path, `s3://` URI or `hf://id@revision` of a trained VLM; None trains one."""
     decoder: DecoderSizes = DecoderSizes()
-    epochs: float = 4.0
-    learning_rate: float = 1e-3
-    batch: int = 64
+    epochs: float = Field(default=4.0, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch: int = Field(default=64, ge=1)
 
 
 class PruneSettings(Section):
     """What stays in the SFT mixture."""
 
-    keep_ratio: float = Field(0.5, gt=0, le=1)
+    keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Share of each source that stays: the ceil(keep_ratio * n) samples of highest DeltaLoss."""
-    keep_ratio_of: dict[str, float] = {}
+    keep_ratio_of: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """Keep ratio of single sources by name, where it differs."""
     score: Literal["sum", "mean"] = "sum"
     """Sum or mean over answer tokens; the paper leaves it open."""

@@ -12,7 +12,7 @@ from nvila.components.contracts.recipe.section import Section
 class QuantizeGate(Section):
     """How much accuracy quantization may cost."""
 
-    max_loss: float = Field(0.03, ge=0, le=1)
+    max_loss: float = Field(default=0.03, ge=0, le=1)
     """Largest fall of exact match per source, beyond the 95% noise band of the difference."""
 
 
@@ -27,7 +27,7 @@ class QuantizeSettings(Section):
     smoothquant_alpha: float = 0.3
     """Migration strength for the tower's LayerNorm -> Linear pairs; 0 switches it off."""
     calibration_samples: int = 128
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """Held-out questions per source for the quantized model; None takes the evaluation's."""
     through_vllm: bool = True
     """Evaluate through vLLM and our plugin; False (micro recipe) through the same weights dequantized in torch."""

@@ -40,7 +40,7 @@ class Recipe(Section):
     train: TrainSettings
     evaluate: EvaluateSettings
     quantize: QuantizeSettings = QuantizeSettings()
-    register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+    register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
     rollout: RolloutSettings = RolloutSettings()
     needs: Needs = Needs()
 

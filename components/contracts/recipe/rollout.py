@@ -12,7 +12,7 @@ from nvila.components.contracts.recipe.section import Section
 class RegisterSettings(Section):
     """MLflow registry."""
 
-    model_name: str = Field("nvila-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    model_name: str = Field(default="nvila-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 
 
 class Policy(Section):
@@ -20,9 +20,9 @@ class Policy(Section):
 
     pinned_prompts: int = 12
     """Held-out questions asked of the new endpoint before the alias moves."""
-    min_agreement: float = Field(0.75, ge=0, le=1)
+    min_agreement: float = Field(default=0.75, ge=0, le=1)
     """Least share of pinned prompts whose answer equals the evaluated model's."""
-    max_error_rate: float = Field(0.0, ge=0, le=1)
+    max_error_rate: float = Field(default=0.0, ge=0, le=1)
     deadline_seconds: float = 300.0
     """Longest wait for the server to get ready."""
 
@@ -33,5 +33,5 @@ class RolloutSettings(Section):
     target: Literal["local", "none"] = "local"
     """`local` starts vLLM on this machine; `none` registers only."""
     host: str = "127.0.0.1"
-    port: int = Field(8321, ge=1, le=65535)
+    port: int = Field(default=8321, ge=1, le=65535)
     policy: Policy = Policy()

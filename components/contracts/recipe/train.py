@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,20 +18,21 @@ class Stage(Section):
     name: str
     trainable: list[Part] = Field(min_length=1)
     """Parts that learn; the others are frozen."""
-    learning_rate: float
+    learning_rate: float = Field(gt=0)
     """Peak of the cosine schedule."""
-    data: dict[str, float] = Field(min_length=1)
+    data: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """`source.split` -> passes over it; 0.5 is half of it, 2 is twice."""
     pruned: bool = False
     """Take only what DeltaLoss kept of the SFT splits."""
-    batch: int
+    batch: int = Field(ge=1)
     """Global batch, in samples."""
-    micro_batch: int | None = None
+    micro_batch: int | None = Field(default=None, ge=1)
     """Samples per forward pass and GPU; None is the global batch over the number of GPUs."""
-    max_length_tokens: int = 8192
-    clip_norm: float | None = None
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.03
+    max_length_tokens: int = Field(default=8192, ge=1)
+    """Longer rows are cut; the model's own limit cuts as well."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     gradient_checkpointing: bool = False
 
 
@@ -42,7 +43,7 @@ class TrainSettings(Section):
     precision: Precision = "bf16"
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
-    gpus: int = 1
+    gpus: int = Field(default=1, ge=1)
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between two checkpoints of an unfinished stage."""
