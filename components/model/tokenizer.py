@@ -62,13 +62,16 @@ def load_tokenizer(folder: Path | str) -> Any:
     Raises:
         DataError: the folder holds no readable tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2Config
 
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").is_file():
         raise DataError("no tokenizer here", where=str(folder), do="A checkpoint keeps it in llm/")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # The config only spares transformers a look at the folder's own, whose type in serving form it does not know.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=Qwen2Config(), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("the tokenizer cannot be read", where=str(folder), value=str(error)) from None
     return with_markers(tokenizer)

@@ -70,7 +70,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     for group in track(groups(wanted)[::-1], "quantizing"):
         names = [name for name, scheme in schemes.items() if scheme != UNUSED and re.match(group.pattern, name)]
         packed |= _quantize(model, names, group, wanted, batches, checkpoint)
-    config = quantization_config(groups(wanted), wanted, [name for name, scheme in schemes.items() if scheme == PLAIN])
+    plain = [name for name, scheme in schemes.items() if scheme == PLAIN]
+    config = quantization_config(groups(wanted), wanted, plain) if groups(wanted) else None
     after = write_serving(
         model, tokenizer, out / "model", tensors=_replace(serving_tensors(model), packed, schemes), quantization=config
     )

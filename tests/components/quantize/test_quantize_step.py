@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from servable import QUESTION
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.checkpoint import load_native, read_tensors
+from nvila.components.model.conversation import Turn
+from nvila.components.model.quantized import DynamicInt8Linear, load_quantized, unpack_w4
+from nvila.components.quantize.step import Settings, run
+
+if TYPE_CHECKING:
+    from conftest import Quantized
+
+
+def _settings(**changes: Any) -> Settings:
+    return Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 6, **changes}, "seed": 0})
+
+
+def test_map_names_every_linear(quantized: Quantized) -> None:
+    """A Linear that silently stays in full precision, or is quantized by accident, would go unnoticed."""
+    model, _ = load_native(quantized.inputs["model"].dir("model"))
+    schemes = json.loads((quantized.out / "module_map.json").read_text())
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(schemes) == len(linears)
+    assert quantized.outcome.values["linears"] == {"W4A16": 14, "W8A8": 12, "bf16": 3, "unused": 6}
+    assert schemes["vision_tower.vision_model.encoder.layers.1.mlp.fc2"] == "W8A8"
+    assert schemes["vision_tower.vision_model.encoder.layers.2.mlp.fc2"] == "unused"
+    assert schemes["llm.model.layers.0.self_attn.q_proj"] == "W4A16"
+    assert schemes["mm_projector.layers.2"] == schemes["llm.lm_head"] == "bf16"
+
+
+def test_stored_dtypes_follow_the_map(quantized: Quantized) -> None:
+    """A map that says W4A16 over a file that holds bf16 weights would be a lie."""
+    tensors = read_tensors(quantized.out / "model")
+    schemes = json.loads((quantized.out / "module_map.json").read_text())
+    for name, scheme in schemes.items():
+        if scheme == "W8A8":
+            assert tensors[f"{name}.weight"].dtype == torch.int8
+            assert tensors[f"{name}.weight_scale"].dtype == torch.float32
+        elif scheme == "W4A16":
+            assert f"{name}.weight" not in tensors
+            assert tensors[f"{name}.weight_packed"].dtype == torch.int32
+        elif scheme == "bf16" and name != "llm.lm_head":
+            assert tensors[f"{name}.weight"].dtype == torch.bfloat16
+        else:
+            assert f"{name}.weight" not in tensors
+    assert quantized.outcome.values["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert quantized.outcome.values["bytes_after"] < 0.7 * quantized.outcome.values["bytes_before"]
+
+
+def test_config_is_mixed_precision_with_a_format_per_group(quantized: Quantized) -> None:
+    """vLLM picks its kernels by the group's own format; with one global format it would misread the other half."""
+    config = json.loads((quantized.out / "model" / "config.json").read_text())["quantization_config"]
+    formats = [group["format"] for group in config["config_groups"].values()]
+    assert config["format"] == "mixed-precision"
+    assert formats == ["int-quantized", "pack-quantized"]
+    assert str(quantized.inputs["model"].folder) not in (quantized.out / "model" / "config.json").read_text()
+
+
+def test_quantized_model_stays_close(quantized: Quantized, ask: Callable[[Any, Any], torch.Tensor]) -> None:
+    """Scales of a wrong axis, a swapped nibble or smoothing that is not undone would wreck the logits."""
+    full = ask(*load_native(quantized.inputs["model"].dir("model")))
+    small = ask(*load_quantized(quantized.out / "model"))
+    similarity = torch.cosine_similarity(full.flatten(1), small.flatten(1)).min()
+    assert similarity > 0.97
+    assert not torch.equal(full, small)
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_other_methods(
+    method: str, quantized: Quantized, tmp_path: Path, ask: Callable[[Any, Any], torch.Tensor]
+) -> None:
+    """A method of the recipe that the step cannot run; AWQ stores zero points and moves scales between layers."""
+    run(_settings(method=method), quantized.inputs, tmp_path)
+    full = ask(*load_native(quantized.inputs["model"].dir("model")))
+    small = ask(*load_quantized(tmp_path / "model"))
+    assert torch.cosine_similarity(full.flatten(1), small.flatten(1)).min() > 0.93
+
+
+def test_same_inputs_same_bytes(quantized: Quantized, tmp_path: Path) -> None:
+    """The store promises that the same key gives the same output."""
+    again = run(_settings(method="gptq"), quantized.inputs, tmp_path)
+    assert again.values == quantized.outcome.values
+    first, second = (read_tensors(folder / "model") for folder in (quantized.out, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nothing_to_quantize_still_gives_a_servable_folder(quantized: Quantized, tmp_path: Path) -> None:
+    """`none` for both parts is the plain baseline of the same form."""
+    outcome = run(_settings(vision_tower="none", llm="none"), quantized.inputs, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert outcome.values["bytes_after"] == outcome.values["bytes_before"]
+    assert set(outcome.values["linears"]) == {"bf16", "unused"}
+
+
+def test_group_size_that_does_not_divide_is_the_users_error(quantized: Quantized, tmp_path: Path) -> None:
+    """llm-compressor would fail deep inside, or vLLM only when the model is loaded."""
+    with pytest.raises(
+        ConfigError, match=r"quantize\.group_size: group_size 48 does not divide the 128 input features"
+    ):
+        run(_settings(group_size=48), quantized.inputs, tmp_path)
+
+
+def test_unpacking_agrees_with_compressed_tensors() -> None:
+    """Our own reading of the packed format against the library that wrote it."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-8, 8, (16, 64), generator=generator, dtype=torch.int8)
+    zero = torch.randint(-8, 8, (16, 2), generator=generator, dtype=torch.int8)
+    scale = torch.rand(16, 2, generator=generator)
+    unpacked = unpack_w4(pack_to_int32(values, 4), scale, pack_to_int32(zero, 4, packed_dim=0), [16, 64])
+    expected = (values.view(16, 2, 32).float() - zero[:, :, None]) * scale[:, :, None]
+    assert torch.equal(unpacked, expected.view(16, 64))
+
+
+def test_int8_inputs_are_rounded_per_token() -> None:
+    """A scale over the whole batch would make an answer depend on what else is asked."""
+    layer = DynamicInt8Linear(8, 4)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    together = layer(torch.cat([x, 100 * x]))[:3]
+    assert torch.equal(layer(x), together)
+    assert not torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.fixture
+def ask(quantized: Quantized) -> Callable[[Any, Any], torch.Tensor]:
+    """Last logits of a question about each of two pictures."""
+    from PIL import Image
+
+    from nvila.components.model.batch import collate
+    from nvila.components.model.prompt import make_prompt
+
+    root = Path(quantized.inputs["samples"].folder).parent / "data"
+
+    def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+        prompts = [
+            make_prompt([Turn("human", QUESTION)], [Image.open(root / f"{i}.png")], model.config) for i in (0, 1)
+        ]
+        batch = collate([(p.encode(tokenizer, generate=True), p.visuals) for p in prompts], tokenizer.pad_token_id)
+        with torch.no_grad():
+            output = model(batch.input_ids, batch.attention_mask, batch.visuals)
+        assert output.logits is not None
+        return output.logits[:, -1].float()
+
+    return logits
