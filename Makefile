@@ -54,6 +54,10 @@ ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000)
 golden: $(MAIN) ## Write the golden files anew; look at the diff
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py
 
+.PHONY: docs
+docs: $(MAIN) ## Write the README's tables anew from the code
+	$(BIN)/python -m nvila.pipelines.docs README.md
+
 .PHONY: env
 env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files
 

@@ -1,0 +1,185 @@
+"""The documents say what the code does: their tables, commands, snippets, links and numbers are checked."""
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.recipe.data import Source
+from nvila.components.contracts.recipe.recipe import merge, parse_recipe
+from nvila.components.resolve.form import Form, fill_in, parse_yaml, recipe_text
+from nvila.components.serve.server import chat_request
+from nvila.components.validate.annotations import read_records
+from nvila.pipelines import docs
+from nvila.pipelines.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/log.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORBIDDEN = (
+    r"seamless\w*|effortless\w*|blazing\w*|cutting-edge|state-of-the-art|world-class|revolutionary|game-chang\w*"
+    r"|powerful|best-in-class|turnkey|delightful\w*|coming soon|todo|tbd|fixme|xxx|lorem"
+)
+"""Praise, promises and placeholders."""
+
+
+def _text(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def _code(text: str) -> list[str]:
+    """Lines of code blocks, and code spans."""
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line.strip() for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
+
+
+def _snippet(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert found, f"no {language} snippet"
+    return found[1]
+
+
+def test_tables_are_those_of_the_code() -> None:
+    """A table that describes last month's steps, recipes or commands misleads everyone who trusts it."""
+    assert docs.fill(README) == README, "`make docs`, then look at the diff"
+
+
+def test_filling_needs_the_markers() -> None:
+    """A lost marker would silently end the generation of a table."""
+    with pytest.raises(ValueError, match="recipes"):
+        docs.fill(README.replace("<!-- /recipes -->", ""))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_resolve(document: str) -> None:
+    """A file that was moved leaves its links behind."""
+    links = re.findall(r"\]\(([^)#\s]+)", _text(document))
+    relative = [link for link in links if "://" not in link]
+    assert [link for link in relative if not ((ROOT / document).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_source_files_exist(document: str) -> None:
+    """SECURITY.md says where a threat is met: a file that is gone means that nobody knows any more."""
+    named = [span for span in _code(_text(document)) if re.fullmatch(r"(components|pipelines|tests)/[\w./-]+\w", span)]
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document: str) -> None:
+    """A newcomer's first command must not be unknown."""
+    targets = set(re.findall(r"^([a-z-]+):.*## ", _text("Makefile"), flags=re.MULTILINE))
+    used = {match[1] for span in _code(_text(document)) if (match := re.match(r"make ([a-z-]+)", span))}
+    assert used <= targets
+    assert document != "README.md" or used >= {"run", "test", "help"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_nvila_commands_parse(document: str) -> None:
+    """A command, option or argument that was renamed must be renamed here, too."""
+    commands: Any = typer.main.get_command(app)
+    lines = [span for span in _code(_text(document)) if span.startswith("nvila ")]
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        assert name in commands.commands, line
+        commands.commands[name].make_context(name, arguments or _any_arguments(commands.commands[name]))
+    assert document != "README.md" or {shlex.split(line)[1] for line in lines} == set(commands.commands)
+
+
+def _any_arguments(command: Any) -> list[str]:
+    """For a bare mention of a command: something for each argument that it requires."""
+    return ["x" for parameter in command.params if parameter.required]
+
+
+def test_the_overrides_of_the_text_fit_the_recipe() -> None:
+    """An override with a key that the schema has dropped would be refused."""
+    from nvila.pipelines.overrides import parse_overrides
+
+    pairs = re.findall(r"--override ([\w.]+=[\w.-]+)", README)
+    assert len(pairs) >= 2
+    overrides = parse_overrides(parse_yaml(recipe_text("tiny"), "tiny"), pairs)
+    fill_in(Form(recipe="tiny", overrides=json.dumps(overrides)))
+
+
+def test_the_curl_command_is_a_request_that_the_endpoint_takes(tmp_path: Path) -> None:
+    """Quoting of JSON in a shell breaks easily, and a changed name or port makes the command useless."""
+    command = re.search(r"^curl .*?\}'$", README, flags=re.DOTALL | re.MULTILINE)
+    assert command
+    picture = tmp_path / "data/tiny/digits/images/heldout/0000.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"png")
+    show = 'curl() { for argument in "$@"; do printf "%s\\0" "$argument"; done; }\n'
+    ran = subprocess.run(["bash", "-c", show + command[0]], capture_output=True, text=True, check=True, cwd=tmp_path)
+    arguments = ran.stdout.split("\0")[:-1]
+    body = json.loads(arguments[arguments.index("-d") + 1])
+    tiny = fill_in(Form(recipe="tiny"))
+    wanted = chat_request(tiny.register_.model_name, body["messages"][0]["content"][1]["text"], image=picture)
+    del wanted["max_tokens"]
+    assert body == wanted
+    assert f"http://{tiny.rollout.host}:{tiny.rollout.port}/v1/chat/completions" in arguments
+
+
+def test_the_record_of_the_readme_is_read(tmp_path: Path) -> None:
+    """The format that users write their data in is the one that the step reads."""
+    (tmp_path / "sft.json").write_text(f"[{_snippet('json')}]")
+    row = read_records(Source(name="plates", kind="image", path=str(tmp_path)), "sft", tmp_path / "sft.json")[0]
+    assert (row["question"], row["answer"], row["markers"], row["media_count"]) == (
+        "What does the plate say?",
+        "AB 123",
+        1,
+        1,
+    )
+
+
+def test_the_recipe_snippet_makes_a_recipe() -> None:
+    """Following the five points must lead to a recipe that is accepted."""
+    content = merge(parse_yaml(recipe_text("tiny"), "tiny"), yaml.safe_load(_snippet("yaml")))
+    for stage in content["train"]["stages"]:
+        stage["data"] = {"plates.sft": 1}
+    content["evaluate"] |= {"sources": ["plates"], "gate": {"min_accuracy": {"plates": 0.5}}}
+    assert [source.name for source in parse_recipe(content).data.sources] == ["plates"]
+
+
+def test_exit_codes_are_all_there() -> None:
+    """A retry policy is written by this table."""
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)] == sorted(map(int, Exit))
+
+
+def test_environment_variables_are_read_somewhere() -> None:
+    """A variable that nothing reads is set in vain."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "components").rglob("*.py"))
+    named = set(re.findall(r"`((?:NVILA|MLFLOW)_[A-Z_]+)`", README))
+    assert named
+    assert [name for name in named if f'"{name}"' not in sources] == []
+
+
+def test_versions_are_those_of_the_locks() -> None:
+    """Numbers were measured with the versions that are named beside them."""
+    locked = {line for lock in (ROOT / "requirements").glob("*.lock") for line in lock.read_text().splitlines()}
+    named = re.findall(r"`([\w-]+==[\w.]+)`", README)
+    assert named
+    assert [name for name in named if name not in locked] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_are_plain(document: str) -> None:
+    """Praise says nothing, a placeholder promises, and a path of somebody's machine helps nobody else."""
+    text = _text(document)
+    found = re.findall(rf"\b(?:{FORBIDDEN})\b", text, flags=re.IGNORECASE)
+    assert found == []
+    assert re.findall(r"(?<![\w.~$/}])/(?:home|root|Users|mnt|work|tmp|opt|var)/\S*", text) == []
+
+
+def test_the_licence_is_the_whole_text() -> None:
+    """A shortened or edited licence is another licence."""
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
