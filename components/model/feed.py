@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.data.media import Limits, load_image, load_video_frames
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+KEPT_BYTES = 256 * 2**20
+"""Tiles that a process keeps: several questions share a picture, and a stage may pass over its data more than once."""
+
+
+class _Kept:
+    """Prompts by their media, until their tiles fill the budget."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._left_bytes = budget_bytes
+        self._prompts: dict[Hashable, Prompt] = {}
+
+    def get(self, key: Hashable) -> Prompt | None:
+        return self._prompts.get(key)
+
+    def put(self, key: Hashable, prompt: Prompt, size_bytes: int) -> None:
+        if size_bytes <= self._left_bytes:
+            self._left_bytes -= size_bytes
+            self._prompts[key] = prompt
+
+
 @dataclass(frozen=True)
 class Feed:
     """Makes model inputs of samples. Any step that reads samples reads them through this."""
@@ -25,6 +45,7 @@ class Feed:
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
     limits: Limits = field(default_factory=Limits)
+    _kept: _Kept = field(default_factory=lambda: _Kept(KEPT_BYTES))
 
     def media(self, sample: Sample) -> list[Medium]:
         """The sample's media, decoded: pictures, or the frames of a video."""
@@ -37,7 +58,12 @@ class Feed:
 
         With `tile_all` each picture of several is tiled, as in training; without, each is one tile, as in inference.
         """
-        return make_prompt(sample.conversations, self.media(sample), self.config, tile_all=tile_all, pixels=True)
+        key = (sample.root, sample.media, tile_all)
+        prompt = self._kept.get(key)
+        if prompt is None:
+            prompt = make_prompt(sample.conversations, self.media(sample), self.config, tile_all=tile_all, pixels=True)
+            self._kept.put(key, prompt, sum(visual.tiles.nbytes for visual in prompt.visuals))
+        return replace(prompt, turns=sample.conversations)
 
     def item(self, sample: Sample) -> tuple[Encoded, Sequence[Visual]]:
         """Token ids with labels, and visuals, of one training sample."""

@@ -84,7 +84,7 @@ def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, what: 
     model.prepare_for_training()
     for step, batch in enumerate(feed.batches(order, reference.batch, workers=0)):
         with torch.autocast(model.device.type, torch.bfloat16):
-            loss = model(**vars(batch)).loss
+            loss = model(**batch.forward_arguments()).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

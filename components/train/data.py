@@ -21,7 +21,7 @@ def stage_samples(stage: Stage, samples: Path, kept: Sequence[Path], seed: int) 
         seed: of the order.
 
     Raises:
-        DataError: a subset is empty.
+        DataError: a subset is empty, or all together do not fill one batch.
     """
     keep = _kept_ids(kept) if stage.pruned else None
     subsets: dict[str, list[Sample]] = {}
@@ -33,7 +33,14 @@ def stage_samples(stage: Stage, samples: Path, kept: Sequence[Path], seed: int) 
         if not rows:
             raise DataError(f"stage {stage.name} has no samples in {subset}", where=str(samples))
         subsets[subset] = rows
-    return draw(subsets, stage.data, seed)
+    drawn = draw(subsets, stage.data, seed)
+    if len(drawn) < stage.batch:
+        raise DataError(
+            f"stage {stage.name} has {len(drawn)} samples, which do not fill one batch of {stage.batch}",
+            where=str(samples),
+            do="Bring more samples, raise the passes in the stage's data, or lower its batch.",
+        )
+    return drawn
 
 
 def _kept_ids(tables: Sequence[Path]) -> set[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import ConfigError, TrainingError
+from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.train.job import Run
 from nvila.components.train.schedule import warmup_cosine
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 BETAS = (0.9, 0.999)
+LATEST = "latest"
+"""File that names the newest whole checkpoint, as DeepSpeed calls it."""
 
 
 @dataclass
@@ -61,16 +65,56 @@ class Engine:
         self.deepspeed.backward(loss)
         self.deepspeed.step()
 
+    def agree(self, *flags: bool) -> list[bool]:
+        """Each flag as any process has it: what all must do together (save, stop) is decided by all together."""
+        if self.world == 1:
+            return list(flags)
+        import torch
+
+        joint = torch.tensor([int(flag) for flag in flags], device=self.deepspeed.device)
+        torch.distributed.all_reduce(joint, op=torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in joint.tolist()]
+
     def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint that `resume` reads; `latest` is moved by DeepSpeed last."""
-        self.deepspeed.save_checkpoint(str(folder), tag=f"step-{step}", client_state={"step": step})
+        """Write a checkpoint that `resume` reads, then drop the one before it. Every process must call this.
+
+        DeepSpeed returns when the files of all processes are there; `latest` then moves by rename.
+        """
+        tag = f"step-{step}"
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        if self.rank == 0:
+            write_atomic(folder / LATEST, tag)
+            for old in folder.glob("step-*"):
+                if old.name != tag:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, folder: Path) -> int:
-        """Load the last checkpoint and return its step, or 0 where there is none."""
-        if not (folder / "latest").exists():
+        """Load the last checkpoint and return its step, or 0 where there is none.
+
+        Raises:
+            TrainingError: a checkpoint is named, but it is not there.
+        """
+        latest = folder / LATEST
+        if not latest.exists():
             return 0
-        _, state = self.deepspeed.load_checkpoint(str(folder))
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag=latest.read_text().strip())
+        if path is None:
+            raise TrainingError("the last checkpoint is gone", where=str(latest), do=f"Remove {folder} to begin anew.")
         return int(state["step"])
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors by name, whole. Under ZeRO-3 every process must call this; only rank 0 gets them."""
+        model = self.deepspeed.module
+        if self.deepspeed.zero_optimization_stage() < 3:
+            return dict(model.state_dict())
+        import deepspeed
+
+        found = {}
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):  # one at a time: the whole may not fit one GPU
+                if self.rank == 0:
+                    found[name] = parameter.detach().cpu().clone()
+        return found
 
 
 def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> Engine:
@@ -81,6 +125,8 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
     """
     import torch
 
+    if run.precision.startswith("fp8"):
+        raise ConfigError("fp8 training is not part of this version", where="train.precision", value=run.precision)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -122,7 +168,8 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: LayerNorm weights and biases do not decay (spec section 3.2)."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 else plain).append(parameter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -11,13 +10,11 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.errors import NvilaError, Preempted, TrainingError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
-
-PR_SET_PDEATHSIG = 1
-"""Linux prctl option: signal to this process when its parent dies."""
 
 
 def launch(job: Job) -> None:
@@ -36,7 +33,7 @@ def launch(job: Job) -> None:
         *("-m", "nvila.components.train.worker", str(out / "job.json")),
     ]
     environment = os.environ | {"TORCHELASTIC_ERROR_FILE": "", "DS_LOG_LEVEL": "warning"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
     asked = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -61,11 +58,6 @@ def launch(job: Job) -> None:
         where=str(out),
         do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
     )
-
-
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM to torchrun when this process dies, even by SIGKILL: no orphan trains on."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _reported(path: Path) -> NvilaError | None:

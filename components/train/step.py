@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.step import Outcome
 from nvila.components.train.job import Job, Run
 from nvila.components.train.launch import launch
+from nvila.components.train.losses import read_losses
 
 
 class Settings(Section):
@@ -47,9 +47,10 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         kept=[str(m.path("scores.parquet")) for name, m in sorted(inputs.items()) if name.startswith("kept_")],
         out=str(out),
     )
-    if not (out / "model").exists():
+    if not ((out / "model").exists() and read_losses(out / "loss.jsonl")):
         launch(job)
-    records = [json.loads(line) for line in (out / "loss.jsonl").read_text().splitlines()]
+    records = read_losses(out / "loss.jsonl")
+    steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     seconds = time.monotonic() - began
@@ -59,12 +60,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         values={
             "stage": settings.stage.model_dump(mode="json"),
             "precision": settings.run.precision,
-            "steps": len(records),
-            "samples": len(records) * settings.stage.batch,
-            "final_loss": round(sum(tail) / len(tail), 4) if tail else None,
+            "steps": steps,
+            "samples": steps * settings.stage.batch,
+            "final_loss": round(sum(tail) / len(tail), 4),
         },
         files=("model/**/*", "loss.jsonl", "loss.png"),
-        measured={"seconds": seconds, "samples_per_second": len(records) * settings.stage.batch / seconds},
+        measured={"seconds": seconds, "samples_per_second": steps * settings.stage.batch / seconds},
     )
 
 
