@@ -1,0 +1,190 @@
+"""The real vLLM: one batch of a quantized model, one server of a plain one."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from servable import clip, manifest, picture, sample_row, servable_model
+
+from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.data.media import load_image, load_video_frames
+from nvila.components.model.conversation import Turn
+from nvila.components.model.nvila import NVILA
+from nvila.components.model.prompt import Prompt, make_prompt
+from nvila.components.serve import server
+from nvila.components.serve.batch import Request, generate_with_vllm
+from nvila.components.serve.environment import serve_python
+
+
+def _missing() -> str:
+    try:
+        serve_python()
+    except PreflightError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "never")]
+
+
+@dataclass(frozen=True)
+class Media:
+    """Files to ask about."""
+
+    pictures: list[Path]
+    clips: list[Path]
+
+    def requests(self) -> list[Request]:
+        """Single pictures of several shapes (tiled), clips, and two pictures at once (not tiled)."""
+        single = [Request([str(path)], "image", f"Which digit? {i % 3}") for i, path in enumerate(self.pictures)]
+        video = [Request([str(path)], "video", "Which digit is shown third?") for path in self.clips]
+        pair = [str(path) for path in self.pictures[:2]]
+        return [
+            *single,
+            *video,
+            Request(pair, "image", "<image>\nand\n<image>\nSame?"),
+            Request(pair, "image", "Same?"),
+        ]
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("media")
+    sizes = [(56, 56), (90, 30), (30, 90)]
+    pictures = [picture(root / f"{i}.png", i, sizes[i % 3]) for i in range(24)]
+    return Media(pictures, [clip(root / f"{i}.mp4", i) for i in range(6)])
+
+
+def test_quantized_checkpoint_in_vllm_answers_as_in_torch(media: Media, tmp_path: Path) -> None:
+    """W8A8 tower and W4A16 decoder in one checkpoint: vLLM must read each part by its own scheme."""
+    from nvila.components.data.samples import write_samples
+    from nvila.components.model.checkpoint import save_native
+    from nvila.components.model.quantized import load_quantized
+    from nvila.components.quantize.step import Settings, run
+
+    model, tokenizer = servable_model()
+    save_native(model, tokenizer, tmp_path / "train" / "model")
+    rows = [sample_row("grids", i, path.parent, path.name) for i, path in enumerate(media.pictures[:4])]
+    (tmp_path / "table").mkdir()
+    write_samples(tmp_path / "table" / "samples.parquet", rows)
+    inputs = {"model": manifest("train-5", tmp_path / "train"), "samples": manifest("validate", tmp_path / "table")}
+    settings = Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 4}, "seed": 0})
+    run(settings, inputs, tmp_path / "q")
+
+    served = generate_with_vllm(tmp_path / "q" / "model", media.requests(), max_new_tokens=6, work=tmp_path / "work")
+    expected = _generate(*load_quantized(tmp_path / "q" / "model", torch.bfloat16), media.requests())
+    assert len(set(expected)) > 5, "answers must differ for the comparison to mean anything"
+    # bf16 kernels add up in another order; on random weights the two best tokens are often close.
+    assert _agreement(served, expected) >= 0.8
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server and what it serves."""
+
+    url: str
+    model: NVILA
+    tokenizer: Any
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    from nvila.components.model.serving import write_serving
+
+    root = tmp_path_factory.mktemp("served")
+    model, tokenizer = servable_model()
+    write_serving(model, tokenizer, root / "model", dtype=torch.float32)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    log = root / "log"
+    started = server.start(root / "model", port=port, served_name="tiny", log_path=log, api_key="sesame")
+    try:
+        server.wait_ready(started.url, 240, started.pid, log)
+        yield Running(started.url, model, tokenizer)
+    finally:
+        server.stop(started.pid)
+    assert not server.is_alive(started.pid)
+
+
+def test_server_answers_as_the_torch_model_does(running: Running, media: Media) -> None:
+    """Another prompt, other frames or other tiles than in training: every answer must be the torch model's own."""
+    requests = media.requests()[: len(media.pictures) + len(media.clips)]
+    expected = _generate(running.model, running.tokenizer, requests)
+    served = [
+        server.ask(
+            running.url,
+            "tiny",
+            request.question,
+            **{request.kind: Path(request.media[0])},
+            max_tokens=6,
+            api_key="sesame",
+        )
+        for request in requests
+    ]
+    # vLLM's detokenizer leaves out bytes that make no character; the torch side shows them as U+FFFD.
+    plain = [_characters(text) for text in expected]
+    assert len(set(plain)) > 5
+    assert _agreement([_characters(text) for text in served], plain) >= 0.95
+
+
+def test_server_wants_its_key(running: Running) -> None:
+    """An endpoint that answers anybody."""
+    with pytest.raises(RolloutError, match="401"):
+        server.ask(running.url, "tiny", "Which digit?")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:1/x.png", "remote media URLs are switched off"),
+        ("file:///etc/hostname", "must be a data: URL"),
+        ("data:image/png;base64,####", "not base64"),
+        ("data:image/png;base64," + base64.b64encode(b"no picture").decode(), "decoded"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+def test_media_from_elsewhere_are_refused(running: Running, kind: str, url: str, reason: str) -> None:
+    """A server that fetches any URL is a way into the network it runs in; bad media must be the asker's error."""
+    message = {"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What?"}]}
+    request = urllib.request.Request(
+        f"{running.url}/v1/chat/completions",
+        data=json.dumps({"model": "tiny", "messages": [message], "max_tokens": 2}).encode(),
+        headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == 400
+    assert reason in error.value.read().decode()
+
+
+def _generate(model: NVILA, tokenizer: Any, requests: list[Request]) -> list[str]:
+    return [model.generate(tokenizer, [_prompt(model, request)], 6)[0] for request in requests]
+
+
+def _prompt(model: NVILA, request: Request) -> Prompt:
+    paths = [Path(path) for path in request.media]
+    if request.kind == "video":
+        media: list[Any] = [load_video_frames(path, model.config.num_video_frames) for path in paths]
+    else:
+        media = [load_image(path) for path in paths]
+    return make_prompt([Turn("human", request.question)], media, model.config)
+
+
+def _characters(text: str) -> str:
+    return text.replace("�", "").strip()
+
+
+def _agreement(given: list[str], expected: list[str]) -> float:
+    return sum(g == e for g, e in zip(given, expected, strict=True)) / len(expected)
