@@ -12,7 +12,7 @@ def quantize(
     model: dsl.Input[dsl.Model],
     samples: dsl.Input[dsl.Dataset],
     out: dsl.Output[dsl.Model],
-):
+) -> None:
     """Quantize the vision tower to W8A8 and the language model to W4A16."""
     from nvila.components.runner.execute import execute
 

@@ -123,10 +123,11 @@ def _oneshot(part: Any, modifiers: list[Any], batches: Sequence[Mapping[str, tor
 
     loader: Any = DataLoader(list(batches), batch_size=None) if batches else None  # type: ignore[arg-type]
     part.config.name_or_path = str(checkpoint)
+    unneeded: Any = object()  # without a processor llm-compressor would try to read one from the checkpoint
     with _host_memory():
         oneshot(
             model=part,
-            processor=object(),  # none is needed, but llm-compressor would try to make one
+            processor=unneeded,
             recipe=modifiers,
             dataset=loader,
             num_calibration_samples=len(batches),

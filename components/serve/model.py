@@ -46,11 +46,11 @@ class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, S
         hf_config: NVILAServingConfig = vllm_config.model_config.hf_config
         config = ModelConfig.from_json(hf_config.nvila)
         self.config, self.nvila = hf_config, config
-        self.configure_mm_token_handling(
+        self.configure_mm_token_handling(  # type: ignore[operator]
             vocab_size=hf_config.text_config.vocab_size,
             mm_token_ids=[hf_config.image_token_id, hf_config.video_token_id],
         )
-        with self._mark_tower_model(vllm_config, {"image", "video"}):
+        with self._mark_tower_model(vllm_config, {"image", "video"}):  # type: ignore[operator]
             self.vision_tower = build_tower(
                 hf_config.vision_config,
                 config.select_layer,
@@ -60,7 +60,7 @@ class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, S
             self.mm_projector = build_projector(
                 config.projector, config.mm_hidden_size, hf_config.text_config.hidden_size
             ).to(vllm_config.model_config.dtype)
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.llm = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=hf_config.text_config,
