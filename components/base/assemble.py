@@ -42,6 +42,8 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
         files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _WANTED]
         for file in track(files, f"{part} files"):
             shutil.copyfile(file, folder / part / file.name)
+    # The tower of a whole SigLIP is a section of its configuration; a native checkpoint has it on top.
+    write_atomic(folder / "vision_tower" / "config.json", json.dumps(vision, indent=2))
     _write_projector(config, seed, folder / "mm_projector")
     write_atomic(folder / "config.json", json.dumps(config.to_json(), indent=2))
     return {"parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")}}

@@ -6,7 +6,9 @@ from nvila.components.runner.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def base(step: str, slices: dsl.Input[dsl.Artifact], samples: dsl.Input[dsl.Dataset], out: dsl.Output[dsl.Model]):
+def base(
+    step: str, slices: dsl.Input[dsl.Artifact], samples: dsl.Input[dsl.Dataset], out: dsl.Output[dsl.Model]
+) -> None:
     """Fetch published weights, or make a small tower, decoder and tokenizer."""
     from nvila.components.runner.execute import execute
 

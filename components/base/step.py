@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
+from nvila.components.data.fetch import identity
 
 
 class Settings(Section):
@@ -17,6 +19,12 @@ class Settings(Section):
 
     model: ModelSettings
     seed: int
+
+
+def external(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of weights in local folders."""
+    base = settings["model"]["base"]
+    return {part: identity(base[part]) for part in ("vision_tower", "llm")}
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:

@@ -28,6 +28,10 @@ HELD_BACK = 0.05
 """Share of the label records that measures the tower instead of training it."""
 
 
+MIN_RECORDS = 20
+"""So that some are held back, and some are left."""
+
+
 @dataclass(frozen=True)
 class LabelRecords:
     """Pictures, cut and resized to one tile, with their labels."""
@@ -48,13 +52,14 @@ def read_label_records(table: Path, tile_pixels: int) -> LabelRecords:
     values of each attribute it speaks of, and says nothing of the attributes it does not name.
 
     Raises:
-        DataError: the table is empty (no source brings labels).
+        DataError: the table is (nearly) empty, because no source brings labels.
     """
     records = read_labels(table)
-    if not records:
+    if len(records) < MIN_RECORDS:
         raise DataError(
-            "a vision tower made from scratch learns from image labels, and no source brings a labels.json",
+            f"a vision tower made from scratch learns from at least {MIN_RECORDS} label records (labels.json)",
             where=str(table),
+            value=len(records),
             do="Add labels.json to a source, or name trained weights in model.base.vision_tower.",
         )
     labels = sorted({label for record in records for label in record.labels})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.manifest import sha256_file
 
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja")
 """What a checkpoint needs. Code, pickles and anything else are left where they are."""
@@ -33,6 +35,19 @@ def fetch(uri: str) -> Path:
     raise ConfigError("weights are named by a path, s3://bucket/prefix or hf://id@revision", value=uri)
 
 
+def identity(uri: str | None) -> dict[str, str]:
+    """Digest of each wanted file of a local folder, by relative name; empty for a URI, which names its own content.
+
+    Raises:
+        DataError: no such folder.
+    """
+    if uri is None or "://" in uri:
+        return {}
+    folder = fetch(uri)
+    files = (path for path in folder.rglob("*") if path.is_file() and _is_wanted(path))
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(files)}
+
+
 def cache() -> Path:
     """Where downloads are kept."""
     return Path(os.environ.get("NVILA_CACHE", "~/.cache/nvila")).expanduser()
@@ -40,11 +55,13 @@ def cache() -> Path:
 
 def _from_hub(name: str, uri: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+    except HFValidationError as error:
+        raise ConfigError("not a name on the hub", where=uri, do="Write hf://owner/name@revision.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
             "the weights cannot be downloaded from the hub and are not in its cache",
@@ -59,13 +76,13 @@ def _from_s3(name: str, uri: str) -> Path:
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = name.partition("/")
-    prefix = prefix.rstrip("/") + "/"
+    prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
     target = cache() / "s3" / bucket / prefix
     try:
         client = boto3.client("s3")
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [item for page in pages for item in page.get("Contents", [])]
-        wanted = [item for item in objects if any(Path(item["Key"]).match(pattern) for pattern in WANTED)]
+        wanted = [item for item in objects if _is_wanted(Path(item["Key"]))]
         if not wanted:
             raise DataError("no weights under this prefix", where=uri)
         for item in wanted:
@@ -73,6 +90,10 @@ def _from_s3(name: str, uri: str) -> Path:
     except (BotoCoreError, ClientError) as error:
         raise DataError("the weights cannot be read from S3", where=uri, value=str(error)) from error
     return target
+
+
+def _is_wanted(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in WANTED)
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -83,7 +104,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _download(client: object, bucket: str, item: dict, path: Path) -> None:  # type: ignore[type-arg]
+def _download(client: Any, bucket: str, item: dict[str, Any], path: Path) -> None:
     """Get one object by rename, unless a file of its size and not older is there."""
     if (
         path.exists()
@@ -93,5 +114,5 @@ def _download(client: object, bucket: str, item: dict, path: Path) -> None:  # t
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    client.download_file(bucket, item["Key"], str(partial))  # type: ignore[attr-defined]
+    client.download_file(bucket, item["Key"], str(partial))
     partial.rename(path)

@@ -17,7 +17,7 @@ def evaluate(
     train_4: dsl.Input[dsl.Model],
     train_5: dsl.Input[dsl.Model],
     out: dsl.Output[dsl.Metrics],
-):
+) -> None:
     """Measure the model after base and after each stage, beside question-only baselines."""
     from nvila.components.runner.execute import execute
 
@@ -41,7 +41,7 @@ def evaluate_quantized(
     metrics: dsl.Input[dsl.Metrics],
     samples: dsl.Input[dsl.Dataset],
     out: dsl.Output[dsl.Metrics],
-):
+) -> None:
     """Measure the quantized model on the same questions as the full one."""
     from nvila.components.runner.execute import execute
 
@@ -50,7 +50,9 @@ def evaluate_quantized(
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def gate(step: str, slices: dsl.Input[dsl.Artifact], metrics: dsl.Input[dsl.Metrics], out: dsl.Output[dsl.Artifact]):
+def gate(
+    step: str, slices: dsl.Input[dsl.Artifact], metrics: dsl.Input[dsl.Metrics], out: dsl.Output[dsl.Artifact]
+) -> None:
     """Let the model pass, or end the run with exit code 3."""
     from nvila.components.runner.execute import execute
 

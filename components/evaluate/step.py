@@ -79,7 +79,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     _write(rows, out / "predictions.parquet")
     _plot(values["stages"], out / "stages.png")
     seconds = time.monotonic() - began
-    return Outcome(kind="metrics", values=values, measured={"seconds": seconds, "questions": len(rows)})
+    return Outcome(
+        kind="metrics",
+        values=values,
+        files=("predictions.parquet", "stages.png"),
+        measured={"seconds": seconds, "questions": len(rows)},
+    )
 
 
 def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:

@@ -112,6 +112,8 @@ def load_part(module: nn.Module, folder: Path, *, tower: bool = False, rows: int
     found = read_tensors(folder)
     wanted = module.state_dict()
     if tower:
+        if any(name.startswith(TOWER_PREFIX) for name in found):  # a whole SigLIP holds a text tower beside it
+            found = {name: tensor for name, tensor in found.items() if name.startswith(TOWER_PREFIX)}
         found = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in found.items()}
         found = {name: t for name, t in found.items() if name in wanted or not name.startswith("head.")}
     embeddings = "model.embed_tokens.weight"

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.data.media import Limits, load_image, load_video_frames
 from nvila.components.data.samples import Sample
 from nvila.components.model.batch import Batch, collate
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 256 * 2**20
 """Tiles that a process keeps: several questions share a picture, and a stage may pass over its data more than once."""
+
+
+Item = tuple[Encoded, Sequence[Visual]]
+"""One training sample: token ids with labels, and visuals."""
 
 
 class _Kept:
@@ -65,13 +70,17 @@ class Feed:
             self._kept.put(key, prompt, sum(visual.tiles.nbytes for visual in prompt.visuals))
         return replace(prompt, turns=sample.conversations)
 
-    def item(self, sample: Sample) -> tuple[Encoded, Sequence[Visual]]:
+    def item(self, sample: Sample) -> Item:
         """Token ids with labels, and visuals, of one training sample."""
         prompt = self.prompt(sample, tile_all=True)
         return prompt.encode(self.tokenizer), prompt.visuals
 
     def batches(self, samples: Sequence[Sample], batch: int, *, start: int = 0, workers: int = 1) -> Iterator[Batch]:
-        """Consecutive batches of `samples`, the first `start` left out; `workers` processes prepare the next ones."""
+        """Consecutive batches of `samples`, the first `start` left out; `workers` processes prepare the next ones.
+
+        Raises:
+            DataError: a medium cannot be read (any more).
+        """
         from torch.utils.data import DataLoader
 
         order = [list(range(i, min(i + batch, len(samples)))) for i in range(start * batch, len(samples), batch)]
@@ -82,10 +91,15 @@ class Feed:
             num_workers=workers,
             prefetch_factor=8 if workers else None,
         )
-        yield from loader
+        for made in loader:
+            if isinstance(made, NvilaError):
+                raise made
+            yield made
 
-    def _collate(self, items: list[tuple[Encoded, Sequence[Visual]]]) -> Batch:
-        return collate(items, pad_id=self.tokenizer.pad_token_id)
+    def _collate(self, items: list[Item | NvilaError]) -> Batch | NvilaError:
+        if error := next((item for item in items if isinstance(item, NvilaError)), None):
+            return error
+        return collate([item for item in items if not isinstance(item, NvilaError)], pad_id=self.tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -96,5 +110,9 @@ class _Items:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Encoded, Sequence[Visual]]:
-        return self.feed.item(self.samples[index])
+    def __getitem__(self, index: int) -> Item | NvilaError:
+        """An error of ours is handed over as a value: raised in a worker process its message would be a traceback."""
+        try:
+            return self.feed.item(self.samples[index])
+        except NvilaError as error:
+            return error

@@ -12,7 +12,7 @@ def prune(
     samples: dsl.Input[dsl.Dataset],
     base: dsl.Input[dsl.Model],
     out: dsl.Output[dsl.Dataset],
-):
+) -> None:
     """Score SFT samples with DeltaLoss; write the scores and the ids that stay."""
     from nvila.components.runner.execute import execute
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from zlib import crc32
 
 import torch
 
+from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.prune import Reference
@@ -61,7 +61,14 @@ def work(job: Work) -> None:
         sizes = job.reference.decoder.model_dump(exclude={"vocabulary"})
         model = resized_decoder(model, sizes, seed=job.seed)
         scored = [s for s in samples if fold_of(s) == job.fold]
-        train(model, Feed(tokenizer, model.config), [s for s in samples if fold_of(s) != job.fold], job, what)
+        others = [s for s in samples if fold_of(s) != job.fold]
+        if not others:
+            raise DataError(
+                f"no SFT sample of {', '.join(job.sources)} is left to train a reference on: all fall into one fold",
+                where=job.samples,
+                do="Bring more pictures, or name trained references in prune.small.path and prune.large.path.",
+            )
+        train(model, Feed(tokenizer, model.config), others, job, what)
     feed = Feed(tokenizer, model.config)
     accuracy = _heldout_accuracy(model, tokenizer, feed, job, what)
     result = {"accuracy": accuracy, "losses": _losses(model, feed, scored, what)}
@@ -117,8 +124,3 @@ def _losses(model: NVILA, feed: Feed, samples: Sequence[Sample], what: str) -> d
             position += 1
         progress.update(len(counts))
     return found
-
-
-def reference_processes() -> int:
-    """How many references are made at once: one per core, one thread each."""
-    return max(1, os.cpu_count() or 1)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
+from nvila.components.data.fetch import identity
 from nvila.components.prune.select import keep_top
 
 HELDOUT_QUESTIONS = 300
@@ -28,6 +31,11 @@ class Settings(Section):
     seed: int
 
 
+def external(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of reference checkpoints in local folders."""
+    return {name: identity(settings["prune"][name]["path"]) for name in ("small", "large")}
+
+
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
     """Score and select.
 
@@ -40,7 +48,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         out: gets `scores.parquet` (id, source, delta, loss_small, loss_large, answer_tokens, kept), `histogram.png`;
             finished references stay in `references/`, so that an interrupted step goes on with the next one.
     """
-    from nvila.components.prune.references import Work, reference_processes, work
+    from nvila.components.prune.references import Work
 
     if not settings.sources:
         _write([], out / "scores.parquet")
@@ -62,11 +70,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
                     out=str(out / "references" / f"{name}-{fold}.json"),
                 )
             )
-    missing = [job for job in jobs if not Path(job.out).exists()]
     # The large ones first: a long job started last would leave the other core idle.
-    missing.sort(key=lambda job: job.name)
-    with ProcessPoolExecutor(reference_processes(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(work, missing))
+    _make(sorted((job for job in jobs if not Path(job.out).exists()), key=lambda job: job.name))
     small, large = (_results([job for job in jobs if job.name == name]) for name in ("small", "large"))
     rows = _table(small["losses"], large["losses"], settings)
     _write(rows, out / "scores.parquet")
@@ -77,6 +82,21 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         files=("scores.parquet", "histogram.png"),
         measured={"seconds": time.monotonic() - began, "samples": len(rows)},
     )
+
+
+def _make(jobs: list[Any]) -> None:
+    """Make the references in processes of their own, one per core; none of them outlives this call."""
+    from nvila.components.prune.references import work
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=die_with_parent) as pool:
+        try:
+            list(pool.map(work, jobs))
+        except BaseException:
+            # Leaving the pool waits for its processes, which may have minutes of work before them.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
 
 
 def _results(jobs: list[Any]) -> dict[str, Any]:

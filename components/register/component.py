@@ -15,7 +15,7 @@ def register(
     samples: dsl.Input[dsl.Dataset],
     gate: dsl.Input[dsl.Artifact],
     out: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Register the quantized model with its metrics, card and lineage; alias it `challenger`."""
     from nvila.components.runner.execute import execute
 

@@ -6,7 +6,9 @@ from nvila.components.runner.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def report(step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]):
+def report(
+    step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]
+) -> None:
     """Gather the run folder into one self-contained HTML page."""
     import shutil
 

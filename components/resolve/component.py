@@ -15,7 +15,7 @@ def resolve(
     target: str,
     overrides: str,
     out: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Merge the form's fields into the recipe, check it, and write each step's slice."""
     from nvila.components.runner.execute import execute
 

@@ -14,7 +14,7 @@ def rollout(
     metrics: dsl.Input[dsl.Metrics],
     samples: dsl.Input[dsl.Dataset],
     out: dsl.Output[dsl.Artifact],
-):
+) -> None:
     """Serve the version, probe it, and move the alias `champion`."""
     from nvila.components.runner.execute import execute
 

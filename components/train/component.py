@@ -16,7 +16,7 @@ def train(
     out: dsl.Output[dsl.Model],
     kept_image: Optional[dsl.Input[dsl.Dataset]] = None,  # noqa: UP045 - KFP reads the annotation's text
     kept_video: Optional[dsl.Input[dsl.Dataset]] = None,  # noqa: UP045
-):
+) -> None:
     """Train one stage from the model of the stage before."""
     from nvila.components.runner.execute import execute
 

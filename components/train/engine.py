@@ -75,6 +75,15 @@ class Engine:
         torch.distributed.all_reduce(joint, op=torch.distributed.ReduceOp.MAX)
         return [bool(flag) for flag in joint.tolist()]
 
+    def state_dict(self) -> dict[str, torch.Tensor] | None:
+        """Whole tensors by the model's names on rank 0 where processes hold parts of them (ZeRO-3), else None.
+
+        Every process must call it.
+        """
+        if self.deepspeed.zero_optimization_stage() < 3:
+            return None
+        return self.deepspeed._zero3_consolidated_16bit_state_dict()
+
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint that `resume` reads, then drop the one before it. Every process must call this.
 

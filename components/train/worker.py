@@ -63,14 +63,14 @@ def train(job: Job, stop: StopRequest) -> None:
     engine = start(model, stage, job.run, total)
     done = engine.resume(out / "checkpoints")
     log = LossLog(out / "loss.jsonl", done) if engine.rank == 0 else None
-    micro = stage.batch // (engine.micro_batches * engine.world)
-    mine = _share_of(samples[: total * stage.batch], stage.batch, micro, engine.rank, engine.world)
+    mine = _share_of(samples[: total * stage.batch], stage.batch, engine.rank, engine.world)
     feed = Feed(tokenizer, model.config)
     progress = Progress(f"stage {stage.name}", total)
     progress.update(done)
     saved = time.monotonic()
     losses: list[float] = []
     tokens = 0
+    micro = stage.batch // (engine.micro_batches * engine.world)
     for index, batch in enumerate(feed.batches(mine, micro, start=done * engine.micro_batches), 1):
         learning_rate = engine.learning_rate
         loss = engine.forward(**batch.to(device).forward_arguments())
@@ -110,7 +110,7 @@ def set_trainable(model: NVILA, parts: list[Any]) -> None:
         getattr(model, name).requires_grad_(name in parts)
 
 
-def _share_of(samples: list[Any], batch: int, micro: int, rank: int, world: int) -> list[Any]:
+def _share_of(samples: list[Any], batch: int, rank: int, world: int) -> list[Any]:
     """This process's samples: of each global batch its contiguous slice, so the batch does not depend on `world`."""
     if world == 1:
         return samples

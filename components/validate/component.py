@@ -6,7 +6,7 @@ from nvila.components.runner.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def validate(step: str, slices: dsl.Input[dsl.Artifact], out: dsl.Output[dsl.Dataset]):
+def validate(step: str, slices: dsl.Input[dsl.Artifact], out: dsl.Output[dsl.Dataset]) -> None:
     """Check every record of every source; write the sample table, the quarantine and the data docs."""
     from nvila.components.runner.execute import execute
 

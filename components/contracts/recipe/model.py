@@ -86,7 +86,7 @@ class ModelSettings(Section):
     vision_mode: VisionMode = "dynamic_s2"
     projector: Projector = "mlp_downsample"
     s2_scales: list[PositiveInt] = Field(default=[448, 896, 1344], min_length=1)
-    """Pixels per side of each scale, ascending. The first is the tile, the tower's input; without S2 it is used alone."""
+    """Pixels per side of each scale, ascending. The first is the tile, the tower's input; without S2 used alone."""
     s2_output_scale: int = -1
     """Index of the scale whose feature map the others are resized to."""
     max_tiles: int = Field(default=12, ge=1, le=48)
