@@ -6,7 +6,6 @@ signal to its process group reaches every step.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.progress import PROGRESS_FILE
@@ -22,7 +22,6 @@ ARGUMENTS = "arguments.json"
 """In the run's folder: the pipeline's arguments and the demonstration sources to build."""
 GRACE_SECONDS = 60.0
 """How long a step may take to save its progress when it is asked to stop."""
-_PR_SET_PDEATHSIG = 1
 
 
 def main(run_dir: Path) -> int:
@@ -68,10 +67,10 @@ def _run_pipeline(arguments: dict[str, object], run_dir: Path) -> int:
 def _stop_cleanly() -> None:
     """On SIGTERM every step gets it once, may save its progress, and nothing of the run stays behind.
 
-    The kernel sends us SIGTERM as well when `nvila run` is killed outright.
+    The same happens when `nvila run` is killed outright.
     """
     signal.signal(signal.SIGTERM, _stop)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent()
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
