@@ -1,0 +1,81 @@
+"""`make bench`: measures each area and writes runs/bench/AREA.json, every row beside a baseline of the same minute.
+
+An area is a module beside this one with `rows()`. A ratio above 1 means that ours takes longer than the baseline.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+OUT = Path("runs/bench")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    work: str
+    unit: str
+    baseline: float
+    ours: float
+    baseline_is: str
+
+    @property
+    def ratio(self) -> float:
+        """Ours over the baseline."""
+        return self.ours / self.baseline
+
+
+def areas() -> Iterator[str]:
+    """Names of the areas: every module here but this one."""
+    return (path.stem for path in sorted(HERE.glob("*.py")) if path.stem != "run")
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what it was measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("kfp", "mlflow", "torch")},
+        "commit": commit,
+        "command": " ".join(sys.argv),
+    }
+
+
+def main() -> None:
+    """Measure the areas named on the command line, or all."""
+    sys.path.insert(0, str(HERE))
+    OUT.mkdir(parents=True, exist_ok=True)
+    console = Console(width=140)
+    where = machine()
+    console.print(where)
+    for area in sys.argv[1:] or areas():
+        rows = [Row(*row) for row in importlib.import_module(area).rows()]
+        table = Table("work", "unit", "baseline", "ours", "ratio", "baseline is", title=area, title_justify="left")
+        for row in rows:
+            numbers = (f"{row.baseline:.3g}", f"{row.ours:.3g}", f"{row.ratio:.2f}")
+            table.add_row(row.work, row.unit, *numbers, row.baseline_is)
+        console.print(table)
+        records = [asdict(row) | {"ratio": row.ratio} for row in rows]
+        (OUT / f"{area}.json").write_text(json.dumps({"machine": where, "rows": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
