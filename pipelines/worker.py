@@ -16,7 +16,7 @@ from typing import NoReturn
 from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.progress import PROGRESS_FILE
+from nvila.components.contracts.progress import progress_to
 
 ARGUMENTS = "arguments.json"
 """In the run's folder: the pipeline's arguments and the demonstration sources to build."""
@@ -41,9 +41,9 @@ def _build_data(sources: list[dict[str, object]], run_dir: Path) -> None:
     from nvila.components.contracts.recipe.data import Source
     from nvila.components.data.demo import ensure
 
-    os.environ[PROGRESS_FILE] = str(run_dir / "progress" / "data.json")
-    for source in sources:
-        ensure(Source.model_validate(source))
+    with progress_to(run_dir / "progress" / "data.json"):
+        for source in sources:
+            ensure(Source.model_validate(source))
 
 
 def _run_pipeline(arguments: dict[str, object], run_dir: Path) -> int:
