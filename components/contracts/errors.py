@@ -30,6 +30,10 @@ class NvilaError(Exception):
             message += f". {do}"
         super().__init__(message)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes as they are, whatever arguments their class takes."""
+        return _rebuild, (type(self), str(self), self.__dict__)
+
 
 class ConfigError(NvilaError):
     """The recipe or a command-line option is wrong."""
@@ -71,6 +75,12 @@ class Preempted(NvilaError):
     """The step was asked to stop; its progress is saved and the same command resumes it."""
 
     exit_code = Exit.PREEMPTED
+
+
+def _rebuild(kind: type[NvilaError], message: str, state: dict[str, Any]) -> NvilaError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(state)
+    return error
 
 
 def _short(value: Any, limit: int = 200) -> str:

@@ -6,13 +6,15 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.data.media import Limits, load_image, load_video_frames
 from nvila.components.data.samples import Sample
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import Encoded
-from nvila.components.model.preprocess import Medium, Visual
+from nvila.components.model.preprocess import BlockSize, Kind, Medium, Visual
 from nvila.components.model.prompt import Prompt, make_prompt
 
 if TYPE_CHECKING:
@@ -94,12 +96,38 @@ class Feed:
         for made in loader:
             if isinstance(made, NvilaError):
                 raise made
-            yield made
+            yield made.unpack()
 
-    def _collate(self, items: list[Item | NvilaError]) -> Batch | NvilaError:
+    def _collate(self, items: list[Item | NvilaError]) -> _Packed | NvilaError:
         if error := next((item for item in items if isinstance(item, NvilaError)), None):
             return error
-        return collate([item for item in items if not isinstance(item, NvilaError)], pad_id=self.tokenizer.pad_token_id)
+        good = [item for item in items if not isinstance(item, NvilaError)]
+        return _Packed.of(collate(good, pad_id=self.tokenizer.pad_token_id))
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch with all tiles in one tensor: every tensor that waits in a worker process holds file descriptors."""
+
+    batch: Batch
+    """Without visuals."""
+    tiles: torch.Tensor
+    visuals: list[tuple[Kind, BlockSize | None, int]]
+    """Kind, block size and number of tiles of each."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Packed:
+        tiles = [visual.tiles for visual in batch.visuals]
+        return cls(
+            replace(batch, visuals=[]),
+            torch.cat(tiles) if tiles else torch.empty(0),
+            [(visual.kind, visual.block_size, len(visual.tiles)) for visual in batch.visuals],
+        )
+
+    def unpack(self) -> Batch:
+        parts = self.tiles.split([count for *_, count in self.visuals]) if self.visuals else ()
+        pairs = zip(self.visuals, parts, strict=True)
+        return replace(self.batch, visuals=[Visual(kind, part, size) for (kind, size, _), part in pairs])
 
 
 @dataclass(frozen=True)

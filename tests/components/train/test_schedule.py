@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from nvila.components.train.schedule import warmup_cosine
@@ -7,7 +9,7 @@ def test_warms_up_linearly_then_falls_to_zero() -> None:
     """Prevents a first step at full learning rate and a schedule that ends above zero."""
     factors = [warmup_cosine(step, 100, 0.03) for step in range(101)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[3:]))
     assert factors[100] == pytest.approx(0.0)
     assert factors[3 + 97 // 2] == pytest.approx(0.5, abs=0.02)
 

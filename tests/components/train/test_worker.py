@@ -1,0 +1,200 @@
+"""The training loop with the real DeepSpeed engine, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.errors import ConfigError, DataError, Preempted, TrainingError
+from nvila.components.train.job import Job
+from nvila.components.train.losses import read_losses
+from nvila.components.train.worker import StopRequest, _share_of, train
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+MakeJob = Callable[..., Job]
+
+
+class Stop(StopRequest):
+    """A request that comes after some steps, without signals."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self._after = after
+        self._looks = 0
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        self._looks += 1
+        return self._after is not None and self._looks >= self._after
+
+
+def weights(folder: str | Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder, "model").rglob("*.safetensors")) or sorted(Path(folder).rglob("*.safetensors"))
+    return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def changed_parts(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name.partition(".")[0] for name in before if not before[name].equal(after[name].to(before[name].dtype))}
+
+
+def losses(job: Job) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_losses(Path(job.out, "loss.jsonl"))]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "parts", [["mm_projector"], ["vision_tower", "mm_projector"], ["mm_projector", "llm"]], ids=lambda p: "+".join(p)
+)
+def test_only_the_parts_of_the_row_learn(make_job: MakeJob, parts: list[str], precision: str) -> None:
+    """A stage that trains what its row freezes, or freezes what it should train, is another recipe than the paper's."""
+    job = make_job("a", stage={"trainable": parts, "data": {"colours.captions": 2}}, run={"precision": precision})
+    train(job, Stop())
+    before = weights(job.model)
+    if precision == "bf16":
+        before = {name: tensor.bfloat16() for name, tensor in before.items()}
+    assert changed_parts(before, weights(job.out)) == set(parts)
+    assert [step for step, _ in losses(job)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 2), ("bf16", 0), ("bf16", 1), ("bf16", 3)])
+def test_a_stopped_stage_ends_as_if_it_had_not_been_stopped(make_job: MakeJob, precision: str, zero: int) -> None:
+    """A resume that repeats or skips samples, or forgets AdamW's moments or the schedule, trains another model."""
+    run = {"precision": precision, "zero": zero}
+    straight, stopped = make_job("straight", run=run), make_job("stopped", run=run)
+    train(straight, Stop())
+    with pytest.raises(Preempted, match="after 2 of 6 steps"):
+        train(stopped, Stop(after=2))
+    assert not Path(stopped.out, "model").exists()
+    train(stopped, Stop())
+    assert losses(stopped) == losses(straight)
+    assert [step for step, _ in losses(straight)] == [1, 2, 3, 4, 5, 6]
+    assert not changed_parts(weights(straight.out), weights(stopped.out))
+    assert changed_parts(weights(straight.model), weights(straight.out)) == {"vision_tower", "mm_projector", "llm"}
+
+
+def test_a_crash_behind_a_checkpoint_repeats_only_what_came_after(make_job: MakeJob) -> None:
+    """Steps logged after the last checkpoint are run again: kept in the log they would count twice."""
+    straight, crashed = make_job("straight"), make_job("crashed")
+    train(straight, Stop())
+    with pytest.raises(Preempted):
+        train(crashed, Stop(after=3))
+    log = Path(crashed.out, "loss.jsonl")
+    log.write_text(log.read_text() + '{"step": 4, "loss": 99.0, "lr": 0, "tokens": 1}\n{"step": 5, "lo')
+    train(crashed, Stop())
+    assert losses(crashed) == losses(straight)
+
+
+def test_each_checkpoint_replaces_the_one_before(make_job: MakeJob) -> None:
+    """Optimizer states of every minute of an eight-billion-parameter stage fill any disk."""
+    job = make_job("a", run={"checkpoint_seconds": 0.0})
+    with pytest.raises(Preempted):
+        train(job, Stop(after=4))
+    folder = Path(job.out, "checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4"]
+
+
+def test_micro_batches_give_the_same_model(make_job: MakeJob) -> None:
+    """Gradient accumulation that steps too often or scales wrongly is another learning rate.
+
+    Not the same bits: each micro batch averages over its own tokens.
+    """
+    whole, parts = make_job("whole"), make_job("parts", stage={"micro_batch": 4})
+    train(whole, Stop())
+    train(parts, Stop())
+    assert [loss for _, loss in losses(parts)] == pytest.approx([loss for _, loss in losses(whole)], rel=0.02)
+    rows = [read_losses(Path(job.out, "loss.jsonl")) for job in (whole, parts)]
+    assert [r["lr"] for r in rows[0]] == [r["lr"] for r in rows[1]]
+    assert [r["tokens"] for r in rows[0]] == [r["tokens"] for r in rows[1]]
+
+
+def test_longer_rows_are_cut_and_the_limit_is_not_saved(make_job: MakeJob) -> None:
+    """A stage's `max_length_tokens` without effect, or one that shortens the model for good."""
+    from nvila.components.model.checkpoint import read_config
+
+    with pytest.raises(DataError, match="no supervised token"):
+        train(make_job("short", stage={"max_length_tokens": 8}), Stop())
+    job = make_job("long", stage={"max_length_tokens": 128})
+    train(job, Stop())
+    assert read_config(Path(job.out, "model")).max_length_tokens == 256
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage(make_job: MakeJob, tmp_path: Path, small: Any) -> None:
+    """Training on after a NaN wastes hours and overwrites the last good checkpoint."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(small.model.dir("model"), broken)
+    file = broken / "mm_projector" / "model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+    job = make_job("a", model=str(broken))
+    with pytest.raises(TrainingError, match=r"optimizer step 0: the loss is not finite .*learning_rate"):
+        train(job, Stop())
+    assert not Path(job.out, "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"data": {"colours.sft": 1, "clips.captions": 1}}, "no samples in clips.captions"),
+        ({"data": {"clips.sft": 1}, "batch": 9}, "8 samples, which do not fill one batch of 9"),
+    ],
+)
+def test_a_stage_without_samples_is_the_users_error(make_job: MakeJob, stage: dict[str, Any], message: str) -> None:
+    """A stage that silently trains nothing hands on an untrained model under a new name."""
+    with pytest.raises(DataError, match=message):
+        train(make_job("a", stage=stage), Stop())
+
+
+def test_only_kept_samples_are_trained_on(make_job: MakeJob, small: Any, tmp_path: Path) -> None:
+    """A pruned row that takes pruned samples makes the prune step a decoration."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    ids = [f"colours/sft/{n}-{q}" for n in range(12) for q in "ab"]
+    kept = tmp_path / "scores.parquet"
+    parquet.write_table(pyarrow.table({"id": ids, "kept": [i.endswith("a") for i in ids]}), kept)
+    job = make_job("a", stage={"pruned": True, "data": {"colours.sft": 2, "colours.captions": 1}}, kept=[str(kept)])
+    train(job, Stop())
+    assert len(losses(job)) == (2 * 12 + 12) // 8
+
+
+def test_a_picture_that_vanished_is_named(make_job: MakeJob, small: Any, tmp_path: Path) -> None:
+    """The traceback of a loader's process does not tell the user which file is gone."""
+    import shutil
+
+    from nvila.components.data.samples import write_samples
+
+    root = tmp_path / "copy"
+    shutil.copytree(small.root, root)
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
+    write_samples(root / "samples.parquet", [row | {"root": str(root)} for row in rows])
+    (root / "sft-3.png").unlink()
+    with pytest.raises(DataError, match=r"sft-3\.png") as caught:
+        train(make_job("a", samples=str(root / "samples.parquet")), Stop())
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-block"])
+def test_fp8_is_refused_rather_than_run_as_bf16(make_job: MakeJob, precision: str) -> None:
+    """A precision that silently runs as another one makes every comparison of the two a lie."""
+    with pytest.raises(ConfigError, match=r"train\.precision"):
+        train(make_job("a", run={"precision": precision}), Stop())
+
+
+def test_batches_do_not_depend_on_the_number_of_processes() -> None:
+    """Two processes that together see other batches than one make a resumed or rescaled run another run."""
+    samples = list(range(24))
+    shares = [_share_of(samples, 8, rank, 2) for rank in (0, 1)]
+    for i in range(3):
+        seen = [s for share in shares for s in share[4 * i : 4 * i + 4]]
+        assert seen == samples[8 * i : 8 * i + 8]
+    assert _share_of(samples, 8, 0, 1) == samples
