@@ -104,7 +104,7 @@ def test_finished_work_is_skipped_and_its_output_is_the_same(runner: Runner) -> 
     assert (runner.status()["status"], runner.status()["exit_code"]) == ("cached", 0)
 
 
-def test_settings_world_code_and_inputs_each_change_the_key(runner: Runner) -> None:
+def test_settings_world_and_inputs_each_change_the_key(runner: Runner) -> None:
     """Whatever the work depends on and the key does not see gives stale results."""
     runner.run(number=3)
     runner.run(number=4)
