@@ -99,7 +99,7 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
             cut = [preprocess_image(image, config, alone=alone, pixels=True) for image in images]
             output |= _fields("image", cut, config)
         if videos := hf_data.get("videos"):
-            cut = [[preprocess_video(_frames(video), config, pixels=True)] for video in videos]
+            cut = [[preprocess_video(_frames(video, config), config, pixels=True)] for video in videos]
             output |= _fields("video", cut, config)
         return BatchFeature(output)
 
@@ -151,6 +151,12 @@ def _alone(options: Mapping[str, Any]) -> bool:
     return bool(options["images_kwargs"]["alone"])
 
 
-def _frames(video: Any) -> list[Image.Image]:
-    """(F, H, W, 3) uint8, or a list of pictures -> pictures."""
+def _frames(video: Any, config: ModelConfig) -> list[Image.Image]:
+    """(F, H, W, 3) uint8, or a list of pictures -> pictures.
+
+    Raises:
+        ValueError: a number of frames that the model does not take; found later it would end the whole server.
+    """
+    if len(video) != config.num_video_frames:
+        raise ValueError(f"this model takes {config.num_video_frames} frames of a clip, not {len(video)}")
     return [frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame)) for frame in video]

@@ -22,6 +22,8 @@ from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.serve.environment import serve_python, serve_variables
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
+ENGINE_OPTIONS = ("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log")
+"""Small and quick to start; compiling pays only for larger models than a CPU serves."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def start(
     """
     require_free_port(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
-    command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *_engine_options(model_dir)]
+    command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
+    frames = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]["num_video_frames"]
+    command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
     variables = serve_variables(threads)
     variables.pop(API_KEY_VARIABLE, None)
     if api_key is not None:
@@ -71,20 +75,6 @@ def start(
             command, env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
         )
     return Server(child.pid, f"http://{host}:{port}")
-
-
-def _engine_options(model_dir: Path) -> list[str]:
-    config = json.loads((model_dir / "config.json").read_text())
-    frames = int(config["nvila"]["num_video_frames"])
-    return [
-        "--enforce-eager",
-        "--max-num-seqs",
-        "32",
-        "--skip-mm-profiling",
-        "--media-io-kwargs",
-        json.dumps({"video": {"num_frames": frames}}),
-        "--disable-uvicorn-access-log",
-    ]
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -169,6 +169,21 @@ def test_media_from_elsewhere_are_refused(running: Running, kind: str, url: str,
     assert reason in error.value.read().decode()
 
 
+def test_request_cannot_choose_the_number_of_frames(running: Running, media: Media) -> None:
+    """Frames that no temporal pool divides would end the engine, and with it everybody's answers."""
+    body = server.chat_request("tiny", "Which digit?", video=media.clips[0], max_tokens=2)
+    body["media_io_kwargs"] = {"video": {"num_frames": 3}}
+    request = urllib.request.Request(
+        f"{running.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    assert error.value.code == 400
+    assert server.is_ready(running.url)
+
+
 def _generate(model: NVILA, tokenizer: Any, requests: list[Request]) -> list[str]:
     return [model.generate(tokenizer, [_prompt(model, request)], 6)[0] for request in requests]
 
