@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from nvila.pipelines.steps import STEPS
@@ -100,7 +101,7 @@ def step_table(states: list[StepState]) -> Table:
     for state in states:
         colour = _COLOUR.get(state.status, "dim")
         seconds = "" if state.status == "waiting" else f"{state.seconds:.1f}"
-        table.add_row(state.name, f"[{colour}]{state.status}[/]", seconds, state.note)
+        table.add_row(state.name, f"[{colour}]{state.status}[/]", seconds, escape(state.note))
     return table
 
 

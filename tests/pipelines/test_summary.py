@@ -179,3 +179,16 @@ def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == len(STEPS)
     assert any("base: cached in 3.0 s" in line for line in lines)
+
+
+def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:
+    """The terminal library reads [/x] as markup and stops the run's last words with an error of its own."""
+    _write_step(run_dir, "validate", "failed", code=2)
+    path = run_dir / "steps" / "validate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"message": "no such path [/data] [bold]"}))
+    finished = Finished.read(run_dir)
+    out = io.StringIO()
+    closing.show_closing(
+        finished, write_summary(finished, 1.0, 0, 2) | {"endpoint": None}, Console(file=out, width=140)
+    )
+    assert out.getvalue().count("no such path [/data] [bold]") == 2
