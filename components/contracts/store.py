@@ -36,10 +36,8 @@ class Store:
         path = self.folder(step, key) / MANIFEST
         if not path.is_file():
             return None
-        manifest = Manifest.load(path)
-        if manifest.key != key or manifest.verify():
-            return None
-        return manifest.model_copy(update={"folder": str(path.parent)})
+        manifest = Manifest.load(path).model_copy(update={"folder": str(path.parent)})
+        return None if manifest.key != key or manifest.verify() else manifest
 
     def load(self, path: str | os.PathLike[str]) -> Manifest:
         """Read a manifest lying anywhere (a KFP artifact's file is a copy) with its folder in this store set."""

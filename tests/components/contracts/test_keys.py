@@ -1,96 +1,116 @@
-"""Content keys: what they see and what they do not."""
+"""Content keys: what must change them, and what must not."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvila.components.contracts import keys
-from nvila.components.contracts.keys import content_key, import_closure, library_versions
 
-TRAIN = "nvila.components.train.step"
+STEP = "nvila.trial.step"
+FILES = {
+    "__init__.py": "",
+    "step.py": "from nvila.trial.near import helper\n\ndef run():\n    from nvila.trial import late\n    return late\n",
+    "near.py": "import nvila.trial.far\nhelper = 1\n",
+    "far.py": "far = 1\n",
+    "late.py": "import subprocess\nsubprocess.run(['python', '-m', 'nvila.trial.started'])\n",
+    "started.py": "import yaml\n",
+    "unrelated.py": "import torch\n",
+}
 
 
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A step of our namespace in a folder of its own."""
+    folder = tmp_path / "nvila" / "trial"
+    folder.mkdir(parents=True)
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    forget()
+    yield folder
+    forget()
+
+
+def forget() -> None:
+    """A process sees one version of the code; a test sees several."""
+    for cached in (keys._source, keys._file_digest, keys._imported):
+        cached.cache_clear()
+
+
+def key(settings: dict[str, Any] | None = None, inputs: dict[str, str] | None = None, **external: Any) -> str:
+    forget()
+    return keys.content_key(STEP, settings or {"a": 1}, inputs or {"data": "d1"}, external)
+
+
+@pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
-    ("step", "reached"),
+    "other",
     [
-        (TRAIN, "nvila.components.model.projector"),
-        (TRAIN, "nvila.components.train.worker"),
-        ("nvila.components.prune.step", "nvila.components.model.nvila"),
-        ("nvila.components.quantize.step", "nvila.components.model.serving"),
-        ("nvila.components.validate.step", "nvila.components.data.media"),
+        lambda: key({"a": 2}),
+        lambda: key({"a": 1, "b": None}),
+        lambda: key(inputs={"data": "d2"}),
+        lambda: key(inputs={"model": "d1"}),
+        lambda: key(files="changed"),
     ],
+    ids=["a value", "a new setting", "an input's digest", "an input's name", "the user's files"],
 )
-def test_closure_reaches_late_imports_and_started_modules(step: str, reached: str) -> None:
-    """Heavy imports lie inside functions, workers are started by name: code there that changes must change the key."""
-    assert reached in import_closure(step)
+def test_whatever_the_work_depends_on_changes_the_key(other: Callable[[], str]) -> None:
+    """A key that misses a dependency serves an old result as a new one."""
+    assert key() == key()
+    assert other() != key()
 
 
-@pytest.mark.parametrize(
-    ("step", "foreign"),
-    [
-        (TRAIN, "nvila.components.evaluate"),
-        (TRAIN, "nvila.pipelines"),
-        ("nvila.components.validate.step", "nvila.components.model"),
-        ("nvila.components.evaluate.step", "nvila.components.train"),
-    ],
-)
-def test_closure_stays_small(step: str, foreign: str) -> None:
-    """A needless import makes every edit of the report or the command line train everything anew."""
-    assert [name for name in import_closure(step) if name == foreign or name.startswith(foreign + ".")] == []
+@pytest.mark.parametrize("name", ["step.py", "near.py", "far.py", "late.py", "started.py", "__init__.py"])
+def test_own_code_at_any_depth_changes_the_key(package: Path, name: str) -> None:
+    """A fix in code that is imported late, or started as a process by its name, must run the step again."""
+    before = key()
+    (package / name).write_text(FILES[name] + "# another version\n")
+    assert key() != before
 
 
-def test_closure_executes_nothing() -> None:
-    """Computing the key of a skipped step must not import torch."""
+def test_unrelated_code_does_not_change_the_key(package: Path) -> None:
+    """A key over the whole package would train five stages again for a comma in the report."""
+    before = key()
+    (package / "unrelated.py").write_text("import numpy\n")
+    (package / "new.py").write_text("")
+    assert key() == before
+
+
+@pytest.mark.usefixtures("package")
+def test_versions_of_the_libraries_used_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of another version of a library are other results; of a library that is not used, the same."""
+    before = key()
+
+    def pretend(other: str) -> None:
+        monkeypatch.setattr(keys, "version", lambda name: "0.0" if name.lower() == other else version(name))
+
+    pretend("pyyaml")
+    assert key() != before
+    pretend("torch")
+    assert key() == before
+
+
+def test_the_real_train_step_is_seen_whole() -> None:
+    """The worker runs under torchrun and is imported by nobody: without it an engine could change unseen."""
+    closure = keys.import_closure("nvila.components.train.step")
+    assert {f"nvila.components.train.{name}" for name in ("step", "launch", "worker", "engine", "data")} <= set(closure)
+    assert "nvila.components.evaluate.step" not in closure
+    libraries = keys.library_versions(closure.values())
+    assert {"torch", "deepspeed", "transformers"} <= set(libraries)
+
+
+def test_a_key_is_found_without_running_the_code() -> None:
+    """Importing torch to learn that nothing is to do costs ten seconds a step."""
     code = (
-        "import sys; from nvila.components.contracts.keys import content_key\n"
-        f"content_key({TRAIN!r}, {{}}, {{}}); print('torch' in sys.modules)"
+        "import sys\nfrom nvila.components.contracts.keys import content_key\n"
+        "content_key('nvila.components.train.step', {}, {})\nprint('torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "False"
-
-
-def test_edited_code_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any file of the closure counts, however deep."""
-    before = content_key(TRAIN, {}, {})
-    edited = import_closure(TRAIN)["nvila.components.model.s2"]
-    real = keys._file_digest
-    monkeypatch.setattr(keys, "_file_digest", lambda path: "other" if path == edited else real(path))
-    assert content_key(TRAIN, {}, {}) != before
-
-
-def test_library_versions_are_those_of_what_the_code_imports() -> None:
-    """An upgraded torch must repeat training, an upgraded library that the step does not use must not."""
-    found = library_versions(import_closure("nvila.components.quantize.step").values())
-    assert {"torch", "transformers", "llmcompressor"} <= set(found)
-    assert not {"kfp", "typer", "great_expectations"} & set(found)
-
-
-def test_key_depends_on_each_part() -> None:
-    """Two executions with one key would do the same work; everything else differs."""
-    module = "nvila.components.evaluate.gate"
-    same = content_key(module, {"a": 1, "b": 2}, {"x": "1"}, {"f": "1"})
-    assert content_key(module, {"b": 2, "a": 1}, {"x": "1"}, {"f": "1"}) == same, "order of keys does not matter"
-    others = [
-        content_key("nvila.components.resolve.step", {"a": 1, "b": 2}, {"x": "1"}, {"f": "1"}),
-        content_key(module, {"a": 1, "b": 3}, {"x": "1"}, {"f": "1"}),
-        content_key(module, {"a": 1, "b": 2}, {"x": "2"}, {"f": "1"}),
-        content_key(module, {"a": 1, "b": 2}, {"y": "1"}, {"f": "1"}),
-        content_key(module, {"a": 1, "b": 2}, {"x": "1"}, {"f": "2"}),
-    ]
-    assert len({same, *others}) == 6
-
-
-def test_key_does_not_depend_on_where_the_package_lies(tmp_path: Path) -> None:
-    """The store is shared between checkouts and machines."""
-    code = f"from nvila.components.contracts.keys import content_key; print(content_key({TRAIN!r}, {{}}, {{}}))"
-    root = Path(__file__).parents[3]
-    (tmp_path / "nvila").mkdir()
-    for name in ("components", "pipelines"):
-        (tmp_path / "nvila" / name).symlink_to(root / name)
-    printed = {
-        subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
-        for folder in (root, tmp_path)
-    }
-    assert len(printed) == 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,18 +1,21 @@
-"""The store and its manifests."""
+"""Manifests and the store: what counts as finished, and who may say so."""
 
-import json
-import threading
+from __future__ import annotations
+
+import multiprocessing
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import ConfigError, DataError, Rejected
+from nvila.components.contracts.errors import DataError, Rejected
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
-from nvila.components.contracts.store import Store
+from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files, write_atomic
+from nvila.components.contracts.store import MANIFEST, Store
 
-KEY = "k" * 64
+KEY = "0123456789abcdef" * 4
 
 
 @pytest.fixture
@@ -20,135 +23,148 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def _finish(store: Store, key: str = KEY) -> Manifest:
-    with store.working("train-1", key) as folder:
-        (folder / "llm").mkdir(exist_ok=True)
-        (folder / "llm" / "model.bin").write_bytes(b"1234")
-        manifest = Manifest(step="train-1", key=key, kind="model", files=describe_files(folder))
-        return store.finish(folder, manifest)
-
-
-def test_work_without_a_manifest_is_unfinished(store: Store) -> None:
-    """A killed step leaves files behind: they must never be taken for a result."""
+def finish(store: Store, text: str = "weights", **changes: Any) -> Manifest:
     with store.working("train-1", KEY) as folder:
-        (folder / "half").write_text("x")
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model" / "a.bin").write_text(text)
+        files = describe_files(folder, ("model/**/*",))
+        return store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=files, **changes))
+
+
+def test_only_a_manifest_finishes_work(store: Store) -> None:
+    """Work killed before its manifest must not be taken for whole."""
+    with store.working("train-1", KEY) as folder:
+        (folder / "a.bin").write_text("half")
     assert store.finished("train-1", KEY) is None
-    _finish(store)
-    assert store.finished("train-1", KEY) is not None
+    finish(store)
+    found = store.finished("train-1", KEY)
+    assert found is not None and found.path("model/a.bin").read_text() == "weights"
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter"])
-def test_work_with_damaged_files_is_unfinished(store: Store, damage: str) -> None:
-    """Training on half a checkpoint fails late, or not at all."""
-    path = _finish(store).path("llm/model.bin")
-    path.unlink() if damage == "missing" else path.write_bytes(b"1")
+@pytest.mark.parametrize("harm", ["truncated", "missing", "another key"])
+def test_damaged_work_is_not_finished(store: Store, harm: str) -> None:
+    """A truncated checkpoint behind an intact manifest would be trained on or served."""
+    file = finish(store).path("model/a.bin")
+    if harm == "truncated":
+        file.write_text("w")
+    elif harm == "missing":
+        file.unlink()
+    else:  # the folder's name is a prefix of the key
+        assert store.finished("train-1", KEY[:20] + "f" * 44) is None
+        return
     assert store.finished("train-1", KEY) is None
 
 
-def test_deep_check_finds_what_sizes_do_not(store: Store) -> None:
-    """A flipped bit keeps the size."""
-    manifest = _finish(store)
-    manifest.path("llm/model.bin").write_bytes(b"1235")
-    assert manifest.verify() == [] and manifest.verify(deep=True) == ["llm/model.bin"]
+def test_deep_verification_sees_changed_bytes(store: Store) -> None:
+    """Bytes of the same number are another model; only the digest tells."""
+    manifest = finish(store)
+    manifest.path("model/a.bin").write_text("WEIGHTS")
+    assert manifest.verify() == []
+    assert manifest.verify(deep=True) == ["model/a.bin"]
 
 
-def test_two_keys_that_begin_alike_are_told_apart(store: Store) -> None:
-    """The folder is named by part of the key; the manifest holds all of it."""
-    _finish(store, "k" * 63 + "a")
-    assert store.finished("train-1", "k" * 63 + "b") is None
+def test_manifest_appears_whole_or_not_at_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that meets half a manifest, or an old one mixed with the new, fails on good work."""
+    finish(store)
+    folder = store.folder("train-1", KEY)
+    before = (folder / MANIFEST).read_text()
+
+    def cut_off(self: Path, text: str, **_: Any) -> int:
+        with self.open("w") as stream:
+            stream.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(folder / MANIFEST, "x" * 100)
+    assert (folder / MANIFEST).read_text() == before
 
 
-def test_the_digest_is_of_the_work_not_of_the_execution() -> None:
-    """Otherwise repeating a step would repeat everything after it."""
-
-    def made(**facts: object) -> Manifest:
-        ref = InputRef(step="base", uri=str(facts.pop("uri", "a")), digest="d")
-        return Manifest.model_validate(
-            {"step": "s", "key": "k", "kind": "model", "inputs": {"m": ref}, "values": {"a": 1}} | facts
-        )
-
-    assert made(seconds=1.0, created="x", folder="f", uri="b").digest == made().digest
-    assert made(values={"a": 2}).digest != made().digest
-    assert made(key="l").digest != made().digest
+def test_digest_does_not_depend_on_place_or_time(store: Store, tmp_path: Path) -> None:
+    """The same work done elsewhere or later must find the cached work of later steps."""
+    ref = InputRef(step="base", uri="/here/manifest.json", digest="d")
+    first = finish(store, inputs={"model": ref}, seconds=1.0, created="2026-01-01")
+    moved = ref.model_copy(update={"uri": "/there/manifest.json"})
+    second = finish(Store(tmp_path / "other"), inputs={"model": moved}, seconds=2.0, created="2027-01-01")
+    assert first.folder != second.folder
+    assert first.digest == second.digest
 
 
-def test_missing_names_and_files_are_explained(store: Store) -> None:
-    """A KeyError inside a later step would tell nobody what to do."""
-    manifest = _finish(store)
-    with pytest.raises(DataError, match="names no file"):
-        manifest.path("other.bin")
-    with pytest.raises(DataError, match="names no files under"):
-        manifest.dir("vision_tower")
-    assert manifest.dir("llm").is_dir()
-    manifest.path("llm/model.bin").unlink()
-    with pytest.raises(DataError, match="is gone"):
-        manifest.path("llm/model.bin")
+@pytest.mark.parametrize(
+    "change",
+    [{"values": {"accuracy": 0.5}}, {"sources": [File(uri="/data/sft.json", size_bytes=1, sha256="0")]}],
+    ids=["values", "sources"],
+)
+def test_digest_depends_on_the_result(store: Store, change: dict[str, Any]) -> None:
+    """Equal digests of different results would let later steps keep what they made of the old one."""
+    plain = finish(store).digest
+    assert finish(store, text="other weights").digest != plain
+    assert finish(store, **change).digest != plain
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"schema_version": 2, "step": "s", "key": "k", "kind": "model"}'])
-def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
-    """A manifest of a later version must not be half understood."""
+def test_a_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
+    """A file that is no manifest must be named, not crash the reader."""
     path = tmp_path / "manifest.json"
-    path.write_text(content)
-    with pytest.raises(DataError):
+    path.write_text('{"schema_version": 2, "step": "a"}')
+    with pytest.raises(DataError, match=str(path)):
         Manifest.load(path)
+    with pytest.raises(DataError, match="no manifest here"):
+        Manifest.load(tmp_path / "none.json")
 
 
-def test_readers_see_the_old_or_the_new_file(tmp_path: Path) -> None:
-    """The terminal's table reads status files while steps write them."""
-    path = tmp_path / "status.json"
-    write_atomic(path, json.dumps({"n": 0}))
-    seen: list[int] = []
-    stop = threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            seen.append(json.loads(path.read_text())["n"])
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for number in range(300):
-        write_atomic(path, json.dumps({"n": number, "padding": "x" * 20_000}))
-    stop.set()
-    reader.join()
-    assert seen == sorted(seen) and [p.name for p in tmp_path.iterdir()] == ["status.json"]
+def test_a_store_that_was_moved_still_loads(store: Store, tmp_path: Path) -> None:
+    """A manifest remembers where it was written; a copied store must find its own files."""
+    finish(store)
+    moved = Store(tmp_path / "moved")
+    shutil.move(store.root, moved.root)
+    found = moved.finished("train-1", KEY)
+    assert found is not None and found.path("model/a.bin").is_relative_to(moved.root)
 
 
-def test_the_same_work_waits_and_other_work_does_not(store: Store) -> None:
-    """Two runs must not train in one folder; different work must not queue."""
-    order: list[str] = []
-
-    def work(key: str, name: str) -> None:
-        with store.working("train-1", key):
-            order.append(name)
-            time.sleep(0.3)
-            order.append(f"{name} ends")
-
-    threads = [threading.Thread(target=work, args=args) for args in ((KEY, "a"), (KEY, "b"), ("m" * 64, "other"))]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join()
-    assert order.index("b") > order.index("a ends") > order.index("other")
-
-
-def test_a_verdict_holds_for_its_run_only(store: Store) -> None:
-    """The tombstone ends retries of one run; the next run may have another gate."""
-    store.bury("gate", KEY, "run-1", Rejected("too low"))
-    assert store.buried("gate", KEY, "run-1") == (Exit.REJECTED, "too low")
+def test_tombstones_hold_within_one_run(store: Store) -> None:
+    """A retried pod must end at once, and a new run of the user must try again."""
+    store.bury("gate", KEY, "run-1", Rejected("too bad"))
+    assert store.buried("gate", KEY, "run-1") == (Exit.REJECTED, "too bad")
     assert store.buried("gate", KEY, "run-2") is None
+    assert store.buried("gate", "f" * 64, "run-1") is None
 
 
-def test_removed_work_is_gone(store: Store) -> None:
-    """Garbage collection and repair rely on it."""
-    manifest = _finish(store)
+def test_an_interrupted_removal_leaves_damage_that_is_noticed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest deleted first would turn half a folder into work to be resumed."""
+    finish(store)
+
+    def killed(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (store.folder("train-1", KEY) / "a.log").write_text("")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        store.remove("train-1", KEY)
+    assert (store.folder("train-1", KEY) / MANIFEST).exists()
     store.remove("train-1", KEY)
-    assert not Path(manifest.folder).exists() and store.finished("train-1", KEY) is None
+    assert not store.folder("train-1", KEY).exists()
 
 
-def test_messages_say_what_where_value_and_what_to_do() -> None:
-    """The four parts of every message, in one line."""
-    error = ConfigError("must be positive", where="train.batch", value=-1, do="Give a number above 0.")
-    assert str(error) == "train.batch: must be positive (got -1). Give a number above 0."
-    assert len(str(ConfigError("too long", value="x" * 10_000))) < 300
+def _work(root: Path, log: Path) -> None:
+    store = Store(root)
+    with store.working("train-1", KEY) as folder:
+        if store.finished("train-1", KEY):
+            return
+        with log.open("a") as stream:
+            stream.write("worked\n")
+        time.sleep(0.2)
+        (folder / "a.bin").write_text("weights")
+        store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=describe_files(folder, ("*.bin",))))
+
+
+def test_two_processes_do_the_same_work_once(store: Store, tmp_path: Path) -> None:
+    """Two runs at the same time would write into one folder."""
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_work, args=(store.root, log)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert log.read_text() == "worked\n"

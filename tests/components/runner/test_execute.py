@@ -1,200 +1,286 @@
-"""The runner: skip, work, manifest, status file, exit code. The steps are small fakes in a temporary package."""
+"""The runner, in real processes around a small step: skip or work, exit codes, status files, what a signal leaves."""
 
+from __future__ import annotations
+
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvila.components.contracts.exits import Exit
+from nvila.components.contracts import keys
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.runner.execute import Place
 
-STEP = '''
-"""A fake step: writes its number, or fails as it is told."""
-import os, time
+STEP = """
+import json, os, time
 from pathlib import Path
-from pydantic import BaseModel
-from nvila.components.contracts import errors
+from nvila.components.contracts.errors import DataError, Rejected
+from nvila.components.contracts.progress import Progress
+from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 
-class Settings(BaseModel):
-    number: int = 0
-    fail: str = ""
 
-def external(settings):
-    return {"world": os.environ.get("WORLD", "")}
+class Settings(Section):
+    do: str = "work"
+    calls: str
+
 
 def run(settings, inputs, out):
-    with open(os.environ["CALLS"], "a") as calls:
-        calls.write("x")
-    if settings.fail == "sleep":
-        Path(os.environ["CALLS"] + ".started").touch()
+    with Path(settings.calls).open("a") as log:
+        log.write(json.dumps(sorted(p.name for p in out.iterdir())) + "\\n")
+    (out / "half.txt").write_text("half")
+    Progress("trying", 3).update(1)
+    if settings.do == "wrong data":
+        raise DataError("unreadable", where="a.json")
+    if settings.do == "reject":
+        raise Rejected("too bad")
+    if settings.do == "fault":
+        raise ZeroDivisionError("oops")
+    if settings.do == "wait" and not (out / "waiting").exists():
+        (out / "waiting").touch()
         time.sleep(60)
-    if settings.fail == "bug":
-        raise ZeroDivisionError("a bug")
-    if settings.fail:
-        raise getattr(errors, settings.fail)("it was told to", where="number", value=settings.number, do="Do not.")
-    (out / "number.txt").write_text(str(settings.number + sum(m.values["number"] for m in inputs.values())))
-    return Outcome(kind="report", values={"number": settings.number})
-'''
+    (out / "result.txt").write_text(str(len(inputs)))
+    return Outcome(kind="dataset", values={"n": 1}, files=("result.txt",), measured={"speed": 2.0})
+"""
+
+TRACKING = """
+import json
 
 
-class Runner:
-    """Runs the fake step in a process of its own, as KFP does."""
+def record_step(run_dir, step, settings, inputs, manifest, began, ended, error, measured):
+    if (run_dir / "tracking-is-down").exists():
+        raise ConnectionError("no server")
+    with (run_dir / "tracked").open("a") as log:
+        log.write(json.dumps([step, manifest and manifest.digest, error, dict(measured), ended >= began]) + "\\n")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "fakestep.py").write_text(STEP)
-        (folder / "calls").touch()
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "NVILA_STORE": str(folder / "store"),
-            "NVILA_RUN": str(folder / "runs" / "r1"),
-            "CALLS": str(folder / "calls"),
-        }
 
-    def start(self, step: str = "fake", inputs: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
-        code = (
-            "import json, sys\n"
-            "import nvila.components.runner.execute as runner\n"
-            "runner._track = lambda *args: None\n"  # MLflow has tests of its own and costs seconds here
-            "step, inputs, output, settings = json.loads(sys.argv[1])\n"
-            "print(json.dumps(runner.execute(step, 'fakestep', None, inputs, output, settings=settings)))"
+"""
+"""Stands for MLflow: the real module has its tests, and takes seconds to import."""
+
+MAIN = """
+import json, sys
+import tracking
+
+sys.modules["nvila.components.tracking.runs"] = tracking
+from nvila.components.runner.execute import execute
+
+step, slices, inputs, output = sys.argv[1:]
+print(json.dumps(execute(step, "nvila.trying.step", slices, json.loads(inputs), output)))
+"""
+
+
+@dataclass
+class Bench:
+    """A store, runs, and a step `nvila.trying.step` that does what its slice says."""
+
+    root: Path
+    patch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+
+    def start(self, do: str, *, step: str = "try", asked: str | None = None) -> subprocess.Popen[str]:
+        """The step in a process of its own, as a container runs it; `asked` is the step's name where it differs."""
+        arguments, variables = self._prepare(do, step, "run-1")
+        arguments[0] = asked or step
+        return subprocess.Popen(
+            [sys.executable, str(self.root / "main.py"), *arguments[:2], "{}", arguments[2]],
+            env=os.environ | variables | {"PYTHONPATH": str(self.root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        arguments = json.dumps([step, inputs or {}, str(self.output(step)), settings])
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", code, arguments], env=self.environment, **pipes)
 
-    def run(self, step: str = "fake", inputs: dict[str, str] | None = None, **settings: Any) -> tuple[int, str]:
-        """Exit code, and stderr or the metadata."""
-        process = self.start(step, inputs, **settings)
-        out, error = process.communicate(timeout=60)
-        return process.returncode, out if process.returncode == 0 else error
+    def run(
+        self, do: str, *, step: str = "try", run: str = "run-1", inputs: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        """Exit code and what was written to stderr, of the step in this process."""
+        from nvila.components.runner.execute import execute
 
-    def output(self, step: str = "fake") -> Path:
-        return self.folder / "kfp" / step
+        (name, slices, output), variables = self._prepare(do, step, run)
+        for variable, value in variables.items():
+            self.patch.setenv(variable, value)
+        self.capture.readouterr()
+        try:
+            execute(name, "nvila.trying.step", slices, inputs or {}, output)
+        except SystemExit as leaving:
+            return int(str(leaving.code)), self.capture.readouterr().err
+        return 0, self.capture.readouterr().err
+
+    def _prepare(self, do: str, step: str, run: str) -> tuple[list[str], dict[str, str]]:
+        (self.root / "runs" / run).mkdir(parents=True, exist_ok=True)
+        slices, output = self.root / "slices.json", self.root / "output" / f"{step}.json"
+        given = {step: {"do": do, "calls": str(self.root / "calls")}}
+        Manifest(step="resolve", key="k", kind="slices", values={"slices": given}).save(slices)
+        variables = {"NVILA_STORE": str(self.root / "store"), "NVILA_RUN": str(self.root / "runs" / run)}
+        return [step, str(slices), str(output)], variables
 
     @property
-    def calls(self) -> int:
-        return len((self.folder / "calls").read_text())
+    def calls(self) -> list[list[str]]:
+        """What each call of the step found in its folder."""
+        path = self.root / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def status(self, step: str = "fake") -> dict[str, Any]:
-        return json.loads((Path(self.environment["NVILA_RUN"]) / "steps" / f"{step}.json").read_text())
+    def status(self, step: str = "try", run: str = "run-1") -> dict[str, Any]:
+        return dict(json.loads((self.root / "runs" / run / "steps" / f"{step}.json").read_text()))
+
+    def tracked(self, run: str = "run-1") -> list[list[Any]]:
+        return [json.loads(line) for line in (self.root / "runs" / run / "tracked").read_text().splitlines()]
+
+    def folder(self, step: str = "try") -> Path:
+        return next(path for path in (self.root / "store" / step).iterdir() if path.is_dir())
 
 
 @pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]:
+    package = tmp_path / "nvila" / "trying"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "step.py").write_text(STEP)
+    (tmp_path / "tracking.py").write_text(TRACKING)
+    (tmp_path / "main.py").write_text(MAIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nvila.components.tracking.runs", importlib.import_module("tracking"))
+    before = signal.getsignal(signal.SIGTERM)
+    yield Bench(tmp_path, monkeypatch, capsys)
+    signal.signal(signal.SIGTERM, before)
+    for name in ("tracking", "nvila.trying", "nvila.trying.step"):
+        sys.modules.pop(name, None)
+    for cached in (keys._source, keys._file_digest, keys._imported):
+        cached.cache_clear()
 
 
-def test_finished_work_is_skipped_and_its_output_is_the_same(runner: Runner) -> None:
-    """The second run must find the first one's work, in the store and at KFP's place."""
-    assert runner.run(number=3)[0] == 0
-    first = Manifest.load(runner.output())
-    runner.output().unlink()
-    code, metadata = runner.run(number=3)
-    assert (code, runner.calls, json.loads(metadata)["cached"]) == (0, 1, True)
-    assert Manifest.load(runner.output()) == first
-    assert (runner.status()["status"], runner.status()["exit_code"]) == ("cached", 0)
+def test_work_is_done_once_and_then_found(bench: Bench) -> None:
+    """A second run that does everything again, or a first that is taken for done, breaks resume."""
+    assert bench.run("work")[0] == 0
+    first = Manifest.load(bench.root / "output" / "try.json")
+    assert bench.status() | {"started": 0, "ended": 0, "seconds": 0, "pid": 0} == {
+        "name": "try",
+        "status": "done",
+        "cached": False,
+        "exit_code": 0,
+        "manifest": f"{bench.folder()}/manifest.json",
+        "message": None,
+        **{"started": 0, "ended": 0, "seconds": 0, "pid": 0},
+    }
+    assert (first.path("result.txt").read_text(), first.values, sorted(first.files)) == ("0", {"n": 1}, ["result.txt"])
+    assert bench.tracked() == [["try", first.digest, None, {"speed": 2.0}, True]]
+    code, _ = bench.run("work", run="run-2")
+    assert (code, len(bench.calls)) == (0, 1)
+    status = bench.status(run="run-2")
+    assert (status["status"], status["cached"], status["exit_code"]) == ("cached", True, 0)
+    assert status["seconds"] == pytest.approx(status["ended"] - status["started"], abs=0.01)
+    assert Manifest.load(bench.root / "output" / "try.json") == first
+    assert not (bench.root / "runs" / "run-2" / "tracked").exists()
 
 
-def test_settings_world_and_inputs_each_change_the_key(runner: Runner) -> None:
-    """Whatever the work depends on and the key does not see gives stale results."""
-    runner.run(number=3)
-    runner.run(number=4)
-    assert runner.calls == 2
-    runner.environment["WORLD"] = "changed"
-    runner.run(number=4)
-    assert runner.calls == 3
-    source = str(runner.output())
-    runner.run("reader", {"input": source}, number=1)
-    runner.run("reader", {"input": source}, number=1)
-    assert runner.calls == 4
-    runner.run(number=5)
-    runner.run("reader", {"input": source}, number=1)
-    assert runner.calls == 6
-
-
-def test_damaged_work_is_done_again(runner: Runner) -> None:
-    """A store on a full disk or after a careless `rm` must mend itself."""
-    runner.run(number=3)
-    folder = Path(Manifest.load(runner.output()).folder)
-    (folder / "number.txt").write_text("longer than before")
-    assert runner.run(number=3)[0] == 0
-    assert (runner.calls, (folder / "number.txt").read_text()) == (2, "3")
+def test_an_input_is_recorded_and_belongs_to_the_key(bench: Bench) -> None:
+    """Lineage is a walk over manifests: an input that is not named there is lost."""
+    bench.run("work")
+    made = bench.root / "output" / "try.json"
+    bench.run("work", step="next", inputs={"data": str(made)})
+    first, second = Manifest.load(made), Manifest.load(bench.root / "output" / "next.json")
+    assert (second.inputs["data"].digest, second.inputs["data"].step) == (first.digest, "try")
+    assert Manifest.load(second.inputs["data"].uri) == first
+    bench.run("work", step="next")
+    assert Manifest.load(bench.root / "output" / "next.json").key != second.key
 
 
 @pytest.mark.parametrize(
-    ("fail", "code", "status"),
+    ("do", "code", "status", "message"),
     [
-        ("ConfigError", Exit.USER, "failed"),
-        ("DataError", Exit.USER, "failed"),
-        ("PreflightError", Exit.USER, "failed"),
-        ("TrainingError", Exit.FAULT, "failed"),
-        ("Rejected", Exit.REJECTED, "rejected"),
-        ("Preempted", Exit.PREEMPTED, "preempted"),
-        ("bug", Exit.FAULT, "failed"),
+        ("wrong data", 2, "failed", "a.json: unreadable"),
+        ("reject", 3, "rejected", "too bad"),
+        ("fault", 1, "failed", "ZeroDivisionError: oops"),
     ],
 )
-def test_each_kind_of_error_has_its_exit_code(runner: Runner, fail: str, code: Exit, status: str) -> None:
-    """Launchers decide by the code whether to retry; a wrong one burns a cluster's budget or loses a run."""
-    ended, error = runner.run(number=3, fail=fail)
-    assert ended == code
-    assert (runner.status()["status"], runner.status()["exit_code"]) == (status, code)
-    assert not runner.output().exists()
-    assert ("Traceback" in error) == (fail == "bug"), "users see one line; faults of ours show where"
+def test_a_failure_has_its_exit_code_and_its_words(bench: Bench, do: str, code: int, status: str, message: str) -> None:
+    """A launcher retries by exit code; a user's error shown as a traceback, or retried, wastes both their time."""
+    process = bench.start(do)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.rstrip().endswith(f"try: {message}")
+    assert ("Traceback" in errors) == (code == 1)
+    assert (bench.status()["status"], bench.status()["exit_code"]) == (status, code)
+    assert bench.status()["message"] == message
+    assert not (bench.root / "output").exists() and not (bench.folder() / "manifest.json").exists()
+    assert [line[1:3] for line in bench.tracked()] == [[None, message.removeprefix("ZeroDivisionError: ")]]
 
 
-def test_users_errors_and_verdicts_are_not_tried_again_in_the_same_run(runner: Runner) -> None:
-    """KFP retries blindly: the tombstone must end a retried pod at once, and must not outlive the run."""
-    for _ in range(2):
-        assert runner.run(fail="Rejected")[0] == Exit.REJECTED
-    assert runner.calls == 1
-    runner.environment["NVILA_RUN"] = str(runner.folder / "runs" / "r2")
-    assert runner.run(fail="Rejected")[0] == Exit.REJECTED
-    assert runner.calls == 2
+@pytest.mark.parametrize(("do", "calls_in_one_run"), [("wrong data", 1), ("reject", 1), ("fault", 2)])
+def test_a_verdict_is_not_asked_for_twice_in_a_run(bench: Bench, do: str, calls_in_one_run: int) -> None:
+    """A retried pod must not repeat hours towards the same verdict; a fault, or a new run, must try again."""
+    first = bench.run(do)[0], bench.status()["message"]
+    again = bench.run(do)[0], bench.status()["message"]
+    assert first == again
+    assert len(bench.calls) == calls_in_one_run
+    bench.run(do, run="run-2")
+    assert len(bench.calls) == calls_in_one_run + 1
 
 
-def test_faults_are_tried_again(runner: Runner) -> None:
-    """A retry after a lost machine must do the work."""
-    for _ in range(2):
-        assert runner.run(fail="TrainingError")[0] == Exit.FAULT
-    assert runner.calls == 2
-
-
-def test_steps_that_act_on_the_world_are_never_skipped(runner: Runner) -> None:
-    """A dead endpoint must be started again by a run in which nothing else has changed."""
-    for _ in range(2):
-        assert runner.run("rollout", number=1)[0] == 0
-    assert runner.calls == 2 and runner.status("rollout")["status"] == "done"
-
-
-def test_sigterm_ends_a_step_with_75(runner: Runner) -> None:
-    """A preempted pod must be told from a failed one."""
-    process = runner.start(fail="sleep")
+def test_a_preempted_step_resumes_in_its_folder(bench: Bench) -> None:
+    """SIGTERM is not a failure: code 75, no tombstone, and the same command goes on where it was."""
+    process = bench.start("wait")
     deadline = time.monotonic() + 30
-    while not (runner.folder / "calls.started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not list(bench.root.glob("store/try/*/waiting")) and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == Exit.PREEMPTED
-    assert runner.status()["status"] == "preempted"
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert (bench.status()["status"], bench.status()["exit_code"]) == ("preempted", 75)
+    assert bench.run("wait")[0] == 0
+    assert bench.calls == [[], ["half.txt", "waiting"]]
 
 
-def test_two_processes_with_the_same_work_do_it_once(runner: Runner) -> None:
-    """Two runs at the same time share the store; half-written files of one must not be read by the other."""
-    both = [runner.start(number=9), runner.start(number=9)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert runner.calls == 1
+def test_interrupted_work_is_resumed_and_damaged_work_is_not(bench: Bench) -> None:
+    """Half a folder is a checkpoint; a finished one whose file has shrunk since cannot be trusted at all."""
+    bench.run("fault")
+    bench.run("fault")
+    assert bench.calls == [[], ["half.txt"]]
+    bench.run("work")
+    folder = next(path.parent for path in bench.root.glob("store/try/*/result.txt"))
+    (folder / "result.txt").write_text("")
+    bench.run("work")
+    assert bench.calls[2:] == [[], []]
+    assert (folder / "result.txt").read_text() == "0"
 
 
-def test_run_folder_may_name_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster the run's id reaches the pod as a variable of its own."""
-    monkeypatch.setenv("NVILA_RUN_ID", "abc")
-    monkeypatch.setenv("NVILA_RUN", "/nvila/runs/$NVILA_RUN_ID")
-    assert Place.from_environment().run == "abc"
+@pytest.mark.parametrize("step", ["register", "rollout", "report"])
+def test_steps_that_act_on_the_world_always_run(bench: Bench, step: str) -> None:
+    """A cached rollout leaves a dead endpoint dead."""
+    for _ in range(2):
+        assert bench.run("work", step=step)[0] == 0
+        assert bench.status(step)["status"] == "done"
+    assert len(bench.calls) == 2
+
+
+def test_tracking_that_is_down_loses_nothing(bench: Bench) -> None:
+    """Hours of training must not fail on a tracking server; but it must be said."""
+    (bench.root / "runs" / "run-1").mkdir(parents=True)
+    (bench.root / "runs" / "run-1" / "tracking-is-down").touch()
+    code, errors = bench.run("work")
+    assert code == 0
+    assert "try: not tracked in MLflow: ConnectionError: no server" in errors
+    assert Manifest.load(bench.root / "output" / "try.json").path("result.txt").exists()
+
+
+def test_progress_of_a_step_is_told_to_its_run(bench: Bench) -> None:
+    """Without the file the terminal shows nothing for minutes."""
+    bench.run("wrong data")
+    progress = json.loads((bench.root / "runs" / "run-1" / "progress" / "try.json").read_text())
+    assert (progress["what"], progress["total"]) == ("trying", 3)
+    assert "NVILA_PROGRESS_FILE" not in os.environ
+
+
+def test_a_recipe_without_the_step_is_refused(bench: Bench) -> None:
+    """A step that runs with defaults because its slice is missing does other work than asked."""
+    process = bench.start("work", asked="other")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "no slice for step other" in errors and "Traceback" not in errors

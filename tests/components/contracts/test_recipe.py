@@ -1,0 +1,180 @@
+"""The recipe: messages that lead to the right key, and slices that keep steps apart."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.recipe.recipe import merge, parse_recipe, slices
+
+STAGE = {
+    "name": "a stage",
+    "trainable": ["mm_projector"],
+    "learning_rate": 1e-3,
+    "data": {"shapes.captions": 1},
+    "batch": 8,
+}
+RECIPE: dict[str, Any] = {
+    "name": "test",
+    "model": {"variant": "test", "s2_scales": [28, 56], "base": {}},
+    "data": {
+        "sources": [
+            {"name": "shapes", "kind": "image", "path": "data/shapes"},
+            {"name": "clips", "kind": "video", "path": "data/clips"},
+        ]
+    },
+    "train": {"stages": [{**STAGE, "name": f"stage {i}"} for i in range(1, 6)]},
+    "evaluate": {"sources": ["shapes", "clips"]},
+}
+
+
+def changed(dotted: str, value: Any) -> dict[str, Any]:
+    """`RECIPE` with one option set; list items by index."""
+    recipe = copy.deepcopy(RECIPE)
+    place: Any = recipe
+    *parents, last = dotted.split(".")
+    for part in parents:
+        place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
+    place[last] = value
+    return recipe
+
+
+def without(dotted: str) -> dict[str, Any]:
+    recipe = changed(dotted, None)
+    place: Any = recipe
+    *parents, last = dotted.split(".")
+    for part in parents:
+        place = place[int(part)] if part.isdigit() else place[part]
+    del place[last]
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (changed("trian", {}), r"test\.yaml: unknown recipe key trian\. Did you mean train\?"),
+        (changed("model.projektor", "linear"), r"model\.projektor\. Did you mean model\.projector\?"),
+        (changed("train.stages.1.learning_rat", 1), r"train\.stages\.1\.learning_rat\. Did you mean .*learning_rate\?"),
+        (changed("prune.small.decoder.hiden", 1), r"Did you mean prune\.small\.decoder\.hidden\?"),
+        (changed("evaluate.gate.zzz", 1), r"unknown recipe key evaluate\.gate\.zzz\. Known here: above_question_only"),
+        (changed("register.model", 1), r"Did you mean register\.model_name\?"),
+    ],
+    ids=lambda value: None,
+)
+def test_an_unknown_key_names_its_path_and_the_nearest_one(recipe: dict[str, Any], message: str) -> None:
+    """A misspelt option that is ignored trains for days with the default."""
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(recipe, "test.yaml")
+
+
+@pytest.mark.parametrize("dotted", ["model.variant", "train.stages.4.batch", "evaluate.sources", "data.sources.0.path"])
+def test_a_missing_key_is_named(dotted: str) -> None:
+    """A default for what must be chosen would choose silently."""
+    with pytest.raises(ConfigError, match=f"recipe key {dotted} is missing".replace(".", r"\.")):
+        parse_recipe(without(dotted))
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "message"),
+    [
+        ("model.projector", "mlp_downsample_3x3_fix", r"model.*mlp_downsample_3x3_fix and vision_mode dynamic_s2"),
+        ("model.s2_scales", [28], "needs at least two s2_scales"),
+        ("model.s2_scales", [], "s2_scales"),
+        ("model.s2_scales", [28, 50], "multiple of the first"),
+        ("model.s2_scales", [56, 28], "ascending"),
+        ("model.s2_output_scale", 2, "names no entry"),
+        ("model.max_tiles", 3, "max_tiles 3 is less than the 4 tiles"),
+        ("model.video", {"frames": 6, "pool_sizes": [[4, 1, 1]]}, "not a multiple of the temporal pool 4"),
+        ("model.video", {"frames": 6, "pool_sizes": [[0, 1, 1]]}, "greater than 0"),
+        ("model.base", {"vision_tower": "weights/tower"}, "vision_tower and llm go together"),
+        ("model.base.tower", {"patch_pixels": 13}, "patch_pixels must divide"),
+        ("model.base.decoder", {"heads": 3}, "must be a multiple of heads 3"),
+        (
+            "train.stages.0.data",
+            {"shapes.heldout": 1},
+            r"train\.stages\.0\.data: 'shapes.heldout' is not SOURCE\.SPLIT",
+        ),
+        ("train.stages.2.data", {"shape.sft": 1}, r"train\.stages\.2\.data: 'shape.sft'"),
+        ("train.stages.2.data", {"shapes": 1}, r"train\.stages\.2\.data: 'shapes'"),
+        ("train.stages.0.data", {"shapes.sft": 0}, "greater than 0"),
+        ("train.stages.0.batch", 0, "greater than or equal to 1"),
+        ("train.stages", [STAGE], "at least 5 items"),
+        ("train.zero", 4, r"train\.zero"),
+        ("evaluate.sources", ["nothing"], r"evaluate\.sources: no source is called 'nothing'"),
+        ("evaluate.limit", 0, r"evaluate\.limit"),
+        ("evaluate.gate.min_accuracy", {"nothing": 0.5}, r"evaluate\.gate\.min_accuracy: no source"),
+        ("prune.keep_ratio_of", {"nothing": 0.5}, r"prune\.keep_ratio_of: no source"),
+        ("prune.keep_ratio_of", {"shapes": 2}, "less than or equal to 1"),
+        ("prune.keep_ratio", 0, r"prune\.keep_ratio"),
+        ("data.sources.1.name", "shapes", "two sources share a name"),
+        ("rollout.port", 70000, r"rollout\.port"),
+    ],
+)
+def test_what_cannot_work_is_refused(dotted: str, value: Any, message: str) -> None:
+    """A recipe that fails in the fifth stage has cost four."""
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe(changed(dotted, value))
+
+
+def affected(dotted: str, value: Any) -> set[str]:
+    """Steps whose slice changes with the option."""
+    before, after = slices(parse_recipe(RECIPE)), slices(parse_recipe(changed(dotted, value)))
+    return {step for step in before if before[step] != after[step]}
+
+
+STAGES = {f"train-{i}" for i in range(1, 6)}
+PRUNES = {"prune-image", "prune-video"}
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "steps"),
+    [
+        ("evaluate.max_new_tokens", 4, {"evaluate", "evaluate-quantized"}),
+        ("evaluate.limit", 9, {"evaluate", "evaluate-quantized"}),
+        ("evaluate.gate.above_question_only", False, {"gate"}),
+        ("prune.keep_ratio", 0.25, PRUNES),
+        ("train.stages.3.learning_rate", 1.0, {"train-4"}),
+        ("train.precision", "fp32", STAGES),
+        ("quantize.method", "rtn", {"quantize"}),
+        ("quantize.gate.max_loss", 0.5, {"gate-quantized"}),
+        ("quantize.limit", 5, {"evaluate-quantized"}),
+        ("rollout.port", 8000, {"preflight", "rollout"}),
+        ("register.model_name", "other", {"register", "rollout"}),
+        ("needs.disk_bytes", 1, {"preflight"}),
+        ("data.validation.max_pixels", 9999, {"preflight", "validate"}),
+        ("model.max_length_tokens", 99, {"base"}),
+        ("name", "other", set()),
+    ],
+)
+def test_an_option_reaches_only_the_steps_that_read_it(dotted: str, value: Any, steps: set[str]) -> None:
+    """A slice that is too wide trains again for a new port; one that is too narrow serves old results."""
+    assert affected(dotted, value) == steps
+
+
+def test_the_seed_reaches_every_step_that_draws() -> None:
+    """A seed that one step ignores makes two seeds look alike."""
+    assert affected("seed", 1) == {"base", *PRUNES, *STAGES, "evaluate", "quantize"}
+
+
+def test_each_prune_step_takes_its_kind_of_source() -> None:
+    """Images pruned by the video step would be scored twice, or never."""
+    found = slices(parse_recipe(RECIPE))
+    assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == (["shapes"], ["clips"])
+
+
+def test_overrides_merge_key_by_key() -> None:
+    """An override of one option must not drop its neighbours, nor change the recipe it is laid over."""
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
+    assert merge(base, {"a": {"c": [3]}, "e": 2}) == {"a": {"b": 1, "c": [3]}, "d": 1, "e": 2}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}
+
+
+def test_several_mistakes_are_counted() -> None:
+    """Mending one mistake at a time without knowing of the others is tiresome."""
+    recipe = changed("trian", {})
+    recipe["modle"] = {}
+    with pytest.raises(ConfigError, match=r"\(1 more\)"):
+        parse_recipe(recipe)
