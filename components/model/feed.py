@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ class Feed:
             batch_sampler=order,
             collate_fn=self._collate,
             num_workers=workers,
+            worker_init_fn=_outlast_signals if workers else None,
             prefetch_factor=8 if workers else None,
         )
         for made in loader:
@@ -103,6 +105,12 @@ class Feed:
             return error
         good = [item for item in items if not isinstance(item, NvilaError)]
         return _Packed.of(collate(good, pad_id=self.tokenizer.pad_token_id))
+
+
+def _outlast_signals(worker: int) -> None:
+    """A stop sent to the whole process group is for the main process, which still needs batches to end its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,141 @@
+"""The step through torchrun and DeepSpeed, and what it makes of folders that earlier attempts left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.train import step
+from nvila.components.train.losses import read_losses
+
+ROW: dict[str, Any] = {
+    "name": "video instruction tuning",
+    "trainable": ["mm_projector", "llm"],
+    "learning_rate": 1e-3,
+    "data": {"clips.sft": 10, "colours.sft": 5},
+    "batch": 8,
+}
+STEPS = 25
+RUN = """
+import json, signal, sys
+from pathlib import Path
+from nvila.components.contracts.errors import Preempted
+from nvila.components.contracts.manifest import Manifest
+from nvila.components.train import step
+settings, model, samples, out = sys.argv[1:]
+inputs = {"model": Manifest.model_validate_json(model), "samples": Manifest.model_validate_json(samples)}
+try:
+    step.run(step.Settings.model_validate_json(settings), inputs, Path(out))
+except Preempted as error:
+    print(error)
+    sys.exit(75)
+"""
+
+
+def settings(**run: Any) -> step.Settings:
+    how = {"precision": "fp32", "zero": 0, "gpus": 1, "checkpoint_seconds": 0.0} | run
+    return step.Settings.model_validate({"stage": ROW, "run": how, "seed": 0})
+
+
+def inputs(small: Any) -> dict[str, Manifest]:
+    return {"model": small.model, "samples": small.samples}
+
+
+@pytest.mark.slow
+def test_a_stage_is_stopped_and_ends_on_the_second_call(small: Any, tmp_path: Path) -> None:
+    """The whole way: torchrun, a signal in the middle, a resume, and exactly the files that the next stage reads."""
+    given = [settings().model_dump_json(), small.model.model_dump_json(), small.samples.model_dump_json()]
+    process = subprocess.Popen([sys.executable, "-c", RUN, *given, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    reached = len(read_losses(tmp_path / "loss.jsonl"))
+    assert 1 <= reached < STEPS
+    assert not (tmp_path / "model").exists()
+
+    outcome = step.run(settings(), inputs(small), tmp_path)
+    records = read_losses(tmp_path / "loss.jsonl")
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert (outcome.values["steps"], outcome.values["samples"]) == (STEPS, STEPS * 8)
+    assert outcome.values["final_loss"] == pytest.approx(sum(r["loss"] for r in records[-2:]) / 2, abs=1e-4)
+    assert set(describe_files(tmp_path, outcome.files)) == {
+        "loss.jsonl",
+        "loss.png",
+        "model/config.json",
+        "model/llm/added_tokens.json",
+        "model/llm/config.json",
+        "model/llm/generation_config.json",
+        "model/llm/merges.txt",
+        "model/llm/model.safetensors",
+        "model/llm/special_tokens_map.json",
+        "model/llm/tokenizer.json",
+        "model/llm/tokenizer_config.json",
+        "model/llm/vocab.json",
+        "model/mm_projector/config.json",
+        "model/mm_projector/model.safetensors",
+        "model/vision_tower/config.json",
+        "model/vision_tower/model.safetensors",
+        "model/vision_tower/preprocessor_config.json",
+    }
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "model.partial").exists()
+
+
+def finished(out: Path, small: Any) -> None:
+    """A folder as of a stage that ended, just before its manifest."""
+    (out / "model").symlink_to(small.model.dir("model"))
+    rows = [json.dumps({"step": n, "loss": 2.0 - n / 100, "lr": 0.1, "tokens": 9}) for n in range(1, STEPS + 1)]
+    (out / "loss.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_a_stage_killed_before_its_manifest_is_not_trained_again(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is there and whole: training it again costs the stage a second time."""
+    finished(tmp_path, small)
+    monkeypatch.setattr(step, "launch", lambda job: pytest.fail("trained again"))
+    first = step.run(settings(), inputs(small), tmp_path).values
+    assert first["steps"] == STEPS
+    assert step.run(settings(), inputs(small), tmp_path).values == first
+
+
+def test_a_lost_loss_log_is_made_again(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged log must neither crash every later attempt nor leave a stage of no steps."""
+    finished(tmp_path, small)
+    whole = (tmp_path / "loss.jsonl").read_text()
+    (tmp_path / "loss.jsonl").write_text("\0\0\0")
+    launched = []
+
+    def launch(job: Any) -> None:
+        launched.append(job)
+        (tmp_path / "loss.jsonl").write_text(whole)
+
+    monkeypatch.setattr(step, "launch", launch)
+    assert step.run(settings(), inputs(small), tmp_path).values["steps"] == STEPS
+    assert len(launched) == 1
+
+
+def test_score_tables_reach_the_job(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned stage whose tables are lost on the way trains on nothing, or on everything."""
+    finished(tmp_path, small)
+    (tmp_path / "model").unlink()
+    tables = {}
+    for name in ("kept_video", "kept_image"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.parquet").touch()
+        files = describe_files(tmp_path / name)
+        tables[name] = Manifest(step=name, key=name, kind="dataset", files=files, folder=str(tmp_path / name))
+    jobs: list[Any] = []
+    monkeypatch.setattr(step, "launch", jobs.append)
+    step.run(settings(), inputs(small) | tables, tmp_path)
+    assert [Path(table).parent.name for table in jobs[0].kept] == ["kept_image", "kept_video"]
