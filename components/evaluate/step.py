@@ -67,15 +67,18 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         }
         values["accuracy"][source] = _beside_baselines(questions.samples, said, known)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
-    for stage in STAGES:
-        if stage != STAGES[-1]:
-            model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16")
+    for stage in STAGES[:-1]:
+        model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16")
         values["stages"][stage] = {}
         for source, questions in asked.items():
             prompts = questions.prompts("own", tasks.stage_limit)
             predicted = answers(model, tokenizer, prompts, what=f"{stage}: {source}", **how)
-            pairs = zip(predicted, questions.samples, strict=False)
-            values["stages"][stage][source] = accuracy([is_correct(p, s.answer) for p, s in pairs])["accuracy"]
+            right = [is_correct(p, s.answer) for p, s in zip(predicted, questions.samples, strict=False)]
+            values["stages"][stage][source] = accuracy(right)["accuracy"]
+    values["stages"][STAGES[-1]] = {
+        source: accuracy([row["correct"] for row in rows if row["source"] == source][: tasks.stage_limit])["accuracy"]
+        for source in asked
+    }
     _write(rows, out / "predictions.parquet")
     _plot(values["stages"], out / "stages.png")
     seconds = time.monotonic() - began
