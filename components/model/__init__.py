@@ -1,0 +1,1 @@
+"""NVILA itself: preprocessing, architecture, checkpoints and generation, in plain torch."""

@@ -35,6 +35,6 @@ def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:
     """Prevents a rejected model from looking like a fault, which a launcher would retry."""
     metrics = Manifest(step="evaluate", key="k", kind="metrics", values={"accuracy": _measured(0.1, 0.09, 0.7)})
     settings = Settings.model_validate({"gate": {"min_accuracy": {}, "above_question_only": True}})
-    with pytest.raises(Rejected, match="s: exact match 0.100") as caught:
+    with pytest.raises(Rejected, match=r"s: exact match 0\.100") as caught:
         run(settings, {"metrics": metrics}, tmp_path)
     assert caught.value.exit_code == Exit.REJECTED
