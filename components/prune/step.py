@@ -89,7 +89,8 @@ def _make(jobs: list[Any]) -> None:
     from nvila.components.prune.references import work
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=die_with_parent) as pool:
+    processes = os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, context, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
         try:
             list(pool.map(work, jobs))
         except BaseException:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +34,8 @@ def launch(job: Job) -> None:
         *("-m", "nvila.components.train.worker", str(out / "job.json")),
     ]
     environment = os.environ | {"TORCHELASTIC_ERROR_FILE": "", "DS_LOG_LEVEL": "warning"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    bound = partial(die_with_parent, os.getpid())
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=bound)
     asked = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
