@@ -20,8 +20,8 @@ from typing import Any
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.serve.environment import serve_python, serve_variables
+from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
 
-API_KEY_VARIABLE = "VLLM_API_KEY"
 ENGINE_OPTIONS = ("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log")
 """Small and quick to start; compiling pays only for larger models than a CPU serves."""
 
@@ -54,7 +54,7 @@ def start(
         port: port to listen on.
         served_name: the `model` of requests.
         log_path: where stdout and stderr go.
-        api_key: required as a bearer token of every request under `/v1` when given.
+        api_key: required as a bearer token of every request but the probes when given.
         threads: compute threads, see `serve_variables`.
 
     Raises:
@@ -63,12 +63,13 @@ def start(
     require_free_port(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
+    command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
     frames = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]["num_video_frames"]
     command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
     variables = serve_variables(threads)
-    variables.pop(API_KEY_VARIABLE, None)
+    variables.pop(KEY_VARIABLE, None)
     if api_key is not None:
-        variables[API_KEY_VARIABLE] = api_key  # not on the command line, which every user of the machine can read
+        variables[KEY_VARIABLE] = api_key  # not on the command line, which every user of the machine can read
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as sink:
         child = subprocess.Popen(

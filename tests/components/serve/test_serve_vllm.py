@@ -143,6 +143,10 @@ def test_server_wants_its_key(running: Running) -> None:
     """An endpoint that answers anybody."""
     with pytest.raises(RolloutError, match="401"):
         server.ask(running.url, "tiny", "Which digit?")
+    body = json.dumps(server.chat_request("tiny", "Which digit?")).encode()
+    request = urllib.request.Request(f"{running.url}/invocations", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""ASGI middleware of the server: with an API key set, every path but the probes asks for it.
+
+vLLM's own check covers some path prefixes only; `/invocations` would answer anyone.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+KEY_VARIABLE = "VLLM_API_KEY"
+OPEN_PATHS = frozenset({"/health", "/metrics"})
+
+
+class RequireKey:
+    """Answers 401 to a request without `Authorization: Bearer <key>`, and closes a web socket without it."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._key = os.environ.get(KEY_VARIABLE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if self._key is None or scope["type"] == "lifespan" or scope.get("path") in OPEN_PATHS or self._has_key(scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"error": "an API key is required"}'})
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope.get("headers", []) if name.lower() == b"authorization"), b"")
+        return hmac.compare_digest(given, f"Bearer {self._key}".encode())
