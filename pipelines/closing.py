@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvila.components.contracts.errors import NvilaError
+from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.pipelines.summary import Finished
 from nvila.pipelines.watch import step_table
 
@@ -35,9 +37,8 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
     if summary["endpoint"]:
         console.print("\nask the served model about a picture:")
         console.print(curl_example(finished), markup=False, highlight=False, soft_wrap=True)
-    if finished.failed:
-        failed = finished.failed
-        console.print(f"\n{failed.name} {failed.status}: {failed.record.get('message')}", markup=False, soft_wrap=True)
+    if summary["message"]:
+        console.print(f"\n{summary['message']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def curl_example(finished: Finished) -> str:
@@ -63,22 +64,24 @@ def curl_example(finished: Finished) -> str:
     for special in '\\"$`':
         text = text.replace(special, "\\" + special)
     data = text.replace(marker, f"$(base64 -w0 '{_short(picture)}')")
+    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
     return (
         f"curl -s {served['endpoint'].rstrip('/')}/v1/chat/completions "
-        f"-H 'Content-Type: application/json' -d \"{data}\""
+        f"{key}-H 'Content-Type: application/json' -d \"{data}\""
     )
 
 
 def _held_out(finished: Finished) -> tuple[Path, str]:
+    """A held-out picture and its question, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
 
     samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
-    pictures = [sample for sample in samples if sample.kind == "image" and len(sample.media) == 1]
+    pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         raise NvilaError("no held-out sample has a single picture")
-    best = max(pictures, key=lambda sample: sample.source)
-    first = next(sample for sample in pictures if sample.source == best.source)
-    return first.root / first.media[0], first.question
+    measured = finished.values("evaluate")["accuracy"]
+    best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
+    return best.root / best.media[0], best.question
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:

@@ -23,12 +23,9 @@ from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.pipelines.closing import show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
-from nvila.pipelines.summary import Finished, write_summary
+from nvila.pipelines.summary import LOG, Finished, write_summary
 from nvila.pipelines.watch import Watch
 from nvila.pipelines.worker import ARGUMENTS, GRACE_SECONDS
-
-LOG = "log.txt"
-"""In the run's folder: everything that KFP and the steps print."""
 
 
 def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
@@ -78,7 +75,7 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = [sys.executable, "-m", "nvila.pipelines.worker", str(run_dir)]
+    command = [sys.executable, "-m", "nvila.pipelines.worker", str(run_dir), str(os.getpid())]
     with (run_dir / LOG).open("ab") as log, Watch(run_dir, console) as watch, _Stop() as stop:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

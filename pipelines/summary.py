@@ -12,6 +12,8 @@ from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.pipelines.watch import StepState, read_states
 
 SUMMARY = "summary.json"
+LOG = "log.txt"
+"""In the run's folder: everything that KFP and the steps print."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,6 @@ class Finished:
         return min(bad, key=lambda s: s.record["ended"]) if bad else None
 
     @property
-    def decision(self) -> str:
-        """`promoted` and the like from the rollout; `rejected`, `preempted` or `failed` where it ended before that."""
-        if self.failed:
-            return self.failed.status
-        return str(self.values("rollout").get("decision", "unfinished"))
-
-    @property
     def work_seconds(self) -> float:
         """Time inside the steps' own functions: what is left of the whole is overhead. Skipped steps worked 0 s."""
         worked = 0.0
@@ -64,8 +59,8 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
         "run": finished.run_dir.name,
         "recipe": finished.values("resolve").get("recipe", {}).get("name"),
         "exit_code": int(exit_code),
-        "decision": finished.decision if exit_code != Exit.PREEMPTED else "preempted",
-        "message": finished.failed.record.get("message") if finished.failed else None,
+        "decision": _decision(finished, exit_code),
+        "message": _message(finished, exit_code),
         "steps": [
             {"name": s.name, "status": s.status, "seconds": round(s.seconds, 3), "cached": s.status == "cached"}
             for s in finished.states
@@ -79,6 +74,26 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
     }
     write_atomic(finished.run_dir / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _decision(finished: Finished, exit_code: int) -> str:
+    """`promoted` and the like from the rollout; else `rejected`, `preempted` or `failed`."""
+    if exit_code == Exit.DONE:
+        return str(finished.values("rollout")["decision"])
+    return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(Exit(exit_code), "failed")
+
+
+def _message(finished: Finished, exit_code: int) -> str | None:
+    """Why the run did not come through: the step's own words, else the last line of the log."""
+    if exit_code == Exit.DONE:
+        return None
+    if exit_code == Exit.PREEMPTED:
+        return "stopped; the same command goes on from here"
+    if finished.failed:
+        return f"{finished.failed.name} {finished.failed.status}: {finished.failed.record.get('message')}"
+    log = finished.run_dir / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
 
 
 def accuracy(finished: Finished) -> dict[str, dict[str, Any]]:

@@ -64,13 +64,13 @@ def _run_pipeline(arguments: dict[str, object], run_dir: Path) -> int:
     return 0
 
 
-def _stop_cleanly() -> None:
+def _stop_cleanly(parent: int) -> None:
     """On SIGTERM every step gets it once, may save its progress, and nothing of the run stays behind.
 
     The same happens when `nvila run` is killed outright.
     """
     signal.signal(signal.SIGTERM, _stop)
-    die_with_parent()
+    die_with_parent(parent)
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
@@ -87,5 +87,5 @@ def _stop(signum: int, frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _stop_cleanly()
+    _stop_cleanly(parent=int(sys.argv[2]))
     raise SystemExit(main(Path(sys.argv[1])))

@@ -91,7 +91,7 @@ def test_the_first_step_that_failed_gives_the_exit_code(run_dir: Path, status: s
     finished = Finished.read(run_dir)
     assert _exit_code(finished, 1) == code
     summary = write_summary(finished, 1.0, 0, code)
-    assert (summary["decision"], summary["message"]) == (decision, "because")
+    assert (summary["decision"], summary["message"]) == (decision, f"gate {status}: because")
 
 
 def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> None:
@@ -105,6 +105,18 @@ def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
     (run_dir / "steps" / "train-3.json").write_text(json.dumps({"name": "train-3", "status": "running", "started": 1}))
     assert _exit_code(Finished.read(run_dir), 1) == Exit.FAULT
     assert _exit_code(Finished.read(run_dir), -9) == Exit.FAULT
+
+
+def test_data_that_cannot_be_built_is_explained(tmp_path: Path) -> None:
+    """No step has started then: the reason is only in the log, where nobody looks first."""
+    folder = tmp_path / "r1"
+    folder.mkdir()
+    (folder / "log.txt").write_text("building\ndata/digits: other files lie here\n\n")
+    finished = Finished.read(folder)
+    code = _exit_code(finished, Exit.USER)
+    summary = write_summary(finished, 1.0, 0, code)
+    assert (code, summary["decision"]) == (Exit.USER, "failed")
+    assert summary["message"] == "data/digits: other files lie here"
 
 
 def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
