@@ -114,15 +114,20 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
 
 
 def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image.Image:
-    """Frame `index` (from 0, in the order of showing) of a video file, RGB.
+    """Frame `index` (from 0, in the order of showing) of a video file or a folder of frames, RGB.
 
     Raises:
         MediaError: missing, larger than the limits, or it ends before that frame.
     """
+    if path.is_dir():
+        names = _frame_files(path, limits)
+        if index < len(names):
+            return load_image(names[index], limits)
+        raise MediaError("undecodable", "the folder has fewer frames", path, index)
     _check_file(path, limits)
     for position, frame in enumerate(_decode(path, limits, strict=False)):
         if position == index:
-            return frame.to_image()
+            return _upright(frame)
     raise MediaError("undecodable", "the video ends before this frame", path, index)
 
 

@@ -216,15 +216,16 @@ POOL = """
 import signal, sys
 from pathlib import Path
 from nvila.components.contracts.errors import Preempted
-from nvila.components.prune import references, step
+from nvila.components.prune import step
 import sleeper
+
+sys.modules["nvila.components.prune.references"] = sleeper
 
 
 def stop(signum, frame):
     raise Preempted("asked to stop")
 
 
-references.work = sleeper.work
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     step._make([Path(sys.argv[1], name) for name in ("a", "b", "c", "d")])
