@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 NOUNS: dict[str, set[str]] = {
     "contracts": set(),
     "data": {"contracts"},
-    "precision": {"contracts"},
     "tracking": {"contracts"},
     "model": {"contracts", "data"},
     "metrics": {"contracts", "data", "model"},

@@ -134,8 +134,6 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
     """
     import torch
 
-    if run.precision.startswith("fp8"):
-        raise ConfigError("fp8 training is not part of this version", where="train.precision", value=run.precision)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -9,7 +9,8 @@ from pydantic import Field
 from nvila.components.contracts.recipe.section import Section
 
 Part = Literal["vision_tower", "mm_projector", "llm"]
-Precision = Literal["fp32", "bf16", "fp8-delayed", "fp8-current", "fp8-block"]
+Precision = Literal["fp32", "bf16"]
+"""What really runs. FP8 is refused by the schema until its layers exist: it must never run as bf16 under that name."""
 
 
 class Stage(Section):

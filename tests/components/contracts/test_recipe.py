@@ -103,6 +103,7 @@ def test_a_missing_key_is_named(dotted: str) -> None:
         ("train.stages.0.batch", 0, "greater than or equal to 1"),
         ("train.stages", [STAGE], "at least 5 items"),
         ("train.zero", 4, r"train\.zero"),
+        ("train.precision", "fp8-current", r"train\.precision: Input should be .fp32. or .bf16."),
         ("evaluate.sources", ["nothing"], r"evaluate\.sources: no source is called 'nothing'"),
         ("evaluate.limit", 0, r"evaluate\.limit"),
         ("evaluate.gate.min_accuracy", {"nothing": 0.5}, r"evaluate\.gate\.min_accuracy: no source"),

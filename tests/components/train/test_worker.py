@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import ConfigError, DataError, Preempted, TrainingError
+from nvila.components.contracts.errors import DataError, Preempted, TrainingError
 from nvila.components.train.job import Job
 from nvila.components.train.losses import read_losses
 from nvila.components.train.worker import StopRequest, _share_of, train
@@ -181,13 +181,6 @@ def test_a_picture_that_vanished_is_named(make_job: MakeJob, small: Any, tmp_pat
     with pytest.raises(DataError, match=r"sft-3\.png") as caught:
         train(make_job("a", samples=str(root / "samples.parquet")), Stop())
     assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.parametrize("precision", ["fp8-delayed", "fp8-current", "fp8-block"])
-def test_fp8_is_refused_rather_than_run_as_bf16(make_job: MakeJob, precision: str) -> None:
-    """A precision that silently runs as another one makes every comparison of the two a lie."""
-    with pytest.raises(ConfigError, match=r"train\.precision"):
-        train(make_job("a", run={"precision": precision}), Stop())
 
 
 def test_batches_do_not_depend_on_the_number_of_processes() -> None:
