@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
 
-VISION_MODES = ("resize", "dynamic", "s2", "dynamic_s2")
+VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
 S2_MODES = ("s2", "dynamic_s2")
 
 
@@ -241,10 +241,10 @@ def with_vocabulary(config: ModelConfig, vocabulary: int) -> ModelConfig:
 def _mode(content: Mapping[str, Any], where: str) -> str:
     if content.get("dynamic_s2"):
         return "dynamic_s2"
-    if content.get("s2"):
-        return "s2"
     ratio = content.get("image_aspect_ratio")
-    if ratio not in ("resize", "dynamic"):
+    if content.get("s2") and ratio != "pad":
+        return "s2"
+    if ratio not in ("resize", "pad", "dynamic") or content.get("s2"):
         raise ConfigError(
             "unsupported aspect mode", where=f"{where}: image_aspect_ratio", value=ratio, do=_one_of(VISION_MODES)
         )

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError
 
-DOWNSAMPLE = {
-    "linear": 1,
-    "mlp2x_gelu": 1,
+CELLS = {
     "mlp_downsample": 2,
     "mlp_downsample_2x2_fix": 2,
     "mlp_downsample_3x3_fix": 3,
+    "mlp_downsample_3x3_s2": 3,
+    "mlp_downsample_3x3_s2_new": 3,
 }
-"""Side of the space-to-channel cell of each projector."""
+"""Side of the space-to-channel cell of each projector that has one."""
+NAMES = ("identity", "linear", "mlp{N}x_gelu", *CELLS)
+_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+
+
+def downsample(kind: str) -> int:
+    """Side of the square of features that becomes one token.
+
+    Raises:
+        ConfigError: no such projector.
+    """
+    if kind in CELLS:
+        return CELLS[kind]
+    if kind in ("identity", "linear") or _MLP.fullmatch(kind):
+        return 1
+    raise ConfigError("unknown projector", where="projector", value=kind, do=f"Use one of {', '.join(NAMES)}")
 
 
 class Projector(nn.Module):
@@ -52,20 +70,42 @@ class SpaceToChannel(nn.Module):
 def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
     """A projector by the reference's name.
 
+    The reference leaves the attribute `downsample` of the two `3x3_s2` kinds at 1; here it says what they do, 3.
+
     Raises:
-        ConfigError: no such projector.
+        ConfigError: no such projector, or an identity between different widths.
     """
-    d, h = mm_hidden, llm_hidden
-    if kind not in DOWNSAMPLE:
-        raise ConfigError("unknown projector", where="projector", value=kind, do=f"Use one of {', '.join(DOWNSAMPLE)}")
+    d, h, k = mm_hidden, llm_hidden, downsample(kind)
+    if kind == "identity" and d != h:
+        raise ConfigError(
+            f"the identity cannot turn {d} channels into {h}", where="projector", value=kind, do="Use linear"
+        )
     layers: list[nn.Module]
-    if kind == "linear":
+    if mlp := _MLP.fullmatch(kind):
         layers = [nn.Linear(d, h)]
-    elif kind == "mlp2x_gelu":
-        layers = [nn.Linear(d, h), nn.GELU(), nn.Linear(h, h)]
-    elif kind == "mlp_downsample_3x3_fix":
-        layers = [SpaceToChannel(3), nn.LayerNorm(9 * d), nn.Linear(9 * d, 3 * d), nn.GELU()]
-        layers += [nn.LayerNorm(3 * d), nn.Linear(3 * d, h), nn.GELU(), nn.Linear(h, h)]
+        for _ in range(int(mlp[1]) - 1):
+            layers += [nn.GELU(), nn.Linear(h, h)]
+    elif k == 1:
+        layers = [nn.Linear(d, h)] if kind == "linear" else []
     else:
-        layers = [SpaceToChannel(2), nn.LayerNorm(4 * d), nn.Linear(4 * d, h), nn.GELU(), nn.Linear(h, h)]
-    return Projector(nn.Sequential(*layers), DOWNSAMPLE[kind])
+        layers = _downsampling(k, _widths(kind, d, h))
+    return Projector(nn.Sequential(*layers), k)
+
+
+def _widths(kind: str, d: int, h: int) -> list[int]:
+    """Channels from the folded cell to the decoder."""
+    if kind == "mlp_downsample_3x3_fix":
+        return [9 * d, 3 * d, h]
+    if kind == "mlp_downsample_3x3_s2":
+        return [9 * d, 3 * d, d, d // 3, h]
+    if kind == "mlp_downsample_3x3_s2_new":
+        return [9 * d, 4 * d, 2 * d, d, d // 3, h]
+    return [4 * d, h]
+
+
+def _downsampling(k: int, widths: list[int]) -> list[nn.Module]:
+    """Fold, then norm, Linear and GELU from each width to the next, then a last Linear."""
+    layers: list[nn.Module] = [SpaceToChannel(k)]
+    for a, b in pairwise(widths):
+        layers += [nn.LayerNorm(a), nn.Linear(a, b), nn.GELU()]
+    return [*layers, nn.Linear(widths[-1], widths[-1])]

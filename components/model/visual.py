@@ -12,7 +12,7 @@ import torch
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.pooling import temporal_pool
 from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
-from nvila.components.model.projector import DOWNSAMPLE
+from nvila.components.model.projector import downsample
 from nvila.components.model.s2 import merge_chessboard, merge_scales, output_blocks, tiles_per_unit
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -64,7 +64,7 @@ def encode_visuals(
 def token_count(kind: Kind, block_size: BlockSize | None, tiles: int, config: ModelConfig) -> int:
     """Length of the embedding sequence of a visual of this shape, line breaks included."""
     rows, columns = output_blocks(block_size, config)
-    side = -(-config.features_per_side // DOWNSAMPLE[config.projector])
+    side = -(-config.features_per_side // downsample(config.projector))
     tokens = rows * columns * side * side
     if kind == "image":
         return tokens + 1

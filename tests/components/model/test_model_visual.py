@@ -30,13 +30,20 @@ def sample_visuals(config: ModelConfig, picture: Callable[..., Image.Image]) -> 
     return found
 
 
-@pytest.mark.parametrize("mode", ["resize", "dynamic", "s2", "dynamic_s2"])
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [("resize", 0), ("pad", 0), ("dynamic", 0), ("s2", -1), ("s2", 0), ("dynamic_s2", -1), ("dynamic_s2", 0)],
+)
 @pytest.mark.parametrize("pools", [((1, 1, 1),), ((4, 1, 1), (2, 1, 1))])
 def test_a_batch_is_its_members(
-    configure: Configure, picture: Callable[..., Image.Image], mode: str, pools: tuple[tuple[int, int, int], ...]
+    configure: Configure,
+    picture: Callable[..., Image.Image],
+    mode: str,
+    scale: int,
+    pools: tuple[tuple[int, int, int], ...],
 ) -> None:
     """Prevents grouping from changing the order or the values, and `token_count` from disagreeing with the result."""
-    config = configure(vision_mode=mode, video_pool_sizes=pools)
+    config = configure(vision_mode=mode, s2_output_scale=scale, video_pool_sizes=pools)
     torch.manual_seed(0)
     projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
     visuals = sample_visuals(config, picture)
