@@ -23,12 +23,11 @@ def infer(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
     from nvila.components.data.media import load_image, load_video_frames
-    from nvila.components.model.checkpoint import load_native
     from nvila.components.model.conversation import Turn
+    from nvila.components.model.loading import load
     from nvila.components.model.prompt import make_prompt
-    from nvila.components.model.quantized import load_quantized
 
-    loaded, tokenizer = (load_native if model.native else load_quantized)(model.folder)
+    loaded, tokenizer = load(model.folder)
     media: list[Any] = [load_image(path) for path in images]
     media += [load_video_frames(path, loaded.config.num_video_frames) for path in videos]
     prompt = make_prompt([Turn("human", question)], media, loaded.config)

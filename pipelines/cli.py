@@ -84,6 +84,37 @@ def infer(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[str, typer.Option("--to", help="Layout to write: native, vila, hf or serving.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default, bfloat16 for serving.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in another layout, in little memory; the same command resumes after an interruption.
+
+    Example: nvila convert hf://Efficient-Large-Model/NVILA-Lite-2B@main lite-2b --to hf
+    """
+    from nvila.pipelines.checkpoints import convert as run_conversion
+
+    typer.echo(run_conversion(source, target, to, dtype))
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+) -> None:
+    """Show a checkpoint's variant, parameters, visual tokens and memory.
+
+    Example: nvila inspect hf://Efficient-Large-Model/NVILA-8B@main
+    """
+    from nvila.pipelines.checkpoints import inspect as look
+
+    typer.echo(look(source))
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Folder of a quantized model, or `champion`.")] = "champion",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from nvila.components.contracts.errors import ConfigError
 
 VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
+NO_LIMIT = 10**9
+"""Tokenizers that know no longest input carry numbers above this."""
 S2_MODES = ("s2", "dynamic_s2")
 
 
@@ -167,7 +169,11 @@ class ModelConfig:
             raise ConfigError(
                 "SigLIP has no class token to drop", where=f"{where}: mm_vision_select_feature", value=feature
             )
-        length = llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192
+        for key in ("min_tiles", "video_max_tiles"):
+            if int(content.get(key) or 1) != 1:
+                raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
+        length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
+        length = length if length < NO_LIMIT else 8192
         for runtime in ("model_max_length", "tokenizer_padding_side"):
             llm.pop(runtime, None)
         return cls(
@@ -179,7 +185,7 @@ class ModelConfig:
             s2_output_scale=int(content.get("s2_resize_output_to_scale_idx", -1 if mode == "dynamic_s2" else 0)),
             max_tiles=int(content.get("max_tiles") or 12),
             select_layer=int(content.get("mm_vision_select_layer", -2)),
-            max_length_tokens=int(length),
+            max_length_tokens=length,
             num_video_frames=int(content.get("num_video_frames") or 8),
             video_pool_sizes=_pool_sizes(content.get("video_encoder"), where),
         )

@@ -72,6 +72,17 @@ def write_serving(
         Bytes of the tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    stored = serving_tensors(model, dtype) if tensors is None else tensors
+    write_tensors(stored, folder)
+    write_serving_files(model, tokenizer, folder, dtype, quantization)
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+def write_serving_files(
+    model: NVILA, tokenizer: Any, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Everything of a serving folder but the weights; the model may be on the meta device."""
+    folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
@@ -92,10 +103,7 @@ def write_serving(
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
     )
-    stored = serving_tensors(model, dtype) if tensors is None else tensors
-    write_tensors(stored, folder)
     _write_json(folder / "config.json", content)
-    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def chat_template() -> str:

@@ -51,7 +51,7 @@ class TokenIds:
                 value=missing or newline,
             )
         start = len(tokenizer) - len(MARKERS)
-        if [ids[name] for name in MARKERS] != list(range(start, len(tokenizer))):
+        if sorted(ids.values())[-len(MARKERS) :] != list(range(start, len(tokenizer))) or ids["<|im_end|>"] >= start:
             raise ConfigError("the media markers are not the last tokens", value=ids, do="Load it with load_tokenizer")
         return cls(start, ids[IMAGE_TOKEN], ids[VIDEO_TOKEN], newline[0], ids["<|im_end|>"], tokenizer.pad_token_id)
 
