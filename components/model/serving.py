@@ -16,7 +16,8 @@ import torch
 
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.model.checkpoint import write_tensors
-from nvila.components.model.conversation import IMAGE_TOKEN, SYSTEM, VIDEO_TOKEN
+from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
+from nvila.components.model.templates import SYSTEM
 from nvila.components.model.tower import used_blocks
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, SYSTEM, VIDEO_TOKEN
+from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
+from nvila.components.model.templates import SYSTEM
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
 """Special tokens of a saved tokenizer, in the order of their ids behind the byte-pair vocabulary."""
