@@ -20,6 +20,7 @@ from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, read_json
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
 
 __all__ = ["DTYPES", "load_flat", "load_native", "load_part", "read_config", "read_tensors", "save_native"]
@@ -60,6 +61,8 @@ def write_native_files(config: ModelConfig, tokenizer: Any, folder: Path, dtype:
     content = replace(config, vision=vision, llm=llm).to_json()
     for part in PARTS:
         (folder / part).mkdir(parents=True, exist_ok=True)
+    time = list(time_token_ids(tokenizer))
+    content |= {"num_time_tokens": len(time), "time_token_format": TIME_FORMAT, "time_token_ids": time}
     _write_json(folder / "config.json", content | {"model_dtype": dtype})
     _write_json(folder / "llm/config.json", llm)
     _write_json(folder / "llm/generation_config.json", generation_config(tokenizer))
@@ -84,7 +87,7 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
     wanted = _dtype(dtype)
     config, folders = read_config(folder), part_folders(folder)
     tokenizer = load_tokenizer(folders["llm"])
-    model = _empty(config, TokenIds.of(tokenizer), wanted)
+    model = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted)
     for part in PARTS:
         load_part(getattr(model, part), folders[part], tower=part == "vision_tower", rows=model.tokens.vocabulary)
     return model.to(device).eval(), tokenizer
@@ -95,7 +98,7 @@ def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu"
     folder = Path(folder)
     wanted = _dtype(dtype)
     config, tokenizer = read_hf_config(folder), load_tokenizer(folder)
-    model, tensors = _empty(config, TokenIds.of(tokenizer), wanted), read_tensors(folder)
+    model, tensors = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted), read_tensors(folder)
     if strange := sorted(name for name in tensors if not name.startswith(tuple(f"{part}." for part in PARTS))):
         raise DataError("tensors that the model does not have", where=str(folder), value=strange[:5])
     for part in PARTS:

@@ -59,7 +59,7 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
         raise ConfigError("is there already", where=str(target), do="Name a new folder")
     checkpoint = open_checkpoint(source)
     tokenizer = load_tokenizer(checkpoint.tokenizer)
-    tokens = TokenIds.of(tokenizer)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
     skeleton = empty_model(checkpoint.config, tokens)
     _check(checkpoint, layout, skeleton)
     files = _files(checkpoint, layout, tokens.vocabulary, _code(dtype, layout))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.config import ModelConfig
+from nvila.components.model.config import LINE_BREAK_AFTER, ModelConfig
 from nvila.components.model.layouts import PARTS, Layout, open_checkpoint
 from nvila.components.model.tensorfile import FLOATING, Stored
 from nvila.components.model.tiling import candidate_grids
 from nvila.components.model.variants import variant_of
-from nvila.components.model.visual import token_count
+from nvila.components.model.visual import Lengths, token_count
 
 GROUP = 128
 """Weights that share a scale and a zero point in W4A16; spec section 7."""
@@ -65,7 +65,7 @@ def describe(folder: Path | str) -> Description:
         parameters=parameters,
         image_tokens=image_tokens(config),
         one_tile_tokens=token_count("image", _square(config) if config.vision_mode == "s2" else None, 1, config),
-        video_tokens=video_tokens(config),
+        video_tokens=video_tokens(config, _mark_lengths(config, checkpoint.tokenizer)),
         bf16_bytes=2 * total,
         w4a16_bytes=round(packed * W4_BYTES) + 2 * (total - packed),
     )
@@ -84,13 +84,13 @@ def image_tokens(config: ModelConfig) -> tuple[int, int]:
     return (token_count("image", block, 1, config),) * 2
 
 
-def video_tokens(config: ModelConfig) -> int:
-    """Decoder positions of a video of the configured number of frames."""
+def video_tokens(config: ModelConfig, marks: Lengths = (0, 1, 0)) -> int:
+    """Decoder positions of a video of the configured number of frames, with marks of these lengths."""
     frames = config.num_video_frames
     if config.vision_mode == "s2":
         tiles = sum(side**2 for side in config.scale_tiles)
-        return token_count("video", _square(config), frames * tiles, config)
-    return token_count("video", None, frames, config)
+        return token_count("video", _square(config), frames * tiles, config, marks)
+    return token_count("video", None, frames, config, marks)
 
 
 def render(description: Description) -> str:
@@ -118,6 +118,15 @@ def render(description: Description) -> str:
 
 def _count(tensors: dict[str, Stored], prefix: str) -> int:
     return sum(tensor.elements for name, tensor in tensors.items() if name.startswith(prefix))
+
+
+def _mark_lengths(config: ModelConfig, tokenizer: Path) -> Lengths:
+    if config.video_texts == LINE_BREAK_AFTER:
+        return (0, 1, 0)
+    from nvila.components.model.tokenizer import TokenIds, load_tokenizer
+
+    start, end, sep = TokenIds.of(load_tokenizer(tokenizer), config.video_texts).video_marks or ((), (0,), ())
+    return len(start), len(end), len(sep)
 
 
 def _square(config: ModelConfig) -> tuple[int, int]:

@@ -22,9 +22,10 @@ from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.splice import Spliced, splice
+from nvila.components.model.timetokens import soft_cross_entropy
 from nvila.components.model.tokenizer import TokenIds
 from nvila.components.model.tower import tower_features
-from nvila.components.model.visual import encode_visuals
+from nvila.components.model.visual import VideoMarks, encode_visuals
 
 __all__ = ["NVILA", "Output", "Prompt", "build_model", "init_model", "resized_decoder", "token_logprobs"]
 
@@ -96,7 +97,7 @@ class NVILA(nn.Module):
         logits = self.llm.lm_head(hidden) if wanted else None
         if spliced.labels_BT is None:
             return Output(None, logits, None)
-        losses, _ = self._token_losses(hidden, spliced.labels_BT)
+        losses, _ = self._token_losses(hidden, spliced.labels_BT, soft=True)
         if not len(losses):
             raise DataError("no supervised token in the batch", do="Raise model.max_length_tokens or check the answers")
         return Output(losses.mean(), logits, spliced.labels_BT)
@@ -112,12 +113,17 @@ class NVILA(nn.Module):
         """Encode the visuals and splice them into the token embeddings, padded on `side`."""
         embed = self.llm.get_input_embeddings()
         newline = embed(torch.tensor([self.tokens.newline], device=self.device))[0]
+        marks = None
+        if self.tokens.video_marks is not None:
+            marks = VideoMarks(
+                *(embed(torch.tensor(m, dtype=torch.long, device=self.device)) for m in self.tokens.video_marks)
+            )
         touch = None
         if self.training and not visuals:
             # Each rank must run the tower and projector, or ZeRO-3's collectives would wait for ever.
             blank = torch.zeros(1, 3, self.config.tile_pixels, self.config.tile_pixels)
             touch = self.encode([Visual("image", blank, None)], newline)[0].sum() * 0
-        encoded = self.encode(visuals, newline)
+        encoded = self.encode(visuals, newline, marks)
         media: dict[int, list[torch.Tensor]] = {self.tokens.image: [], self.tokens.video: []}
         for visual, sequence in zip(visuals, encoded, strict=True):
             media[self.tokens.image if visual.kind == "image" else self.tokens.video].append(sequence)
@@ -132,9 +138,11 @@ class NVILA(nn.Module):
         )
         return spliced if touch is None else replace(spliced, embeds_BTH=spliced.embeds_BTH + touch)
 
-    def encode(self, visuals: Sequence[Visual], newline: torch.Tensor) -> list[torch.Tensor]:
+    def encode(
+        self, visuals: Sequence[Visual], newline: torch.Tensor, marks: VideoMarks | None = None
+    ) -> list[torch.Tensor]:
         """Embedding sequence (n_i, H) of each visual."""
-        return encode_visuals(self.features, self.mm_projector, newline, visuals, self.config)
+        return encode_visuals(self.features, self.mm_projector, newline, visuals, self.config, marks)
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
         """(T, 3, S, S) normalised tiles to the tower's (T, N, C) features."""
@@ -149,11 +157,17 @@ class NVILA(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy (n,) float32 of each supervised token and its row (n,)."""
+    def _token_losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, *, soft: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy (n,) float32 of each supervised token and its row (n,); `soft` blurs targets in time."""
         supervised = labels[:, 1:] != IGNORED
-        logits = self.llm.lm_head(hidden[:, :-1][supervised])
-        losses = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="none")
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        targets = labels[:, 1:][supervised]
+        if soft and self.tokens.time:
+            losses = soft_cross_entropy(logits, targets, self.tokens.time, self.config.soft_ce_std)
+        else:
+            losses = F.cross_entropy(logits, targets, reduction="none")
         return losses, supervised.nonzero()[:, 0]
 
     @torch.no_grad()
@@ -261,7 +275,7 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
 
 def init_model(config: ModelConfig, tokenizer: Any, seed: int) -> NVILA:
     """A model with fresh weights; its decoder gets the tokenizer's vocabulary. The global generator is left alone."""
-    tokens = TokenIds.of(tokenizer)
+    tokens = TokenIds.of(tokenizer, config.video_texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(with_vocabulary(config, tokens.vocabulary), tokens)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.model.checkpoint import write_tensors
+from nvila.components.model.config import LINE_BREAK_AFTER
 from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.components.model.templates import SYSTEM
 from nvila.components.model.tower import used_blocks
@@ -83,6 +85,10 @@ def write_serving_files(
     model: NVILA, tokenizer: Any, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
 ) -> None:
     """Everything of a serving folder but the weights; the model may be on the meta device."""
+    if model.config.video_texts != LINE_BREAK_AFTER:
+        raise ConfigError(
+            "the server puts only a line break behind each frame", where="video_texts", value=model.config.video_texts
+        )
     folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     content: dict[str, Any] = {

@@ -7,7 +7,7 @@ from PIL import Image
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
 from nvila.components.model.projector import build_projector
-from nvila.components.model.visual import encode_visuals, token_count
+from nvila.components.model.visual import VideoMarks, encode_visuals, token_count
 
 Configure = Callable[..., ModelConfig]
 NEWLINE = torch.full((8,), 7.0)
@@ -101,3 +101,20 @@ def test_pixels_and_floats_agree(configure: Configure, picture: Callable[..., Im
         for p in (False, True)
     )
     assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_video_marks(configure: Configure, picture: Callable[..., Image.Image]) -> None:
+    """Prevents marks in the wrong place or number: around each pooled frame, and behind each pooling scale."""
+    config = configure(vision_mode="resize", video_pool_sizes=((2, 1, 1), (3, 1, 1)))
+    visual = preprocess_video([picture(28, 28, i) for i in range(5)], config)
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    marks = VideoMarks(*(torch.full((count, 8), float(value)) for count, value in ((2, 3), (1, 4), (3, 5))))
+    (sequence,) = encode_visuals(tower, projector, NEWLINE, [visual], config, marks)
+    names = [
+        {3.0: "a", 4.0: "b", 5.0: "|"}.get(float(row[0]), ".") if len(set(row.tolist())) == 1 else "."
+        for row in sequence
+    ]
+    assert "".join(names) == "aa.b" * 3 + "|||" + "aa.b" * 2 + "|||"
+    assert len(sequence) == token_count("video", None, 5, config, (2, 1, 3))
+    (bare,) = encode_visuals(tower, projector, NEWLINE, preprocess_image(picture(), config), config, marks)
+    assert torch.equal(bare[-1], NEWLINE)
