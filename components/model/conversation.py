@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.templates import QWEN2, Template
@@ -19,6 +19,7 @@ MARKERS = (SENTINEL_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN)
 IGNORED = -100
 """Label of a position that is not supervised."""
 
+T = TypeVar("T")
 _MARKER = re.compile(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})\n?")
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
@@ -96,20 +97,32 @@ def place_media(turns: Iterable[TurnLike], markers: Sequence[str] | None) -> lis
 
     Args:
         turns: literal `<image>` and `<vila/video>` in human turns say where; a line break behind them is dropped.
-        markers: the text for each medium, in order. Literals beyond them are removed; media without a literal go to
-            the front of the first human turn. None keeps each literal as one medium.
+        markers: the text for each medium, in order. Literals beyond them are removed; where there are fewer literals
+            than media, the first media go to the front of the first human turn. None keeps each literal as one medium.
 
     Returns:
         New turns without any other literal marker: user text cannot smuggle one in.
     """
-    left = list(markers) if markers is not None else None
+    turns = list(turns)
+    front, left = split_media(turns, markers) if markers is not None else ([], None)
     placed = [Turn(_role(turn), _place(turn, left)) for turn in turns]
-    if left:
+    if front:
         first = next((i for i, turn in enumerate(placed) if turn.role == "user"), None)
         if first is None:
-            raise DataError("media but no human turn to put them in", value=left)
-        placed[first] = Turn("user", "".join(left) + placed[first].text)
+            raise DataError("media but no human turn to put them in", value=front)
+        placed[first] = Turn("user", "".join(front) + placed[first].text)
     return placed
+
+
+def split_media(turns: Iterable[TurnLike], media: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Media (or their markers) that stand in front of the conversation, and those that literals in it stand for."""
+    front = max(0, len(media) - sum(count_literals(turn) for turn in turns))
+    return list(media[:front]), list(media[front:])
+
+
+def count_literals(turn: TurnLike) -> int:
+    """Places for media in a turn: only human turns have any."""
+    return len(_MARKER.findall(turn.text.replace(SENTINEL_TOKEN, ""))) if _role(turn) == "user" else 0
 
 
 def _place(turn: TurnLike, left: list[str] | None) -> str:

@@ -5,7 +5,7 @@ The mathematics lies in `visual`, `splice` and their neighbours; this file joins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.conversation import IGNORED
-from nvila.components.model.generation import Sampling, decode_tokens
+from nvila.components.model.generation import Sampling, decode_steps, decode_tokens, text_pieces, until_stop
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.splice import Spliced, splice
+from nvila.components.model.templates import stop_tokens
 from nvila.components.model.timetokens import soft_cross_entropy
 from nvila.components.model.tokenizer import TokenIds
 from nvila.components.model.tower import tower_features
@@ -178,6 +179,7 @@ class NVILA(nn.Module):
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
         """Answers to a batch of prompts, the same as one by one.
@@ -187,6 +189,7 @@ class NVILA(nn.Module):
             prompts: conversations ending with a human turn.
             max_new_tokens: most tokens per answer.
             temperature: 0 takes the likeliest token; above, samples with `seed`.
+            top_p: sample from the likeliest tokens that together have this probability.
             seed: each prompt draws from its own generator, seeded by this and its place in the batch.
 
         Returns:
@@ -194,15 +197,38 @@ class NVILA(nn.Module):
         """
         if not prompts:
             return []
-        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
-        batch = collate(items, self.tokens.pad, side="left").to(self.device)
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
         was_training = self.training
         self.eval()
-        spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
-        sampling = Sampling(max_new_tokens, frozenset({self.tokens.end}), temperature, seed)
-        tokens = decode_tokens(self.llm, spliced, sampling)
+        tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
         self.train(was_training)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def stream(
+        self,
+        tokenizer: Any,
+        prompt: Prompt,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer to one prompt in pieces as it is made; together they are what `generate` returns.
+
+        The model must be in evaluation mode. Arguments as of `generate`.
+        """
+        assert not self.training, "streaming would leave the mode changed while the caller does something else"
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
+        with torch.no_grad():
+            opening = self._opening(tokenizer, [prompt])
+        yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))
+
+    def _opening(self, tokenizer: Any, prompts: Sequence[Prompt]) -> Spliced:
+        """The decoder's input that asks for answers, left-padded."""
+        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
+        batch = collate(items, self.tokens.pad, side="left").to(self.device)
+        return self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
 
     def prepare_for_training(self) -> None:
         """Training mode; on a CPU with attention in plain matrix products.

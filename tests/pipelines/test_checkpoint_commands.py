@@ -60,3 +60,29 @@ def test_wrong_places_and_names(nvila: Nvila, toy: Path) -> None:
     for arguments in (("inspect", "nowhere"), ("convert", str(toy / "model"), "x", "--to", "gguf")):
         refused = nvila(*arguments)
         assert refused.returncode == Exit.USER and refused.stderr.startswith("nvila: ") and not refused.stdout
+
+
+def test_infer_takes_media_in_order_and_several_questions(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents media from being sorted by kind, and a second question from forgetting the first and its answer."""
+    from typer.testing import CliRunner
+
+    from nvila.components.model.nvila import NVILA
+    from nvila.pipelines.cli import app
+
+    prompts = []
+    stream = NVILA.stream
+
+    def listening(self: NVILA, tokenizer: object, prompt: object, *args: object, **options: object) -> object:
+        prompts.append(prompt)
+        return stream(self, tokenizer, prompt, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(NVILA, "stream", listening)
+    media = ["--video", str(toy / "frames"), "--image", str(toy / "frames/1.png"), "--video", str(toy / "frames")]
+    asked = [str(toy / "model"), *media, "First?", "And <image> here?", "--max-new-tokens", "6", "--system", ""]
+    result = CliRunner().invoke(app, ["infer", *asked], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.endswith("\n")
+    first, second = prompts
+    assert [visual.kind for visual in first.visuals] == ["video", "image"]
+    assert [visual.kind for visual in second.visuals] == ["video", "image", "video"]
+    assert [turn.role for turn in second.turns] == ["human", "gpt", "human"] and second.system == ""
+    assert result.stdout == "".join(f"{text}\n" for text in (second.turns[1].text, result.stdout.splitlines()[-1]))
