@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.resampler import Perceiver, TokenLearner
 
 CELLS = {
     "mlp_downsample": 2,
@@ -19,25 +21,39 @@ CELLS = {
     "mlp_downsample_3x3_s2_new": 3,
 }
 """Side of the space-to-channel cell of each projector that has one."""
-NAMES = ("identity", "linear", "mlp{N}x_gelu", *CELLS)
+RESAMPLERS: dict[str, type[nn.Module]] = {"token_learner": TokenLearner, "perceiver": Perceiver}
+"""By the name in front of the number of tokens, as in `perceiver_121`."""
+NAMES = ("identity", "linear", "mlp{N}x_gelu", *CELLS, *(f"{name}_{{N}}" for name in RESAMPLERS))
 _MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_RESAMPLER = re.compile(rf"({'|'.join(RESAMPLERS)})_([1-9]\d*)")
 
 
 def downsample(kind: str) -> int:
-    """Side of the square of features that becomes one token.
+    """Side of the square of features that becomes one token; 1 for resamplers, whose tokens have no place.
 
     Raises:
         ConfigError: no such projector.
     """
     if kind in CELLS:
         return CELLS[kind]
-    if kind in ("identity", "linear") or _MLP.fullmatch(kind):
+    if kind in ("identity", "linear") or _MLP.fullmatch(kind) or _resampler(kind):
         return 1
     raise ConfigError("unknown projector", where="projector", value=kind, do=f"Use one of {', '.join(NAMES)}")
 
 
+def projected_side(kind: str, side: int) -> int:
+    """Side of the square of tokens that becomes of a square of features.
+
+    Raises:
+        ConfigError: no such projector.
+    """
+    if found := _resampler(kind):
+        return math.isqrt(found[1])
+    return -(-side // downsample(kind))
+
+
 class Projector(nn.Module):
-    """(B, N, D) tower features to (B, ceil(sqrt(N) / downsample) ** 2, H) decoder embeddings."""
+    """(B, N, D) tower features to (B, projected_side ** 2, H) decoder embeddings."""
 
     def __init__(self, layers: nn.Sequential, downsample: int) -> None:
         super().__init__()
@@ -81,7 +97,10 @@ def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
             f"the identity cannot turn {d} channels into {h}", where="projector", value=kind, do="Use linear"
         )
     layers: list[nn.Module]
-    if mlp := _MLP.fullmatch(kind):
+    if found := _resampler(kind):
+        name, tokens = found
+        layers = [RESAMPLERS[name](d, tokens), nn.Linear(d, h), nn.GELU(), nn.Linear(h, h)]
+    elif mlp := _MLP.fullmatch(kind):
         layers = [nn.Linear(d, h)]
         for _ in range(int(mlp[1]) - 1):
             layers += [nn.GELU(), nn.Linear(h, h)]
@@ -90,6 +109,17 @@ def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
     else:
         layers = _downsampling(k, _widths(kind, d, h))
     return Projector(nn.Sequential(*layers), k)
+
+
+def _resampler(kind: str) -> tuple[str, int] | None:
+    """Name and number of tokens; they form a square, as a tile's tokens always do."""
+    match = _RESAMPLER.fullmatch(kind)
+    if match is None:
+        return None
+    tokens = int(match[2])
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ConfigError("the number of tokens is not a square", where="projector", value=kind)
+    return match[1], tokens
 
 
 def _widths(kind: str, d: int, h: int) -> list[int]:

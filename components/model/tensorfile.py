@@ -163,7 +163,7 @@ def _header(targets: list[Target]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _pieces(target: Target) -> Iterator[bytes | memoryview]:
+def _pieces(target: Target) -> Iterator[bytearray]:
     """The bytes of a tensor, its dtype changed on the way."""
     source, left = target.source, math.prod(target.shape)
     same = source.code == target.code
@@ -177,7 +177,7 @@ def _pieces(target: Target) -> Iterator[bytes | memoryview]:
                 yield raw
                 continue
             values = torch.frombuffer(raw, dtype=DTYPES[source.code]).to(DTYPES[target.code])
-            yield memoryview(values.view(torch.uint8).numpy())
+            yield bytearray(values.view(torch.uint8).numpy().tobytes())
 
 
 def _read(file: IO[bytes], size: int) -> bytearray:

@@ -13,7 +13,7 @@ import torch
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.pooling import temporal_pool
 from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
-from nvila.components.model.projector import downsample
+from nvila.components.model.projector import projected_side
 from nvila.components.model.s2 import merge_chessboard, merge_scales, output_blocks, tiles_per_unit
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
@@ -85,7 +85,7 @@ def token_count(
 ) -> int:
     """Length of the embedding sequence of a visual of this shape, line breaks or `marks` included."""
     rows, columns = output_blocks(block_size, config)
-    side = -(-config.features_per_side // downsample(config.projector))
+    side = projected_side(config.projector, config.features_per_side)
     tokens = rows * columns * side * side
     if kind == "image":
         return tokens + 1

@@ -9,9 +9,12 @@ from pydantic import Field, PositiveInt, model_validator
 from nvila.components.contracts.recipe.section import Section
 
 VisionMode = Literal["resize", "pad", "dynamic", "s2", "dynamic_s2"]
-PROJECTORS = r"^(identity|linear|mlp[1-9]\d?x_gelu|mlp_downsample(_2x2_fix|_3x3_fix|_3x3_s2|_3x3_s2_new)?)$"
+PROJECTORS = (
+    r"^(identity|linear|mlp[1-9]\d?x_gelu|mlp_downsample(_2x2_fix|_3x3_fix|_3x3_s2|_3x3_s2_new)?"
+    r"|(token_learner|perceiver)_[1-9]\d{0,3})$"
+)
 Projector = Annotated[str, Field(pattern=PROJECTORS)]
-"""The reference's names; spec section 1.2."""
+"""The reference's names (spec section 1.2), and those of the paper's ablation with their number of tokens."""
 
 
 class TowerSizes(Section):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.projector import SpaceToChannel, build_projector
+from nvila.components.model.projector import SpaceToChannel, build_projector, projected_side
+from nvila.components.model.resampler import TokenLearner
 
 
 @given(st.integers(1, 2), st.integers(1, 9), st.sampled_from([2, 3]), st.integers(1, 3))
@@ -77,7 +78,7 @@ def test_unknown_kind() -> None:
     """Prevents a traceback instead of the list of projectors."""
     with pytest.raises(ConfigError, match="mlp_downsample_3x3_fix"):
         build_projector("mlp_upsample", 4, 8)
-    for kind in ("mlp0x_gelu", "mlpx_gelu", "mlp2x_gelu_"):
+    for kind in ("perceiver", "perceiver_0", "mlp0x_gelu", "mlpx_gelu", "mlp2x_gelu_"):
         with pytest.raises(ConfigError, match="unknown projector"):
             build_projector(kind, 4, 8)
 
@@ -122,3 +123,28 @@ def test_s2_projectors_compute_the_published_chain(kind: str, widths: list[int])
         index += 3
     expected = expected @ weights[f"layers.{index}.weight"].T + weights[f"layers.{index}.bias"]
     assert np.allclose(projector(x).detach().numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["token_learner_16", "perceiver_16"])
+def test_resamplers(kind: str) -> None:
+    """Prevents another number of tokens than the name says, mixing between tiles, and weights that get no gradient."""
+    torch.manual_seed(0)
+    projector = build_projector(kind, 12, 8)
+    x = torch.randn(3, 25, 12)
+    out = projector(x)
+    assert out.shape == (3, 16, 8) and projected_side(kind, 5) == 4
+    assert torch.allclose(projector(x[1:2]), out[1:2], atol=1e-6)
+    shuffled = x[:, torch.randperm(25)]  # features carry their place themselves
+    assert torch.allclose(projector(shuffled), out, atol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in projector.parameters())
+    with pytest.raises(ConfigError, match="square"):
+        build_projector(kind.replace("16", "120"), 12, 8)
+
+
+def test_token_learner_weighs_features() -> None:
+    """Prevents tokens that are no weighted means: of equal features each token is that feature, normalised."""
+    module = TokenLearner(6, 4)
+    one = torch.randn(6)
+    expected = torch.nn.functional.layer_norm(one, (6,))
+    assert torch.allclose(module(one.expand(2, 9, 6)), expected.expand(2, 4, 6), atol=1e-5)

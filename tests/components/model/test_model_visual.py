@@ -118,3 +118,13 @@ def test_video_marks(configure: Configure, picture: Callable[..., Image.Image]) 
     assert len(sequence) == token_count("video", None, 5, config, (2, 1, 3))
     (bare,) = encode_visuals(tower, projector, NEWLINE, preprocess_image(picture(), config), config, marks)
     assert torch.equal(bare[-1], NEWLINE)
+
+
+@pytest.mark.parametrize("kind", ["token_learner_1", "perceiver_4"])
+def test_resamplers_in_every_scale(configure: Configure, picture: Callable[..., Image.Image], kind: str) -> None:
+    """Prevents the paper's ablation from working with one tile only, or from being counted like space-to-channel."""
+    config = configure(projector=kind)
+    projector = build_projector(kind, config.mm_hidden_size, 8)
+    visuals = sample_visuals(config, picture)
+    for visual, sequence in zip(visuals, encode_visuals(tower, projector, NEWLINE, visuals, config), strict=True):
+        assert len(sequence) == token_count(visual.kind, visual.block_size, len(visual.tiles), config)
