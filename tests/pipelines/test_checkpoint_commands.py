@@ -1,10 +1,11 @@
 """`nvila convert`, `nvila inspect` and `nvila infer` over a toy checkpoint, as a user starts them."""
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Nvila
 from PIL import Image
 
 from nvila.components.contracts.exits import Exit
@@ -13,6 +14,7 @@ from nvila.components.model.config import ModelConfig
 from nvila.components.model.nvila import init_model
 from nvila.components.model.tokenizer import train_tokenizer
 
+Nvila = Callable[..., subprocess.CompletedProcess[str]]
 VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 LLM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
