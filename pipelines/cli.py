@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
@@ -65,22 +66,75 @@ def compile_(
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
 
 
-@app.command()
+class _InOrder(typer.core.TyperCommand):
+    """Remembers in which order pictures and clips were named: a list per option does not tell."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As usual, with the media options' names in their order in `ctx.meta`."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta["media"] = [option.name for option in order if option.name in ("image", "video")]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_InOrder)
 def infer(
-    model: Annotated[str, typer.Argument(help="Folder of a native checkpoint, or `champion`.")],
-    question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://, hf://id@revision, or `champion`.")],
+    question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
     image: Annotated[list[Path] | None, typer.Option("--image", help="Picture; repeatable.")] = None,
-    video: Annotated[list[Path] | None, typer.Option("--video", help="Clip; repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", help="Clip, or folder of frames; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    system: Annotated[str | None, typer.Option(help="System prompt; the model's own by default.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     runs: Runs = Path("runs"),
 ) -> None:
     """Ask a model about pictures and clips.
 
+    Media stand before the first question in the order of their options, or where `<image>` and `<vila/video>` are.
+
     Example: nvila infer champion --image photo.jpg "What is in row 2, column 1?"
     """
+    from nvila.pipelines.ask import Answering, Question
     from nvila.pipelines.ask import infer as answer
 
-    typer.echo(answer(model, question, image or [], video or [], max_new_tokens, runs))
+    named = {"image": iter(image or []), "video": iter(video or [])}
+    media = [(kind, next(named[kind])) for kind in context.meta["media"]]
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    for piece in answer(model, Question(question, media, system), Answering(max_new_tokens, options), runs):
+        typer.echo(piece, nl=False)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[str, typer.Option("--to", help="Layout to write: native, vila, hf or serving.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default, bfloat16 for serving.")
+    ] = None,
+) -> None:
+    """Write a checkpoint in another layout, in little memory; the same command resumes after an interruption.
+
+    Example: nvila convert hf://Efficient-Large-Model/NVILA-Lite-2B@main lite-2b --to hf
+    """
+    from nvila.pipelines.checkpoints import convert as run_conversion
+
+    typer.echo(run_conversion(source, target, to, dtype))
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+) -> None:
+    """Show a checkpoint's variant, parameters, visual tokens and memory.
+
+    Example: nvila inspect hf://Efficient-Large-Model/NVILA-8B@main
+    """
+    from nvila.pipelines.checkpoints import inspect as look
+
+    typer.echo(look(source))
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""Checkpoints in the reference's three-folder layout, safetensors only; spec section 2.1.
+"""Models from and to checkpoints, safetensors only: three folders both ways, the flat layout in; spec section 2.
 
-Reading runs no code of the checkpoint and unpickles nothing. Names inside the files are the reference's.
+Reading runs no code of the checkpoint and unpickles nothing. Names inside the files are the reference's. What a
+checkpoint is, without loading it, is found in `layouts`; `convert` goes from one layout to another.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from torch import nn
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.config import ModelConfig, with_vocabulary
+from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, read_json
+from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
 
-PARTS = ("llm", "vision_tower", "mm_projector")
+__all__ = ["DTYPES", "load_flat", "load_native", "load_part", "read_config", "read_tensors", "save_native"]
+
 TOWER_PREFIX = "vision_model."
 """Of the tower's tensors in files; transformers 5 has none in memory."""
 SHARD_BYTES = 5 * 10**9
@@ -39,8 +44,6 @@ def save_native(
     """
     folder = Path(folder)
     state = state_dict if state_dict is not None else model.state_dict()
-    vision, llm = _vision_config(model.config), _llm_config(model, tokenizer)
-    config = replace(model.config, vision=vision, llm=llm).to_json()
     for part in PARTS:
         tensors = {name.removeprefix(f"{part}."): t for name, t in state.items() if name.startswith(f"{part}.")}
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -49,16 +52,26 @@ def save_native(
         if part == "vision_tower":
             tensors = {TOWER_PREFIX + name: tensor for name, tensor in tensors.items()}
         write_tensors(tensors, folder / part)
-    dtype = str(next(model.parameters()).dtype)
-    _write_json(folder / "config.json", config | {"model_dtype": dtype})
+    write_native_files(model.config, tokenizer, folder, str(next(model.parameters()).dtype))
+
+
+def write_native_files(config: ModelConfig, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Everything of a native checkpoint but the weights, whose `dtype` is only recorded."""
+    vision, llm = _vision_config(config), _llm_config(config, tokenizer)
+    content = replace(config, vision=vision, llm=llm).to_json()
+    for part in PARTS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    time = list(time_token_ids(tokenizer))
+    content |= {"num_time_tokens": len(time), "time_token_format": TIME_FORMAT, "time_token_ids": time}
+    _write_json(folder / "config.json", content | {"model_dtype": dtype})
     _write_json(folder / "llm/config.json", llm)
-    _write_json(folder / "llm/generation_config.json", _generation_config(model, tokenizer))
+    _write_json(folder / "llm/generation_config.json", generation_config(tokenizer))
     _write_json(folder / "vision_tower/config.json", vision)
-    _write_json(folder / "vision_tower/preprocessor_config.json", _image_processor(model.config.tile_pixels))
+    _write_json(folder / "vision_tower/preprocessor_config.json", image_processor(config.tile_pixels))
     _write_json(
-        folder / "mm_projector/config.json", {**config["mm_projector_cfg"], "architectures": ["MultimodalProjector"]}
+        folder / "mm_projector/config.json", {**content["mm_projector_cfg"], "architectures": ["MultimodalProjector"]}
     )
-    save_tokenizer(tokenizer, folder / "llm", model.config.max_length_tokens)
+    save_tokenizer(tokenizer, folder / "llm", config.max_length_tokens)
 
 
 def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
@@ -70,31 +83,34 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
         ConfigError: unknown dtype, or a configuration that cannot be built.
         DataError: a folder, file or tensor is missing, or a shape does not match.
     """
-    if dtype not in DTYPES:
-        raise ConfigError("unknown dtype", where="dtype", value=dtype, do=f"Use one of {', '.join(DTYPES)}")
     folder = Path(folder)
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder / "llm")
-    tokens = TokenIds.of(tokenizer)
-    model = _empty(config, tokens, DTYPES[dtype])
+    wanted = _dtype(dtype)
+    config, folders = read_config(folder), part_folders(folder)
+    tokenizer = load_tokenizer(folders["llm"])
+    model = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted)
     for part in PARTS:
-        load_part(getattr(model, part), folder / part, tower=part == "vision_tower", rows=tokens.vocabulary)
+        load_part(getattr(model, part), folders[part], tower=part == "vision_tower", rows=model.tokens.vocabulary)
     return model.to(device).eval(), tokenizer
 
 
-def read_config(folder: Path | str) -> ModelConfig:
-    """The configuration of a native checkpoint; each part's own config.json counts, not the copy at the top."""
+def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
+    """Read a checkpoint of the flat native-HF layout (spec section 2.3), as `load_native`."""
     folder = Path(folder)
-    content = _read_json(folder / "config.json")
-    top = content.get("llm_cfg")
-    limits = {k: v for k, v in top.items() if "max_length" in k} if isinstance(top, dict) else {}
-    settings = folder / "llm/tokenizer_config.json"
-    if not limits and settings.is_file():
-        limits = {"tokenizer_model_max_length": _read_json(settings).get("model_max_length")}
-    content["llm_cfg"] = {**_read_json(folder / "llm/config.json"), **limits}
-    content["vision_tower_cfg"] = _read_json(folder / "vision_tower/config.json")
-    content["mm_projector_cfg"] = _read_json(folder / "mm_projector/config.json")
-    return ModelConfig.from_json(content, where=str(folder / "config.json"))
+    wanted = _dtype(dtype)
+    config, tokenizer = read_hf_config(folder), load_tokenizer(folder)
+    model, tensors = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted), read_tensors(folder)
+    if strange := sorted(name for name in tensors if not name.startswith(tuple(f"{part}." for part in PARTS))):
+        raise DataError("tensors that the model does not have", where=str(folder), value=strange[:5])
+    for part in PARTS:
+        own = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        fill_part(getattr(model, part), own, str(folder), tower=part == "vision_tower", rows=model.tokens.vocabulary)
+    return model.to(device).eval(), tokenizer
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError("unknown dtype", where="dtype", value=name, do=f"Use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def load_part(module: nn.Module, folder: Path, *, tower: bool = False, rows: int | None = None) -> None:
@@ -109,7 +125,13 @@ def load_part(module: nn.Module, folder: Path, *, tower: bool = False, rows: int
     Raises:
         DataError: a tensor is missing, superfluous or of another shape.
     """
-    found = read_tensors(folder)
+    fill_part(module, read_tensors(folder), str(folder), tower=tower, rows=rows)
+
+
+def fill_part(
+    module: nn.Module, found: dict[str, torch.Tensor], where: str, *, tower: bool = False, rows: int | None = None
+) -> None:
+    """Fill one sub-model from tensors that were read at `where`; arguments and errors as of `load_part`."""
     wanted = module.state_dict()
     if tower:
         if any(name.startswith(TOWER_PREFIX) for name in found):  # a whole SigLIP holds a text tower beside it
@@ -127,12 +149,12 @@ def load_part(module: nn.Module, folder: Path, *, tower: bool = False, rows: int
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
         what = "tensors are missing" if missing else "tensors that the model does not have"
-        raise DataError(what, where=str(folder), value=(missing or extra)[:5], do="Check the checkpoint's config.json")
+        raise DataError(what, where=where, value=(missing or extra)[:5], do="Check the checkpoint's config.json")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise DataError(
                 f"{name} has another shape than the configuration says",
-                where=str(folder),
+                where=where,
                 value=f"{tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}",
             )
     module.load_state_dict(found)
@@ -146,7 +168,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         path = folder / name
@@ -202,21 +224,20 @@ def _vision_config(config: ModelConfig) -> dict[str, Any]:
     return {**kind, **config.vision}
 
 
-def _llm_config(model: NVILA, tokenizer: Any) -> dict[str, Any]:
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": model.tokens.end}
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **model.config.llm, **ids}
+def _llm_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": TokenIds.of(tokenizer).end}
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config.llm, **ids}
 
 
-def _generation_config(model: NVILA, tokenizer: Any) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": model.tokens.end,
-        "pad_token_id": model.tokens.pad,
-        "do_sample": False,
-    }
+def generation_config(tokenizer: Any) -> dict[str, Any]:
+    """`generation_config.json`: greedy, ended by the token that ends a turn."""
+    tokens = TokenIds.of(tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokens.end, "pad_token_id": tokens.pad}
+    return {**ids, "do_sample": False}
 
 
-def _image_processor(tile_pixels: int) -> dict[str, Any]:
+def image_processor(tile_pixels: int) -> dict[str, Any]:
+    """`preprocessor_config.json`: SigLIP's, to tiles of this side."""
     half = [0.5, 0.5, 0.5]
     return {
         "do_convert_rgb": None,
@@ -231,20 +252,6 @@ def _image_processor(tile_pixels: int) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "size": {"height": tile_pixels, "width": tile_pixels},
     }
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            "not there", where=str(path), do="A checkpoint has llm/, vision_tower/ and mm_projector/"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError("not readable JSON", where=str(path), value=str(error)) from None
-    if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path))
-    return content
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -12,8 +12,14 @@ from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
 
-VISION_MODES = ("resize", "dynamic", "s2", "dynamic_s2")
+VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
+NO_LIMIT = 10**9
+"""Tokenizers that know no longest input carry numbers above this."""
 S2_MODES = ("s2", "dynamic_s2")
+
+
+LINE_BREAK_AFTER = ("", "\n", "")
+"""A line break behind each frame and nothing else, as all published variants have it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class ModelConfig:
     num_video_frames: int
     video_pool_sizes: tuple[tuple[int, int, int], ...]
     """(time, vertical, horizontal) of each scale; `((1, 1, 1),)` pools nothing."""
+    video_texts: tuple[str, str, str] = LINE_BREAK_AFTER
+    """Before each pooled frame, behind it, and behind each pooling scale; their tokens are embedded there."""
+    soft_ce_std: float = 1.0
+    """Width, in token ids, of the target that a time token has in the loss."""
 
     def __post_init__(self) -> None:
         if self.vision_mode not in VISION_MODES:
@@ -105,10 +115,11 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The reference's top-level `config.json` (spec section 2.1)."""
-        pooled = self.video_pool_sizes != ((1, 1, 1),)
+        pooled = self.video_pool_sizes != ((1, 1, 1),) or bool(self.video_texts[2])
         video = {"_target_": f"llava.model.encoders.{'TSP' if pooled else 'Basic'}VideoEncoder"}
         ends = {"start_tokens": None, "end_tokens": "\n"}
-        pools = {"pool_sizes": [list(p) for p in self.video_pool_sizes], "sep_tokens": None} if pooled else {}
+        start, end, sep = (text or None for text in self.video_texts)
+        pools = {"pool_sizes": [list(p) for p in self.video_pool_sizes], "sep_tokens": sep} if pooled else {}
         return {
             "architectures": ["LlavaLlamaModel"],
             "model_type": "llava_llama",
@@ -133,7 +144,8 @@ class ModelConfig:
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
             "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder", **ends},
-            "video_encoder": {**video, **pools, **ends},
+            "video_encoder": {**video, **pools, "start_tokens": start, "end_tokens": end},
+            "soft_ce_std": self.soft_ce_std,
             "llm_cfg": {
                 **self.llm,
                 "model_max_length": self.max_length_tokens,
@@ -167,7 +179,12 @@ class ModelConfig:
             raise ConfigError(
                 "SigLIP has no class token to drop", where=f"{where}: mm_vision_select_feature", value=feature
             )
-        length = llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192
+        _check_image_encoder(content.get("image_encoder"), where)
+        for key in ("min_tiles", "video_max_tiles"):
+            if int(content.get(key) or 1) != 1:
+                raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
+        length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
+        length = length if length < NO_LIMIT else 8192
         for runtime in ("model_max_length", "tokenizer_padding_side"):
             llm.pop(runtime, None)
         return cls(
@@ -179,9 +196,11 @@ class ModelConfig:
             s2_output_scale=int(content.get("s2_resize_output_to_scale_idx", -1 if mode == "dynamic_s2" else 0)),
             max_tiles=int(content.get("max_tiles") or 12),
             select_layer=int(content.get("mm_vision_select_layer", -2)),
-            max_length_tokens=int(length),
+            max_length_tokens=length,
             num_video_frames=int(content.get("num_video_frames") or 8),
-            video_pool_sizes=_pool_sizes(content.get("video_encoder"), where),
+            video_pool_sizes=_pool_sizes(content.get("video_encoder")),
+            video_texts=_video_texts(content.get("video_encoder")),
+            soft_ce_std=float(content.get("soft_ce_std") or 1.0),
         )
 
 
@@ -241,10 +260,10 @@ def with_vocabulary(config: ModelConfig, vocabulary: int) -> ModelConfig:
 def _mode(content: Mapping[str, Any], where: str) -> str:
     if content.get("dynamic_s2"):
         return "dynamic_s2"
-    if content.get("s2"):
-        return "s2"
     ratio = content.get("image_aspect_ratio")
-    if ratio not in ("resize", "dynamic"):
+    if content.get("s2") and ratio != "pad":
+        return "s2"
+    if ratio not in ("resize", "pad", "dynamic") or content.get("s2"):
         raise ConfigError(
             "unsupported aspect mode", where=f"{where}: image_aspect_ratio", value=ratio, do=_one_of(VISION_MODES)
         )
@@ -260,13 +279,30 @@ def _scales(value: Any, where: str) -> tuple[int, ...]:
         raise ConfigError("not a list of scales", where=f"{where}: s2_scales", value=value) from None
 
 
-def _pool_sizes(encoder: Any, where: str) -> tuple[tuple[int, int, int], ...]:
-    """Pool sizes of the video encoder, which is a dictionary, the same as a JSON string, or absent."""
-    content = json.loads(encoder) if isinstance(encoder, str) else (encoder or {})
-    where = f"{where}: video_encoder"
-    if content.get("start_tokens") or content.get("sep_tokens") or content.get("end_tokens", "\n") != "\n":
-        raise ConfigError("only a line break after each frame is supported", where=where, value=content)
-    return tuple((int(t), int(h), int(w)) for t, h, w in content.get("pool_sizes") or [(1, 1, 1)])
+def _encoder(value: Any) -> dict[str, Any]:
+    """An encoder's settings: a dictionary, the same as a JSON string, or absent."""
+    return dict(json.loads(value) if isinstance(value, str) else (value or {}))
+
+
+def _pool_sizes(encoder: Any) -> tuple[tuple[int, int, int], ...]:
+    return tuple((int(t), int(h), int(w)) for t, h, w in _encoder(encoder).get("pool_sizes") or [(1, 1, 1)])
+
+
+def _video_texts(encoder: Any) -> tuple[str, str, str]:
+    content = _encoder(encoder)
+    return (
+        content.get("start_tokens") or "",
+        content.get("end_tokens", LINE_BREAK_AFTER[1]) or "",
+        content.get("sep_tokens") or "",
+    )
+
+
+def _check_image_encoder(encoder: Any, where: str) -> None:
+    content = _encoder(encoder)
+    if content.get("start_tokens") or content.get("end_tokens", "\n") != "\n":
+        raise ConfigError(
+            "only a line break behind each picture is supported", where=f"{where}: image_encoder", value=content
+        )
 
 
 def _one_of(values: Sequence[str]) -> str:

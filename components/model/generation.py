@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.splice import Spliced
 
 
@@ -17,10 +19,18 @@ class Sampling:
     max_new_tokens: int
     stop: frozenset[int]
     temperature: float = 0.0
+    """0 takes the likeliest token."""
     seed: int = 0
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("must be above 0 and at most 1", where="top_p", value=self.top_p)
+        if self.temperature < 0:
+            raise ConfigError("must not be negative", where="temperature", value=self.temperature)
 
 
-@torch.no_grad()
 def decode_tokens(llm: Any, prompt: Spliced, sampling: Sampling) -> list[list[int]]:
     """New tokens of each row, without the stop token.
 
@@ -29,6 +39,15 @@ def decode_tokens(llm: Any, prompt: Spliced, sampling: Sampling) -> list[list[in
         prompt: left-padded, so that the last column is each row's last token.
         sampling: limits and temperature.
     """
+    produced = list(decode_steps(llm, prompt, sampling))
+    if not produced:
+        return [[] for _ in range(len(prompt.embeds_BTH))]
+    return [_until_stop(row, sampling.stop) for row in torch.stack(produced, dim=1).tolist()]
+
+
+@torch.no_grad()
+def decode_steps(llm: Any, prompt: Spliced, sampling: Sampling) -> Iterator[torch.Tensor]:
+    """(B,) next tokens, step by step, until every row has had a stop token; arguments as of `decode_tokens`."""
     from transformers import DynamicCache
 
     device, rows = prompt.embeds_BTH.device, len(prompt.embeds_BTH)
@@ -37,32 +56,62 @@ def decode_tokens(llm: Any, prompt: Spliced, sampling: Sampling) -> list[list[in
     cache = DynamicCache(config=llm.config)
     mask, position = prompt.attention_mask_BT, prompt.position_ids_BT
     step: dict[str, torch.Tensor] = {"inputs_embeds": prompt.embeds_BTH}
-    produced: list[torch.Tensor] = []
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for _ in range(sampling.max_new_tokens):
         hidden = llm.model(
             **step, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        token = _choose(llm.lm_head(hidden[:, -1]).float(), sampling.temperature, draws)
-        produced.append(token)
+        token = _choose(llm.lm_head(hidden[:, -1]).float(), sampling, draws)
+        yield token
         ended |= torch.isin(token, stop)
         if bool(ended.all()):
-            break
+            return
         step = {"input_ids": token[:, None]}
         position = position[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-    if not produced:
-        return [[] for _ in range(rows)]
-    return [_until_stop(row, sampling.stop) for row in torch.stack(produced, dim=1).tolist()]
 
 
-def _choose(logits: torch.Tensor, temperature: float, draws: list[torch.Generator]) -> torch.Tensor:
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """An answer's text as its tokens come; the pieces together are the stripped text of all tokens.
+
+    Held back until more comes: white space, which may be the last, and characters of which only a part is there.
+    """
+    ids: list[int] = []
+    sent = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True).lstrip().rstrip("\ufffd").rstrip()
+        if len(text) > len(sent):
+            yield text[len(sent) :]
+            sent = text
+    if rest := tokenizer.decode(ids, skip_special_tokens=True).strip()[len(sent) :]:
+        yield rest
+
+
+def until_stop(tokens: Iterable[torch.Tensor], stop: frozenset[int]) -> Iterator[int]:
+    """Tokens of the one row of `decode_steps`, without the stop token."""
+    for token in tokens:
+        if int(token[0]) in stop:
+            return
+        yield int(token[0])
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, draws: list[torch.Generator]) -> torch.Tensor:
     """(B,) next tokens from (B, V) logits; ties of the greedy choice go to the lowest id."""
-    if temperature <= 0:
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1).cpu()
+    probabilities = nucleus(torch.softmax(logits / sampling.temperature, dim=-1), sampling.top_p).cpu()
     drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, draws, strict=True)]
     return torch.cat(drawn).to(logits.device)
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(B, V) with the unlikeliest set to zero: the fewest likeliest that reach `top_p` stay, at least one."""
+    if top_p >= 1:
+        return probabilities
+    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
 
 
 def _until_stop(tokens: list[int], stop: frozenset[int]) -> list[int]:

@@ -5,7 +5,7 @@ The mathematics lies in `visual`, `splice` and their neighbours; this file joins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +17,16 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.conversation import IGNORED
-from nvila.components.model.generation import Sampling, decode_tokens
+from nvila.components.model.generation import Sampling, decode_steps, decode_tokens, text_pieces, until_stop
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.splice import Spliced, splice
+from nvila.components.model.templates import stop_tokens
+from nvila.components.model.timetokens import soft_cross_entropy
 from nvila.components.model.tokenizer import TokenIds
 from nvila.components.model.tower import tower_features
-from nvila.components.model.visual import encode_visuals
+from nvila.components.model.visual import VideoMarks, encode_visuals
 
 __all__ = ["NVILA", "Output", "Prompt", "build_model", "init_model", "resized_decoder", "token_logprobs"]
 
@@ -96,7 +98,7 @@ class NVILA(nn.Module):
         logits = self.llm.lm_head(hidden) if wanted else None
         if spliced.labels_BT is None:
             return Output(None, logits, None)
-        losses, _ = self._token_losses(hidden, spliced.labels_BT)
+        losses, _ = self._token_losses(hidden, spliced.labels_BT, soft=True)
         if not len(losses):
             raise DataError("no supervised token in the batch", do="Raise model.max_length_tokens or check the answers")
         return Output(losses.mean(), logits, spliced.labels_BT)
@@ -112,12 +114,17 @@ class NVILA(nn.Module):
         """Encode the visuals and splice them into the token embeddings, padded on `side`."""
         embed = self.llm.get_input_embeddings()
         newline = embed(torch.tensor([self.tokens.newline], device=self.device))[0]
+        marks = None
+        if self.tokens.video_marks is not None:
+            marks = VideoMarks(
+                *(embed(torch.tensor(m, dtype=torch.long, device=self.device)) for m in self.tokens.video_marks)
+            )
         touch = None
         if self.training and not visuals:
             # Each rank must run the tower and projector, or ZeRO-3's collectives would wait for ever.
             blank = torch.zeros(1, 3, self.config.tile_pixels, self.config.tile_pixels)
             touch = self.encode([Visual("image", blank, None)], newline)[0].sum() * 0
-        encoded = self.encode(visuals, newline)
+        encoded = self.encode(visuals, newline, marks)
         media: dict[int, list[torch.Tensor]] = {self.tokens.image: [], self.tokens.video: []}
         for visual, sequence in zip(visuals, encoded, strict=True):
             media[self.tokens.image if visual.kind == "image" else self.tokens.video].append(sequence)
@@ -132,9 +139,11 @@ class NVILA(nn.Module):
         )
         return spliced if touch is None else replace(spliced, embeds_BTH=spliced.embeds_BTH + touch)
 
-    def encode(self, visuals: Sequence[Visual], newline: torch.Tensor) -> list[torch.Tensor]:
+    def encode(
+        self, visuals: Sequence[Visual], newline: torch.Tensor, marks: VideoMarks | None = None
+    ) -> list[torch.Tensor]:
         """Embedding sequence (n_i, H) of each visual."""
-        return encode_visuals(self.features, self.mm_projector, newline, visuals, self.config)
+        return encode_visuals(self.features, self.mm_projector, newline, visuals, self.config, marks)
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
         """(T, 3, S, S) normalised tiles to the tower's (T, N, C) features."""
@@ -149,11 +158,17 @@ class NVILA(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy (n,) float32 of each supervised token and its row (n,)."""
+    def _token_losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, *, soft: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy (n,) float32 of each supervised token and its row (n,); `soft` blurs targets in time."""
         supervised = labels[:, 1:] != IGNORED
-        logits = self.llm.lm_head(hidden[:, :-1][supervised])
-        losses = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="none")
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        targets = labels[:, 1:][supervised]
+        if soft and self.tokens.time:
+            losses = soft_cross_entropy(logits, targets, self.tokens.time, self.config.soft_ce_std)
+        else:
+            losses = F.cross_entropy(logits, targets, reduction="none")
         return losses, supervised.nonzero()[:, 0]
 
     @torch.no_grad()
@@ -164,6 +179,7 @@ class NVILA(nn.Module):
         max_new_tokens: int,
         *,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> list[str]:
         """Answers to a batch of prompts, the same as one by one.
@@ -173,6 +189,7 @@ class NVILA(nn.Module):
             prompts: conversations ending with a human turn.
             max_new_tokens: most tokens per answer.
             temperature: 0 takes the likeliest token; above, samples with `seed`.
+            top_p: sample from the likeliest tokens that together have this probability.
             seed: each prompt draws from its own generator, seeded by this and its place in the batch.
 
         Returns:
@@ -180,15 +197,38 @@ class NVILA(nn.Module):
         """
         if not prompts:
             return []
-        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
-        batch = collate(items, self.tokens.pad, side="left").to(self.device)
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
         was_training = self.training
         self.eval()
-        spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
-        sampling = Sampling(max_new_tokens, frozenset({self.tokens.end}), temperature, seed)
-        tokens = decode_tokens(self.llm, spliced, sampling)
+        tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
         self.train(was_training)
         return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def stream(
+        self,
+        tokenizer: Any,
+        prompt: Prompt,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer to one prompt in pieces as it is made; together they are what `generate` returns.
+
+        The model must be in evaluation mode. Arguments as of `generate`.
+        """
+        assert not self.training, "streaming would leave the mode changed while the caller does something else"
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
+        with torch.no_grad():
+            opening = self._opening(tokenizer, [prompt])
+        yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))
+
+    def _opening(self, tokenizer: Any, prompts: Sequence[Prompt]) -> Spliced:
+        """The decoder's input that asks for answers, left-padded."""
+        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
+        batch = collate(items, self.tokens.pad, side="left").to(self.device)
+        return self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
 
     def prepare_for_training(self) -> None:
         """Training mode; on a CPU with attention in plain matrix products.
@@ -261,7 +301,7 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
 
 def init_model(config: ModelConfig, tokenizer: Any, seed: int) -> NVILA:
     """A model with fresh weights; its decoder gets the tokenizer's vocabulary. The global generator is left alone."""
-    tokens = TokenIds.of(tokenizer)
+    tokens = TokenIds.of(tokenizer, config.video_texts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(with_vocabulary(config, tokens.vocabulary), tokens)

@@ -20,6 +20,8 @@ from nvila.components.model.tiling import dynamic_grid, dynamic_s2_grid
 Kind = Literal["image", "video"]
 BlockSize = tuple[int, int]
 """(rows, columns) of the last scale's tiles."""
+MEAN_COLOUR = (127, 127, 127)
+"""The image processor's mean of 0.5 as a pixel, cut to an integer as the reference does."""
 Medium = Image.Image | Sequence[Image.Image]
 """A picture, or a video as its sampled frames."""
 
@@ -64,7 +66,8 @@ def preprocess_image(
     elif config.vision_mode == "s2" or (config.vision_mode == "dynamic_s2" and alone):
         visuals = [_s2_visual(image, config)]
     else:
-        visuals = [Visual("image", _cut(image, 1, 1, config.tile_pixels), None)]
+        whole = _squared(image) if config.vision_mode == "pad" else image
+        visuals = [Visual("image", _cut(whole, 1, 1, config.tile_pixels), None)]
     return visuals if pixels else [visual.normalised() for visual in visuals]
 
 
@@ -79,6 +82,15 @@ def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixe
     each = [preprocess_image(frame, config, alone=False, pixels=True)[0] for frame in frames]
     visual = Visual("video", torch.cat([frame.tiles for frame in each]), each[0].block_size)
     return visual if pixels else visual.normalised()
+
+
+def _squared(image: Image.Image) -> Image.Image:
+    """The picture in the middle of a square of its longer side, the rest in SigLIP's mean colour."""
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def _dynamic_tiles(image: Image.Image, config: ModelConfig) -> torch.Tensor:

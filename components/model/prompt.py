@@ -25,10 +25,12 @@ class Prompt:
     visuals: Sequence[Visual] = ()
     markers: Sequence[str] | None = None
     """Text for each medium; None trusts the literal markers in the turns."""
+    system: str | None = None
+    """System prompt; None takes the template's own, "" none."""
 
-    def encode(self, tokenizer: Any, *, system: str | None = None, generate: bool = False) -> Encoded:
+    def encode(self, tokenizer: Any, *, generate: bool = False) -> Encoded:
         """Token ids and labels, as `conversation.encode`."""
-        return encode(tokenizer, self.turns, system=system, generate=generate, markers=self.markers)
+        return encode(tokenizer, self.turns, system=self.system, generate=generate, markers=self.markers)
 
 
 def make_prompt(
@@ -38,6 +40,7 @@ def make_prompt(
     *,
     tile_all: bool = False,
     pixels: bool = False,
+    system: str | None = None,
 ) -> Prompt:
     """Preprocess the media of one sample.
 
@@ -48,6 +51,7 @@ def make_prompt(
         tile_all: tile every picture of a multi-picture sample, as the reference does in training; False leaves them
             one tile each.
         pixels: keep tiles as uint8.
+        system: system prompt; None takes the template's own.
     """
     alone = tile_all or len(media) == 1
     visuals: list[Visual] = []
@@ -60,4 +64,4 @@ def make_prompt(
         tiles = preprocess_image(medium, config, alone=alone, pixels=pixels)
         visuals += tiles
         markers.append(f"{IMAGE_TOKEN}\n" * len(tiles) if config.vision_mode == "dynamic" and alone else IMAGE_TOKEN)
-    return Prompt(turns, visuals, markers)
+    return Prompt(turns, visuals, markers, system)

@@ -39,7 +39,8 @@ def load_quantized(folder: Path | str, dtype: torch.dtype = torch.float32) -> tu
     except FileNotFoundError:
         raise DataError("not a serving folder", where=str(folder / "config.json")) from None
     tokenizer = load_tokenizer(folder)
-    model = build_model(ModelConfig.from_json(content["nvila"], str(folder / "config.json")), TokenIds.of(tokenizer))
+    config = ModelConfig.from_json(content["nvila"], str(folder / "config.json"))
+    model = build_model(config, TokenIds.of(tokenizer, config.video_texts))
     tensors = read_tensors(folder)
     for group in (content.get("quantization_config") or {}).get("config_groups", {}).values():
         _dequantize_group(model, tensors, group, str(folder))

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.model.checkpoint import write_tensors
-from nvila.components.model.conversation import IMAGE_TOKEN, SYSTEM, VIDEO_TOKEN
+from nvila.components.model.config import LINE_BREAK_AFTER
+from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
+from nvila.components.model.templates import SYSTEM
 from nvila.components.model.tower import used_blocks
 
 if TYPE_CHECKING:
@@ -72,6 +75,21 @@ def write_serving(
         Bytes of the tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    stored = serving_tensors(model, dtype) if tensors is None else tensors
+    write_tensors(stored, folder)
+    write_serving_files(model, tokenizer, folder, dtype, quantization)
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+def write_serving_files(
+    model: NVILA, tokenizer: Any, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Everything of a serving folder but the weights; the model may be on the meta device."""
+    if model.config.video_texts != LINE_BREAK_AFTER:
+        raise ConfigError(
+            "the server puts only a line break behind each frame", where="video_texts", value=model.config.video_texts
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
@@ -92,10 +110,7 @@ def write_serving(
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
     )
-    stored = serving_tensors(model, dtype) if tensors is None else tensors
-    write_tensors(stored, folder)
     _write_json(folder / "config.json", content)
-    return sum(tensor.nbytes for tensor in stored.values())
 
 
 def chat_template() -> str:

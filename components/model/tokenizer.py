@@ -7,14 +7,17 @@ them out, so that a checkpoint's vocabulary stays the decoder's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, SYSTEM, VIDEO_TOKEN
+from nvila.components.model.config import LINE_BREAK_AFTER
+from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
+from nvila.components.model.templates import SYSTEM
+from nvila.components.model.timetokens import time_token_ids
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
 """Special tokens of a saved tokenizer, in the order of their ids behind the byte-pair vocabulary."""
@@ -34,10 +37,18 @@ class TokenIds:
     newline: int
     end: int
     pad: int
+    video_marks: tuple[tuple[int, ...], ...] | None = None
+    """Tokens of the configuration's `video_texts`; None for a line break behind each frame."""
+    time: tuple[int, ...] = ()
+    """Ids of the time tokens `<t0>`, `<t1>`, ... that the saved vocabulary has."""
 
     @classmethod
-    def of(cls, tokenizer: Any) -> TokenIds:
+    def of(cls, tokenizer: Any, video_texts: Sequence[str] = LINE_BREAK_AFTER) -> TokenIds:
         """The ids in a tokenizer that has the media markers.
+
+        Args:
+            tokenizer: loaded by `load_tokenizer` or made by `train_tokenizer`.
+            video_texts: as in the configuration.
 
         Raises:
             ConfigError: a token is missing, or a line break is not one token.
@@ -51,9 +62,21 @@ class TokenIds:
                 value=missing or newline,
             )
         start = len(tokenizer) - len(MARKERS)
-        if [ids[name] for name in MARKERS] != list(range(start, len(tokenizer))):
+        if sorted(ids.values())[-len(MARKERS) :] != list(range(start, len(tokenizer))) or ids["<|im_end|>"] >= start:
             raise ConfigError("the media markers are not the last tokens", value=ids, do="Load it with load_tokenizer")
-        return cls(start, ids[IMAGE_TOKEN], ids[VIDEO_TOKEN], newline[0], ids["<|im_end|>"], tokenizer.pad_token_id)
+        marks = None
+        if tuple(video_texts) != LINE_BREAK_AFTER:
+            marks = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in video_texts)
+        return cls(
+            start,
+            ids[IMAGE_TOKEN],
+            ids[VIDEO_TOKEN],
+            newline[0],
+            ids["<|im_end|>"],
+            tokenizer.pad_token_id,
+            marks,
+            time_token_ids(tokenizer),
+        )
 
 
 def load_tokenizer(folder: Path | str) -> Any:

@@ -6,19 +6,34 @@ Plain torch, shared by the torch model and the vLLM plugin: the tower is any cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.pooling import temporal_pool
 from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
-from nvila.components.model.projector import DOWNSAMPLE
+from nvila.components.model.projector import projected_side
 from nvila.components.model.s2 import merge_chessboard, merge_scales, output_blocks, tiles_per_unit
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 """(T, 3, S, S) normalised tiles to (T, N, C) features."""
+Lengths = tuple[int, int, int]
+"""Tokens of the marks of a video: before a frame, behind it, behind a scale."""
 Group = tuple[Kind, BlockSize | None, int]
 """Visuals that can share tensor operations: kind, block size, number of tiles."""
+
+
+@dataclass(frozen=True)
+class VideoMarks:
+    """Embeddings (n, H) put around the pooled frames of a video."""
+
+    start: torch.Tensor
+    """Before each frame."""
+    end: torch.Tensor
+    """Behind each frame."""
+    sep: torch.Tensor
+    """Behind each pooling scale."""
 
 
 def encode_visuals(
@@ -27,6 +42,7 @@ def encode_visuals(
     newline: torch.Tensor,
     visuals: Sequence[Visual],
     config: ModelConfig,
+    marks: VideoMarks | None = None,
 ) -> list[torch.Tensor]:
     """Embedding sequence of each visual.
 
@@ -38,6 +54,7 @@ def encode_visuals(
         newline: (H,) the embedding of a line break, put after each picture and each pooled frame.
         visuals: pictures and videos in any order.
         config: the architecture.
+        marks: what stands around a video's frames; None for `newline` behind each.
 
     Returns:
         (n_i, H) of each visual, in the order given.
@@ -53,23 +70,29 @@ def encode_visuals(
         for (_, block, _), part in zip(groups, features.split(sizes), strict=True)
     ]
     projected = projector(torch.cat(blocks)).split([len(block) for block in blocks])
+    nothing = newline.new_zeros(0, len(newline))
+    around = marks if marks is not None else VideoMarks(nothing, newline[None], nothing)
     encoded: dict[int, torch.Tensor] = {}
     for ((kind, block, _), members), part in zip(groups.items(), projected, strict=True):
         tokens = _whole_map(part, output_blocks(block, config)).unflatten(0, (len(members), -1))
-        sequences = _video(tokens, newline, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
+        sequences = _video(tokens, around, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
         encoded.update(zip(members, sequences.unbind(0), strict=True))
     return [encoded[i] for i in range(len(visuals))]
 
 
-def token_count(kind: Kind, block_size: BlockSize | None, tiles: int, config: ModelConfig) -> int:
-    """Length of the embedding sequence of a visual of this shape, line breaks included."""
+def token_count(
+    kind: Kind, block_size: BlockSize | None, tiles: int, config: ModelConfig, marks: Lengths = (0, 1, 0)
+) -> int:
+    """Length of the embedding sequence of a visual of this shape, line breaks or `marks` included."""
     rows, columns = output_blocks(block_size, config)
-    side = -(-config.features_per_side // DOWNSAMPLE[config.projector])
+    side = projected_side(config.projector, config.features_per_side)
     tokens = rows * columns * side * side
     if kind == "image":
         return tokens + 1
     frames = tiles // tiles_per_unit(block_size, config)
-    return sum(frames // pt * (tokens // (ph * pw) + 1) for pt, ph, pw in config.video_pool_sizes)
+    start, end, sep = marks
+    each = start + end
+    return sum(-(-frames // pt) * (tokens // (ph * pw) + each) + sep for pt, ph, pw in config.video_pool_sizes)
 
 
 def _group(visuals: Iterable[Visual]) -> dict[Group, list[int]]:
@@ -92,7 +115,10 @@ def _end(tokens: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens, newline.expand(*tokens.shape[:2], 1, -1)], dim=2)
 
 
-def _video(tokens: torch.Tensor, newline: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """(V, frames, n, H) to (V, length, H): pooled frames of every pool size, each with its line break."""
-    scales = temporal_pool(tokens, config.video_pool_sizes)
-    return torch.cat([_end(scale, newline).flatten(1, 2) for scale in scales], dim=1)
+def _video(tokens: torch.Tensor, marks: VideoMarks, config: ModelConfig) -> torch.Tensor:
+    """(V, frames, n, H) to (V, length, H): pooled frames of every pool size between their marks."""
+    parts = []
+    for scale in temporal_pool(tokens, config.video_pool_sizes):
+        start, end = (mark.expand(*scale.shape[:2], -1, -1) for mark in (marks.start, marks.end))
+        parts += [torch.cat([start, scale, end], dim=2).flatten(1, 2), marks.sep.expand(len(scale), -1, -1)]
+    return torch.cat(parts, dim=1)

@@ -13,7 +13,7 @@ from conftest import Nvila
 from nvila.components.contracts.exits import Exit
 from nvila.components.resolve.form import recipe_text
 
-COMMANDS = ("run", "compile", "infer", "serve", "stop", "trace")
+COMMANDS = ("run", "compile", "infer", "convert", "inspect", "serve", "stop", "trace")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from nvila.components.contracts.recipe.section import Section
 
-VisionMode = Literal["resize", "dynamic", "s2", "dynamic_s2"]
-Projector = Literal["linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"]
-DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_3x3_fix": 3}
-"""Side of the space-to-channel cell of each projector (1 where not named); spec section 1.2."""
+VisionMode = Literal["resize", "pad", "dynamic", "s2", "dynamic_s2"]
+PROJECTORS = (
+    r"^(identity|linear|mlp[1-9]\d?x_gelu|mlp_downsample(_2x2_fix|_3x3_fix|_3x3_s2|_3x3_s2_new)?"
+    r"|(token_learner|perceiver)_[1-9]\d{0,3})$"
+)
+Projector = Annotated[str, Field(pattern=PROJECTORS)]
+"""The reference's names (spec section 1.2), and those of the paper's ablation with their number of tokens."""
 
 
 class TowerSizes(Section):
@@ -115,11 +118,11 @@ class ModelSettings(Section):
             needed = (self.s2_scales[-1] // self.tile_pixels) ** 2
             if self.vision_mode == "dynamic_s2" and self.max_tiles < needed:
                 raise ValueError(f"max_tiles {self.max_tiles} is less than the {needed} tiles of the last of s2_scales")
-            if self.projector == "mlp_downsample_3x3_fix":
+            if "_3x3_" in self.projector and self.s2_output_scale % len(self.s2_scales):
                 raise ValueError(
-                    f"projector mlp_downsample_3x3_fix and vision_mode {self.vision_mode} cannot work together: "
+                    f"projector {self.projector} and vision_mode {self.vision_mode} cannot work together: "
                     "S2 blocks are projected one by one and a 3x3 cell would cross or pad their borders; "
-                    "use mlp_downsample, or vision_mode dynamic"
+                    "use mlp_downsample, s2_output_scale 0, or vision_mode dynamic"
                 )
         for pool in self.video.pool_sizes:
             if self.video.frames % pool[0]:

@@ -60,7 +60,7 @@ def make_config(**changes: Any) -> ModelConfig:
         "video_pool_sizes": ((2, 1, 1),),
     }
     mode = changes.get("vision_mode", "dynamic_s2")
-    if mode in ("resize", "dynamic"):
+    if mode in ("resize", "pad", "dynamic"):
         fields["s2_scales"] = (tile,)
     return ModelConfig(**{**fields, **changes})
 

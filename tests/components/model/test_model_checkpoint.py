@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model import checkpoint
 from nvila.components.model.checkpoint import load_native, read_config, save_native
-from nvila.components.model.config import ModelConfig
+from nvila.components.model.config import LINE_BREAK_AFTER, ModelConfig
 from nvila.components.model.nvila import NVILA, init_model
 
 
@@ -166,8 +166,11 @@ def test_code_in_a_checkpoint_is_ignored(saved: Path) -> None:
 
 def test_config_json_round_trip(configure: Any) -> None:
     """Prevents settings that survive in memory but not in config.json."""
-    for mode in ("resize", "dynamic", "s2", "dynamic_s2"):
+    for mode in ("resize", "pad", "dynamic", "s2", "dynamic_s2"):
         config = configure(vision_mode=mode, video_pool_sizes=((2, 1, 1), (1, 1, 1)))
+        assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    for texts in (("", "", ""), ("frame", "\n", ""), ("", "\n", "||"), LINE_BREAK_AFTER):
+        config = configure(video_texts=texts, soft_ce_std=2.0, video_pool_sizes=((1, 1, 1),))
         assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -180,9 +183,10 @@ def test_old_and_foreign_configurations(configure: Any, saved: Path) -> None:
     read = ModelConfig.from_json(as_string)
     assert read.video_pool_sizes == ((8, 1, 1),) and read.s2_scales == (28, 56)
     for wrong in (
-        {"dynamic_s2": False, "image_aspect_ratio": "pad"},
+        {"dynamic_s2": False, "image_aspect_ratio": "anyres"},
+        {"dynamic_s2": False, "s2": True, "image_aspect_ratio": "pad"},
         {"mm_vision_select_feature": "patch"},
-        {"video_encoder": {"sep_tokens": "||"}},
+        {"image_encoder": {"start_tokens": "||"}},
         {"s2_scales": "28,50"},
         {"max_tiles": 3},
         {"mm_vision_select_layer": -9},

@@ -36,8 +36,17 @@ def test_scales_keep_their_order_and_leading_axes() -> None:
 
 
 def test_a_pool_that_does_not_divide_is_refused() -> None:
-    """Prevents silently dropped frames."""
-    with pytest.raises(ConfigError, match="pool"):
-        temporal_pool(torch.randn(6, 4, 2), [(4, 1, 1)])
+    """Prevents a crash deep inside for token squares that no pool fits."""
     with pytest.raises(ConfigError, match="pool"):
         temporal_pool(torch.randn(4, 9, 2), [(1, 2, 1)])
+
+
+@pytest.mark.parametrize("frames", [1, 3, 6, 7])
+def test_the_last_frame_fills_the_last_pool(frames: int) -> None:
+    """Prevents a crash for short videos and odd frame counts, and the end of a video from being dropped."""
+    x = torch.randn(2, frames, 4, 3)
+    (pooled,) = temporal_pool(x, [(4, 1, 1)])
+    for index in range(-(-frames // 4)):
+        members = [min(4 * index + k, frames - 1) for k in range(4)]
+        assert torch.allclose(pooled[:, index], torch.stack([x[:, i] for i in members]).mean(0), atol=1e-6)
+    assert pooled.shape[1] == -(-frames // 4)

@@ -59,7 +59,7 @@ def test_dynamic_tiling_puts_the_thumbnail_last(configure: Configure, picture: P
     assert len(preprocess_image(picture(28, 28), config)) == 1
 
 
-@pytest.mark.parametrize("mode", ["resize", "dynamic", "dynamic_s2"])
+@pytest.mark.parametrize("mode", ["resize", "pad", "dynamic", "dynamic_s2"])
 def test_a_picture_among_others_is_one_tile(configure: Configure, picture: Picture, mode: str) -> None:
     """Prevents multi-picture prompts from exploding into tiles, which the reference does not do at inference."""
     (visual,) = preprocess_image(picture(90, 40), configure(vision_mode=mode), alone=False)
@@ -81,6 +81,17 @@ def test_modes_and_palettes_are_converted(configure: Configure) -> None:
     for mode in ("L", "P", "RGBA", "1"):
         (visual,) = preprocess_image(Image.new(mode, (30, 20)), configure())
         assert visual.tiles.shape[1:] == (3, 28, 28)
+
+
+def test_padding_keeps_the_shape(configure: Configure, picture: Picture) -> None:
+    """Prevents a stretched or off-centre picture, and black borders, where the mode is pad; frames are padded too."""
+    config, image = configure(vision_mode="pad"), picture(60, 25)
+    square = np.full((60, 60, 3), 127, dtype=np.uint8)
+    square[17:42] = np.asarray(image)
+    (visual,) = preprocess_image(image, config, pixels=True)
+    assert visual.block_size is None
+    assert np.array_equal(visual.tiles.numpy(), np.stack(crops(Image.fromarray(square), 1, 1, 28)))
+    assert torch.equal(preprocess_video([image], config, pixels=True).tiles, visual.tiles)
 
 
 def test_video_tiles(configure: Configure, picture: Picture) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
 from nvila.components.model.projector import build_projector
-from nvila.components.model.visual import encode_visuals, token_count
+from nvila.components.model.visual import VideoMarks, encode_visuals, token_count
 
 Configure = Callable[..., ModelConfig]
 NEWLINE = torch.full((8,), 7.0)
@@ -30,13 +30,20 @@ def sample_visuals(config: ModelConfig, picture: Callable[..., Image.Image]) -> 
     return found
 
 
-@pytest.mark.parametrize("mode", ["resize", "dynamic", "s2", "dynamic_s2"])
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [("resize", 0), ("pad", 0), ("dynamic", 0), ("s2", -1), ("s2", 0), ("dynamic_s2", -1), ("dynamic_s2", 0)],
+)
 @pytest.mark.parametrize("pools", [((1, 1, 1),), ((4, 1, 1), (2, 1, 1))])
 def test_a_batch_is_its_members(
-    configure: Configure, picture: Callable[..., Image.Image], mode: str, pools: tuple[tuple[int, int, int], ...]
+    configure: Configure,
+    picture: Callable[..., Image.Image],
+    mode: str,
+    scale: int,
+    pools: tuple[tuple[int, int, int], ...],
 ) -> None:
     """Prevents grouping from changing the order or the values, and `token_count` from disagreeing with the result."""
-    config = configure(vision_mode=mode, video_pool_sizes=pools)
+    config = configure(vision_mode=mode, s2_output_scale=scale, video_pool_sizes=pools)
     torch.manual_seed(0)
     projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
     visuals = sample_visuals(config, picture)
@@ -94,3 +101,30 @@ def test_pixels_and_floats_agree(configure: Configure, picture: Callable[..., Im
         for p in (False, True)
     )
     assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_video_marks(configure: Configure, picture: Callable[..., Image.Image]) -> None:
+    """Prevents marks in the wrong place or number: around each pooled frame, and behind each pooling scale."""
+    config = configure(vision_mode="resize", video_pool_sizes=((2, 1, 1), (3, 1, 1)))
+    visual = preprocess_video([picture(28, 28, i) for i in range(5)], config)
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    marks = VideoMarks(*(torch.full((count, 8), float(value)) for count, value in ((2, 3), (1, 4), (3, 5))))
+    (sequence,) = encode_visuals(tower, projector, NEWLINE, [visual], config, marks)
+    names = [
+        {3.0: "a", 4.0: "b", 5.0: "|"}.get(float(row[0]), ".") if len(set(row.tolist())) == 1 else "."
+        for row in sequence
+    ]
+    assert "".join(names) == "aa.b" * 3 + "|||" + "aa.b" * 2 + "|||"
+    assert len(sequence) == token_count("video", None, 5, config, (2, 1, 3))
+    (bare,) = encode_visuals(tower, projector, NEWLINE, preprocess_image(picture(), config), config, marks)
+    assert torch.equal(bare[-1], NEWLINE)
+
+
+@pytest.mark.parametrize("kind", ["token_learner_1", "perceiver_4"])
+def test_resamplers_in_every_scale(configure: Configure, picture: Callable[..., Image.Image], kind: str) -> None:
+    """Prevents the paper's ablation from working with one tile only, or from being counted like space-to-channel."""
+    config = configure(projector=kind)
+    projector = build_projector(kind, config.mm_hidden_size, 8)
+    visuals = sample_visuals(config, picture)
+    for visual, sequence in zip(visuals, encode_visuals(tower, projector, NEWLINE, visuals, config), strict=True):
+        assert len(sequence) == token_count(visual.kind, visual.block_size, len(visual.tiles), config)

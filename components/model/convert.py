@@ -1,0 +1,225 @@
+"""From one checkpoint layout to another in little memory: tensors are copied in pieces, never loaded whole.
+
+The result appears under its name when it is complete. An interrupted conversion goes on where it stopped: finished
+files in `DST.partial` are kept as long as the same source is converted to the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.manifest import digest_json, write_atomic
+from nvila.components.contracts.progress import track
+from nvila.components.model.checkpoint import generation_config, image_processor, write_native_files
+from nvila.components.model.layouts import LAYOUTS, TOWER, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
+from nvila.components.model.nvila import NVILA
+from nvila.components.model.serving import chat_template, is_served, write_serving_files
+from nvila.components.model.tensorfile import CODES, FLOATING, Target, file_bytes, write_file
+from nvila.components.model.tokenizer import TokenIds, load_tokenizer
+from nvila.components.model.variants import empty_model
+
+SHARD_BYTES = 5 * 10**9
+PLAN = ".plan"
+"""In an unfinished folder: digest of what is being converted."""
+_ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion has made."""
+
+    folder: Path
+    source: Layout
+    tensors: int
+    bytes: int
+
+
+def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None) -> Converted:
+    """Write the checkpoint `source` to the new folder `target` in another layout.
+
+    Args:
+        source: a folder in any layout.
+        target: must not exist.
+        layout: native, vila, hf or serving.
+        dtype: float32, bfloat16 or float16; by default as stored, and bfloat16 for serving.
+
+    Raises:
+        ConfigError: no such layout or dtype, `target` exists, or the model has no place in the layout.
+        DataError: the source is broken, incomplete or quantized.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError("no such layout", where="--to", value=layout, do=f"Use one of {', '.join(LAYOUTS)}")
+    if target.exists():
+        raise ConfigError("is there already", where=str(target), do="Name a new folder")
+    checkpoint = open_checkpoint(source)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    skeleton = empty_model(checkpoint.config, tokens)
+    _check(checkpoint, layout, skeleton)
+    files = _files(checkpoint, layout, tokens.vocabulary, _code(dtype, layout))
+    partial = target.with_name(target.name + ".partial")
+    _start(partial, _plan(files, layout))
+    for name, targets in track(list(files.items()), "files"):
+        path = partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.stat().st_size != file_bytes(targets):
+            write_file(path, targets)
+    _write_index(partial, files)
+    _write_rest(skeleton, checkpoint.layout, layout, tokenizer, partial, files)
+    (partial / PLAN).unlink()
+    partial.rename(target)
+    everything = [tensor for targets in files.values() for tensor in targets]
+    return Converted(target, checkpoint.layout, len(everything), sum(tensor.bytes for tensor in everything))
+
+
+def _code(dtype: str | None, layout: str) -> str | None:
+    """Code of the floating-point dtype to write; None keeps what is stored."""
+    if dtype is None:
+        return "BF16" if layout == "serving" else None
+    wanted = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    if dtype not in wanted:
+        raise ConfigError("unknown dtype", where="--dtype", value=dtype, do=f"Use one of {', '.join(wanted)}")
+    return wanted[dtype]
+
+
+def _check(checkpoint: Checkpoint, layout: str, model: NVILA) -> None:
+    """Every tensor of the model is there in its shape, and nothing else but what loading ignores too."""
+    where, found = str(checkpoint.folder), checkpoint.tensors
+    if any(tensor.code not in FLOATING for tensor in found.values()):
+        raise DataError("a quantized checkpoint cannot be converted", where=where, do="Use the one it was made from")
+    if checkpoint.layout == "serving" and layout != "serving":
+        raise DataError(
+            "a serving folder lacks the tower's unused blocks and cannot be turned back",
+            where=where,
+            do="Use the checkpoint that it was made from",
+        )
+    wanted = {name.replace("vision_tower.", TOWER, 1): t.shape for name, t in model.state_dict().items()}
+    optional = {"llm.lm_head.weight"} if checkpoint.config.llm.get("tie_word_embeddings") else set()
+    if checkpoint.layout == "serving":
+        optional |= {name for name in wanted if name.startswith(TOWER)}
+    missing = sorted(wanted.keys() - found.keys() - optional)
+    extra = sorted(name for name in found.keys() - wanted.keys() if not name.startswith(f"{TOWER}head."))
+    if missing or extra:
+        what = "tensors are missing" if missing else "tensors that the model does not have"
+        raise DataError(what, where=where, value=(missing or extra)[:5], do="Check the checkpoint's config.json")
+    for name, shape in wanted.items():
+        has = found[name].shape if name in found else shape
+        if has[1:] != shape[1:] or (has[:1] < shape[:1] if name in _ROWS else has != shape):
+            raise DataError(
+                f"{name} has another shape than the configuration says", where=where, value=f"{has} for {tuple(shape)}"
+            )
+
+
+def _files(checkpoint: Checkpoint, layout: str, vocabulary: int, code: str | None) -> dict[str, list[Target]]:
+    """What goes into which file of the result."""
+    tied = bool(checkpoint.config.llm.get("tie_word_embeddings"))
+    groups: dict[str, list[Target]] = {}
+    for name, stored in checkpoint.tensors.items():
+        if name.startswith(f"{TOWER}head.") or (tied and name == "llm.lm_head.weight"):
+            continue
+        if (
+            layout == "serving"
+            and name.startswith(TOWER)
+            and not is_served(name.removeprefix("vision_tower."), checkpoint.config)
+        ):
+            continue
+        shape = (min(stored.shape[0], vocabulary), *stored.shape[1:]) if name in _ROWS else stored.shape
+        folder, written = (
+            ("", name) if layout in ("hf", "serving") else (name.partition(".")[0], name.partition(".")[2])
+        )
+        groups.setdefault(folder, []).append(Target(written, stored, code or stored.code, shape))
+    return {path: part for folder, targets in groups.items() for path, part in _shards(folder, targets).items()}
+
+
+def _shards(folder: str, targets: list[Target]) -> dict[str, list[Target]]:
+    """Files of at most `SHARD_BYTES`, tensors in the order of the source."""
+    shards: list[list[Target]] = [[]]
+    size = 0
+    for target in targets:
+        if size and size + target.bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(target)
+        size += target.bytes
+    prefix = f"{folder}/" if folder else ""
+    if len(shards) == 1:
+        return {f"{prefix}model.safetensors": shards[0]}
+    return {f"{prefix}model-{i:05d}-of-{len(shards):05d}.safetensors": part for i, part in enumerate(shards, 1)}
+
+
+def _plan(files: Mapping[str, list[Target]], layout: str) -> str:
+    """Digest of the sources (place, size, time) and of what becomes of them."""
+    stats = {str(t.source.path): t.source.path.stat() for part in files.values() for t in part}
+    return digest_json(
+        {
+            "layout": layout,
+            "sources": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
+            "files": {
+                name: [[t.name, t.code, list(t.shape), t.source.start] for t in part] for name, part in files.items()
+            },
+        }
+    )
+
+
+def _start(partial: Path, plan: str) -> None:
+    """Keep the finished files of an earlier attempt at the same plan, and nothing of another."""
+    mark = partial / PLAN
+    if partial.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != plan):
+        raise ConfigError(
+            "holds something else than the beginning of this conversion", where=str(partial), do="Remove it first"
+        )
+    partial.mkdir(parents=True, exist_ok=True)
+    write_atomic(mark, plan)
+
+
+def _write_index(partial: Path, files: Mapping[str, list[Target]]) -> None:
+    """`model.safetensors.index.json` beside each set of shards."""
+    sharded: dict[str, dict[str, list[Target]]] = {}
+    for name, targets in files.items():
+        folder, _, file = name.rpartition("/")
+        if file != "model.safetensors":
+            sharded.setdefault(folder, {})[file] = targets
+    for folder, shards in sharded.items():
+        total = sum(target.bytes for targets in shards.values() for target in targets)
+        weight_map = {target.name: file for file, targets in shards.items() for target in targets}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(partial / folder / "model.safetensors.index.json", content)
+
+
+def _write_rest(
+    model: NVILA, source: Layout, layout: str, tokenizer: Any, partial: Path, files: Mapping[str, list[Target]]
+) -> None:
+    """Configurations and tokenizer of the layout; the model is on the meta device."""
+    config, tokens = model.config, model.tokens
+    largest = max((target for targets in files.values() for target in targets), key=lambda t: math.prod(t.shape))
+    dtype = next(dtype for dtype, code in CODES.items() if code == largest.code)
+    if layout == "serving":
+        write_serving_files(model, tokenizer, partial, dtype)
+    elif layout == "hf":
+        content = hf_config(config, tokens.image, tokens.video)
+        named = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "tie_word_embeddings": bool(config.llm.get("tie_word_embeddings")),
+        }
+        tokenizer.save_pretrained(partial)
+        (partial / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+        _write_json(partial / "generation_config.json", generation_config(tokenizer))
+        _write_json(partial / "preprocessor_config.json", image_processor(config.tile_pixels))
+        _write_json(partial / "config.json", content | named | {"model_dtype": str(dtype)})
+    else:
+        if source in ("hf", "serving"):
+            tokenizer.chat_template = None  # belongs to the flat layouts; ours is `conversation`
+        write_native_files(config, tokenizer, partial, str(dtype))
+        if layout == "vila":
+            native = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+            _write_json(partial / "config.json", vila_config(native))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

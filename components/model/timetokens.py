@@ -1,0 +1,92 @@
+"""Time tokens `<t0>`, `<t1>`, ... that divide a video evenly, and the loss that knows their order; spec section 3.3.
+
+They are ordinary tokens of the saved vocabulary: before stage 5 they are added with `add_time_tokens`, and from then
+on found by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from nvila.components.contracts.errors import ConfigError
+
+TIME_FORMAT = "<t{t}>"
+_TOKEN = re.compile(r"<t(\d+)>")
+_SECONDS = re.compile(r"<(\d+(?:\.\d+)?)>")
+
+
+def time_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of `<t0>`, `<t1>`, ... as far as the vocabulary has them without a gap."""
+    vocabulary = tokenizer.get_vocab()
+    names = takewhile(vocabulary.__contains__, (TIME_FORMAT.format(t=t) for t in count()))
+    return tuple(vocabulary[name] for name in names)
+
+
+def add_time_tokens(tokenizer: Any, number: int) -> None:
+    """Add `<t0>` to `<t{number - 1}>` to a saved tokenizer, in place, before the media markers are.
+
+    Raises:
+        ConfigError: the tokenizer has the media markers, which must stay the last tokens.
+    """
+    if "<image>" in tokenizer.get_vocab():
+        raise ConfigError("time tokens come before the media markers", do="Add them to the tokenizer as it is saved")
+    tokenizer.add_tokens([TIME_FORMAT.format(t=t) for t in range(number)])
+
+
+def soft_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, time_ids: Sequence[int], std: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of each token, where a time token's target is spread over its neighbours in time.
+
+    The target of time token t is p_j proportional to exp(-(id_t - id_j)^2 / (2 std^2)) over all time tokens j; other
+    tokens have the usual one.
+
+    Args:
+        logits: (n, V).
+        targets: (n,) token ids, none ignored.
+        time_ids: ids of the time tokens.
+        std: in token ids.
+
+    Returns:
+        (n,) in the dtype of `logits`; their mean is the loss.
+    """
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    times = torch.tensor(list(time_ids), device=targets.device)
+    timed = torch.isin(targets, times)
+    distance = (targets[timed, None] - times).to(logits.dtype)
+    wanted = torch.softmax(-(distance**2) / (2 * std**2), dim=-1)
+    soft = -(wanted * torch.log_softmax(logits[timed], dim=-1)[:, times]).sum(-1)
+    return losses.index_put((timed,), soft)
+
+
+def to_seconds(text: str, duration_seconds: float, number: int) -> str:
+    """`<t3>` in an answer to `<1.5>`: seconds with at most two decimals; what lies behind the end is the end.
+
+    Args:
+        text: an answer.
+        duration_seconds: of the video.
+        number: of time tokens; the last stands for the end.
+    """
+
+    def seconds(match: re.Match[str]) -> str:
+        t = int(match[1])
+        at = round(t * duration_seconds / (number - 1), 2) if t < number and number > 1 else duration_seconds
+        return f"<{at}>"
+
+    return _TOKEN.sub(seconds, text)
+
+
+def to_time_tokens(text: str, duration_seconds: float, number: int) -> str:
+    """`<1.5>` in a question or training answer to the nearest time token; the inverse of `to_seconds`."""
+
+    def token(match: re.Match[str]) -> str:
+        share = float(match[1]) / duration_seconds if duration_seconds else 0.0
+        return TIME_FORMAT.format(t=min(round(share * (number - 1)), number - 1))
+
+    return _SECONDS.sub(token, text)

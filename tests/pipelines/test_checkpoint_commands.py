@@ -1,0 +1,90 @@
+"""`nvila convert`, `nvila inspect` and `nvila infer` over a toy checkpoint, as a user starts them."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.model.checkpoint import save_native
+from nvila.components.model.config import ModelConfig
+from nvila.components.model.nvila import init_model
+from nvila.components.model.tokenizer import train_tokenizer
+
+Nvila = Callable[..., subprocess.CompletedProcess[str]]
+VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+LLM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig(
+        vision=VISION | {"image_size": 28, "patch_size": 14},
+        llm=LLM | {"vocab_size": 300, "intermediate_size": 64, "tie_word_embeddings": True},
+        projector="mlp_downsample",
+        vision_mode="dynamic_s2",
+        s2_scales=(28, 56),
+        s2_output_scale=-1,
+        max_tiles=6,
+        select_layer=-2,
+        max_length_tokens=256,
+        num_video_frames=4,
+        video_pool_sizes=((2, 1, 1),),
+    )
+    folder = tmp_path_factory.mktemp("toy")
+    tokenizer = train_tokenizer(["which digit is in row two"], 300)
+    save_native(init_model(config, tokenizer, 0), tokenizer, folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    (folder / "frames").mkdir()
+    for index in range(3):
+        Image.fromarray(pixels[index:]).save(folder / f"frames/{index}.png")
+    return folder
+
+
+def test_convert_inspect_and_infer(nvila: Nvila, toy: Path, tmp_path: Path) -> None:
+    """Prevents the commands from disagreeing about a checkpoint: both layouts are described and answer the same."""
+    done = nvila("convert", str(toy / "model"), "flat", "--to", "hf")
+    assert done.returncode == 0 and "native to hf" in done.stdout
+    shown, flat = nvila("inspect", str(toy / "model")).stdout, nvila("inspect", "flat").stdout
+    assert "5 to 7 tokens" in shown and "none of the published ones" in shown
+    differ = {a for a, b in zip(shown.splitlines(), flat.splitlines(), strict=True) if a != b}
+    assert [line.split() for line in differ] == [["layout", "native"]]
+    asked = ["--image", str(toy / "frames/0.png"), "Which digit?", "--max-new-tokens", "8"]
+    answers = [nvila("infer", model, *asked) for model in (str(toy / "model"), "flat")]
+    assert answers[0].returncode == 0 and answers[0].stdout == answers[1].stdout
+
+
+def test_wrong_places_and_names(nvila: Nvila, toy: Path) -> None:
+    """Prevents tracebacks for a place without a checkpoint and for an unknown layout."""
+    for arguments in (("inspect", "nowhere"), ("convert", str(toy / "model"), "x", "--to", "gguf")):
+        refused = nvila(*arguments)
+        assert refused.returncode == Exit.USER and refused.stderr.startswith("nvila: ") and not refused.stdout
+
+
+def test_infer_takes_media_in_order_and_several_questions(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents media from being sorted by kind, and a second question from forgetting the first and its answer."""
+    from typer.testing import CliRunner
+
+    from nvila.components.model.nvila import NVILA
+    from nvila.pipelines.cli import app
+
+    prompts = []
+    stream = NVILA.stream
+
+    def listening(self: NVILA, tokenizer: object, prompt: object, *args: object, **options: object) -> object:
+        prompts.append(prompt)
+        return stream(self, tokenizer, prompt, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(NVILA, "stream", listening)
+    media = ["--video", str(toy / "frames"), "--image", str(toy / "frames/1.png"), "--video", str(toy / "frames")]
+    asked = [str(toy / "model"), *media, "First?", "And <image> here?", "--max-new-tokens", "6", "--system", ""]
+    result = CliRunner().invoke(app, ["infer", *asked], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.endswith("\n")
+    first, second = prompts
+    assert [visual.kind for visual in first.visuals] == ["video", "image"]
+    assert [visual.kind for visual in second.visuals] == ["video", "image", "video"]
+    assert [turn.role for turn in second.turns] == ["human", "gpt", "human"] and second.system == ""
+    assert result.stdout == "".join(f"{text}\n" for text in (second.turns[1].text, result.stdout.splitlines()[-1]))
