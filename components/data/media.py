@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.data.seek import decode_at
 
 if TYPE_CHECKING:
     import av.container
@@ -87,8 +88,9 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
 def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> list[Image.Image]:
     """`frames` RGB frames at round(linspace(0, n - 1, frames)) of the n that decode; short videos repeat frames.
 
-    Spec section 1.9. `path` is a video file or a folder of frames, which are taken in the order of their names. What
-    follows the first damaged place of a file is not used; `validate` quarantines such files before training.
+    Spec section 1.9. `path` is a video file or a folder of frames, which are taken in the order of their names. Only
+    the groups of pictures that hold the wanted frames are decoded. Where one of them is damaged, the frames are chosen
+    among those before the first damage of the file; `validate` quarantines such files before training.
 
     Raises:
         MediaError: missing, larger than the limits, or without a single frame.
@@ -97,6 +99,9 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
         names = _frame_files(path, limits)
         return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
     _check_file(path, limits)
+    sought = _seek(path, limits, lambda count: sample_indices(count, frames))
+    if sought is not None:
+        return sought
     count = _count_packets(path, limits)
     while count:
         wanted = set(sample_indices(count, frames))
@@ -125,6 +130,9 @@ def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image
             return load_image(names[index], limits)
         raise MediaError("undecodable", "the folder has fewer frames", path, index)
     _check_file(path, limits)
+    sought = _seek(path, limits, lambda count: [index] if index < count else [])
+    if sought is not None:
+        return sought[0]
     for position, frame in enumerate(_decode(path, limits, strict=False)):
         if position == index:
             return _upright(frame)
@@ -258,6 +266,19 @@ def _count_packets(path: Path, limits: Limits) -> int:
             if count > limits.max_frames:
                 raise MediaError("too_long", f"more than {limits.max_frames} frames", path)
         return count
+
+
+def _seek(path: Path, limits: Limits, choose: Callable[[int], Sequence[int]]) -> list[Image.Image] | None:
+    """The frames that `choose` names out of their number; None where only decoding from the beginning finds them."""
+    with _opened(path, limits) as container:
+        found = decode_at(container, choose, limits.max_seconds, limits.max_frames)
+        if found is None:
+            return None
+        chosen, frames = found
+        for frame in frames.values():
+            _check_pixels(frame.width, frame.height, path, limits)
+        pictures = {place: _upright(frame) for place, frame in frames.items()}
+        return [pictures[place] for place in chosen]
 
 
 def _decode(path: Path, limits: Limits, *, strict: bool) -> Iterator[av.video.frame.VideoFrame]:
