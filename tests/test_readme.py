@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -147,6 +148,49 @@ def test_the_recipe_snippet_makes_a_recipe() -> None:
         stage["data"] = {"plates.sft": 1}
     content["evaluate"] |= {"sources": ["plates"], "gate": {"min_accuracy": {"plates": 0.5}}}
     assert [source.name for source in parse_recipe(content).data.sources] == ["plates"]
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first program that a user of the library writes is this one."""
+    from PIL import Image
+
+    from nvila.components.model.checkpoint import save_native
+    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.nvila import init_model
+    from nvila.components.model.tokenizer import train_tokenizer
+
+    tower = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = ModelConfig(
+        vision=tower | {"image_size": 28, "patch_size": 14, "vision_use_head": False},
+        llm=decoder | {"vocab_size": 300, "intermediate_size": 64, "max_position_embeddings": 512},
+        projector="mlp_downsample",
+        vision_mode="dynamic_s2",
+        s2_scales=(28, 56),
+        s2_output_scale=-1,
+        max_tiles=6,
+        select_layer=-2,
+        max_length_tokens=256,
+        num_video_frames=4,
+        video_pool_sizes=((1, 1, 1),),
+    )
+    tokenizer = train_tokenizer(["What is shown? A plate"], 300)
+    save_native(init_model(config, tokenizer, seed=0), tokenizer, tmp_path / "model")
+    Image.new("RGB", (80, 50), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(_snippet("python"), names)
+    assert isinstance(names["answer"], str)
+    assert tokenizer.decode(names["supervised"]) == "A plate<|im_end|>"
+    assert list((tmp_path / "converted").glob("*.safetensors"))
+
+
+def test_the_named_functions_exist() -> None:
+    """A function that was moved would be looked for in vain."""
+    named = re.findall(r"`(nvila\.[\w.]+)`", README)
+    assert len(named) >= 10
+    for name in named:
+        pkgutil.resolve_name(name)
 
 
 def test_exit_codes_are_all_there() -> None:
