@@ -97,8 +97,12 @@ def test_nvila_commands_parse(document: str) -> None:
 
 
 def _any_arguments(command: Any) -> list[str]:
-    """For a bare mention of a command: something for each argument that it requires."""
-    return ["x" for parameter in command.params if parameter.required]
+    """For a bare mention of a command: something for each argument and option that it requires."""
+    filled = []
+    for parameter in (parameter for parameter in command.params if parameter.required):
+        value = "hf" if parameter.name == "to" else "x"
+        filled += [parameter.opts[0], value] if parameter.param_type_name == "option" else [value]
+    return filled
 
 
 def test_the_overrides_of_the_text_fit_the_recipe() -> None:
