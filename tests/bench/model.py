@@ -28,7 +28,7 @@ from nvila.components.model.variants import SIGLIP, VARIANTS
 from nvila.components.model.visual import token_count
 
 Measured = tuple[str, str, float, float, str]
-SECONDS, FRAMES_PER_SECOND, SIZE = 600, 30, (160, 90)
+SECONDS, FRAMES_PER_SECOND, SIZE = 600, 30, (320, 180)
 
 
 def rows() -> list[Measured]:
