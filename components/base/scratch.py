@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
@@ -17,6 +19,8 @@ from nvila.components.model.tokenizer import train_tokenizer
 
 def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) -> dict[str, Any]:
     """Make the model and save it to `folder`; returns what is worth showing of it."""
+    # The matrices are too small to share: the tiny tower took 87 s on two threads and 70 s on one.
+    torch.set_num_threads(1)
     base = settings.base
     table = samples.path("samples.parquet")
     texts = [
