@@ -146,8 +146,6 @@ def _features(model: NVILA, tiles: torch.Tensor) -> torch.Tensor:
 
 def _jitter(tiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Each tile moved by up to `SHIFT` of its side and scaled by up to `SCALE`: a small tower must not learn places.
-
-    Without it a tower of 28-pixel tiles knew 0.83 of unseen shapes where with it it knew 0.95.
     """
     n = len(tiles)
     theta = torch.zeros(n, 2, 3)
