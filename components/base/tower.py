@@ -145,8 +145,7 @@ def _features(model: NVILA, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def _jitter(tiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each tile moved by up to `SHIFT` of its side and scaled by up to `SCALE`: a small tower must not learn places.
-    """
+    """Each tile moved by up to `SHIFT` of its side and scaled by up to `SCALE`: a small tower must not learn places."""
     n = len(tiles)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + SCALE * (2 * torch.rand(n, generator=generator) - 1)
