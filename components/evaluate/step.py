@@ -49,12 +49,13 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     """
     from nvila.components.metrics.answers import Questions, answers
     from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.device import default_device
     from nvila.components.model.feed import Feed
 
-    began = time.monotonic()
+    began, device = time.monotonic(), default_device()
     tasks, table = settings.evaluate, inputs["samples"].path("samples.parquet")
     known = QuestionOnly(read_samples(table, split="sft", sources=tasks.sources))
-    model, tokenizer = load_native(inputs[STAGES[-1]].dir("model"), dtype="bfloat16")
+    model, tokenizer = load_native(inputs[STAGES[-1]].dir("model"), dtype="bfloat16", device=device)
     feed = Feed(tokenizer, model.config)
     asked = {source: Questions.prepare(heldout(table, source, tasks, settings.seed), feed) for source in tasks.sources}
     how: dict[str, Any] = {"batch": tasks.batch, "max_new_tokens": tasks.max_new_tokens}
@@ -68,7 +69,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         values["accuracy"][source] = _beside_baselines(questions.samples, said, known)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
     for stage in STAGES[:-1]:
-        model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16")
+        model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16", device=device)
         values["stages"][stage] = {}
         for source, questions in asked.items():
             prompts = questions.prompts("own", tasks.stage_limit)

@@ -22,6 +22,7 @@ from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import is_correct
 from nvila.components.metrics.answers import Questions, answers
 from nvila.components.model.checkpoint import load_native
+from nvila.components.model.device import default_device
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA, resized_decoder, token_logprobs
 
@@ -54,12 +55,12 @@ def work(job: Work) -> None:
     what = job.name if job.fold is None else f"{job.name} reference, fold {job.fold}"
     samples = read_samples(Path(job.samples), split="sft", sources=job.sources)
     if job.reference.path:
-        model, tokenizer = load_native(fetch(job.reference.path), dtype="bfloat16")
+        model, tokenizer = load_native(fetch(job.reference.path), dtype="bfloat16", device=default_device())
         scored = samples
     else:
         model, tokenizer = load_native(Path(job.base))
         sizes = job.reference.decoder.model_dump(exclude={"vocabulary"})
-        model = resized_decoder(model, sizes, seed=job.seed)
+        model = resized_decoder(model, sizes, seed=job.seed).to(default_device())
         scored = [s for s in samples if fold_of(s) == job.fold]
         others = [s for s in samples if fold_of(s) != job.fold]
         if not others:
@@ -91,7 +92,7 @@ def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, what: 
     model.prepare_for_training()
     for step, batch in enumerate(feed.batches(order, reference.batch, workers=0)):
         with torch.autocast(model.device.type, torch.bfloat16):
-            loss = model(**batch.forward_arguments()).loss
+            loss = model(**batch.to(model.device).forward_arguments()).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -43,6 +43,7 @@ def train(job: Job, stop: StopRequest) -> None:
     import torch
 
     from nvila.components.model.checkpoint import load_native, save_native
+    from nvila.components.model.device import default_device
     from nvila.components.model.feed import Feed
     from nvila.components.train.data import stage_samples
     from nvila.components.train.engine import start
@@ -52,7 +53,7 @@ def train(job: Job, stop: StopRequest) -> None:
     out, stage = Path(job.out), job.stage
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model, tokenizer = load_native(Path(job.model), dtype="float32", device=device)
     config = model.config
     model.config = replace(config, max_length_tokens=min(config.max_length_tokens, stage.max_length_tokens))
