@@ -51,7 +51,7 @@ ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000)
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 .PHONY: golden
-golden: $(MAIN) ## Write the golden files anew; look at the diff
+golden: $(MAIN) ## Write the golden files and the chart's pipeline anew; look at the diff
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py
 
 .PHONY: docs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
@@ -55,6 +55,20 @@ def run(
 def compile_(
     out: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lifecycle.yaml"),
     image: Annotated[str, typer.Option(help="Container image of the steps, pinned by digest if you can.")] = "",
+    quantize_image: Annotated[
+        str, typer.Option(help="Image of quantize, evaluate-quantized and rollout: the first one, and vLLM.")
+    ] = "",
+    launch: Annotated[
+        Literal["jobs", "pods", "cpu"],
+        typer.Option(
+            help="jobs: training, pruning and evaluation become training jobs. pods: every step works in its own pod, "
+            "with GPUs. cpu: the same without GPUs, for micro and tiny."
+        ),
+    ] = "jobs",
+    format: Annotated[
+        Literal["pipeline", "manifests"],
+        typer.Option(help="pipeline: a file for the UI. manifests: Pipeline and PipelineVersion resources."),
+    ] = "pipeline",
 ) -> None:
     """Write the pipeline for a Kubeflow cluster.
 
@@ -62,7 +76,9 @@ def compile_(
     """
     from nvila.pipelines.cluster import compile_pipeline
 
-    size = compile_pipeline(out, **({"image": image} if image else {}))
+    images = {"image": image, "quantize_image": quantize_image}
+    given = {option: name for option, name in images.items() if name}
+    size = compile_pipeline(out, **given, launch=launch, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
 
 

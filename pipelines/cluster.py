@@ -1,35 +1,55 @@
-"""Compiles the same pipeline for a Kubeflow cluster: resources, volumes, image, and a check of every reference."""
+"""Compiles the same pipeline for a Kubeflow cluster: images, resources, volumes, environment, retries; then checks it.
+
+A heavy step (train, prune, evaluate) does its work in a training job where the site has a launcher, and its own pod
+only starts and watches that job. So what its pod asks for depends on how the pipeline was compiled, see `Launch`.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from kfp import compiler, kubernetes
+from google.protobuf.json_format import MessageToDict
+from kfp import kubernetes
 from kfp.dsl.pipeline_task import PipelineTask
 
 from nvila.components.contracts.errors import ConfigError, NvilaError
-from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
-from nvila.components.runner.image import IMAGE
+from nvila.components.contracts.manifest import digest_json
+from nvila.components.resolve.step import ROOT_VARIABLE
+from nvila.components.runner.execute import RUN_ID_VARIABLE, RUN_VARIABLE, STORE_VARIABLE
+from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.pipelines import site
 from nvila.pipelines.lifecycle import build
+from nvila.pipelines.references import dangling_references
 
+Launch = Literal["jobs", "pods", "cpu"]
+"""`jobs`: heavy steps start a training job and their pods are small. `pods`: every step works in its own pod, with
+GPUs; for clusters without Kubeflow Trainer. `cpu`: the same without GPUs, enough for the recipes `micro` and `tiny`."""
+Format = Literal["pipeline", "manifests"]
+"""`pipeline`: KFP's own YAML, for the UI and its API. `manifests`: Pipeline and PipelineVersion resources."""
+NAME = "nvila-lifecycle"
+"""Of the Pipeline resource, and of the pipeline that `nvila submit` uploads."""
 SIZE_LIMIT_BYTES = 400 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
-VOLUME_CLAIM = "nvila"
-"""Claim (read-write-many) that holds the store and the run folders, mounted in every step."""
-MOUNT = "/nvila"
+RETRIES = 2
+"""For a pod that was lost. A wrong input or a refusal has left a tombstone in the store: its retry ends at once."""
+QUICK_SECONDS = 3600
+"""Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
+QUICK = frozenset({"resolve", "preflight", "gate", "gate-quantized", "report"})
+EXIT_STEPS = frozenset({"report"})
+"""KFP retries no exit task."""
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a step asks of the cluster: its request and its limit."""
 
-    cpus: int = 2
-    memory_gib: int = 8
+    cpus: int = 1
+    memory_gib: int = 4
     gpus: int = 0
     shared_memory_gib: int = 0
     """Size of /dev/shm, for data-loading workers and NCCL; part of the memory."""
@@ -38,106 +58,122 @@ class Resources:
 SMALL = Resources()
 ONE_GPU = Resources(cpus=12, memory_gib=160, gpus=1, shared_memory_gib=16)
 WHOLE_NODE = Resources(cpus=96, memory_gib=1200, gpus=8, shared_memory_gib=128)
-RESOURCES = {
-    "validate": Resources(cpus=16, memory_gib=64),
-    "base": ONE_GPU,
+HEAVY = {
     "prune-image": ONE_GPU,
     "prune-video": ONE_GPU,
     **{f"train-{stage}": WHOLE_NODE for stage in range(1, 6)},
     "evaluate": ONE_GPU,
+}
+"""Steps that a launcher can move into a training job."""
+IN_POD = {
+    "validate": Resources(cpus=16, memory_gib=64),
+    "base": Resources(cpus=8, memory_gib=128),
     "quantize": ONE_GPU,
     "evaluate-quantized": ONE_GPU,
-    "rollout": ONE_GPU,
+    "rollout": SMALL,
 }
-"""By step; a step that is not named is small."""
+"""Steps that always work in their own pod."""
 
 
-def compile_pipeline(path: Path, image: str = IMAGE) -> int:
-    """Write the pipeline as KFP YAML and return its size in bytes.
+def resources(step: str, launch: Launch) -> Resources:
+    """What the pod of a step asks for; a step that is not named is small."""
+    if launch == "cpu":
+        return SMALL
+    return ((HEAVY if launch == "pods" else {}) | IN_POD).get(step, SMALL)
+
+
+def compile_pipeline(
+    path: Path,
+    image: str = IMAGE,
+    quantize_image: str = QUANTIZE_IMAGE,
+    *,
+    launch: Launch = "jobs",
+    format: Format = "pipeline",
+) -> int:
+    """Write the pipeline as YAML and return its size in bytes.
 
     Raises:
-        ConfigError: the image has white space in it.
+        ConfigError: an image has white space in it.
         NvilaError: a reference leads nowhere, or the file is too large; both are faults of ours.
     """
-    if not image or re.search(r"\s", image):
-        raise ConfigError("not a container image", where="--image", value=image)
-    partial = path.with_name(f".{path.name}.partial.yaml")
+    spec, platform = compiled(image, quantize_image, launch=launch)
+    documents = [spec, platform] if format == "pipeline" else manifests(spec, platform)
+    text = yaml.safe_dump_all(documents, sort_keys=True)
+    size_bytes = len(text.encode())
+    if size_bytes >= SIZE_LIMIT_BYTES:
+        raise NvilaError("the compiled pipeline is too large", value=size_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        compiler.Compiler().compile(build(_place), str(partial))
-        documents = list(yaml.safe_load_all(partial.read_text(encoding="utf-8")))
-        for executor in documents[0]["deploymentSpec"]["executors"].values():
-            executor["container"]["image"] = image
-        if dangling := list(dangling_references(documents[0])):
-            raise NvilaError("the compiled pipeline has references that lead nowhere", value=dangling)
-        partial.write_text(yaml.safe_dump_all(documents, sort_keys=True), encoding="utf-8")
-        size_bytes = partial.stat().st_size
-        if size_bytes >= SIZE_LIMIT_BYTES:
-            raise NvilaError("the compiled pipeline is too large", value=size_bytes)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
     return size_bytes
 
 
-def dangling_references(spec: Mapping[str, Any]) -> Iterator[str]:
-    """References between tasks, inputs, outputs and components that lead nowhere; KFP's own loader accepts them."""
-    components = spec["components"]
-    executors = spec["deploymentSpec"]["executors"]
-    for name, component in {"root": spec["root"], **components}.items():
-        if "executorLabel" in component and component["executorLabel"] not in executors:
-            yield f"{name}: executor {component['executorLabel']}"
-        for task_name, task in component.get("dag", {}).get("tasks", {}).items():
-            for problem in _dangling_in_task(task, component, components):
-                yield f"{name}/{task_name}: {problem}"
+def compiled(
+    image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE, *, launch: Launch = "jobs"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pipeline's specification and its platform part (volumes, environment), checked.
+
+    Raises:
+        ConfigError: an image has white space in it.
+        NvilaError: a reference leads nowhere.
+    """
+    images = {IMAGE: image, QUANTIZE_IMAGE: quantize_image}
+    for option, name in (("--image", image), ("--quantize-image", quantize_image)):
+        if not name or re.search(r"\s", name):
+            raise ConfigError("not a container image", where=option, value=name)
+    pipeline = build(lambda task, step: _place(task, step, launch))
+    spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
+    for executor in spec["deploymentSpec"]["executors"].values():
+        executor["container"]["image"] = images[executor["container"]["image"]]
+    if dangling := list(dangling_references(spec)):
+        raise NvilaError("the compiled pipeline has references that lead nowhere", value=dangling)
+    return spec, platform
 
 
-def _dangling_in_task(
-    task: Mapping[str, Any], parent: Mapping[str, Any], components: Mapping[str, Any]
-) -> Iterator[str]:
-    siblings = parent["dag"]["tasks"]
-    own = components.get(task["componentRef"]["name"])
-    if own is None:
-        yield f"component {task['componentRef']['name']}"
-        return
-    yield from (f"dependent task {name}" for name in task.get("dependentTasks", []) if name not in siblings)
-    for group in ("parameters", "artifacts"):
-        declared = own.get("inputDefinitions", {}).get(group, {})
-        given = task.get("inputs", {}).get(group, {})
-        yield from (f"{group}: {key} is not an input" for key in given if key not in declared)
-        required = {
-            key for key, value in declared.items() if not value.get("isOptional") and "defaultValue" not in value
+def manifests(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pipeline and PipelineVersion resources (pipelines.kubeflow.org/v2beta1), for KFP's Kubernetes-native mode.
+
+    A version cannot be changed once it exists, so its name carries the digest of what is in it.
+    """
+    version = f"{NAME}-{digest_json([spec, platform])[:12]}"
+    description = spec["pipelineInfo"].get("description", "")
+    return [
+        {
+            "apiVersion": "pipelines.kubeflow.org/v2beta1",
+            "kind": kind,
+            "metadata": {"name": name},
+            "spec": {"displayName": display_name, "description": description, **rest},
         }
-        yield from (f"{group}: {key} is not given" for key in sorted(required - set(given)))
-        for key, source in given.items():
-            if not _resolves(source, group, parent, siblings, components):
-                yield f"{group}: {key} <- {source}"
+        for kind, name, display_name, rest in (
+            ("Pipeline", NAME, spec["pipelineInfo"]["displayName"], {}),
+            (
+                "PipelineVersion",
+                version,
+                version,
+                {"pipelineName": NAME, "pipelineSpec": dict(spec), "platformSpec": dict(platform)},
+            ),
+        )
+    ]
 
 
-def _resolves(
-    source: Mapping[str, Any],
-    group: str,
-    parent: Mapping[str, Any],
-    siblings: Mapping[str, Any],
-    components: Mapping[str, Any],
-) -> bool:
-    """Whether what feeds an input exists: an input of the surrounding DAG, another task's output, or a constant."""
-    for kind in ("componentInputParameter", "componentInputArtifact"):
-        if kind in source:
-            return source[kind] in parent.get("inputDefinitions", {}).get(group, {})
-    for kind, key in (("taskOutputParameter", "outputParameterKey"), ("taskOutputArtifact", "outputArtifactKey")):
-        if kind in source:
-            producer = siblings.get(source[kind]["producerTask"])
-            made = components.get(producer["componentRef"]["name"], {}) if producer else {}
-            return source[kind][key] in made.get("outputDefinitions", {}).get(group, {})
-    if "taskFinalStatus" in source:
-        return source["taskFinalStatus"]["producerTask"] in siblings
-    return "runtimeValue" in source
+def _place(task: PipelineTask, step: str, launch: Launch) -> None:
+    """Everything that only a cluster knows of a task."""
+    _ask(task, resources(step, launch))
+    if step not in EXIT_STEPS:
+        task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="300s")
+    if step in QUICK:
+        kubernetes.set_timeout(task, QUICK_SECONDS)
+    kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
+    kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
+    keys = [key for key in site.CONFIG_KEYS if key != site.LAUNCH_KEY or launch == "jobs"]
+    kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in keys}, optional=True)
+    kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
+    kubernetes.use_field_path_as_env(task, env_name=RUN_ID_VARIABLE, field_path="metadata.labels['pipeline/runid']")
+    task.set_env_variable(STORE_VARIABLE, f"{site.MOUNT}/store")
+    task.set_env_variable(RUN_VARIABLE, f"{site.MOUNT}/runs/${RUN_ID_VARIABLE}")
+    task.set_env_variable(ROOT_VARIABLE, site.MOUNT)
 
 
-def _place(task: PipelineTask, step: str) -> None:
-    """Resources, the shared volume, and where the store and the run's folder lie on it."""
-    wanted = RESOURCES.get(step, SMALL)
+def _ask(task: PipelineTask, wanted: Resources) -> None:
     task.set_cpu_request(str(wanted.cpus)).set_cpu_limit(str(wanted.cpus))
     task.set_memory_request(f"{wanted.memory_gib}Gi").set_memory_limit(f"{wanted.memory_gib}Gi")
     if wanted.gpus:
@@ -146,7 +182,3 @@ def _place(task: PipelineTask, step: str) -> None:
         kubernetes.empty_dir_mount(
             task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=f"{wanted.shared_memory_gib}Gi"
         )
-    kubernetes.mount_pvc(task, pvc_name=VOLUME_CLAIM, mount_path=MOUNT)
-    kubernetes.use_field_path_as_env(task, env_name="NVILA_RUN_ID", field_path="metadata.labels['pipeline/runid']")
-    task.set_env_variable(STORE_VARIABLE, f"{MOUNT}/store")
-    task.set_env_variable(RUN_VARIABLE, f"{MOUNT}/runs/$NVILA_RUN_ID")

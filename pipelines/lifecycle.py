@@ -42,17 +42,20 @@ def build(place: Place = lambda task, step: None) -> GraphComponent:
         data_uri: str = "",
         model_name: str = "",
         keep_ratio: float = 0.0,
-        target: str = "",
+        target: str = "none",
         overrides: str = "{}",
     ) -> None:
         """Validate, prune, train in five stages, evaluate, quantize, register and roll out one NVILA.
 
         Args:
-            recipe: name of a shipped recipe, or the text of one (YAML).
-            data_uri: folder that holds one folder per source of the recipe; empty takes the recipe's own paths.
+            recipe: micro, tiny, nvila-15b, nvila-8b, nvila-8b-reference, nvila-8b-video, nvila-lite-2b or
+                nvila-lite-8b; or the YAML text of your own recipe.
+            data_uri: folder that holds one folder per source of the recipe; a relative one begins at the shared volume.
+                Empty takes the recipe's own paths.
             model_name: name in the model registry; empty takes the recipe's.
             keep_ratio: share of the SFT data that pruning keeps, above 0 up to 1; 0 takes the recipe's.
-            target: where to serve, `local` or `none`; empty takes the recipe's.
+            target: where to serve: none registers the model only, local starts a server beside the run (not on a
+                cluster); empty takes the recipe's.
             overrides: JSON object laid over the recipe, such as {"evaluate": {"limit": 200}}.
         """
         with dsl.ExitHandler(add(report, "report"), name="run"):

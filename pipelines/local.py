@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.recipe.recipe import Recipe, slices
+from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.preflight import step as preflight
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
@@ -47,12 +47,11 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
     needs = preflight.Settings.model_validate(slices(checked)["preflight"])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     run_dir = _new_run(runs.absolute(), checked.name)
-    return _run_checked(checked, form, run_dir, store.absolute())
+    return _run_checked(form, run_dir, store.absolute())
 
 
-def _run_checked(recipe: Recipe, form: Form, run_dir: Path, store: Path) -> int:
-    demo = [source.model_dump(mode="json") for source in recipe.data.sources if source.demo]
-    write_atomic(run_dir / ARGUMENTS, json.dumps({"arguments": form.model_dump(), "demo_sources": demo}, indent=1))
+def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
+    write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"run {run_dir.name}: what the steps print goes to {_short(run_dir / LOG)}", highlight=False)
     began = time.monotonic()
@@ -127,7 +126,7 @@ class _Stop:
 
 
 def _exit_code(finished: Finished, worker_code: int) -> Exit:
-    """That of the first step that did not come through; else the worker's own (75, or 2 for demonstration data)."""
+    """That of the first step that did not come through; else the worker's own."""
     if worker_code == Exit.PREEMPTED:
         return Exit.PREEMPTED
     if finished.failed:

@@ -2,7 +2,7 @@
 
 STEPS = {
     "resolve": "checks the recipe and cuts it into one slice per step",
-    "preflight": "memory, disk, package versions, data files and the serving port, before anything long starts",
+    "preflight": "demonstration data; then memory, disk, versions, data files and port, before anything long starts",
     "validate": "every record of every source against Great Expectations; spoilt ones go to quarantine with a reason",
     "base": "the model that stage 1 starts from: published weights, or a small one made here",
     "prune-image": "DeltaLoss scores of the image SFT data by two reference models; the best of each source stay",

@@ -66,14 +66,11 @@ class Watch:
         """Read the files and show what is new."""
         states = read_states(self._run_dir)
         if self._live:
-            self._live.update(Group(self._title(states), step_table(states)))
+            self._live.update(Group(self._title(), step_table(states)))
         else:
             self._lines(states)
 
-    def _title(self, states: list[StepState]) -> str:
-        data = _json(self._run_dir / "progress" / "data.json")
-        if data and all(state.status == "waiting" for state in states):
-            return f"building demonstration data: {_progress(data)}"
+    def _title(self) -> str:
         return f"{self._run_dir.name}  {time.time() - self._began:.0f} s"
 
     def _lines(self, states: list[StepState]) -> None:
@@ -84,7 +81,7 @@ class Watch:
                 self._say(f"{state.name}: {state.status}{took}")
         if time.monotonic() - self._spoke > PROGRESS_EVERY_SECONDS:
             running = [f"{s.name}: {s.note or 'running'} [{s.seconds:.0f} s]" for s in states if s.status == "running"]
-            self._say("; ".join(running) or self._title(states))
+            self._say("; ".join(running) or self._title())
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()

@@ -1,4 +1,8 @@
-"""What a step is: a module with `Settings`, `run(settings, inputs, out)` and, where it reads the world, `external`."""
+"""What a step is: a module with `Settings` and `run(settings, inputs, out)`.
+
+Where it reads the world outside the store it has `external(settings) -> dict`, digests of what it reads; where
+something has to be made there before these are taken, `prepare(settings)`, which does nothing the second time.
+"""
 
 from __future__ import annotations
 

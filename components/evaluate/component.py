@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from nvila.components.runner.image import IMAGE
+from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
@@ -33,7 +33,7 @@ def evaluate(
     out.metadata.update(execute(step, "nvila.components.evaluate.step", slices.path, inputs, out.path))
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=QUANTIZE_IMAGE, install_kfp_package=False)
 def evaluate_quantized(
     step: str,
     slices: dsl.Input[dsl.Artifact],

@@ -7,7 +7,7 @@ from nvila.components.runner.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def preflight(step: str, slices: dsl.Input[dsl.Artifact], out: dsl.Output[dsl.Artifact]) -> None:
-    """Check memory, disk, package versions, data files and the serving port."""
+    """Build demonstration data; check memory, disk, package versions, data files and the serving port."""
     from nvila.components.runner.execute import execute
 
     out.metadata.update(execute(step, "nvila.components.preflight.step", slices.path, {}, out.path))

@@ -13,9 +13,10 @@ from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
+from nvila.components.data.demo import ensure
 from nvila.components.preflight import checks
 from nvila.components.preflight.port import port_problem
-from nvila.components.runner.execute import Place
+from nvila.components.runner.execute import Place, on_cluster
 from nvila.components.serve.environment import serve_python
 
 
@@ -27,6 +28,16 @@ class Settings(Section):
     needs: Needs
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
+
+
+def prepare(settings: Settings) -> None:
+    """Build the demonstration sources that are not there yet.
+
+    Raises:
+        ConfigError: something else lies where one should be.
+    """
+    for source in settings.data.sources:
+        ensure(source)
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
@@ -62,16 +73,27 @@ def problems(settings: Settings, runs: Path, store: Path, *, demo_can_be_built: 
         demo_can_be_built: pass over demonstration sources that are not there yet.
     """
     found = checks.python_problems()
-    found += checks.memory_problems(settings.needs.memory_bytes)
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
-    found += checks.package_problems()
     found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
+    # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
+    return found + (_pod_problems(settings) if on_cluster() else _machine_problems(settings, runs))
+
+
+def _machine_problems(settings: Settings, runs: Path) -> list[str]:
+    found = checks.memory_problems(settings.needs.memory_bytes)
+    found += checks.package_problems()
     if settings.rollout.target == "local":
         problem = port_problem(settings.rollout.host, settings.rollout.port, runs / "serving")
         found += [problem] if problem else []
     if settings.vllm:
         found += _serving_problems()
     return found
+
+
+def _pod_problems(settings: Settings) -> list[str]:
+    if settings.rollout.target == "local":
+        return ["rollout.target: a server that the target local starts in a pod would end with the pod; give none"]
+    return []
 
 
 def refuse(found: list[str]) -> None:

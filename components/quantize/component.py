@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from nvila.components.runner.image import IMAGE
+from nvila.components.runner.image import QUANTIZE_IMAGE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=QUANTIZE_IMAGE, install_kfp_package=False)
 def quantize(
     step: str,
     slices: dsl.Input[dsl.Artifact],

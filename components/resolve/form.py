@@ -63,12 +63,13 @@ def read_recipe(recipe: str) -> str:
     return recipe_text(recipe)
 
 
-def fill_in(form: Form, where: str = "recipe") -> Recipe:
+def fill_in(form: Form, where: str = "recipe", root: str = "") -> Recipe:
     """The recipe with the form's fields and overrides laid over it.
 
     Args:
         form: the pipeline's parameters.
         where: what messages call the recipe when it is given as text.
+        root: folder that its relative paths begin at; empty leaves them relative.
 
     Raises:
         ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
@@ -85,7 +86,8 @@ def fill_in(form: Form, where: str = "recipe") -> Recipe:
     content = merge(content, _overrides(form.overrides))
     if form.data_uri:
         content = _move_data(content, form.data_uri)
-    return parse_recipe(content, where=where)
+    recipe = parse_recipe(content, where=where)
+    return _rooted(recipe, Path(root)) if root else recipe
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -101,6 +103,20 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError("a recipe is a mapping of sections", where=where, value=content)
     return content
+
+
+def _rooted(recipe: Recipe, root: Path) -> Recipe:
+    """The recipe with every relative path of a folder made absolute."""
+    content = recipe.model_dump(mode="json", by_alias=True)
+    base, prune = content["model"]["base"], content["prune"]
+    for section, key in (
+        *((source, "path") for source in content["data"]["sources"]),
+        *((base, part) for part in ("vision_tower", "llm")),
+        *((prune[name], "path") for name in ("small", "large")),
+    ):
+        if section[key] and "://" not in section[key]:
+            section[key] = str(root / section[key])
+    return parse_recipe(content)
 
 
 def _overrides(text: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.resolve.form import Form, fill_in, recipe_text
 
 Settings = Form
+ROOT_VARIABLE = "NVILA_ROOT"
+"""Environment variable that the compiled pipeline sets: the folder that relative paths of a recipe begin at. Without it
+that is the working directory."""
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of the recipe's text: a shipped recipe may change under its name."""
-    return {"recipe": hashlib.sha256(recipe_text(settings["recipe"]).encode()).hexdigest()}
+    """Digest of the recipe's text, for a shipped recipe may change under its name; and where its paths begin."""
+    digest = hashlib.sha256(recipe_text(settings["recipe"]).encode()).hexdigest()
+    return {"recipe": digest, "root": os.environ.get(ROOT_VARIABLE, "")}
 
 
 def run(settings: Form, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
@@ -26,7 +31,7 @@ def run(settings: Form, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
     Raises:
         ConfigError: names the dotted option and the nearest right key.
     """
-    recipe = fill_in(settings)
+    recipe = fill_in(settings, root=os.environ.get(ROOT_VARIABLE, ""))
     return Outcome(
         kind="slices", values={"recipe": recipe.model_dump(mode="json", by_alias=True), "slices": slices(recipe)}
     )

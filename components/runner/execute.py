@@ -26,6 +26,8 @@ STORE_VARIABLE = "NVILA_STORE"
 """Environment variable: root of the store (default `store`)."""
 RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
+RUN_ID_VARIABLE = "NVILA_RUN_ID"
+"""Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
 ALWAYS = frozenset({"register", "rollout", "report"})
 """Steps that act on the world, or describe this very run: they are never skipped."""
 
@@ -92,6 +94,11 @@ def execute(
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
 
 
+def on_cluster() -> bool:
+    """Whether this process is a step's pod of the compiled pipeline."""
+    return RUN_ID_VARIABLE in os.environ
+
+
 def perform(
     place: Place, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
 ) -> tuple[Manifest, bool]:
@@ -101,6 +108,9 @@ def perform(
         NvilaError: what the step raised; exit codes 2 and 3 leave a tombstone for retries within the same run.
     """
     code = importlib.import_module(module)
+    if hasattr(code, "prepare"):
+        with progress_to(place.run_dir / "progress" / f"{step}.json"):
+            code.prepare(code.Settings.model_validate(settings))
     external = code.external(settings) if hasattr(code, "external") else None
     key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)
     store = place.store

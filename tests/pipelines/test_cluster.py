@@ -1,4 +1,4 @@
-"""The compiled pipeline. `make golden` writes tests/golden/lifecycle.json anew."""
+"""The compiled pipeline. `make golden` writes tests/golden/lifecycle.json and the chart's copies anew."""
 
 import copy
 import json
@@ -10,22 +10,33 @@ import pytest
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.pipelines.cluster import SIZE_LIMIT_BYTES, compile_pipeline, dangling_references
+from nvila.components.resolve.form import shipped
+from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.pipelines import site
+from nvila.pipelines.cluster import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled
+from nvila.pipelines.references import dangling_references
 from nvila.pipelines.steps import STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lifecycle.json"
+CHART_FILES = Path(__file__).parents[2] / "charts" / "nvila-platform" / "files"
+QUANTIZING = {"quantize", "evaluate-quantized", "rollout"}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("compiled") / "lifecycle.yaml"
-    compile_pipeline(path, image="registry.example/nvila@sha256:0")
-    return path
+def documents() -> tuple[dict[str, Any], dict[str, Any]]:
+    return compiled("registry.example/nvila@sha256:0", "registry.example/nvila-quantize@sha256:1")
 
 
 @pytest.fixture(scope="module")
-def spec(compiled: Path) -> dict[str, Any]:
-    return next(yaml.safe_load_all(compiled.read_text(encoding="utf-8")))
+def spec(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    return documents[0]
+
+
+@pytest.fixture(scope="module")
+def pods(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """By step: what Kubernetes adds to its pod."""
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    return {name.removeprefix("exec-"): settings for name, settings in executors.items()}
 
 
 def _tasks(spec: dict[str, Any]) -> dict[str, Any]:
@@ -86,30 +97,111 @@ def test_the_report_is_written_for_failed_runs_too(spec: dict[str, Any]) -> None
 
 
 def test_form_fields_are_explained(spec: dict[str, Any]) -> None:
-    """The form in the UI shows these texts and nothing else."""
+    """The form in the UI shows these texts and nothing else; a choice that they leave out is not found."""
     fields = spec["root"]["inputDefinitions"]["parameters"]
     assert len(fields) <= 8
     assert [name for name, field in fields.items() if len(field.get("description", "")) < 20] == []
+    assert [name for name in shipped() if name not in fields["recipe"]["description"]] == []
+    assert all(target in fields["target"]["description"] for target in ("none", "local"))
 
 
-def test_every_executor_has_the_image_and_knows_its_store(spec: dict[str, Any]) -> None:
+def test_a_run_from_the_form_serves_nothing_unless_asked(spec: dict[str, Any]) -> None:
+    """`tiny` serves on the machine it runs on; in a pod that server would end with the pod."""
+    assert spec["root"]["inputDefinitions"]["parameters"]["target"]["defaultValue"] == "none"
+
+
+def test_every_executor_has_its_image_and_knows_where_things_lie(spec: dict[str, Any]) -> None:
     """A step that looks for its store in the container's own folder would find and keep nothing."""
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container = executor["container"]
-        assert container["image"] == "registry.example/nvila@sha256:0", name
-        assert {entry["name"] for entry in container["env"]} >= {"NVILA_STORE", "NVILA_RUN"}, name
+        quantizing = name.removeprefix("exec-") in QUANTIZING
+        wanted = "nvila-quantize@sha256:1" if quantizing else "nvila@sha256:0"
+        assert container["image"] == f"registry.example/{wanted}", name
+        assert {entry["name"]: entry["value"] for entry in container["env"]} == {
+            "NVILA_STORE": "/nvila/store",
+            "NVILA_RUN": "/nvila/runs/$NVILA_RUN_ID",
+            "NVILA_ROOT": "/nvila",
+        }, name
 
 
-def test_training_asks_for_gpus(spec: dict[str, Any]) -> None:
-    """A training pod without GPUs would start and crawl."""
-    train = spec["deploymentSpec"]["executors"]["exec-train-4"]["container"]["resources"]
-    assert int(train["accelerator"]["resourceCount"]) == 8
-    assert "accelerator" not in spec["deploymentSpec"]["executors"]["exec-gate"]["container"]["resources"]
+def test_every_pod_gets_the_volumes_and_the_sites_environment(pods: dict[str, Any]) -> None:
+    """A step without the claims loses its work; one without the credentials cannot fetch weights."""
+    assert set(pods) == set(STEPS)
+    for name, pod in pods.items():
+        assert {m["constant"]: m["mountPath"] for m in pod["pvcMount"]} == {"nvila": "/nvila", "nvila-cache": "/cache"}
+        ((config,), (secret,)) = pod["configMapAsEnv"], pod["secretAsEnv"]
+        assert (config["configMapName"], secret["secretName"]) == ("nvila-site", "nvila-credentials"), name
+        assert {k["configMapKey"]: k["envVar"] for k in config["keyToEnv"]} == {key: key for key in site.CONFIG_KEYS}
+        assert {k["secretKey"]: k["envVar"] for k in secret["keyToEnv"]} == {key: key for key in site.SECRET_KEYS}
+        assert config["optional"] and secret["optional"], "a namespace without them could start no pod"
 
 
-def test_compiled_file_is_small(compiled: Path) -> None:
-    """Kubernetes refuses large objects, and only when the run is submitted."""
-    assert compiled.stat().st_size < SIZE_LIMIT_BYTES
+def test_lost_pods_are_started_again(spec: dict[str, Any]) -> None:
+    """A node that is drained in the third night must not end the run."""
+    once = {name for name, task in _tasks(spec).items() if task.get("retryPolicy", {}).get("maxRetryCount") != 2}
+    assert once == {"report", "exit-handler-1"}
+
+
+def test_only_quick_steps_have_a_deadline(pods: dict[str, Any]) -> None:
+    """A training step waits for its queue, maybe for days."""
+    limited = {name for name, pod in pods.items() if "activeDeadlineSeconds" in pod}
+    assert limited == {"resolve", "preflight", "gate", "gate-quantized", "report"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "trains_with", "quantizes_with", "has_launcher"),
+    [("jobs", 0, 1, True), ("pods", 8, 1, False), ("cpu", 0, 0, False)],
+)
+def test_where_the_work_is_done_decides_what_pods_ask_for(
+    launch: Launch, trains_with: int, quantizes_with: int, has_launcher: bool
+) -> None:
+    """A launcher that holds 8 GPUs while its job waits for them blocks itself; a training pod without any crawls."""
+    spec, platform = compiled(launch=launch)
+
+    def gpus(step: str) -> int:
+        container = spec["deploymentSpec"]["executors"][f"exec-{step}"]["container"]
+        return int(container["resources"].get("accelerator", {}).get("resourceCount", 0))
+
+    assert {gpus(f"train-{stage}") for stage in range(1, 6)} == {trains_with}
+    assert (gpus("quantize"), gpus("gate")) == (quantizes_with, 0)
+    pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-train-1"]
+    assert ("NVILA_SITE" in str(pod["configMapAsEnv"])) is has_launcher
+    assert set(STEPS) >= set(HEAVY)
+
+
+@pytest.mark.parametrize("name", ["lifecycle", "lifecycle-pods"])
+def test_the_charts_copy_is_the_compiled_pipeline(name: str, tmp_path: Path) -> None:
+    """An install would bring the pipeline of an older commit."""
+    fresh, kept = tmp_path / "fresh.yaml", CHART_FILES / f"{name}.yaml"
+    size = compile_pipeline(fresh, launch="pods" if name.endswith("pods") else "jobs", format="manifests")
+    if os.environ.get("UPDATE_GOLDEN"):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(fresh.read_bytes())
+    assert fresh.read_bytes() == kept.read_bytes(), "`make golden`, then look at the diff"
+    assert size == kept.stat().st_size < SIZE_LIMIT_BYTES
+    pipeline, version = yaml.safe_load_all(kept.read_text(encoding="utf-8"))
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
+    images = {e["container"]["image"] for e in version["spec"]["pipelineSpec"]["deploymentSpec"]["executors"].values()}
+    assert images == {IMAGE, QUANTIZE_IMAGE}
+
+
+def test_another_pipeline_has_another_version_name(tmp_path: Path) -> None:
+    """A version cannot be changed: an upgrade under the same name would be refused, or lost."""
+
+    def version(image: str) -> str:
+        compile_pipeline(tmp_path / "out.yaml", image, format="manifests")
+        return list(yaml.safe_load_all((tmp_path / "out.yaml").read_text()))[1]["metadata"]["name"]
+
+    assert version("a:1") == version("a:1") != version("a:2")
+
+
+def test_kfp_reads_the_file(tmp_path: Path) -> None:
+    """The file is put together by us; what KFP's own loader refuses the UI refuses as well."""
+    from kfp import components
+
+    compile_pipeline(tmp_path / "out.yaml", "a:1", "b:1")
+    assert components.load_component_from_file(str(tmp_path / "out.yaml")).name == "lifecycle"
 
 
 def test_sound_pipeline_has_no_dangling_reference(spec: dict[str, Any]) -> None:
@@ -150,4 +242,6 @@ def test_a_bad_image_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     """Half a file would be taken for a pipeline."""
     with pytest.raises(ConfigError):
         compile_pipeline(tmp_path / "out.yaml", image="two words")
+    with pytest.raises(ConfigError, match="--quantize-image"):
+        compile_pipeline(tmp_path / "out.yaml", quantize_image="")
     assert list(tmp_path.iterdir()) == []

@@ -160,3 +160,31 @@ def test_the_key_changes_with_the_data_and_with_problems_only(settings: dict, so
     assert step.external(settings) != first
     settings["needs"]["memory_bytes"] = 10**18
     assert step.external(settings)["problems"] != []
+
+
+def test_demonstration_data_are_built_before_the_key_is_taken(settings: dict, tmp_path: Path) -> None:
+    """On a cluster nobody else builds them; built later, the second run would find another key and look again."""
+    demo = Source(name="shapes", kind="image", path=str(tmp_path / "demo"), demo="shapes", demo_scale=0.01)
+    settings["data"] = {"sources": [demo.model_dump(mode="json")]}
+    step.prepare(step.Settings.model_validate(settings))
+    first = step.external(settings)
+    _run(settings, tmp_path)
+    step.prepare(step.Settings.model_validate(settings))
+    assert "shapes/sft.json" in first["annotations"] and step.external(settings) == first
+
+
+def test_a_pod_is_not_asked_for_what_other_pods_have(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: int
+) -> None:
+    """The pod of preflight is small and has no vLLM: judged by it, no large recipe would ever start on a cluster."""
+    settings |= {"needs": {"memory_bytes": 10**18, "disk_bytes": 1}, "vllm": True}
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(tmp_path / "no-python"))
+    monkeypatch.setenv("NVILA_RUN_ID", "2b4c")
+    _run(settings, tmp_path)
+    settings["needs"]["disk_bytes"] = 10**18
+    settings["rollout"] = {"target": "local", "port": listener}
+    with pytest.raises(PreflightError) as caught:
+        _run(settings, tmp_path)
+    message = str(caught.value)
+    assert all(word in message for word in ("needs.disk_bytes", "rollout.target", "give none"))
+    assert "memory" not in message and "in use" not in message

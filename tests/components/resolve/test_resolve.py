@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
@@ -45,6 +46,36 @@ def test_data_uri_moves_every_source_and_builds_none() -> None:
     sources = fill_in(Form(recipe="tiny", data_uri="/mnt/data/")).data.sources
     assert [source.path for source in sources] == [f"/mnt/data/{source.name}" for source in sources]
     assert {source.demo for source in sources} == {None}
+
+
+def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pod the working directory belongs to the image: data would be looked for, and built, where nobody keeps."""
+    overrides = {
+        "data": {"sources": [{"name": "plates", "kind": "image", "path": "data/plates"}]},
+        "model": {"base": {"vision_tower": "weights/tower", "llm": "hf://a/b@main"}},
+        "prune": {"small": {"path": "/elsewhere/small"}},
+    }
+    stages = {"train": {"stages": [s | {"data": {"plates.sft": 1}} for s in _stages()]}}
+    evaluate = {"evaluate": {"sources": ["plates"], "gate": {"min_accuracy": {}}}}
+    form = Form(recipe=_without_gate(), overrides=json.dumps(overrides | stages | evaluate))
+    before = step.external(form.model_dump())
+    monkeypatch.setenv("NVILA_ROOT", "/volume")
+    slices = step.run(form, {}, tmp_path).values["slices"]
+    assert slices["validate"]["data"]["sources"][0]["path"] == "/volume/data/plates"
+    base = slices["base"]["model"]["base"]
+    assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
+    assert slices["prune-image"]["prune"]["small"]["path"] == "/elsewhere/small"
+    assert step.external(form.model_dump()) != before, "a cached result would hold the paths of another place"
+
+
+def _stages() -> list[dict]:
+    return yaml.safe_load(TINY)["train"]["stages"]
+
+
+def _without_gate() -> str:
+    content = yaml.safe_load(TINY)
+    del content["evaluate"]["gate"]
+    return yaml.safe_dump(content)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,15 @@ def test_work_is_done_once_and_then_found(bench: Bench) -> None:
     assert not (bench.root / "runs" / "run-2" / "tracked").exists()
 
 
+def test_the_world_is_prepared_before_the_key_is_taken(bench: Bench) -> None:
+    """The key would be that of a world without the data, and the second run would do everything again."""
+    step, made = importlib.import_module("nvila.trying.step"), bench.root / "made"
+    bench.patch.setattr(step, "prepare", lambda settings: made.write_text(settings.do), raising=False)
+    bench.patch.setattr(step, "external", lambda settings: {"made": made.read_text()}, raising=False)
+    assert [bench.run("work")[0], bench.run("work", run="run-2")[0]] == [0, 0]
+    assert len(bench.calls) == 1
+
+
 def test_an_input_is_recorded_and_belongs_to_the_key(bench: Bench) -> None:
     """Lineage is a walk over manifests: an input that is not named there is lost."""
     bench.run("work")
