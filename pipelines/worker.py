@@ -26,6 +26,7 @@ def main(run_dir: Path) -> int:
     """Exit code: 0, or 1 (the steps' status files say why)."""
     from kfp import local
 
+    from nvila.pipelines.forks import run_steps_in_forks
     from nvila.pipelines.lifecycle import build
 
     arguments = json.loads((run_dir / ARGUMENTS).read_text(encoding="utf-8"))
@@ -34,6 +35,7 @@ def main(run_dir: Path) -> int:
         pipeline_root=str(run_dir / "kfp"),
         workspace_root=str(run_dir / "workspace"),
     )
+    run_steps_in_forks()
     try:
         build()(**arguments)
     except RuntimeError as error:  # KFP's way to say that a task failed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -86,11 +87,14 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
 def _make(jobs: list[Any]) -> None:
     """Make the references in processes of their own, one per core; none of them outlives this call."""
+    from nvila.components.model.device import start_method
     from nvila.components.prune.references import work
 
-    context = multiprocessing.get_context("spawn")
-    processes = os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, context, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
+    if not jobs:
+        return
+    context = multiprocessing.get_context(start_method())
+    processes = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
             list(pool.map(work, jobs))
         except BaseException:
@@ -98,6 +102,13 @@ def _make(jobs: list[Any]) -> None:
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def _begin(parent: int) -> None:
+    """First thing in a reference's process: it ends at once when it is told to, or when the step ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(parent)
 
 
 def _results(jobs: list[Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "nvila"
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-"""Read by MLflow when it is imported."""
 
 
 def tracking_uri(runs: Path) -> str:
@@ -30,14 +29,19 @@ def has_store(runs: Path) -> bool:
     return "MLFLOW_TRACKING_URI" in os.environ or (runs / "mlflow.db").is_file()
 
 
+def quiet() -> None:
+    """Settings that MLflow reads when it is imported: no telemetry, no chatter."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def connected(runs: Path) -> Iterator[MlflowClient]:
     """A client on the tracking store and registry of a runs folder, which no other process of ours uses meanwhile.
 
     MLflow itself waits up to 20 s for sqlite; the lock also covers the making of the tables, which it does not guard.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    quiet()
     from mlflow import MlflowClient
 
     runs.mkdir(parents=True, exist_ok=True)

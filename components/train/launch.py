@@ -1,65 +1,81 @@
-"""Starts the training processes on this machine with torchrun, waits, and hands on a request to stop."""
+"""Starts the training processes on this machine under torchrun's agent, waits, and hands on a request to stop."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
-from functools import partial
+import uuid
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.errors import NvilaError, Preempted, TrainingError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
+from nvila.components.train.worker import main
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 
 def launch(job: Job) -> None:
     """Run the job to its end.
+
+    The agent is this process. It passes a signal on to the training processes; if it is killed, they are told.
 
     Raises:
         Preempted: a stop was asked for (SIGTERM, Ctrl-C); the checkpoint is written.
         NvilaError: what the first worker reported.
         TrainingError: a worker died without a word (killed for memory, say).
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     out = Path(job.out)
     write_atomic(out / "job.json", job.model_dump_json(indent=1))
     (out / VERDICT).unlink(missing_ok=True)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.run.gpus}"),
-        *("-m", "nvila.components.train.worker", str(out / "job.json")),
-    ]
-    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": "", "DS_LOG_LEVEL": "warning"}
-    bound = partial(die_with_parent, os.getpid())
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=bound)
-    asked = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        process.send_signal(signal.SIGTERM)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    os.environ["DS_LOG_LEVEL"] = "warning"
+    logs = out / "torchrun"
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}  # the agent puts its own in their place
     try:
-        code = process.wait()
+        elastic_launch(_torchrun(job.run.gpus, logs), main)(str(out / "job.json"))
+    except SignalException:
+        raise Preempted(
+            f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint"
+        ) from None
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        raise _reported(out / VERDICT) or TrainingError(
+            f"stage {job.stage.name}: a training process ended with code {first.exitcode} and no message",
+            where=str(out),
+            do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    if code == 0:
-        return
-    if asked:
-        raise Preempted(f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint")
-    raise _reported(out / VERDICT) or TrainingError(
-        f"stage {job.stage.name}: a training process ended with code {code} and no message",
-        where=str(out),
-        do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
-    )
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _torchrun(processes: int, logs: Path) -> LaunchConfig:
+    """What `torchrun --standalone` would do, without a new interpreter for itself and for each process."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    from nvila.components.model.device import start_method
+
+    options = {
+        "nproc-per-node": processes,
+        "rdzv-backend": "c10d",
+        "rdzv-endpoint": "localhost:0",
+        "rdzv-id": uuid.uuid4(),
+        "start-method": start_method(),
+        "log-dir": logs,
+    }
+    config, _, _ = config_from_args(parse_args([*(f"--{name}={value}" for name, value in options.items()), "worker"]))
+    return config
 
 
 def _reported(path: Path) -> NvilaError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,30 +17,34 @@ from nvila.components.contracts.errors import DataError, Preempted, TrainingErro
 from nvila.components.contracts.exits import Exit
 from nvila.components.train import launch as launching
 from nvila.components.train.job import Job
+from nvila.components.train.worker import StopRequest
 
 MakeJob = Callable[..., Job]
-PYTHON = sys.executable
 LAUNCH = """
-import sys
+import os, signal, sys, time
+from pathlib import Path
 from nvila.components.train import launch
 from nvila.components.train.job import Job
-launch.sys.executable = sys.argv[1]
-launch.launch(Job.model_validate_json(open(sys.argv[2]).read()))
+
+def wait_for_the_end(job):
+    def stopped(signum, frame):
+        Path(job).with_name("last").touch()
+        sys.exit()
+    signal.signal(signal.SIGINT, stopped)
+    Path(job).with_name("pid").write_text(str(os.getpid()))
+    time.sleep(60)
+
+launch.main = wait_for_the_end
+launch.launch(Job.model_validate_json(open(sys.argv[1]).read()))
 """
+Work = Callable[[str], object]
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A shell script in the place of Python with torchrun: `$OUT` is the job's folder."""
-
-    def make(script: str) -> Path:
-        path = tmp_path / "python"
-        path.write_text('#!/bin/bash\nfor last; do :; done\nOUT=$(dirname "$last")\n' + script)
-        path.chmod(0o755)
-        monkeypatch.setattr(launching.sys, "executable", str(path))
-        return path
-
-    return make
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
+    """Sets a function in the place of the training; torchrun's agent is the real one and forks it."""
+    monkeypatch.delenv("DS_LOG_LEVEL", raising=False)
+    return lambda work: monkeypatch.setattr(launching, "main", work)
 
 
 def wait_for(there: Callable[[], bool], what: str) -> None:
@@ -49,15 +54,12 @@ def wait_for(there: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_launcher_leaves_no_process(make_job: MakeJob, stand_in: Callable[[str], Path]) -> None:
+def test_a_killed_launcher_leaves_no_process(make_job: MakeJob) -> None:
     """An orphan trains on, holds the GPUs, and writes into the folder of the next attempt."""
     job = make_job("a")
-    python = stand_in(
-        'trap "echo stopped > $OUT/last; exit 0" TERM\necho $$ > $OUT/pid\nwhile :; do sleep 0.05; done\n'
-    )
     out = Path(job.out)
     (out / "in.json").write_text(job.model_dump_json())
-    launcher = subprocess.Popen([PYTHON, "-c", LAUNCH, str(python), str(out / "in.json")])
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(out / "in.json")])
     wait_for(lambda: (out / "pid").exists() and bool((out / "pid").read_text()), "the launcher started nothing")
     launcher.kill()
     launcher.wait(10)
@@ -66,42 +68,65 @@ def test_a_killed_launcher_leaves_no_process(make_job: MakeJob, stand_in: Callab
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child lives on")
 
 
-def test_a_request_to_stop_is_handed_on(make_job: MakeJob, stand_in: Callable[[str], Path]) -> None:
+def test_a_request_to_stop_is_handed_on(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
     """SIGTERM that ends the launcher alone loses everything since the last checkpoint."""
     job = make_job("a")
-    stand_in('trap "echo saved > $OUT/saved; exit 1" TERM\nkill -TERM $PPID\nwhile :; do sleep 0.05; done\n')
-    before = signal.getsignal(signal.SIGTERM)
+
+    def save_when_asked(path: str) -> None:
+        stop = StopRequest()
+        os.kill(os.getppid(), signal.SIGTERM)
+        wait_for(lambda: stop.asked, "the request did not come")
+        Path(path).with_name("saved").touch()
+        os._exit(int(Exit.PREEMPTED))
+
+    stand_in(save_when_asked)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with pytest.raises(Preempted, match="asked to stop"):
         launching.launch(job)
     assert Path(job.out, "saved").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_a_worker_that_dies_without_a_word_is_a_fault(make_job: MakeJob, stand_in: Callable[[str], Path]) -> None:
+def test_a_worker_that_dies_without_a_word_is_a_fault(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
     """A process killed for its memory must not look like success, nor like the user's mistake."""
-    stand_in("kill -9 $$\n")
+    stand_in(lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    job = make_job("a")
     with pytest.raises(TrainingError, match="code -9 and no message") as caught:
-        launching.launch(make_job("a"))
+        launching.launch(job)
     assert caught.value.exit_code == Exit.FAULT
+    assert sorted(path.name for path in Path(job.out).iterdir()) == ["job.json"]
 
 
-def test_an_old_verdict_is_not_believed(make_job: MakeJob, stand_in: Callable[[str], Path]) -> None:
+def test_an_old_verdict_is_not_believed(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
     """The reason of an earlier attempt must not explain the failure of this one."""
     job = make_job("a")
     Path(job.out, "verdict.json").write_text(json.dumps({"error": "DataError", "message": "old", "exit_code": 2}))
-    stand_in("exit 1\n")
+    stand_in(lambda path: sys.exit(1))
     with pytest.raises(TrainingError, match="no message"):
         launching.launch(job)
 
 
-def test_the_workers_own_words_arrive(make_job: MakeJob, stand_in: Callable[[str], Path]) -> None:
-    """A missing picture reported as a crash of torchrun is retried for nothing.
+def test_every_process_knows_its_place(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
+    """Two processes that both think they are the first train two models and write one folder."""
+    job = make_job("a", run={"gpus": 2})
 
-    The worker is the real one, without torchrun: it finds the mistake before it needs the other processes.
-    """
+    def note(path: str) -> None:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        place = [os.environ[name] for name in names]
+        Path(path).with_name(f"place-{place[0]}").write_text(" ".join(place[1:]))
+
+    stand_in(note)
+    launching.launch(job)
+    first, second = (Path(job.out, f"place-{rank}").read_text().split() for rank in (0, 1))
+    assert (first[0], second[0], first[1]) == ("0", "1", "2") and first[1:] == second[1:]
+    assert "RANK" not in os.environ
+
+
+def test_the_workers_own_words_arrive(make_job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
+    """A missing picture reported as a crash of torchrun is retried for nothing."""
     job = make_job("a", stage={"data": {"colours.sft": 1, "nowhere.sft": 1}})
-    stand_in(f'exec {PYTHON} -m nvila.components.train.worker "$last" 2> $OUT/errors\n')
     with pytest.raises(DataError, match=r"no samples in nowhere\.sft") as caught:
         launching.launch(job)
     assert caught.value.exit_code == Exit.USER
-    assert "Traceback" not in Path(job.out, "errors").read_text()
+    assert "no samples in nowhere.sft" in capfd.readouterr().err

@@ -1,0 +1,101 @@
+"""Runs the steps of a local run as forks of its worker, which imports the heavy libraries once for all of them.
+
+KFP's local runner starts a new interpreter for each task, and importing torch, transformers and MLflow anew took
+longer than the work of a small recipe. A forked step is a process of its own all the same: what it does to itself
+ends with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from nvila.components.contracts.children import die_with_parent
+from nvila.components.runner.execute import ALWAYS
+from nvila.components.tracking.connect import quiet
+
+_TRACKING = (
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.model_registry.sqlalchemy_store",
+)
+_MODEL = (
+    "torch",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.models.siglip.modeling_siglip",
+    "torch.distributed.launcher.api",
+    "matplotlib.figure",
+    "pyarrow.parquet",
+)
+_SKIPPED_WITHIN_SECONDS = 0.5
+"""A step that lasts longer has work to do, and so has what follows it: then the imports pay."""
+_SCRIPT = "ephemeral_component.py"
+"""Where KFP's command puts the wrapper's source, which is the argument after the command."""
+
+
+def run_steps_in_forks() -> None:
+    """From now on KFP's local runner forks this process for each task."""
+    from kfp.local import subprocess_task_handler
+
+    steps = _Forks()
+    if not callable(subprocess_task_handler.run_local_subprocess):
+        raise TypeError("KFP's local runner has changed: it runs no command by run_local_subprocess")
+    subprocess_task_handler.run_local_subprocess = steps.run
+
+
+class _Forks:
+    """Runs one task after the other, and imports while they work."""
+
+    def __init__(self) -> None:
+        quiet()
+        self._wanted = [*_TRACKING, *_MODEL]
+        self._print = builtins.print
+
+    def run(self, full_command: list[str], env_vars: Mapping[str, str] | None = None) -> int:
+        """Run the command of a task to its end; return its exit code."""
+        source, arguments = _wrapper(full_command)
+        step = multiprocessing.get_context("fork").Process(
+            target=self._step, args=(source, arguments, dict(env_vars or {}), os.getpid())
+        )
+        step.start()
+        step.join(_SKIPPED_WITHIN_SECONDS)
+        for_models = not ALWAYS.intersection(arguments)
+        while step.is_alive() and self._wanted and (for_models or self._wanted[0] in _TRACKING):
+            import_module(self._wanted.pop(0))
+        step.join()
+        return step.exitcode or 0
+
+    def _step(self, source: str, arguments: list[str], environment: dict[str, str], parent: int) -> None:
+        """In the fork: what KFP's command would do in a new interpreter."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        die_with_parent(parent)
+        atexit._clear()  # what was registered before the fork is the parent's to clean up
+        builtins.print = self._print  # without KFP's indentation, which it would also write before lines for stderr
+        os.environ.update({"_KFP_RUNTIME": "true"} | environment)
+        from kfp.dsl.executor_main import executor_main
+
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                script = Path(folder, _SCRIPT)
+                script.write_text(source, encoding="utf-8")
+                sys.argv = ["kfp.dsl.executor_main", "--component_module_path", str(script), *arguments]
+                executor_main()
+        finally:
+            atexit._run_exitfuncs()
+
+
+def _wrapper(command: list[str]) -> tuple[str, list[str]]:
+    """Source of the KFP wrapper and the arguments of KFP's executor, out of a container's command."""
+    for index, part in enumerate(command):
+        if _SCRIPT in part:
+            return command[index + 1], command[index + 2 :]
+    raise ValueError(f"not the command of a Python component: {command[:2]}")
