@@ -1,0 +1,82 @@
+{{- /* Labels, namespaces, and what every pod of the chart has in common. */ -}}
+
+{{- define "nvila.labels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "nvila.selector" -}}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- /* A JSON list: include passes text only. */ -}}
+{{- define "nvila.namespaces" -}}
+{{- .Values.namespaces | default (list .Release.Namespace) | toJson }}
+{{- end }}
+
+{{- define "nvila.pipelineNamespace" -}}
+{{- .Values.pipelines.namespace | default .Release.Namespace }}
+{{- end }}
+
+{{- define "nvila.trackingURI" -}}
+{{- if eq .Values.mlflow.mode "own" }}http://nvila-mlflow.{{ .Release.Namespace }}.svc.cluster.local:5000
+{{- else if eq .Values.mlflow.mode "external" }}{{ .Values.mlflow.uri }}
+{{- end }}
+{{- end }}
+
+{{- define "nvila.postgresHost" -}}
+{{- if eq .Values.mlflow.postgres.mode "own" }}nvila-postgres{{ else }}{{ .Values.mlflow.postgres.host }}{{ end }}
+{{- end }}
+
+{{- define "nvila.pullSecrets" -}}
+{{- with .Values.images.pullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The restricted Pod Security profile. 65532 is the user of our images. */ -}}
+{{- define "nvila.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ . }}
+runAsGroup: {{ . }}
+fsGroup: {{ . }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "nvila.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- /* The credentials of the S3 store; a missing Secret leaves the pod to its node's or service account's identity. */ -}}
+{{- define "nvila.s3Environment" -}}
+- {name: AWS_REGION, value: {{ .Values.s3.region | quote }}}
+{{- with .Values.s3.endpoint }}
+- {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
+- {name: MLFLOW_S3_ENDPOINT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom: {secretKeyRef: {name: nvila-credentials, key: {{ . }}, optional: true}}
+{{- end }}
+{{- end }}
+
+{{- define "nvila.postgresEnvironment" -}}
+- {name: PGHOST, value: {{ include "nvila.postgresHost" . }}}
+- {name: PGPORT, value: {{ .Values.mlflow.postgres.port | quote }}}
+- {name: PGDATABASE, value: {{ .Values.mlflow.postgres.database }}}
+- {name: PGUSER, value: {{ .Values.mlflow.postgres.user }}}
+- name: PGPASSWORD
+  valueFrom: {secretKeyRef: {name: {{ .Values.mlflow.postgres.secret }}, key: password}}
+{{- end }}
