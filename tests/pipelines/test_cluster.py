@@ -169,11 +169,13 @@ def test_where_the_work_is_done_decides_what_pods_ask_for(
     assert set(STEPS) >= set(HEAVY)
 
 
-@pytest.mark.parametrize("name", ["lifecycle", "lifecycle-pods"])
-def test_the_charts_copy_is_the_compiled_pipeline(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "launch"), [("lifecycle", "jobs"), ("lifecycle-pods", "pods"), ("lifecycle-cpu", "cpu")]
+)
+def test_the_charts_copy_is_the_compiled_pipeline(name: str, launch: Launch, tmp_path: Path) -> None:
     """An install would bring the pipeline of an older commit."""
     fresh, kept = tmp_path / "fresh.yaml", CHART_FILES / f"{name}.yaml"
-    size = compile_pipeline(fresh, launch="pods" if name.endswith("pods") else "jobs", format="manifests")
+    size = compile_pipeline(fresh, launch=launch, format="manifests")
     if os.environ.get("UPDATE_GOLDEN"):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(fresh.read_bytes())

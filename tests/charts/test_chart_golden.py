@@ -1,0 +1,125 @@
+"""What the chart renders. `make golden` writes tests/golden/chart-*.yaml anew."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helming import CHART, EXAMPLES, find, helm, render, template
+
+from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.pipelines.cluster import Launch, compiled
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
+
+
+def _without_the_pipeline(rendered: str) -> str:
+    """The compiled pipeline has a golden file of its own; its text and digests would drown everything else."""
+    rendered = re.sub(r"(\n  lifecycle.yaml: )\S+\n", r"\1(files/)\n", rendered)
+    rendered = re.sub(r"(\n  pipelineSpec:\n)(?:    .*\n|  platformSpec:\n)+", r"\1    (files/)\n", rendered)
+    return re.sub(r"(nvila-(?:upload|lifecycle)-)[0-9a-f]{12}\b", r"\1DIGEST", rendered)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_render_is_the_golden_one(case: str) -> None:
+    """A changed template changes what runs on every cluster; the diff of the golden file shows it."""
+    ran = template(*filter(None, [CASES[case]]))
+    assert ran.returncode == 0, ran.stderr
+    path = GOLDEN / f"chart-{case}.yaml"
+    rendered = _without_the_pipeline(ran.stdout)
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(rendered, encoding="utf-8")
+    assert rendered == path.read_text(encoding="utf-8"), "`make golden`, then look at the diff"
+
+
+@pytest.mark.parametrize("values", [None, *EXAMPLES], ids=lambda path: path.stem if path else "default")
+def test_lint_finds_nothing(values: Path | None) -> None:
+    """What lint warns about, some chart repository or Helm version refuses."""
+    ran = helm("lint", "--strict", CHART, *(["--values", values] if values else []))
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
+@pytest.mark.parametrize("mode", ["native", "upload"])
+def test_the_pipeline_is_the_compiled_one(launch: Launch, mode: str) -> None:
+    """The template cuts it out as text; a lost line or a number turned to a float would show first in a failed run."""
+    images = {"base": "registry.example/base:1", "quantize": "registry.example/quantize:1"}
+    sets = [f"pipelines.{key}={value!r}".replace("'", '"') for key, value in (("launch", launch), ("mode", mode))]
+    sets += [f'images.{key}="{image}"' for key, image in images.items()]
+    documents = render(sets=sets)
+    if mode == "upload":
+        text = base64.b64decode(find(documents, "ConfigMap", "nvila-pipeline")["binaryData"]["lifecycle.yaml"])
+        rendered = list(yaml.safe_load_all(text))
+    else:
+        (version,) = [d for d in documents if d["kind"] == "PipelineVersion"]
+        assert version["spec"]["pipelineName"] == find(documents, "Pipeline", "nvila-lifecycle")["metadata"]["name"]
+        rendered = [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]]
+    assert rendered == list(compiled(images["base"], images["quantize"], launch=launch))
+    assert IMAGE not in str(rendered) and QUANTIZE_IMAGE not in str(rendered)
+
+
+def test_another_image_is_another_version() -> None:
+    """Under an old name KFP would refuse the new version, or keep the old images."""
+
+    def names(image: str, mode: str) -> set[str]:
+        documents = render(sets=[f'images.quantize="{image}"', f'pipelines.mode="{mode}"'])
+        return {d["metadata"]["name"] for d in documents if d["kind"] in ("Job", "PipelineVersion")}
+
+    for mode in ("native", "upload"):
+        assert names("a:1", mode) == names("a:1", mode) != names("a:2", mode)
+
+
+@pytest.mark.parametrize(
+    ("sets", "missing", "remedy"),
+    [
+        ([], "trainer.kubeflow.org/v1alpha1/ClusterTrainingRuntime", "trainer.enabled=false"),
+        (['pipelines.mode="native"'], "pipelines.kubeflow.org/v2beta1/PipelineVersion", "pipelines.mode=upload"),
+        (["kueue.enabled=true"], "kueue.x-k8s.io/v1beta1/ClusterQueue", "kueue.enabled=false"),
+        (["monitoring.rules=true"], "monitoring.coreos.com/v1/PrometheusRule", "monitoring.rules=false"),
+        (
+            ["monitoring.serviceMonitor=true"],
+            "monitoring.coreos.com/v1/ServiceMonitor",
+            "monitoring.serviceMonitor=false",
+        ),
+    ],
+)
+def test_a_part_that_the_cluster_cannot_hold_is_refused_by_name(sets: list[str], missing: str, remedy: str) -> None:
+    """The API server would say `no matches for kind` half-way through, without what to install."""
+    off = [] if "Training" in missing else ["trainer.enabled=false", 'pipelines.launch="pods"']
+    ran = template(sets=[*off, *sets], apis=())
+    assert ran.returncode != 0
+    assert missing in ran.stderr and remedy in ran.stderr
+
+
+def test_jobs_without_a_runtime_are_refused() -> None:
+    """Every training step would fail with a runtime that is not there."""
+    ran = template(sets=["trainer.enabled=false"], apis=())
+    assert ran.returncode != 0 and "pipelines.launch=pods" in ran.stderr
+
+
+def test_without_trainer_and_kueue_nothing_of_theirs_is_left() -> None:
+    """A cluster without them must be able to take the rest."""
+    documents = render(sets=["trainer.enabled=false", 'pipelines.launch="pods"'], apis=())
+    assert {d["apiVersion"].partition("/")[0] for d in documents} == {
+        "apps", "batch", "networking.k8s.io", "rbac.authorization.k8s.io", "v1",
+    }  # fmt: skip
+    assert "NVILA_SITE" not in find(documents, "ConfigMap", "nvila-site")["data"]
+    assert "trainjobs" not in str(documents)
+
+
+def test_external_mlflow_leaves_no_server_behind() -> None:
+    """Two stores of the same experiments would each have half of the runs."""
+    documents = render(sets=['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example"'])
+    assert find(documents, "ConfigMap", "nvila-site")["data"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
+    assert [d for d in documents if "mlflow" in d["metadata"]["name"] or "postgres" in d["metadata"]["name"]] == []
+
+
+def test_the_older_kueue_api_is_used_where_only_that_is() -> None:
+    """Kueue before 0.15 has no v1beta2, and its field of the cohort has another name."""
+    apis = ["trainer.kubeflow.org/v1alpha1/ClusterTrainingRuntime", "kueue.x-k8s.io/v1beta1/ClusterQueue"]
+    documents = render(sets=["kueue.enabled=true", 'kueue.cohort="research"'], apis=apis)
+    queue = find(documents, "ClusterQueue", "nvila")
+    assert (queue["apiVersion"], queue["spec"]["cohort"]) == ("kueue.x-k8s.io/v1beta1", "research")

@@ -1,0 +1,62 @@
+"""Alerts and the dashboard: that Prometheus can read every expression, and that they ask for what exists."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from helming import EVERYTHING, find, render
+
+EXPORTED = {
+    # kube-state-metrics
+    "kube_cronjob_status_last_successful_time",
+    "kube_deployment_status_replicas_available",
+    "kube_job_failed",
+    "kube_pod_container_status_terminated_reason",
+    "kube_pod_status_phase",
+    # the kubelet, and cAdvisor within it
+    "container_memory_working_set_bytes",
+    "container_network_receive_bytes_total",
+    "kubelet_volume_stats_available_bytes",
+    "kubelet_volume_stats_capacity_bytes",
+    # the DCGM exporter
+    "DCGM_FI_DEV_FB_USED",
+    "DCGM_FI_DEV_GPU_UTIL",
+    # MLflow with --expose-prometheus
+    "mlflow_http_request_duration_seconds_bucket",
+    "mlflow_http_request_total",
+}
+
+
+def _expressions() -> Iterator[str]:
+    documents = render(EVERYTHING)
+    groups = find(documents, "PrometheusRule", "nvila")["spec"]["groups"]
+    yield from (rule["expr"] for group in groups for rule in group["rules"])
+    dashboard = json.loads(find(documents, "ConfigMap", "nvila-dashboard")["data"]["nvila.json"])
+    yield from (target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+
+
+def test_prometheus_reads_every_expression() -> None:
+    """One wrong expression and the operator refuses the whole file; a panel only stays empty."""
+    parser = pytest.importorskip("promql_parser", reason="make tools")
+    expressions = list(_expressions())
+    assert len(expressions) >= 15
+    for expression in expressions:
+        parser.parse(expression)
+
+
+def test_expressions_ask_for_metrics_that_exist() -> None:
+    """An alert on a misspelt metric never fires."""
+    name = re.compile(r"\b((?:kube|kubelet|container|mlflow|DCGM)_\w+)")
+    assert {metric for expression in _expressions() for metric in name.findall(expression)} <= EXPORTED
+
+
+def test_the_monitor_selects_the_server() -> None:
+    """A ServiceMonitor that selects nothing is no error anywhere."""
+    documents = render(EVERYTHING)
+    monitor = find(documents, "ServiceMonitor", "nvila-mlflow")["spec"]
+    service = find(documents, "Service", "nvila-mlflow")
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
+    pod = find(documents, "Deployment", "nvila-mlflow")["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= pod.items()

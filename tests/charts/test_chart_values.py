@@ -1,0 +1,126 @@
+"""The chart's values: what is refused, and that every key is explained."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from helming import CHART, EVERYTHING, EXAMPLES, find, render, template
+
+from nvila.pipelines import site
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("imagse={}", "'imagse' not allowed"),
+        ("trainer.ncl={}", "'ncl' not allowed"),
+        ('images.base="two words"', "/images/base"),
+        ('images.base="nvila/base@sha256:12"', "/images/base"),
+        ('images.pullPolicy="Sometimes"', "/images/pullPolicy"),
+        ('namespaces=["Team_A"]', "/namespaces/0"),
+        ('namespaces=["a","a"]', "/namespaces"),
+        ("stepServiceAccounts=[]", "/stepServiceAccounts"),
+        ('s3.bucket="Bucket"', "/s3/bucket"),
+        ('s3.endpoint="minio:9000"', "/s3/endpoint"),
+        ('pipelines.mode="both"', "/pipelines/mode"),
+        ('pipelines.host="ml-pipeline:8888"', "/pipelines/host"),
+        ('gpu.resource="gpu"', "/gpu/resource"),
+        ("gpu.perNode=-1", "/gpu/perNode"),
+        ('gpu.tolerations=[{"key":"a","operator":"Has"}]', "/gpu/tolerations/0/operator"),
+        ('storage.size="big"', "/storage/size"),
+        ('cache.type="nfs"', "/cache/type"),
+        ('cache.hostPath="/"', "/cache/hostPath"),
+        ("cache.warmup.enabled=true", "/cache/warmup/weights"),
+        ('cache.warmup.weights={"model":{"a":"b"}}', "/cache/warmup/weights"),
+        ('cache.warmup.weights={"hf://a/b@c":{"model.safetensors":"123"}}', "model.safetensors"),
+        ('trainer.nccl={"PATH":"/"}', "'/trainer/nccl': additional properties 'PATH'"),
+        ("trainer.nccl={'NCCL_IB_GID_INDEX':3}".replace("'", '"'), "/trainer/nccl/NCCL_IB_GID_INDEX"),
+        ('mlflow.mode="external"', "/mlflow/uri"),
+        ('mlflow.postgres.mode="external"', "/mlflow/postgres/host"),
+        ('mlflow.backup.schedule="daily"', "/mlflow/backup/schedule"),
+        ("mlflow.replicas=0", "/mlflow/replicas"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place(setting: str, says: str) -> None:
+    """A typing error that is passed over shows as a default that nobody asked for."""
+    ran = template(sets=[setting])
+    assert ran.returncode != 0
+    assert says in ran.stderr
+
+
+def test_one_made_volume_cannot_serve_two_namespaces() -> None:
+    """The second claim would stay Pending for ever."""
+    ran = template(sets=['storage.volumeName="nfs"', 'namespaces=["a","b"]'])
+    assert ran.returncode != 0 and "/namespaces" in ran.stderr
+    assert template(sets=['storage.volumeName="nfs"', 'namespaces=["a"]']).returncode == 0
+
+
+def _objects(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield where, schema
+    for name, part in schema.get("properties", {}).items():
+        yield from _objects(part, f"{where}.{name}")
+    if isinstance(schema.get("items"), dict):
+        yield from _objects(schema["items"], f"{where}[]")
+
+
+def test_every_key_is_explained_and_no_other_is_taken() -> None:
+    """The schema is the chart's reference; an open object takes typing errors."""
+    parts = dict(_objects(SCHEMA))
+    assert [w for w, part in parts.items() if not w.endswith("[]") and len(part.get("description", "")) < 4] == []
+    objects = {where: part for where, part in parts.items() if part.get("type") == "object"}
+    assert [where for where, part in objects.items() if part.get("additionalProperties", True) is True] == []
+
+
+def test_values_and_schema_have_the_same_keys() -> None:
+    """A key of the schema without a default is found by nobody; one that the templates ask for would be nil."""
+
+    def keys(values: Any, where: str = "") -> set[str]:
+        if not isinstance(values, dict):
+            return {where}
+        return {where, *(k for name, value in values.items() for k in keys(value, f"{where}.{name}"))}
+
+    free = (".cache.warmup.weights", ".gpu.nodeLabels", ".trainer.nccl", ".monitoring.labels")
+    known = {where for where, _ in _objects(SCHEMA) if "[]" not in where}
+    assert {key for key in keys(VALUES) if not key.startswith(free)} == {k for k in known if not k.startswith(free)}
+
+
+def test_no_value_is_a_secret() -> None:
+    """What is a value ends up in the release's record and in somebody's repository."""
+    names = [where for where, _ in _objects(SCHEMA)]
+    suspicious = ("password", "token", "accesskey", "secretkey", "apikey")
+    assert [name for name in names if any(word in name.lower() for word in suspicious)] == []
+    for values in ((), (EVERYTHING,), *((path,) for path in EXAMPLES)):
+        assert [d["metadata"]["name"] for d in render(*values) if d["kind"] == "Secret"] == []
+
+
+def test_the_names_are_those_of_the_compiled_pipeline() -> None:
+    """A claim or a ConfigMap of another name leaves every pod of a run waiting, or without its settings."""
+    documents = render(EVERYTHING)
+    for namespace in ("team-a", "team-b"):
+        mine = {(d["kind"], d["metadata"]["name"]) for d in documents if d["metadata"].get("namespace") == namespace}
+        assert {("PersistentVolumeClaim", site.VOLUME_CLAIM), ("PersistentVolumeClaim", site.CACHE_CLAIM)} <= mine
+        assert ("ConfigMap", site.CONFIG_MAP) in mine
+    (config,) = [
+        d for d in documents if d["metadata"].get("namespace") == "team-a" and d["metadata"]["name"] == site.CONFIG_MAP
+    ]
+    assert set(config["data"]) == set(site.CONFIG_KEYS)
+    container = find(documents, "ClusterTrainingRuntime", "nvila-torch")["spec"]["template"]["spec"]["replicatedJobs"][
+        0
+    ]
+    pod = container["template"]["spec"]["template"]["spec"]
+    mounts = {m["name"]: m["mountPath"] for m in pod["containers"][0]["volumeMounts"]}
+    claims = {
+        v["persistentVolumeClaim"]["claimName"]: mounts[v["name"]]
+        for v in pod["volumes"]
+        if "persistentVolumeClaim" in v
+    }
+    assert claims == {site.VOLUME_CLAIM: site.MOUNT, site.CACHE_CLAIM: site.CACHE_MOUNT}
+    assert pod["containers"][0]["envFrom"] == [
+        {"configMapRef": {"name": site.CONFIG_MAP, "optional": True}},
+        {"secretRef": {"name": site.SECRET, "optional": True}},
+    ]
