@@ -72,7 +72,7 @@ def compile_(
 ) -> None:
     """Write the pipeline for a Kubeflow cluster.
 
-    Example: nvila compile lifecycle.yaml --image registry.example/nvila@sha256:...
+    Example: nvila compile lifecycle.yaml --image R/base@sha256:... --quantize-image R/quantize@sha256:...
     """
     from nvila.pipelines.cluster import compile_pipeline
 
@@ -80,6 +80,59 @@ def compile_(
     given = {option: name for option, name in images.items() if name}
     size = compile_pipeline(out, **given, launch=launch, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
+
+
+@app.command()
+def submit(
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
+    ] = "",
+    host: Annotated[
+        str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines.", show_default=False)
+    ] = "",
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment.")
+    ] = None,
+    ca_cert: Annotated[Path | None, typer.Option(help="PEM file to check the server's certificate with.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Your namespace, where the server has several users.")] = None,
+    experiment: Annotated[str, typer.Option(help="Experiment that the run belongs to; made when missing.")] = "nvila",
+    run_name: Annotated[str | None, typer.Option(help="Name of the run; recipe and time by default.")] = None,
+    service_account: Annotated[str | None, typer.Option(help="Service account of the step pods.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    data_uri: Annotated[str, typer.Option(help="Folder with one folder per source, on the shared volume.")] = "",
+    model_name: Annotated[str, typer.Option(help="Name in the registry; the recipe's by default.")] = "",
+    image: Annotated[
+        str, typer.Option(help="Upload the pipeline of this checkout with this image, instead of the installed one.")
+    ] = "",
+    quantize_image: Annotated[str, typer.Option(help="Like that of `nvila compile`; goes with --image.")] = "",
+    launch: Annotated[Literal["jobs", "pods", "cpu"], typer.Option(help="Like that of `nvila compile`.")] = "jobs",
+    wait: Annotated[bool, typer.Option("--wait", help="Show the steps until the run ends; its exit code.")] = False,
+    upload_only: Annotated[
+        bool, typer.Option("--upload-only", help="Upload the pipeline, start nothing; needs --image.")
+    ] = False,
+) -> None:
+    """Start a run of the lifecycle on a Kubeflow cluster.
+
+    Exit code: 0 started (with --wait: done), 2 wrong input or no access, 3 rejected by a gate, 75 cancelled, 1 a fault.
+
+    Example: nvila submit nvila-lite-2b --host https://kubeflow.example/pipeline --namespace ada --wait
+    """
+    from rich.console import Console
+
+    from nvila.pipelines.server import Server
+    from nvila.pipelines.submit import Version, Wanted, namespace_of, upload
+    from nvila.pipelines.submit import submit as start
+
+    server = Server(host, token_file=token_file, ca_cert=ca_cert)
+    version, console = Version(image, quantize_image, launch), Console()
+    if upload_only:
+        upload(server, version, namespace_of(server, namespace), console)
+        return
+    wanted = Wanted(namespace, experiment, run_name, service_account)
+    named = {"data_uri": data_uri, "model_name": model_name}
+    raise typer.Exit(start(recipe, override or [], server, version, wanted, console, **named, wait=wait))
 
 
 class _InOrder(typer.core.TyperCommand):

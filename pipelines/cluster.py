@@ -20,6 +20,7 @@ from kfp.dsl.pipeline_task import PipelineTask
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
 from nvila.components.resolve.step import ROOT_VARIABLE
+from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.execute import RUN_ID_VARIABLE, RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines import site
@@ -120,7 +121,11 @@ def compiled(
     for option, name in (("--image", image), ("--quantize-image", quantize_image)):
         if not name or re.search(r"\s", name):
             raise ConfigError("not a container image", where=option, value=name)
-    pipeline = build(lambda task, step: _place(task, step, launch))
+    if (image == IMAGE) != (quantize_image == QUANTIZE_IMAGE):
+        raise ConfigError("name both images, or neither", where="--image and --quantize-image")
+    # Without a named image nobody knows which code the steps will find in it.
+    code = code_digest() if image != IMAGE else None
+    pipeline = build(lambda task, step: _place(task, step, launch, code))
     spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = images[executor["container"]["image"]]
@@ -134,7 +139,7 @@ def manifests(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> list[dict
 
     A version cannot be changed once it exists, so its name carries the digest of what is in it.
     """
-    version = f"{NAME}-{digest_json([spec, platform])[:12]}"
+    version = version_name(spec, platform)
     description = spec["pipelineInfo"].get("description", "")
     return [
         {
@@ -155,7 +160,12 @@ def manifests(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> list[dict
     ]
 
 
-def _place(task: PipelineTask, step: str, launch: Launch) -> None:
+def version_name(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> str:
+    """Name of the version with this content."""
+    return f"{NAME}-{digest_json([spec, platform])[:12]}"
+
+
+def _place(task: PipelineTask, step: str, launch: Launch, code: str | None) -> None:
     """Everything that only a cluster knows of a task."""
     _ask(task, resources(step, launch))
     if step not in EXIT_STEPS:
@@ -171,6 +181,8 @@ def _place(task: PipelineTask, step: str, launch: Launch) -> None:
     task.set_env_variable(STORE_VARIABLE, f"{site.MOUNT}/store")
     task.set_env_variable(RUN_VARIABLE, f"{site.MOUNT}/runs/${RUN_ID_VARIABLE}")
     task.set_env_variable(ROOT_VARIABLE, site.MOUNT)
+    if code:
+        task.set_env_variable(CODE_VARIABLE, code)
 
 
 def _ask(task: PipelineTask, wanted: Resources) -> None:

@@ -24,7 +24,7 @@ from nvila.pipelines.closing import show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.summary import LOG, Finished, write_summary
-from nvila.pipelines.watch import Watch
+from nvila.pipelines.watch import Watch, read_states
 from nvila.pipelines.worker import ARGUMENTS, GRACE_SECONDS
 
 
@@ -75,7 +75,11 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = [sys.executable, "-m", "nvila.pipelines.worker", str(run_dir), str(os.getpid())]
-    with (run_dir / LOG).open("ab") as log, Watch(run_dir, console) as watch, _Stop() as stop:
+    with (
+        (run_dir / LOG).open("ab") as log,
+        Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
+        _Stop() as stop,
+    ):
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )

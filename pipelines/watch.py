@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ _COLOUR = {
 
 @dataclass(frozen=True)
 class StepState:
-    """One step as its status and progress files tell it."""
+    """One step as its status and progress files tell it, or a cluster."""
 
     name: str
     status: str
@@ -43,10 +44,13 @@ def read_states(run_dir: Path) -> list[StepState]:
 
 
 class Watch:
-    """Shows the states again and again. Use as a context manager and call `refresh` a few times a second."""
+    """Shows the states that `read` gives, again and again.
 
-    def __init__(self, run_dir: Path, console: Console) -> None:
-        self._run_dir, self._console = run_dir, console
+    Use it as a context manager and call `refresh` a few times a second.
+    """
+
+    def __init__(self, name: str, read: Callable[[], list[StepState]], console: Console) -> None:
+        self._name, self._read, self._console = name, read, console
         self._began = time.time()
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._seen: dict[str, str] = {}
@@ -63,15 +67,15 @@ class Watch:
             self._live.stop()
 
     def refresh(self) -> None:
-        """Read the files and show what is new."""
-        states = read_states(self._run_dir)
+        """Read the states and show what is new."""
+        states = self._read()
         if self._live:
             self._live.update(Group(self._title(), step_table(states)))
         else:
             self._lines(states)
 
     def _title(self) -> str:
-        return f"{self._run_dir.name}  {time.time() - self._began:.0f} s"
+        return f"{self._name}  {time.time() - self._began:.0f} s"
 
     def _lines(self, states: list[StepState]) -> None:
         for state in states:

@@ -14,9 +14,12 @@ def register(
     full: dsl.Input[dsl.Metrics],
     samples: dsl.Input[dsl.Dataset],
     gate: dsl.Input[dsl.Artifact],
+    card: dsl.Output[dsl.Markdown],
     out: dsl.Output[dsl.Artifact],
 ) -> None:
     """Register the quantized model with its metrics, card and lineage; alias it `challenger`."""
+    import shutil
+
     from nvila.components.runner.execute import execute
 
     inputs = {
@@ -27,3 +30,4 @@ def register(
         "gate": gate.path,
     }
     out.metadata.update(execute(step, "nvila.components.register.step", slices.path, inputs, out.path))
+    shutil.copyfile(out.metadata["uri"] + "/model_card.md", card.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
+from nvila.components.runner.code import CODE_VARIABLE, code_digest
+from nvila.components.tracking.flatten import metrics
 
 STORE_VARIABLE = "NVILA_STORE"
 """Environment variable: root of the store (default `store`)."""
@@ -72,6 +75,7 @@ def execute(
     status = _Status(place.run_dir, step)
     signal.signal(signal.SIGTERM, _preempted)
     try:
+        _refuse_other_code()
         if slices is not None:
             every = Manifest.load(slices).values["slices"]
             if step not in every:
@@ -81,7 +85,8 @@ def execute(
         manifest, cached = perform(place, step, module, settings, loaded)
         manifest.save(Path(output))
         status.end("cached" if cached else "done", Exit.DONE, manifest=manifest)
-        return {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
+        facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
+        return facts | _scalars(manifest)
     except NvilaError as error:
         status.end(_verdict(error.exit_code), error.exit_code, message=str(error))
         _leave(error.exit_code, f"{step}: {error}")
@@ -198,6 +203,25 @@ class _Status:
             "message": message,
         }
         write_atomic(self._path, json.dumps(self._record, indent=1))
+
+
+def _refuse_other_code() -> None:
+    """A pipeline says from which code it was compiled; its graph and other code would not fit together."""
+    wanted = os.environ.get(CODE_VARIABLE)
+    if wanted and wanted != (found := code_digest()):
+        raise ConfigError(
+            "the image holds other code than the pipeline was compiled from",
+            where=CODE_VARIABLE,
+            value=found,
+            do=f"Compile with the image of {wanted}, or submit from the commit that the image was built from.",
+        )
+
+
+def _scalars(manifest: Manifest) -> dict[str, float]:
+    """Numbers for the table of scalar metrics in the UI; what lies deeper than three levels is left to the report."""
+    if manifest.kind != "metrics":
+        return {}
+    return {n: v for n, v in metrics(manifest.values).items() if n.count("/") < 3 and math.isfinite(v)}
 
 
 def _verdict(code: Exit) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.resolve.form import shipped
+from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines import site
 from nvila.pipelines.cluster import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled
@@ -121,6 +122,7 @@ def test_every_executor_has_its_image_and_knows_where_things_lie(spec: dict[str,
             "NVILA_STORE": "/nvila/store",
             "NVILA_RUN": "/nvila/runs/$NVILA_RUN_ID",
             "NVILA_ROOT": "/nvila",
+            "NVILA_CODE": code_digest(),
         }, name
 
 
@@ -192,7 +194,7 @@ def test_another_pipeline_has_another_version_name(tmp_path: Path) -> None:
     """A version cannot be changed: an upgrade under the same name would be refused, or lost."""
 
     def version(image: str) -> str:
-        compile_pipeline(tmp_path / "out.yaml", image, format="manifests")
+        compile_pipeline(tmp_path / "out.yaml", image, "b:1", format="manifests")
         return list(yaml.safe_load_all((tmp_path / "out.yaml").read_text()))[1]["metadata"]["name"]
 
     assert version("a:1") == version("a:1") != version("a:2")
@@ -246,4 +248,6 @@ def test_a_bad_image_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
         compile_pipeline(tmp_path / "out.yaml", image="two words")
     with pytest.raises(ConfigError, match="--quantize-image"):
         compile_pipeline(tmp_path / "out.yaml", quantize_image="")
+    with pytest.raises(ConfigError, match="both images"):
+        compile_pipeline(tmp_path / "out.yaml", image="registry.example/nvila:1")
     assert list(tmp_path.iterdir()) == []

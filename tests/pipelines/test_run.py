@@ -60,6 +60,23 @@ def test_the_whole_lifecycle_comes_through(first: tuple[Path, int, dict[str, Any
     assert len(artifacts) == 1 and artifacts[0].read_bytes() == page.read_bytes()
 
 
+def test_the_ui_gets_numbers_and_texts_that_it_can_show(first: tuple[Path, int, dict[str, Any], str]) -> None:
+    """The UI shows metadata of metrics and the very file of an HTML or Markdown artifact, and nothing else."""
+    folder, _, summary, _ = first
+    tasks = next((folder / "runs/latest/kfp").iterdir())
+
+    def metadata(step: str) -> dict[str, Any]:
+        output = json.loads((tasks / step / "executor_output.json").read_text())
+        return dict(output["artifacts"]["out"]["artifacts"][0]["metadata"])
+
+    measured = metadata("evaluate")
+    assert {s: measured[f"accuracy/{s}/accuracy"] for s in summary["accuracy"]} == {
+        source: row["bf16"] for source, row in summary["accuracy"].items()
+    }
+    assert "accuracy/digits/accuracy" in metadata("evaluate-quantized") and "kept" not in str(metadata("prune-image"))
+    assert (tasks / "register" / "card").read_text().startswith("# nvila-micro\n")
+
+
 def test_an_unchanged_second_run_repeats_nothing(first: tuple[Path, int, dict[str, Any], str]) -> None:
     """A key that holds a time, a path of the run or an unstable result would train everything anew."""
     code, summary, _ = _run(first[0])

@@ -19,7 +19,7 @@ from nvila.pipelines.local import _exit_code, _new_run, _point_latest
 from nvila.pipelines.memory import MemorySampler, pss_bytes
 from nvila.pipelines.steps import STEPS
 from nvila.pipelines.summary import Finished, write_summary
-from nvila.pipelines.watch import Watch
+from nvila.pipelines.watch import Watch, read_states
 
 BLIND = {"kind": "question text", "accuracy": 0.3, "low": 0.2, "high": 0.4}
 ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "n": 1000, "majority": 0.1, "question_only": BLIND}
@@ -185,7 +185,7 @@ def test_memory_counts_children_and_forgets_nothing(tmp_path: Path) -> None:
 def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
     """A log of CI has no live table: each change is one line, once."""
     out = io.StringIO()
-    with Watch(run_dir, Console(file=out, width=140)) as watch:
+    with Watch(run_dir.name, lambda: read_states(run_dir), Console(file=out, width=140)) as watch:
         watch.refresh()
         watch.refresh()
     lines = out.getvalue().splitlines()

@@ -18,6 +18,7 @@ import pytest
 
 from nvila.components.contracts import keys
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.runner.code import code_digest
 
 STEP = """
 import json, os, time
@@ -178,6 +179,15 @@ def test_work_is_done_once_and_then_found(bench: Bench) -> None:
     assert status["seconds"] == pytest.approx(status["ended"] - status["started"], abs=0.01)
     assert Manifest.load(bench.root / "output" / "try.json") == first
     assert not (bench.root / "runs" / "run-2" / "tracked").exists()
+
+
+def test_other_code_than_the_pipelines_is_refused(bench: Bench) -> None:
+    """An image of another commit would read slices and manifests that it does not know."""
+    bench.patch.setenv("NVILA_CODE", code_digest())
+    assert bench.run("work")[0] == 0
+    bench.patch.setenv("NVILA_CODE", "0" * 16)
+    code, errors = bench.run("work")
+    assert code == 2 and "holds other code" in errors and "0" * 16 in errors
 
 
 def test_the_world_is_prepared_before_the_key_is_taken(bench: Bench) -> None:

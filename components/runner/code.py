@@ -1,0 +1,19 @@
+"""The digest of our steps' code: a compiled pipeline carries it, and a step refuses to run as other code."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from nvila.components.contracts.manifest import digest_json, sha256_file
+
+CODE_VARIABLE = "NVILA_CODE"
+"""Environment variable that a pipeline compiled for a named image sets: the digest of the code it was compiled from."""
+
+
+def code_digest() -> str:
+    """First 16 hex characters of the digest over every Python file of the package `components`."""
+    spec = find_spec("nvila.components")
+    assert spec and spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    return digest_json({path.relative_to(root).as_posix(): sha256_file(path) for path in root.rglob("*.py")})[:16]

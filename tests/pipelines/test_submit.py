@@ -1,0 +1,331 @@
+"""`nvila submit` against a server that holds every request and answer against the models of KFP's client."""
+
+import functools
+import io
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp_stand_in import STARTED, TOKEN, StandIn, standing_in
+from rich.console import Console
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.exits import Exit
+from nvila.components.runner.code import code_digest
+from nvila.pipelines import cluster
+from nvila.pipelines import submit as submitting
+from nvila.pipelines.cluster import NAME
+from nvila.pipelines.server import Server, ServerDown
+from nvila.pipelines.steps import STEPS
+from nvila.pipelines.submit import Version, Wanted, namespace_of, upload
+
+SHARED = Wanted()
+COMPILED = functools.cache(cluster.compiled)
+"""It takes seconds."""
+OWN = Version("registry.example/base:1", "registry.example/quantize:1")
+LATER = "2026-11-22T10:05:00Z"
+
+
+@pytest.fixture
+def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    for name in ("KF_PIPELINES_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH", "KF_PIPELINES_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(submitting, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cluster, "compiled", COMPILED)
+    with standing_in() as stand_in:
+        yield stand_in
+
+
+def _submit(kfp: StandIn, version: Version = OWN, wanted: Wanted = SHARED, **options: Any) -> tuple[int, str]:
+    """Exit code and what the terminal showed."""
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    overrides = options.pop("overrides", [])
+    code = submitting.submit("micro", overrides, Server(kfp.url), version, wanted, console, **options)
+    return code, out.getvalue()
+
+
+def _task(step: str, state: str, message: str = "", created: str = STARTED, **fields: Any) -> dict[str, Any]:
+    error = {"error": {"code": 13, "message": message}} if message else {}
+    task = {"run_id": "r0", "task_id": f"{step}-{created}", "display_name": step, "state": state}
+    return task | {"create_time": created, "start_time": created, "end_time": LATER} | error | fields
+
+
+def _run(state: str, *tasks: dict[str, Any]) -> dict[str, Any]:
+    return {"state": state, "run_details": {"task_details": list(tasks)}}
+
+
+def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> None:
+    """A field that is lost, or an older pipeline, gives a run of something else than was asked for."""
+    code, output = _submit(
+        kfp,
+        wanted=Wanted(experiment="mine", run_name="first", service_account="pipeline-runner"),
+        overrides=["evaluate.limit=7"],
+        data_uri="data/plates",
+        model_name="plates",
+    )
+    (run,), (version,) = kfp.runs, kfp.versions
+    assert code == 0 and f"{kfp.url}/#/runs/details/r0" in output
+    assert (run["display_name"], run["service_account"]) == ("first", "pipeline-runner")
+    assert kfp.experiments[0]["display_name"] == "mine"
+    assert run["runtime_config"]["parameters"] == {
+        "recipe": "micro",
+        "data_uri": "data/plates",
+        "model_name": "plates",
+        "keep_ratio": 0.0,
+        "target": "none",
+        "overrides": '{"evaluate": {"limit": 7}}',
+    }
+    executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
+    assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"
+    assert {"name": "NVILA_CODE", "value": code_digest()} in executors["exec-base"]["container"]["env"]
+
+
+def test_the_same_pipeline_is_uploaded_once(kfp: StandIn) -> None:
+    """Each submission would otherwise leave a version behind, and the list in the UI would be of no use."""
+    _submit(kfp)
+    code, output = _submit(kfp)
+    assert code == 0 and "is there already" in output
+    assert (len(kfp.versions), len(kfp.runs)) == (1, 2)
+    _submit(kfp, Version("registry.example/base:2", "registry.example/quantize:1"))
+    assert len({version["name"] for version in kfp.versions}) == 2
+
+
+def test_an_upload_alone_starts_nothing(kfp: StandIn) -> None:
+    """What a Job of the chart calls on every upgrade."""
+    for _ in range(2):
+        upload(Server(kfp.url), OWN, None, Console(file=io.StringIO()))
+    assert (len(kfp.pipelines), len(kfp.versions), kfp.runs) == (1, 1, [])
+    with pytest.raises(ConfigError, match=r"--image"):
+        upload(Server(kfp.url), Version(), None, Console(file=io.StringIO()))
+
+
+def test_the_newest_installed_version_is_taken(kfp: StandIn) -> None:
+    """Who names no image wants what the platform's engineers have installed, and not its first release."""
+    kfp.install(NAME, versions=5)
+    assert _submit(kfp, Version())[0] == 0
+    assert kfp.runs[0]["pipeline_version_reference"]["pipeline_version_id"] == "v4"
+    assert len(kfp.versions) == 5
+
+
+def test_nothing_installed_is_told(kfp: StandIn) -> None:
+    """A run of a pipeline that is not there would fail with the server's words."""
+    with pytest.raises(ConfigError, match=f"no pipeline {NAME} is installed.*--image"):
+        _submit(kfp, Version())
+    assert kfp.runs == []
+
+
+def test_users_have_namespaces(kfp: StandIn) -> None:
+    """In a namespace the own pipeline comes first, then the shared one; runs and experiments are the user's."""
+    kfp.multi_user = True
+    kfp.install(NAME)
+    with pytest.raises(ConfigError, match=r"--namespace.*Name yours"):
+        _submit(kfp, Version())
+    _submit(kfp, Version(), Wanted(namespace="ada"))
+    assert kfp.runs[0]["pipeline_version_reference"]["pipeline_id"] == "p0"
+    assert kfp.experiments[0]["namespace"] == "ada"
+    kfp.install(NAME, namespace="ada")
+    _submit(kfp, Version(), Wanted(namespace="ada"))
+    assert kfp.runs[1]["pipeline_version_reference"]["pipeline_id"] == "p1"
+    with pytest.raises(ConfigError, match=r"not allowed: .*namespace bob.*--namespace"):
+        _submit(kfp, Version(), Wanted(namespace="bob"))
+
+
+def test_a_server_without_users_takes_no_namespace(kfp: StandIn) -> None:
+    """It would refuse each call in words that do not name the option."""
+    with pytest.raises(ConfigError, match=r"--namespace.*no namespaces"):
+        namespace_of(Server(kfp.url), "ada")
+
+
+def test_the_token_is_asked_for_sent_and_never_shown(
+    kfp: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token in a log is a token in everybody's hands; the server's own error may repeat it."""
+    kfp.needs_token = True
+    with pytest.raises(ConfigError, match=r"asks for a token.*--token-file"):
+        Server(kfp.url).multi_user()
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
+    with pytest.raises(ConfigError, match=r"does not accept the token"):
+        Server(kfp.url).multi_user()
+    file = tmp_path / "token"
+    file.write_text("old\n")
+    server = Server(kfp.url, token_file=file)
+    file.write_text(TOKEN + "\n")
+    assert server.multi_user() is False, "tokens are renewed in their file"
+    kfp.failing = [("GET", "healthz", 418)]
+    with pytest.raises(ConfigError, match=r"injected Bearer \*\*\*") as caught:
+        server.multi_user()
+    assert TOKEN not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--token-file"):
+        Server(kfp.url, token_file=tmp_path / "none")
+
+
+def test_a_fault_of_the_server_is_waited_out_where_nothing_is_made(kfp: StandIn) -> None:
+    """A restart of the server must not fail a submission; a run that is created twice would train twice."""
+    kfp.install(NAME)
+    kfp.failing = [("GET", "healthz", 500), ("GET", "experiments", 503), ("GET", "experiments", 502)]
+    assert _submit(kfp, Version())[0] == 0
+    kfp.failing = [("POST", "runs", 500)]
+    with pytest.raises(ServerDown, match=r"answers 500"):
+        _submit(kfp, Version())
+    assert kfp.asked.count("POST /runs") == 2 and len(kfp.runs) == 1
+
+
+def test_more_than_a_page_is_read(kfp: StandIn) -> None:
+    """The experiment on the second page would be made again, which the server refuses."""
+    kfp.install(NAME)
+    kfp.experiments = [{"experiment_id": f"e{n}", "display_name": name} for n, name in enumerate(["a", "b", "nvila"])]
+    assert _submit(kfp, Version())[0] == 0
+    assert kfp.runs[0]["experiment_id"] == "e2" and len(kfp.experiments) == 3
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 3])
+def test_two_submissions_at_once_share_what_they_make(kfp: StandIn, hidden: int) -> None:
+    """Pipeline, version or experiment appear between looking and making: a conflict is no failure then."""
+    _submit(kfp)
+    kfp.listings, kfp.hidden = 0, {hidden}
+    assert _submit(kfp)[0] == 0
+    assert (len(kfp.pipelines), len(kfp.versions), len(kfp.experiments), len(kfp.runs)) == (1, 1, 1, 2)
+
+
+def test_a_name_that_is_taken_out_of_sight_is_one_line(kfp: StandIn) -> None:
+    """The pipeline of somebody else cannot be read, and cannot be made."""
+    _submit(kfp)
+    kfp.hidden = range(10**6)
+    with pytest.raises(ConfigError, match=f"a pipeline {NAME} is there, but not yours") as caught:
+        _submit(kfp)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_recipe_reaches_no_server(kfp: StandIn) -> None:
+    """What can be said here is not found out on the cluster."""
+    with pytest.raises(ConfigError, match=r"Did you mean evaluate.limit"):
+        _submit(kfp, overrides=["evaluate.limt=7"])
+    assert kfp.asked == []
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "word"),
+    [
+        (_run("SUCCEEDED", _task("base", "SUCCEEDED")), Exit.DONE, "succeeded"),
+        (_run("CANCELED", _task("base", "CANCELED")), Exit.PREEMPTED, "canceled"),
+        (_run("FAILED", _task("gate", "FAILED", "Error (exit code 3)")), Exit.REJECTED, "gate: Error (exit code 3)"),
+        (_run("FAILED", _task("validate", "FAILED", "main: exit code 2")), Exit.USER, "validate"),
+        (_run("FAILED", _task("train-1", "FAILED", "OOMKilled (exit code 137)")), Exit.FAULT, "OOMKilled"),
+        (_run("FAILED"), Exit.FAULT, "failed"),
+    ],
+)
+def test_the_runs_result_is_the_exit_code(kfp: StandIn, end: dict[str, Any], code: Exit, word: str) -> None:
+    """A script that retries a refusal, or takes it for a success, does harm."""
+    kfp.install(NAME)
+    kfp.script = [_run("PENDING"), _run("RUNNING", _task("resolve", "RUNNING", end_time=None)), end]
+    assert _submit(kfp, Version(), wait=True)[0] == code
+    kfp.script = [end]
+    assert word in _submit(kfp, Version(), wait=True)[1]
+
+
+def test_a_try_that_was_followed_by_another_is_no_verdict(kfp: StandIn) -> None:
+    """A lost pod is started again: what ends the run is its last try, and what failed first."""
+    again = "2026-11-22T10:01:00Z"
+    end = _run(
+        "FAILED",
+        _task("base", "FAILED", "exit code 3"),
+        _task("base", "SUCCEEDED", created=again),
+        _task("train-1", "FAILED", "exit code 2", created=again, end_time="2026-11-22T10:03:00Z"),
+        _task("train-2", "FAILED", "exit code 1", created=again),
+        _task("train-1-driver", "FAILED", "exit code 3"),
+    )
+    kfp.install(NAME)
+    kfp.script = [end]
+    assert _submit(kfp, Version(), wait=True)[0] == Exit.USER
+
+
+def test_the_steps_are_shown_as_they_change(kfp: StandIn) -> None:
+    """Who waits wants to know for what."""
+    kfp.install(NAME)
+    running = [_task("resolve", "SUCCEEDED"), _task("preflight", "RUNNING", end_time=None)]
+    rejected = _task("gate", "FAILED", "", state_history=[{"state": "FAILED", "error": {"message": "exit code 3"}}])
+    kfp.script = [_run("RUNNING", *running), _run("FAILED", *running, rejected)]
+    output = _submit(kfp, Version(), wait=True)[1]
+    assert all(line in output for line in ("resolve: done in 300.0 s", "preflight: running", "gate: rejected"))
+
+
+def test_waiting_outlives_the_server(kfp: StandIn) -> None:
+    """The run goes on when the API server is restarted; whoever waits for it must as well."""
+    kfp.install(NAME)
+    kfp.failing = [("GET", "runs/", 503)] * 5
+
+    code, output = _submit(kfp, Version(), wait=True)
+    assert code == 0 and output.count("trying again") == 1
+
+
+def test_every_step_has_a_row() -> None:
+    """The table is the DAG, also before the server knows of it."""
+    from kfp_server_api import V2beta1Run
+
+    assert [state.name for state in submitting.states(V2beta1Run())] == list(STEPS)
+
+
+@pytest.mark.parametrize(("typed", "cancelled", "says"), [("x\nc\n", True, "cancelled"), ("l\n", False, "goes on")])
+def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled: bool, says: str) -> None:
+    """Training that goes on unwanted costs a node; training that is cancelled unasked costs days."""
+    kfp.install(NAME)
+    kfp.script = [_run("RUNNING", _task("resolve", "RUNNING", end_time=None))]
+    ours, theirs = pty.openpty()
+    code = (
+        "from nvila.pipelines import cli, submit; submit.POLL_SECONDS = 0.1; import sys;"
+        f"sys.argv = ['nvila', 'submit', 'micro', '--host', {kfp.url!r}, '--wait']; cli.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    deadline = time.monotonic() + 60
+    while "GET /runs/r0" not in kfp.asked and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(2)
+    shown = _read_until(ours, "(w)?")
+    os.write(ours, typed.encode())
+    shown += _read_until(ours, says)
+    assert process.wait(timeout=30) == Exit.PREEMPTED
+    assert (kfp.terminated == ["r0"]) is cancelled and "Traceback" not in shown
+    os.close(ours)
+
+
+def _read_until(terminal: int, word: str) -> str:
+    shown = ""
+    while word not in shown:
+        try:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # the other end is closed
+            raise AssertionError(f"{word!r} was not shown, but {shown[-2000:]!r}") from None
+    return shown
+
+
+def test_without_a_terminal_the_run_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a script there is nobody to ask, and cancelling cannot be taken back."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("c\n"))
+    assert submitting._asked() == "l"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (("micro",), 2, "--host: not a URL"),
+        (("micro", "--host", "kubeflow.example"), 2, "https://"),
+        (("--host", "http://127.0.0.1:9"), 2, "which recipe"),
+        (("micro", "--host", "http://127.0.0.1:9"), 1, "no answer"),
+        (("micro", "--host", "http://127.0.0.1:9", "--ca-cert", "none.pem"), 2, "--ca-cert"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(nvila: Any, arguments: tuple[str, ...], code: int, word: str) -> None:
+    """A traceback of an HTTP library tells a data scientist nothing."""
+    ended = nvila("submit", *arguments)
+    assert ended.returncode == code, ended.stderr
+    assert word in ended.stderr and ended.stderr.count("\n") == 1
