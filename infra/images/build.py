@@ -1,0 +1,117 @@
+"""Builds the images with podman: `python -m nvila.infra.images.build base quantize --base-image NAME@sha256:...`.
+
+Runs in a checkout. Nothing of the machine it runs on enters an image: pip's settings go in as a secret, what they name
+on this machine (a certificate bundle, a folder of wheels) as mounts for the build only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from nvila.components.contracts.errors import NvilaError, PreflightError
+from nvila.infra.images.machine import pip_settings, podman_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("infra/images")
+SCRATCH = ROOT / "build" / "images"
+KINDS = {
+    "base": "Containerfile",
+    "serve": "Containerfile",
+    "quantize": "Containerfile",
+    "controller": "Containerfile",
+    "train": "train.Containerfile",
+}
+"""Name of an image, which is a target -> its file."""
+LOCKS = {"serve": ("serve.lock",), "quantize": ("main.lock", "serve.lock")}
+"""Lock files in an image; `main.lock` where none is named."""
+SOURCES = ("components", "infra", "pipelines", "requirements", "pyproject.toml")
+
+
+def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str]) -> str:
+    """Build one image and return its name.
+
+    Args:
+        kind: one of `KINDS`.
+        base_image: what to build on: Python 3.11 with venv; for `train` an NGC PyTorch image.
+        name: registry and path before the kind, such as `registry.example/nvila`.
+        tag: the tag.
+        arguments: further build arguments, `KEY=VALUE`.
+
+    Raises:
+        NvilaError: podman failed; it has said why.
+    """
+    image = f"{name}/{kind}:{tag}"
+    secret, mounts = pip_settings(SCRATCH)
+    options = ["--file", str(FOLDER / KINDS[kind]), "--target", kind, "--tag", image, "--layers", "--network", "host"]
+    options += ["--secret", f"id=pip,src={secret}"]
+    options += [part for mount in mounts for part in ("--volume", mount)]
+    options += [part for a in (f"BASE_IMAGE={base_image}", *arguments) for part in ("--build-arg", a)]
+    options += [part for key, value in labels(kind, base_image).items() for part in ("--label", f"{key}={value}")]
+    command = ["podman", "build", *options, "."]
+    if subprocess.run(command, cwd=ROOT, env=podman_environment(SCRATCH)).returncode:
+        raise NvilaError("the image could not be built", where=image, do="podman says above what failed.")
+    return image
+
+
+def labels(kind: str, base_image: str) -> dict[str, str]:
+    """What the image was made from."""
+    commit = revision()
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    locks = hashlib.sha256()
+    for lock in LOCKS.get(kind, ("main.lock",)):
+        locks.update((ROOT / "requirements" / lock).read_bytes())
+    return {
+        "org.opencontainers.image.title": f"nvila {kind}",
+        "org.opencontainers.image.version": pyproject["project"]["version"],
+        "org.opencontainers.image.revision": commit,
+        "org.opencontainers.image.licenses": pyproject["project"]["license"],
+        "org.opencontainers.image.base.name": base_image,
+        "nvila.lock": f"sha256:{locks.hexdigest()}",
+    }
+
+
+def revision() -> str:
+    """The commit, with `-dirty` behind it where a file that enters images differs from it."""
+    commit = _git("rev-parse", "HEAD")
+    return f"{commit}-dirty" if _git("status", "--porcelain", "--", *SOURCES) else commit
+
+
+def main(arguments: list[str]) -> int:
+    """Build what the command line names and print the images' names."""
+    parser = argparse.ArgumentParser(prog="python -m nvila.infra.images.build", description=__doc__)
+    parser.add_argument("kinds", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--base-image", required=True, help="image to build on, best with its digest")
+    parser.add_argument("--name", default="localhost/nvila", help="registry and path before the kind")
+    parser.add_argument("--tag", default="dev")
+    parser.add_argument("--build-arg", action="append", default=[], metavar="KEY=VALUE", help="VLLM=vllm for GPUs")
+    given = parser.parse_args(arguments)
+    try:
+        for kind in given.kinds:
+            print(build(kind, given.base_image, given.name, given.tag, given.build_arg), flush=True)
+    except NvilaError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    return 0
+
+
+def _git(*command: str) -> str:
+    """Git's answer.
+
+    Raises:
+        PreflightError: no git, or no checkout.
+    """
+    try:
+        ran = subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        do = "Clone the repository and build there."
+        raise PreflightError("images are built in a git checkout", where=str(ROOT), do=do) from error
+    return ran.stdout.strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

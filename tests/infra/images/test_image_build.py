@@ -1,0 +1,76 @@
+"""What goes into an image build, without podman."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nvila.infra.images import build
+from nvila.infra.images.machine import for_a_build
+from nvila.infra.images.sbom import debian_components, python_components, sbom
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "infra/images"
+
+
+@pytest.mark.parametrize(("kind", "file"), build.KINDS.items())
+def test_every_image_runs_as_a_user_without_rights(kind: str, file: str) -> None:
+    """Kubernetes can check `runAsNonRoot` by number only, and a forgotten USER is root."""
+    stage = (FOLDER / file).read_text().split(f" AS {kind}\n")[1].split("\nFROM ")[0]
+    assert re.findall(r"^USER (.*)$", stage, re.MULTILINE)[-1] == "65532:65532"
+
+
+@pytest.mark.parametrize("file", sorted(set(build.KINDS.values())))
+def test_the_base_image_is_the_sites_choice(file: str) -> None:
+    """No default and no digest that nobody here has resolved."""
+    text = (FOLDER / file).read_text()
+    assert "\nARG BASE_IMAGE\n" in text and "@sha256:" not in text
+    outside = set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) - set(re.findall(r" AS (\S+)", text))
+    assert outside == {"${BASE_IMAGE}"}
+
+
+def test_pips_settings_see_the_machine_through_mounts(tmp_path: Path) -> None:
+    """A folder of wheels or a certificate of this machine must be there in the build, and an address stay as it is."""
+    index, wheels, certificate = tmp_path / "mirror/simple", tmp_path / "wheels", tmp_path / "ca.crt"
+    for folder in (index, wheels):
+        folder.mkdir(parents=True)
+    certificate.touch()
+    given = {
+        "cert": str(certificate),
+        "find-links": f"{wheels} https://wheels.example/list.html",
+        "extra-index-url": f"file://{index}",
+        "index-url": "https://user:password@index.example/simple",
+        "default-timeout": "60",
+    }
+    settings, mounts = for_a_build(given)
+    assert settings == {
+        "cert": "/run/pip/0",
+        "find-links": "/run/pip/1 https://wheels.example/list.html",
+        "extra-index-url": "file:///run/pip/2/simple",
+        "index-url": given["index-url"],
+        "default-timeout": "60",
+    }
+    assert mounts == [f"{certificate}:/run/pip/0:ro", f"{wheels}:/run/pip/1:ro", f"{index.parent}:/run/pip/2:ro"]
+
+
+def test_labels_change_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two images with other libraries and one label could not be told apart."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "revision", lambda: "0" * 40)
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\nlicense = "Apache-2.0"\n')
+    (tmp_path / "requirements").mkdir()
+    for lock in ("main.lock", "serve.lock"):
+        (tmp_path / "requirements" / lock).write_text("torch==1\n")
+    before = {kind: build.labels(kind, "base@sha256:1")["nvila.lock"] for kind in build.KINDS}
+    (tmp_path / "requirements/serve.lock").write_text("torch==2\n")
+    after = {kind: build.labels(kind, "base@sha256:1")["nvila.lock"] for kind in build.KINDS}
+    assert {kind for kind in build.KINDS if before[kind] != after[kind]} == {"serve", "quantize"}
+
+
+def test_the_bill_names_what_is_installed() -> None:
+    """A package that is half removed is not there; a distribution that is there must be in the bill."""
+    listing = "libc6 2.36-9 amd64 ii \nold 1.0 all rc \n"
+    assert [part["purl"] for part in debian_components(listing)] == ["pkg:deb/debian/libc6@2.36-9?arch=amd64"]
+    assert "pydantic" in {part["name"] for part in python_components()}
+    parts = sbom()["components"]
+    assert len({part["bom-ref"] for part in parts}) == len(parts) and all(" " not in part["purl"] for part in parts)
