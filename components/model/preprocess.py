@@ -15,13 +15,16 @@ from PIL import Image
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.tiling import dynamic_grid, dynamic_s2_grid
+from nvila.components.model.resize import resize
+from nvila.components.model.tiling import Grid, dynamic_grid, dynamic_s2_grid
 
 Kind = Literal["image", "video"]
 BlockSize = tuple[int, int]
 """(rows, columns) of the last scale's tiles."""
 MEAN_COLOUR = (127, 127, 127)
 """The image processor's mean of 0.5 as a pixel, cut to an integer as the reference does."""
+CACHED_VALUES = 2**20
+"""Values that are normalised at once: few enough to stay near the processor from one operation to the next."""
 Medium = Image.Image | Sequence[Image.Image]
 """A picture, or a video as its sampled frames."""
 
@@ -45,7 +48,11 @@ def normalise(tiles: torch.Tensor) -> torch.Tensor:
     """uint8 pixels to the tower's range: (x / 255 - 0.5) / 0.5. Float tiles pass."""
     if tiles.dtype != torch.uint8:
         return tiles
-    return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    made = torch.empty(tiles.shape, dtype=torch.float32, device=tiles.device)
+    together = max(1, CACHED_VALUES // max(1, tiles[0:1].numel()))
+    for pixels, values in zip(tiles.split(together), made.split(together), strict=True):
+        values.copy_(pixels).div_(127.5).sub_(1.0)
+    return made
 
 
 def preprocess_image(
@@ -69,7 +76,7 @@ def preprocess_image(
         visuals = [_s2_visual(image, config)]
     else:
         whole = _squared(image) if config.vision_mode == "pad" else image
-        visuals = [Visual("image", _cut(whole, 1, 1, config.tile_pixels), None)]
+        visuals = [Visual("image", _cut(whole, [(1, 1)], config.tile_pixels), None)]
     return visuals if pixels else [visual.normalised() for visual in visuals]
 
 
@@ -96,11 +103,8 @@ def _squared(image: Image.Image) -> Image.Image:
 
 
 def _dynamic_tiles(image: Image.Image, config: ModelConfig) -> torch.Tensor:
-    columns, rows = dynamic_grid(*image.size, config.tile_pixels, config.max_tiles)
-    tiles = _cut(image, columns, rows, config.tile_pixels)
-    if len(tiles) == 1:
-        return tiles
-    return torch.cat([tiles, _cut(image, 1, 1, config.tile_pixels)])
+    grid = dynamic_grid(*image.size, config.tile_pixels, config.max_tiles)
+    return _cut(image, [grid] if grid == (1, 1) else [grid, (1, 1)], config.tile_pixels)
 
 
 def _s2_visual(image: Image.Image, config: ModelConfig) -> Visual:
@@ -110,16 +114,19 @@ def _s2_visual(image: Image.Image, config: ModelConfig) -> Visual:
     if config.vision_mode == "dynamic_s2":
         columns, rows = dynamic_s2_grid(*image.size, config.s2_scales, config.max_tiles)
     grids = [(tiles, tiles) for tiles in config.scale_tiles[:-1]] + [(columns, rows)]
-    tiles = [_cut(image, i, j, config.tile_pixels) for i, j in grids]
-    return Visual("image", torch.cat(tiles), (rows, columns))
+    return Visual("image", _cut(image, grids, config.tile_pixels), (rows, columns))
 
 
-def _cut(image: Image.Image, columns: int, rows: int, side: int) -> torch.Tensor:
-    """(rows * columns, 3, side, side) uint8: the picture resized without keeping its shape, cut row by row.
+def _cut(image: Image.Image, grids: Sequence[Grid], side: int) -> torch.Tensor:
+    """(T, 3, side, side) uint8: for each (columns, rows) the picture resized without keeping its shape, cut row by row.
 
     Colours stay next to each other in memory: moving them apart would cost a copy that is slow because it is scattered.
     """
-    resized = np.asarray(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
-    cells = resized.reshape(rows, side, columns, side * 3).transpose(0, 2, 1, 3)
-    tiles = np.array(cells, order="C").reshape(rows * columns, side, side, 3)
-    return torch.from_numpy(tiles).permute(0, 3, 1, 2)
+    tiles = np.empty((sum(columns * rows for columns, rows in grids), side, side * 3), np.uint8)
+    resized = resize(image, [(columns * side, rows * side) for columns, rows in grids])
+    start = 0
+    for (columns, rows), pixels in zip(grids, resized, strict=True):
+        part = tiles[start : start + columns * rows].reshape(rows, columns, side, side * 3)
+        part[:] = pixels.reshape(rows, side, columns, side * 3).transpose(0, 2, 1, 3)
+        start += columns * rows
+    return torch.from_numpy(tiles.reshape(-1, side, side, 3)).permute(0, 3, 1, 2)
