@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.pipelines.models import find_model
 
 
@@ -18,7 +20,8 @@ class Question:
     texts: Sequence[str]
     """One human turn each; `<image>` and `<vila/video>` in them say where media stand."""
     media: Sequence[tuple[Literal["image", "video"], Path]] = ()
-    """Pictures and clips in order; a folder of frames is a clip. Those without a place in a text come first."""
+    """Pictures and clips in order; a folder of frames is a clip, and each page of a PDF a picture (`x.pdf#page=3` names
+    one). Those without a place in a text come first."""
     system: str | None = None
     """System prompt; None is the template's own."""
 
@@ -30,6 +33,8 @@ class Answering:
     max_new_tokens: int = 64
     options: dict[str, Any] = field(default_factory=dict)
     """`temperature`, `top_p` and `seed` of `NVILA.stream`."""
+    json_schema: Path | None = None
+    """A file; each answer is JSON of this schema."""
 
 
 def infer(reference: str, question: Question, answering: Answering, runs: Path) -> Iterator[str]:
@@ -38,22 +43,22 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     Each text is asked in turn, with the turns before it and the media that have their place up to there.
 
     Raises:
-        ConfigError: no such model.
-        DataError: a picture or clip cannot be read.
+        ConfigError: no such model, a schema that cannot be kept, or an answer was cut before its JSON ended.
+        DataError: a picture, clip or document cannot be read.
     """
     folder = _folder(reference, runs)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
-    from nvila.components.data.media import load_image, load_video_frames
     from nvila.components.model.conversation import Turn, count_literals, split_media
     from nvila.components.model.loading import load
     from nvila.components.model.prompt import make_prompt
+    from nvila.components.model.structured import JsonSchema
 
     loaded, tokenizer = load(folder)
-    frames = loaded.config.num_video_frames
-    media: list[Any] = [
-        load_image(path) if kind == "image" else load_video_frames(path, frames) for kind, path in question.media
-    ]
+    options = dict(answering.options)
+    if answering.json_schema is not None:
+        options["schema"] = JsonSchema.read(tokenizer, answering.json_schema)
+    media = _media(question, loaded.config.num_video_frames)
     asked = [Turn("human", text) for text in question.texts]
     front, placed = split_media(asked, media)
     turns: list[Turn] = []
@@ -62,11 +67,39 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         so_far = sum(count_literals(earlier) for earlier in turns)
         prompt = make_prompt(tuple(turns), [*front, *placed[:so_far]], loaded.config, system=question.system)
         pieces = []
-        for piece in loaded.stream(tokenizer, prompt, answering.max_new_tokens, **answering.options):
+        for piece in loaded.stream(tokenizer, prompt, answering.max_new_tokens, **options):
             pieces.append(piece)
             yield piece
         turns.append(Turn("gpt", "".join(pieces)))
         yield "\n"
+        if answering.json_schema is not None:
+            _check_complete(turns[-1].text, answering.max_new_tokens)
+
+
+def _media(question: Question, frames: int) -> list[Any]:
+    """The media, decoded: pictures, and lists of frames."""
+    from nvila.components.data.media import load_image, load_video_frames
+    from nvila.components.data.pdf import is_pdf, load_pages
+
+    media: list[Any] = []
+    for kind, path in question.media:
+        if kind == "video":
+            media.append(load_video_frames(path, frames))
+        else:
+            media += load_pages(path) if is_pdf(path) else [load_image(path)]
+    return media
+
+
+def _check_complete(answer: str, max_new_tokens: int) -> None:
+    try:
+        json.loads(answer)
+    except ValueError:
+        raise ConfigError(
+            "the answer was cut before its JSON ended",
+            where="--max-new-tokens",
+            value=max_new_tokens,
+            do="Allow longer answers",
+        ) from None
 
 
 def _folder(reference: str, runs: Path) -> Path:

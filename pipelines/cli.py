@@ -150,18 +150,20 @@ def infer(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://, hf://id@revision, or `champion`.")],
     question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture; repeatable.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture, PDF or PDF#page=N; repeatable.")] = None,
     video: Annotated[list[Path] | None, typer.Option("--video", help="Clip, or folder of frames; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     system: Annotated[str | None, typer.Option(help="System prompt; the model's own by default.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema that each answer keeps.")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Ask a model about pictures and clips.
 
     Media stand before the first question in the order of their options, or where `<image>` and `<vila/video>` are.
+    Each page of a PDF is a picture. An answer that is cut before its JSON ends is an error (exit code 2).
 
     Example: nvila infer champion --image photo.jpg "What is in row 2, column 1?"
     """
@@ -171,7 +173,9 @@ def infer(
     named = {"image": iter(image or []), "video": iter(video or [])}
     media = [(kind, next(named[kind])) for kind in context.meta["media"]]
     options = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    for piece in answer(model, Question(question, media, system), Answering(max_new_tokens, options), runs):
+    for piece in answer(
+        model, Question(question, media, system), Answering(max_new_tokens, options, json_schema), runs
+    ):
         typer.echo(piece, nl=False)
 
 

@@ -42,6 +42,8 @@ class Limits:
     max_bytes: int = 512 * 2**20
     max_seconds: float = 3600.0
     max_frames: int = 200_000
+    max_pages: int = 16
+    """Of a document."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.splice import Spliced
+
+if TYPE_CHECKING:
+    from nvila.components.model.structured import JsonSchema
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Sampling:
     seed: int = 0
     top_p: float = 1.0
     """Draw from the likeliest tokens that together have this probability."""
+    schema: JsonSchema | None = None
+    """What the answers have to be; one that `max_new_tokens` cuts is only the beginning of it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -57,12 +62,16 @@ def decode_steps(llm: Any, prompt: Spliced, sampling: Sampling) -> Iterator[torc
     mask, position = prompt.attention_mask_BT, prompt.position_ids_BT
     step: dict[str, torch.Tensor] = {"inputs_embeds": prompt.embeds_BTH}
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    allowed = None if sampling.schema is None else sampling.schema.begin(rows)
     for _ in range(sampling.max_new_tokens):
         hidden = llm.model(
             **step, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        token = _choose(llm.lm_head(hidden[:, -1]).float(), sampling, draws)
+        logits = llm.lm_head(hidden[:, -1]).float()
+        token = _choose(logits if allowed is None else allowed.mask(logits), sampling, draws)
         yield token
+        if allowed is not None:
+            allowed.accept(token)
         ended |= torch.isin(token, stop)
         if bool(ended.all()):
             return

@@ -22,6 +22,7 @@ from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.splice import Spliced, splice
+from nvila.components.model.structured import JsonSchema
 from nvila.components.model.templates import stop_tokens
 from nvila.components.model.timetokens import soft_cross_entropy
 from nvila.components.model.tokenizer import TokenIds
@@ -181,6 +182,7 @@ class NVILA(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        schema: JsonSchema | None = None,
     ) -> list[str]:
         """Answers to a batch of prompts, the same as one by one.
 
@@ -191,13 +193,14 @@ class NVILA(nn.Module):
             temperature: 0 takes the likeliest token; above, samples with `seed`.
             top_p: sample from the likeliest tokens that together have this probability.
             seed: each prompt draws from its own generator, seeded by this and its place in the batch.
+            schema: what the answers have to be as JSON; one that ends by itself is complete, one that is cut is not.
 
         Returns:
             The answers without special tokens, stripped.
         """
         if not prompts:
             return []
-        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema)
         was_training = self.training
         self.eval()
         tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
@@ -213,13 +216,14 @@ class NVILA(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        schema: JsonSchema | None = None,
     ) -> Iterator[str]:
         """The answer to one prompt in pieces as it is made; together they are what `generate` returns.
 
         The model must be in evaluation mode. Arguments as of `generate`.
         """
         assert not self.training, "streaming would leave the mode changed while the caller does something else"
-        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p)
+        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema)
         with torch.no_grad():
             opening = self._opening(tokenizer, [prompt])
         yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
 from nvila.components.model.checkpoint import save_native
 from nvila.components.model.config import ModelConfig
@@ -88,3 +89,29 @@ def test_infer_takes_media_in_order_and_several_questions(toy: Path, monkeypatch
     assert [visual.kind for visual in second.visuals] == ["video", "image", "video"]
     assert [turn.role for turn in second.turns] == ["human", "gpt", "human"] and second.system == ""
     assert result.stdout == "".join(f"{text}\n" for text in (second.turns[1].text, result.stdout.splitlines()[-1]))
+
+
+def test_infer_over_a_document_in_json(toy: Path, tmp_path: Path) -> None:
+    """Prevents a schema or a document's pages from being dropped between the command line and the model, and an answer
+    cut in the middle of its JSON from passing as one."""
+    import json
+
+    from typer.testing import CliRunner
+
+    from nvila.pipelines.cli import app
+
+    document, schema = tmp_path / "two.pdf", tmp_path / "schema.json"
+    first, second = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
+    first.save(document, save_all=True, append_images=[second])
+    schema.write_text('{"type": "object", "properties": {"row": {"enum": [1, 22]}}, "required": ["row"]}')
+    asked = ["infer", str(toy / "model"), "--image", str(document), "Which?", "--json-schema", str(schema)]
+
+    whole = CliRunner().invoke(app, [*asked, "--max-new-tokens", "60", "--image", f"{document}#page=2"])
+    assert whole.exit_code == 0 and json.loads(whole.stdout)["row"] in (1, 22)
+    cut = CliRunner().invoke(app, [*asked, "--max-new-tokens", "4"])
+    assert isinstance(cut.exception, ConfigError) and "cut before its JSON ended" in str(cut.exception)
+    missing = CliRunner().invoke(app, [*asked, "--image", f"{document}#page=3"])
+    assert isinstance(missing.exception, DataError) and "3 of 2" in str(missing.exception)
+    schema.write_text('{"type": "row"}')
+    wrong = CliRunner().invoke(app, asked)
+    assert isinstance(wrong.exception, ConfigError) and "row" in str(wrong.exception)
