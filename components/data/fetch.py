@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jin
 def fetch(uri: str) -> Path:
     """Local folder with the files of `uri`.
 
-    Downloads go to `NVILA_CACHE` (default `~/.cache/nvila`) and are taken from there the next time. `hf://` honours
+    Downloads go to `NVILA_CACHE` and are taken from there the next time; without it to `~/.cache/nvila`, or to the
+    hub's own cache. An interrupted download goes on: within a file from the hub, file by file from S3. `hf://` honours
     `HF_TOKEN` and `HF_HUB_OFFLINE`; `s3://` the usual AWS variables, `AWS_ENDPOINT_URL` among them.
 
     Raises:
@@ -53,13 +58,27 @@ def cache() -> Path:
     return Path(os.environ.get("NVILA_CACHE", "~/.cache/nvila")).expanduser()
 
 
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Hold the cache's lock for a URI: two pods of a node would write the same partial files."""
+    path = cache() / "locks" / f"{sha256(uri.encode()).hexdigest()}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _from_hub(name: str, uri: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
+    place = cache() / "hub" if "NVILA_CACHE" in os.environ else None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+        # The hub's client has locks of its own.
+        return Path(
+            snapshot_download(repository, revision=revision or None, cache_dir=place, allow_patterns=list(WANTED))
+        )
     except HFValidationError as error:
         raise ConfigError("not a name on the hub", where=uri, do="Write hf://owner/name@revision.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -85,8 +104,9 @@ def _from_s3(name: str, uri: str) -> Path:
         wanted = [item for item in objects if _is_wanted(Path(item["Key"]))]
         if not wanted:
             raise DataError("no weights under this prefix", where=uri)
-        for item in wanted:
-            _download(client, bucket, item, _inside(target, item["Key"].removeprefix(prefix)))
+        with alone(uri):
+            for item in wanted:
+                _download(client, bucket, item, _inside(target, item["Key"].removeprefix(prefix)))
     except (BotoCoreError, ClientError) as error:
         raise DataError("the weights cannot be read from S3", where=uri, value=str(error)) from error
     return target

@@ -105,7 +105,7 @@ def test_a_download_that_breaks_off_leaves_no_file(
     monkeypatch.setattr(bucket, "download_file", broken)
     with pytest.raises(DataError, match="s3://b/m: the weights cannot be read from S3"):
         fetch("s3://b/m")
-    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".partial"]
+    assert [path.suffix for path in (tmp_path / "cache" / "s3").rglob("*") if path.is_file()] == [".partial"]
 
 
 @pytest.mark.parametrize("name", ["m/../../../evil.json", "m//etc/evil.json"])
