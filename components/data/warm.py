@@ -1,7 +1,7 @@
 """Fills a node's cache with named weights and checks every file's digest: `python -m nvila.components.data.warm FILE`.
 
-FILE is JSON: URI -> file -> SHA-256, as the chart's DaemonSet gets it. What has been checked is noted beside the weights,
-so that a node which starts again reads no 16 GB anew. With `--digests URI` it prints what FILE should say of a URI.
+FILE is JSON: URI -> file -> SHA-256, as the chart's DaemonSet gets it. What has been checked is noted beside the
+weights, so that a node which starts again reads no 16 GB anew. `--digests URI` prints what FILE should say of a URI.
 """
 
 from __future__ import annotations
