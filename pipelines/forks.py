@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -18,35 +20,45 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 
+import psutil
+
 from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
 from nvila.components.tracking.connect import quiet
 
-_TRACKING = (
+_ALWAYS_NEEDED = (
+    "nvila.components.contracts.recipe.recipe",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
 )
-_MODEL = (
+"""Each step that works tells MLflow, and three steps always work."""
+_FOR_WORK = (
     "torch",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.siglip.modeling_siglip",
-    "torch.distributed.launcher.api",
     "matplotlib.figure",
+    "torch.distributed.launcher.api",
     "pyarrow.parquet",
 )
-_SKIPPED_WITHIN_SECONDS = 0.5
-"""A step that lasts longer has work to do, and so has what follows it: then the imports pay."""
+"""In the order in which the steps of a new run come to need them."""
+_SHORT_SECONDS = 0.5
+"""A step that is over by then is not kept waiting for an import."""
 _SCRIPT = "ephemeral_component.py"
 """Where KFP's command puts the wrapper's source, which is the argument after the command."""
 
 
-def run_steps_in_forks() -> None:
-    """From now on KFP's local runner forks this process for each task."""
+def run_steps_in_forks(run_dir: Path) -> None:
+    """From now on KFP's local runner forks this process for each task of the run in `run_dir`."""
     from kfp.local import subprocess_task_handler
 
-    steps = _Forks()
+    quiet()
+    for name in _ALWAYS_NEEDED:
+        import_module(name)
+    library_versions([])  # reads once for all steps which distribution brings which package
+    steps = _Forks(run_dir)
     if not callable(subprocess_task_handler.run_local_subprocess):
         raise TypeError("KFP's local runner has changed: it runs no command by run_local_subprocess")
     subprocess_task_handler.run_local_subprocess = steps.run
@@ -55,24 +67,29 @@ def run_steps_in_forks() -> None:
 class _Forks:
     """Runs one task after the other, and imports while they work."""
 
-    def __init__(self) -> None:
-        quiet()
-        self._wanted = [*_TRACKING, *_MODEL]
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._wanted = list(_FOR_WORK)
         self._print = builtins.print
 
     def run(self, full_command: list[str], env_vars: Mapping[str, str] | None = None) -> int:
         """Run the command of a task to its end; return its exit code."""
         source, arguments = _wrapper(full_command)
+        gc.freeze()  # the collector of a fork would write to, and so copy, every page that it looks at
         step = multiprocessing.get_context("fork").Process(
             target=self._step, args=(source, arguments, dict(env_vars or {}), os.getpid())
         )
         step.start()
-        step.join(_SKIPPED_WITHIN_SECONDS)
-        for_models = not ALWAYS.intersection(arguments)
-        while step.is_alive() and self._wanted and (for_models or self._wanted[0] in _TRACKING):
+        step.join(_SHORT_SECONDS)
+        while self._wanted and self._has_work() and step.is_alive():
             import_module(self._wanted.pop(0))
         step.join()
         return step.exitcode or 0
+
+    def _has_work(self) -> bool:
+        """Whether a step was not skipped: then those that follow it will not be either."""
+        records = (json.loads(path.read_bytes()) for path in (self._run_dir / "steps").glob("*.json"))
+        return any(not record.get("cached", True) and record["name"] not in ALWAYS for record in records)
 
     def _step(self, source: str, arguments: list[str], environment: dict[str, str], parent: int) -> None:
         """In the fork: what KFP's command would do in a new interpreter."""
@@ -81,6 +98,7 @@ class _Forks:
         atexit._clear()  # what was registered before the fork is the parent's to clean up
         builtins.print = self._print  # without KFP's indentation, which it would also write before lines for stderr
         os.environ.update({"_KFP_RUNTIME": "true"} | environment)
+        _forget_changed_code(psutil.Process(parent).create_time())
         from kfp.dsl.executor_main import executor_main
 
         try:
@@ -91,6 +109,15 @@ class _Forks:
                 executor_main()
         finally:
             atexit._run_exitfuncs()
+
+
+def _forget_changed_code(since: float) -> None:
+    """Have our own modules imported anew where one was edited after `since`: a key is made of the files on disk."""
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("nvila.")}
+    files = [Path(file) for module in ours.values() if (file := getattr(module, "__file__", None))]
+    if any(not file.exists() or file.stat().st_mtime > since for file in files):
+        for name in ours:
+            del sys.modules[name]
 
 
 def _wrapper(command: list[str]) -> tuple[str, list[str]]:

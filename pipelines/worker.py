@@ -35,7 +35,7 @@ def main(run_dir: Path) -> int:
         pipeline_root=str(run_dir / "kfp"),
         workspace_root=str(run_dir / "workspace"),
     )
-    run_steps_in_forks()
+    run_steps_in_forks(run_dir)
     try:
         build()(**arguments)
     except RuntimeError as error:  # KFP's way to say that a task failed

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ def launch(job: Job) -> None:
         NvilaError: what the first worker reported.
         TrainingError: a worker died without a word (killed for memory, say).
     """
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -41,8 +41,11 @@ def launch(job: Job) -> None:
     logs = out / "torchrun"
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}  # the agent puts its own in their place
+    # Takes a free port, which the agent shares. With the rendezvous of `--standalone` it would inspect its whole call
+    # stack at each move, and that takes seconds where thousands of modules are loaded.
+    meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     try:
-        elastic_launch(_torchrun(job.run.gpus, logs), main)(str(out / "job.json"))
+        elastic_launch(_torchrun(job.run.gpus, meeting.port, logs), main)(str(out / "job.json"))
     except SignalException:
         raise Preempted(
             f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint"
@@ -60,17 +63,16 @@ def launch(job: Job) -> None:
         shutil.rmtree(logs, ignore_errors=True)
 
 
-def _torchrun(processes: int, logs: Path) -> LaunchConfig:
-    """What `torchrun --standalone` would do, without a new interpreter for itself and for each process."""
+def _torchrun(processes: int, port: int, logs: Path) -> LaunchConfig:
+    """What torchrun's own command line makes of these options; the agent needs no interpreter of its own then."""
     from torch.distributed.run import config_from_args, parse_args
 
     from nvila.components.model.device import start_method
 
     options = {
         "nproc-per-node": processes,
-        "rdzv-backend": "c10d",
-        "rdzv-endpoint": "localhost:0",
-        "rdzv-id": uuid.uuid4(),
+        "rdzv-backend": "static",
+        "rdzv-endpoint": f"localhost:{port}",
         "start-method": start_method(),
         "log-dir": logs,
     }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,14 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "library_of_the_test.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "library_of_the_test", raising=False)
-    monkeypatch.setattr(forks, "_TRACKING", ())
-    monkeypatch.setattr(forks, "_MODEL", ("library_of_the_test",))
-    monkeypatch.setattr(forks, "_SKIPPED_WITHIN_SECONDS", 0.3)
+    monkeypatch.setattr(forks, "_ALWAYS_NEEDED", ())
+    monkeypatch.setattr(forks, "_FOR_WORK", ("library_of_the_test",))
+    monkeypatch.setattr(forks, "_SHORT_SECONDS", 0.3)
     monkeypatch.setattr(subprocess_task_handler, "run_local_subprocess", subprocess_task_handler.run_local_subprocess)
+    monkeypatch.delitem(sys.modules, "nvila.trying", raising=False)
+    (tmp_path / "steps").mkdir()
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
-    forks.run_steps_in_forks()
+    forks.run_steps_in_forks(tmp_path)
     return tmp_path
 
 
@@ -84,6 +87,7 @@ def seen(path: Path) -> dict[str, Any]:
 
 def test_tasks_share_nothing_but_what_was_imported_for_them(forked: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A step that finds another's variables works otherwise here than in a container, where nobody sees it."""
+    (forked / "steps" / "validate.json").write_text('{"name": "validate", "cached": false}')
     notes(first=str(forked / "first"), second=str(forked / "second"), seconds=1.5)
     first, second = seen(forked / "first"), seen(forked / "second")
     assert first["parent"] == second["parent"] == os.getpid() and first["pid"] != second["pid"]
@@ -95,10 +99,33 @@ def test_tasks_share_nothing_but_what_was_imported_for_them(forked: Path, capfd:
     assert "\na word on stdout\n" in written.out and written.err.count("a word on stderr") == 2
 
 
-def test_a_short_task_costs_no_import(forked: Path) -> None:
-    """A run that only skips must not wait for torch."""
-    notes(first=str(forked / "first"), second=str(forked / "second"), seconds=0.0)
+def test_a_run_that_only_skips_waits_for_no_import(forked: Path) -> None:
+    """torch takes seconds to import, and a run that finds everything finished needs none of it."""
+    for name, cached in (("validate", True), ("report", False)):
+        (forked / "steps" / f"{name}.json").write_text(json.dumps({"name": name, "cached": cached}))
+    notes(first=str(forked / "first"), second=str(forked / "second"), seconds=0.5)
     assert not seen(forked / "second")["library"] and "library_of_the_test" not in sys.modules
+
+
+def test_a_task_runs_the_code_that_is_on_disk(forked: Path) -> None:
+    """A key is made of the files: a step that ran older code would be stored, and found again, under the new."""
+    package = forked / "nvila"
+    package.mkdir()
+    source = (
+        "from pathlib import Path\n"
+        "def read():\n"
+        "    import nvila.trying\n"
+        f"    Path({str(forked / 'read')!r}).write_text(nvila.trying.VALUE)"
+    )
+    (package / "trying.py").write_text("VALUE = 'old'\n")
+    os.utime(package / "trying.py", (1, 1))
+    import_module("nvila.trying")
+    steps = forks._Forks(forked)
+    for value in ("old", "newer"):
+        if value == "newer":
+            (package / "trying.py").write_text("VALUE = 'newer'\n")
+        assert steps.run(command(source, "read", forked)) == 0
+        assert (forked / "read").read_text() == value
 
 
 def test_a_failed_task_ends_the_pipeline(forked: Path) -> None:
@@ -108,19 +135,27 @@ def test_a_failed_task_ends_the_pipeline(forked: Path) -> None:
     assert not (forked / "after").exists()
 
 
-def test_a_task_ends_with_the_worker() -> None:
+def test_a_task_ends_with_the_worker(tmp_path: Path) -> None:
     """A step that outlives a killed worker writes into the store while the next run works there."""
+    source = f"def wait():\n    import time\n    open({str(tmp_path / 'begun')!r}, 'w')\n    time.sleep(60)"
     code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
         "from nvila.pipelines.forks import _Forks\n"
-        "command = ['ephemeral_component.py', 'import time\\ndef wait(): time.sleep(60)']\n"
-        "_Forks().run([*command, '--executor_input', '{\"outputs\": {}}', '--function_to_execute', 'wait'])"
+        "_Forks(Path()).run(json.loads(sys.argv[1]))"
     )
-    worker = subprocess.Popen([sys.executable, "-c", code])
+    worker = subprocess.Popen([sys.executable, "-c", code, json.dumps(command(source, "wait", tmp_path))])
     deadline = time.monotonic() + 30
-    while not (children := psutil.Process(worker.pid).children()) and time.monotonic() < deadline:
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5)
+    (task,) = psutil.Process(worker.pid).children()
     worker.send_signal(signal.SIGKILL)
     worker.wait(10)
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert children and alive == []
+    _, alive = psutil.wait_procs([task], timeout=20)
+    assert alive == []
+
+
+def command(source: str, function: str, folder: Path) -> list[str]:
+    """What KFP hands to a runner, as far as a fork reads it."""
+    given = json.dumps({"outputs": {"outputFile": str(folder / "executor_output.json")}})
+    return ["ephemeral_component.py", source, "--executor_input", given, "--function_to_execute", function]
