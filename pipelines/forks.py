@@ -25,17 +25,18 @@ import psutil
 from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
-from nvila.components.tracking.connect import quiet
+from nvila.components.tracking.connect import load_client
 
 _ALWAYS_NEEDED = (
     "nvila.components.contracts.recipe.recipe",
-    "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.model_registry.sqlalchemy_store",
 )
 """Each step that works tells MLflow, and three steps always work."""
 _FOR_WORK = (
     "torch",
+    "sklearn.metrics",
+    "torch._dynamo",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen2.tokenization_qwen2",
     "transformers.models.siglip.modeling_siglip",
@@ -43,7 +44,8 @@ _FOR_WORK = (
     "torch.distributed.launcher.api",
     "pyarrow.parquet",
 )
-"""In the order in which the steps of a new run come to need them."""
+"""In the order in which the steps of a new run come to need them; what transformers imports comes apart before it,
+since a step that is next waits for the import under way. None may ask CUDA for anything: a fork could not use it."""
 _SHORT_SECONDS = 0.5
 """A step that is over by then is not kept waiting for an import."""
 _SCRIPT = "ephemeral_component.py"
@@ -54,7 +56,7 @@ def run_steps_in_forks(run_dir: Path) -> None:
     """From now on KFP's local runner forks this process for each task of the run in `run_dir`."""
     from kfp.local import subprocess_task_handler
 
-    quiet()
+    load_client()
     for name in _ALWAYS_NEEDED:
         import_module(name)
     library_versions([])  # reads once for all steps which distribution brings which package

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.preflight import step as preflight
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
+from nvila.components.tracking.connect import load_client
 from nvila.pipelines.closing import show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
@@ -57,6 +59,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     began = time.monotonic()
     sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
     sampler.start()
+    threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
     code = _watched(run_dir, store, console)
     sampler.stop()
     finished = Finished.read(run_dir)

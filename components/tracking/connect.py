@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "nvila"
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+"""Read by MLflow when it is imported."""
 
 
 def tracking_uri(runs: Path) -> str:
@@ -29,10 +30,13 @@ def has_store(runs: Path) -> bool:
     return "MLFLOW_TRACKING_URI" in os.environ or (runs / "mlflow.db").is_file()
 
 
-def quiet() -> None:
-    """Settings that MLflow reads when it is imported: no telemetry, no chatter."""
+def load_client() -> type[MlflowClient]:
+    """Import MLflow (two seconds), without telemetry and chatter."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient
 
 
 @contextmanager
@@ -41,14 +45,12 @@ def connected(runs: Path) -> Iterator[MlflowClient]:
 
     MLflow itself waits up to 20 s for sqlite; the lock also covers the making of the tables, which it does not guard.
     """
-    quiet()
-    from mlflow import MlflowClient
-
+    client = load_client()
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         uri = tracking_uri(runs)
-        yield MlflowClient(uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        yield client(uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
 
 
 def experiment_id(client: MlflowClient, runs: Path) -> str:

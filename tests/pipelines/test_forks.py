@@ -128,6 +128,20 @@ def test_a_task_runs_the_code_that_is_on_disk(forked: Path) -> None:
         assert (forked / "read").read_text() == value
 
 
+def test_no_import_asks_for_a_gpu() -> None:
+    """CUDA that was asked in this process answers no fork of it: every step on a GPU machine would fail."""
+    code = (
+        "import torch\n"
+        "from importlib import import_module\n"
+        "from nvila.pipelines.forks import _ALWAYS_NEEDED, _FOR_WORK\n"
+        "def refuse(*given): raise AssertionError('asked for a GPU')\n"
+        "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
+        "    setattr(torch.cuda, name, refuse)\n"
+        "for name in (*_ALWAYS_NEEDED, *_FOR_WORK): import_module(name)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_failed_task_ends_the_pipeline(forked: Path) -> None:
     """KFP knows a failure by the exit code alone; what comes after must not run on half an input."""
     with pytest.raises(RuntimeError, match="failing"):
