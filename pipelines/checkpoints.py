@@ -26,7 +26,7 @@ def inspect(source: str) -> str:
     """What the checkpoint at a path, `s3://` or `hf://id@revision` is, as lines for a terminal.
 
     Raises:
-        ConfigError: not what this model computes, or quantized.
+        ConfigError: not what this model computes.
         DataError: it cannot be fetched or is broken.
     """
     from nvila.components.data.fetch import fetch

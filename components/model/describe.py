@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.config import LINE_BREAK_AFTER, ModelConfig
 from nvila.components.model.layouts import PARTS, Layout, open_checkpoint
+from nvila.components.model.quantized import PER_INT32
 from nvila.components.model.tensorfile import FLOATING, Stored
 from nvila.components.model.tiling import candidate_grids
 from nvila.components.model.variants import variant_of
@@ -30,7 +33,8 @@ class Description:
     variant: str | None
     """Name of the published variant of this architecture."""
     parameters: dict[str, int]
-    """Stored values by part; a tied output layer is not stored and does not count."""
+    """Values by part, scales and zero points of quantized ones left out; a tied output layer is not stored and does not
+    count."""
     image_tokens: tuple[int, int]
     """Fewest and most positions that a picture alone takes in the decoder."""
     one_tile_tokens: int
@@ -40,6 +44,9 @@ class Description:
     bf16_bytes: int
     w4a16_bytes: int
     """With the Linears of the decoder's blocks in 4 bits, and everything else in bf16."""
+    stored_bytes: int
+    schemes: dict[str, int]
+    """Quantized Linears by scheme; empty for plain weights."""
 
 
 def describe(folder: Path | str) -> Description:
@@ -47,17 +54,14 @@ def describe(folder: Path | str) -> Description:
 
     Raises:
         DataError: no checkpoint, or broken files.
-        ConfigError: the stored weights are quantized already, or not what this model computes.
+        ConfigError: weights of an unknown quantization, or not what this model computes.
     """
     checkpoint = open_checkpoint(folder)
     config, tensors = checkpoint.config, checkpoint.tensors
-    if any(tensor.code not in FLOATING for tensor in tensors.values()):
-        raise ConfigError(
-            "these weights are quantized", where=str(folder), do="Inspect the checkpoint that they were made from"
-        )
-    parameters = {part: _count(tensors, f"{part}.") for part in PARTS}
+    weights, schemes = _weights(tensors, str(folder))
+    parameters = {part: sum(n for name, n in weights.items() if name.startswith(f"{part}.")) for part in PARTS}
     total = sum(parameters.values())
-    packed = sum(tensor.elements for name, tensor in tensors.items() if _BLOCK_LINEAR.fullmatch(name))
+    packed = sum(elements for name, elements in weights.items() if _BLOCK_LINEAR.fullmatch(name))
     return Description(
         layout=checkpoint.layout,
         config=config,
@@ -68,6 +72,8 @@ def describe(folder: Path | str) -> Description:
         video_tokens=video_tokens(config, _mark_lengths(config, checkpoint.tokenizer)),
         bf16_bytes=2 * total,
         w4a16_bytes=round(packed * W4_BYTES) + 2 * (total - packed),
+        stored_bytes=sum(tensor.bytes for tensor in tensors.values()),
+        schemes=schemes,
     )
 
 
@@ -107,6 +113,8 @@ def render(description: Description) -> str:
         ("picture alone", f"{tokens[0]} to {tokens[1]} tokens" if tokens[0] != tokens[1] else f"{tokens[0]} tokens"),
         ("picture among others", f"{description.one_tile_tokens} tokens"),
         (f"video of {config.num_video_frames} frames", f"{description.video_tokens} tokens"),
+        *((f"quantized to {scheme}", f"{count} Linears") for scheme, count in description.schemes.items()),
+        ("weights as stored", f"{description.stored_bytes / 1e9:.2f} GB"),
         ("weights in bf16", f"{description.bf16_bytes / 1e9:.2f} GB"),
         ("weights in W4A16", f"{description.w4a16_bytes / 1e9:.2f} GB (decoder blocks in 4 bits, the rest bf16)"),
     ]
@@ -116,8 +124,26 @@ def render(description: Description) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _count(tensors: dict[str, Stored], prefix: str) -> int:
-    return sum(tensor.elements for name, tensor in tensors.items() if name.startswith(prefix))
+def _weights(tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Number of values of each weight by its plain name, and quantized Linears by scheme (see `quantized`)."""
+    weights: dict[str, int] = {}
+    schemes: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        linear, _, kind = name.rpartition(".")
+        if kind == "weight_packed":
+            rows, columns = tensor.shape
+            weights[f"{linear}.weight"] = rows * columns * PER_INT32
+            schemes["W4A16"] += 1
+        elif kind == "weight" and tensor.code == "I8":
+            weights[name] = tensor.elements
+            schemes["W8A8"] += 1
+        elif kind in ("weight_scale", "weight_zero_point", "weight_shape"):
+            continue
+        elif tensor.code in FLOATING:
+            weights[name] = tensor.elements
+        else:
+            raise ConfigError("a quantization that is not known here", where=where, value=f"{name}: {tensor.code}")
+    return weights, dict(schemes)
 
 
 def _mark_lengths(config: ModelConfig, tokenizer: Path) -> Lengths:

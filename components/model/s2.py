@@ -6,11 +6,16 @@ C channels, R x K blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional as F
 
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.preprocess import BlockSize
+
+AT_ONCE_VALUES = 2**24
+"""Merged features in memory at a time where they are made in parts."""
 
 
 def tiles_per_unit(block_size: BlockSize | None, config: ModelConfig) -> int:
@@ -54,22 +59,31 @@ def merge_scales(features: torch.Tensor, block_size: BlockSize | None, config: M
     Returns:
         (V * R * K, N, C * scales) with (R, K) = `output_blocks(block_size)`, channels in ascending scale order.
     """
-    v, _, n, c = features.shape
-    if not config.is_s2:
-        return features.reshape(-1, n, c)
-    if block_size is None:
-        return features.reshape(-1, n, c).repeat(1, 1, len(config.s2_scales))
+    return torch.cat(list(merged_parts(features, block_size, config)))
+
+
+def merged_parts(features: torch.Tensor, block_size: BlockSize | None, config: ModelConfig) -> Iterator[torch.Tensor]:
+    """What `merge_scales` returns, in parts: the whole is three times as large as the features."""
+    n, c = features.shape[2:]
+    repeats = len(config.s2_scales) if config.is_s2 else 1
+    if block_size is None or not config.is_s2:
+        for tiles in features.reshape(-1, n, c).split(max(1, AT_ONCE_VALUES // (n * c * repeats))):
+            yield tiles.repeat(1, 1, repeats) if repeats > 1 else tiles
+        return
     side = round(n**0.5)
     rows, columns = output_blocks(block_size, config)
-    maps, start = [], 0
-    for index, tiles in enumerate(config.scale_tiles):
-        last = index == len(config.scale_tiles) - 1
-        r, k = block_size if last else (tiles, tiles)
-        scale = features[:, start : start + r * k].reshape(-1, side, side, c)
-        start += r * k
-        maps.append(_area(merge_chessboard(scale, r, k), rows * side, columns * side))
-    stacked = torch.cat(maps, dim=-1)
-    return split_chessboard(stacked, rows, columns).reshape(v * rows * columns, n, -1)
+    grids = [(tiles, tiles) for tiles in config.scale_tiles[:-1]] + [block_size]
+    values = rows * columns * n * c * repeats
+    step = rows if values <= AT_ONCE_VALUES else 1
+    for visuals in features.split(max(1, AT_ONCE_VALUES // values)):
+        scales = visuals.split([r * k for r, k in grids], dim=1)
+        maps = [
+            _area(merge_chessboard(scale.reshape(-1, side, side, c), r, k), rows * side, columns * side)
+            for scale, (r, k) in zip(scales, grids, strict=True)
+        ]
+        for row in range(0, rows, step):
+            stacked = torch.cat([whole[:, row * side : (row + step) * side] for whole in maps], dim=-1)
+            yield split_chessboard(stacked, step, columns).reshape(-1, n, c * repeats)
 
 
 def _area(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:

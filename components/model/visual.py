@@ -14,7 +14,7 @@ from nvila.components.model.config import ModelConfig
 from nvila.components.model.pooling import temporal_pool
 from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
 from nvila.components.model.projector import projected_side
-from nvila.components.model.s2 import merge_chessboard, merge_scales, output_blocks, tiles_per_unit
+from nvila.components.model.s2 import merge_chessboard, merged_parts, output_blocks, tiles_per_unit
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 """(T, 3, S, S) normalised tiles to (T, N, C) features."""
@@ -46,7 +46,7 @@ def encode_visuals(
 ) -> list[torch.Tensor]:
     """Embedding sequence of each visual.
 
-    One tower call and one projector call for all; the operations between run once per group of equal shape.
+    One tower call for all; what follows runs once per group of equal shape.
 
     Args:
         vision_tower: (T, 3, S, S) to (T, N, C); it sees the tiles in the dtype and on the device of `newline`.
@@ -65,11 +65,7 @@ def encode_visuals(
     tiles = torch.cat([visuals[i].tiles for members in groups.values() for i in members])
     features = vision_tower(normalise(tiles.to(newline.device)).to(newline.dtype))
     sizes = [len(members) * tiles_each for (_, _, tiles_each), members in groups.items()]
-    blocks = [
-        merge_scales(part.unflatten(0, (-1, tiles_per_unit(block, config))), block, config)
-        for (_, block, _), part in zip(groups, features.split(sizes), strict=True)
-    ]
-    projected = projector(torch.cat(blocks)).split([len(block) for block in blocks])
+    projected = _project(projector, list(zip(groups, features.split(sizes), strict=True)), config)
     nothing = newline.new_zeros(0, len(newline))
     around = marks if marks is not None else VideoMarks(nothing, newline[None], nothing)
     encoded: dict[int, torch.Tensor] = {}
@@ -78,6 +74,24 @@ def encode_visuals(
         sequences = _video(tokens, around, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
         encoded.update(zip(members, sequences.unbind(0), strict=True))
     return [encoded[i] for i in range(len(visuals))]
+
+
+def _project(
+    projector: Callable[[torch.Tensor], torch.Tensor], parts: Sequence[tuple[Group, torch.Tensor]], config: ModelConfig
+) -> list[torch.Tensor]:
+    """(B, n, H) of each group's (tiles, N, C) features.
+
+    With gradients the projector is called once for everything: under ZeRO-3 each call gathers its weights, and ranks
+    must agree on their number. Without, it is called for a part at a time, which takes a fraction of the memory.
+    """
+    merged = [
+        merged_parts(features.unflatten(0, (-1, tiles_per_unit(block, config))), block, config)
+        for (_, block, _), features in parts
+    ]
+    if not torch.is_grad_enabled():
+        return [torch.cat([projector(blocks) for blocks in group]) for group in merged]
+    whole = [torch.cat(list(group)) for group in merged]
+    return list(projector(torch.cat(whole)).split([len(blocks) for blocks in whole]))
 
 
 def token_count(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nvila.components.model import s2
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
 from nvila.components.model.projector import build_projector
@@ -36,6 +37,7 @@ def sample_visuals(config: ModelConfig, picture: Callable[..., Image.Image]) -> 
 )
 @pytest.mark.parametrize("pools", [((1, 1, 1),), ((4, 1, 1), (2, 1, 1))])
 def test_a_batch_is_its_members(
+    monkeypatch: pytest.MonkeyPatch,
     configure: Configure,
     picture: Callable[..., Image.Image],
     mode: str,
@@ -50,7 +52,9 @@ def test_a_batch_is_its_members(
     together = encode_visuals(tower, projector, NEWLINE, visuals, config)
     assert len(together) == len(visuals)
     for visual, sequence in zip(visuals, together, strict=True):
-        (single,) = encode_visuals(tower, projector, NEWLINE, [visual], config)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(s2, "AT_ONCE_VALUES", 1)  # one row of blocks, or one tile, at a time
+            (single,) = encode_visuals(tower, projector, NEWLINE, [visual], config)
         assert torch.allclose(sequence, single, atol=1e-5)
         assert len(sequence) == token_count(visual.kind, visual.block_size, len(visual.tiles), config)
         assert torch.equal(sequence[-1], NEWLINE)
@@ -128,3 +132,21 @@ def test_resamplers_in_every_scale(configure: Configure, picture: Callable[..., 
     visuals = sample_visuals(config, picture)
     for visual, sequence in zip(visuals, encode_visuals(tower, projector, NEWLINE, visuals, config), strict=True):
         assert len(sequence) == token_count(visual.kind, visual.block_size, len(visual.tiles), config)
+
+
+def test_calls_of_the_projector(
+    monkeypatch: pytest.MonkeyPatch, configure: Configure, picture: Callable[..., Image.Image]
+) -> None:
+    """Prevents ranks of ZeRO-3 from calling a gathered module a different number of times, and inference from holding
+    all merged scales at once."""
+    monkeypatch.setattr(s2, "AT_ONCE_VALUES", 1000)
+    config = configure()
+    projector = build_projector("mlp_downsample", config.mm_hidden_size, 8)
+    seen: list[int] = []
+    projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    visuals = sample_visuals(config, picture)
+    encode_visuals(tower, projector, NEWLINE, visuals, config)
+    assert len(seen) == 1
+    with torch.no_grad():
+        encode_visuals(tower, projector, NEWLINE, visuals, config)
+    assert sum(seen[1:]) == seen[0] and max(seen[1:]) < 1000 < seen[0]

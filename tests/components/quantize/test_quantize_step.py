@@ -12,6 +12,7 @@ from servable import QUESTION
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.checkpoint import load_native, read_tensors
 from nvila.components.model.conversation import Turn
+from nvila.components.model.describe import describe, render
 from nvila.components.model.quantized import DynamicInt8Linear, load_quantized, unpack_w4
 from nvila.components.quantize.step import Settings, run
 
@@ -152,3 +153,18 @@ def ask(quantized: Quantized) -> Callable[[Any, Any], torch.Tensor]:
         return output.logits[:, -1].float()
 
     return logits
+
+
+def test_inspect_describes_it(quantized: Quantized) -> None:
+    """`nvila inspect` of what is served must count the model's weights, not packed integers and their scales."""
+    plain = describe(quantized.inputs["model"].dir("model"))
+    found = describe(quantized.out / "model")
+    assert found.schemes == {"W8A8": 12, "W4A16": 14} and plain.schemes == {}
+    for part in ("llm", "mm_projector"):
+        assert found.parameters[part] == plain.parameters[part]
+    block = plain.config.vision
+    hidden, mlp = block["hidden_size"], block["intermediate_size"]
+    unused = 4 * hidden * (hidden + 1) + 2 * hidden * mlp + hidden + mlp + 4 * hidden + 2 * hidden
+    assert found.parameters["vision_tower"] == plain.parameters["vision_tower"] - unused
+    assert found.stored_bytes == quantized.outcome.values["bytes_after"] < found.bf16_bytes
+    assert "quantized to W4A16" in render(found) and "14 Linears" in render(found)

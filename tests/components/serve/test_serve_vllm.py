@@ -139,6 +139,22 @@ def test_server_answers_as_the_torch_model_does(running: Running, media: Media) 
     assert _agreement([_characters(text) for text in served], plain) >= 0.95
 
 
+def test_answers_in_json(running: Running, media: Media) -> None:
+    """A decoder whose vocabulary is smaller than its tokenizer's could break the server's own JSON schemas."""
+    choices = ["one", "twenty two"]
+    schema = {"enum": choices}  # an object may hold any amount of white space, of which random weights make use
+    body = server.chat_request("tiny", "Which digit?", image=media.pictures[0], max_tokens=60)
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    request = urllib.request.Request(
+        f"{running.url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        said = json.load(answer)["choices"][0]
+    assert said["finish_reason"] == "stop" and json.loads(said["message"]["content"]) in choices
+
+
 def test_server_wants_its_key(running: Running) -> None:
     """An endpoint that answers anybody."""
     with pytest.raises(RolloutError, match="401"):
