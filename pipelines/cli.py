@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 
 app = typer.Typer(
@@ -80,6 +80,51 @@ def compile_(
     given = {option: name for option, name in images.items() if name}
     size = compile_pipeline(out, **given, launch=launch, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="GPU to count with: a100, l40s, h100, h200 or b200.")] = "h100",
+    mfu: Annotated[float, typer.Option(help="Share of the GPU's stated speed that training reaches.")] = 0.3,
+    gpu_hour_price: Annotated[float, typer.Option(help="Price of one GPU for an hour.")] = 2.5,
+    samples: Annotated[
+        list[str] | None, typer.Option(help="SOURCE.SPLIT=NUMBER where the data are not here; repeatable.")
+    ] = None,
+    cluster: Annotated[
+        bool | None, typer.Option(help="Look at the cluster of KUBECONFIG; by default where there is one.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace there; the context's by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Show what a run would do, need and cost, and what it would be refused for; nothing is made.
+
+    Exit code 2 when the run would be refused: by the cluster where there is one, else by this machine.
+
+    Example: nvila plan nvila-lite-2b --gpu h200 --samples images.captions=1000000
+    """
+    from rich.console import Console
+
+    from nvila.pipelines import plan as planning
+    from nvila.pipelines.planning.checks import Cluster
+
+    found = None if cluster is False else Cluster.connect(namespace)
+    if cluster and found is None:
+        raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG.")
+    assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
+    places = {"runs": runs.absolute(), "store": store.absolute()}
+    sizes = planning.parse_samples(samples or [])
+    made = planning.make_plan(recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster))
+    if as_json:
+        typer.echo(planning.as_json(made))
+    else:
+        planning.show(made, Console(width=None if sys.stdout.isatty() else 140))
+    raise typer.Exit(int(planning.exit_code(made)))
 
 
 @app.command()

@@ -86,6 +86,14 @@ def test_an_unchanged_second_run_repeats_nothing(first: tuple[Path, int, dict[st
     assert summary["accuracy"] == first[2]["accuracy"]
 
 
+def test_the_plan_of_an_unchanged_run_hits_everything(first: tuple[Path, int, dict[str, Any], str]) -> None:
+    """The plan's keys must be those of the run, or it promises work that is not done, or the other way about."""
+    command = [sys.executable, "-m", "nvila.pipelines.cli", "plan", "micro", "--no-cluster", "--json"]
+    plan = json.loads(subprocess.run(command, cwd=first[0], capture_output=True, check=True, timeout=300).stdout)
+    assert plan["store"] == {name: "always" if name in NEVER_SKIPPED else "hit" for name in STEPS}
+    assert all(stage["samples"] and stage["hours"] > 0 for stage in plan["stages"])
+
+
 def test_a_changed_evaluation_repeats_nothing_before_it(first: tuple[Path, int, dict[str, Any], str]) -> None:
     """The evaluation's settings must not leak into the slices of training."""
     code, summary, _ = _run(first[0], "evaluate.limit=16")

@@ -1,0 +1,1 @@
+"""What `nvila plan` works out: shapes, memory, hours, cache hits, and what the cluster would refuse."""

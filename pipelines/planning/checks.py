@@ -1,0 +1,299 @@
+"""What a cluster would refuse a run for: definitions, runtime, claims, credentials, quota and nodes. It only reads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.pipelines import site
+
+GPU_RESOURCE = "nvidia.com/gpu"
+PRODUCT_LABEL = "nvidia.com/gpu.product"
+TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"
+TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about the cluster."""
+
+    refused: bool
+    """Whether the run cannot come through; else it is worth knowing."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a recipe asks of a cluster."""
+
+    gpus: int
+    """Processes of the largest training stage."""
+    can_do_without: bool
+    """Small models made by the recipe itself train on CPUs as well."""
+    s3: bool
+    hub: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Need:
+        """Of a recipe."""
+        base, prune = recipe.model.base, recipe.prune
+        weights = [base.vision_tower, base.llm, prune.small.path, prune.large.path]
+        uris = [uri for uri in (*weights, *(source.path for source in recipe.data.sources)) if uri]
+        return cls(
+            gpus=recipe.train.gpus,
+            can_do_without=base.llm is None,
+            s3=any(uri.startswith("s3://") for uri in uris),
+            hub=any(uri.startswith("hf://") for uri in uris),
+        )
+
+
+class Cluster:
+    """The cluster of the current context, or the one that this process runs in."""
+
+    def __init__(self, client: Any, name: str, namespace: str) -> None:
+        self.name, self.namespace = name, namespace
+        self._client = client
+
+    @classmethod
+    def connect(cls, namespace: str | None) -> Cluster | None:
+        """The cluster; None where none is configured.
+
+        Raises:
+            PreflightError: the kubeconfig cannot be used.
+        """
+        from kubernetes import client, config
+
+        file = os.environ.get("KUBECONFIG", "~/.kube/config")
+        try:
+            _, context = config.list_kube_config_contexts(file)
+        except config.ConfigException:
+            return cls._around(namespace)
+        try:
+            return cls(
+                config.new_client_from_config(file),
+                context["name"],
+                namespace or context["context"].get("namespace") or "default",
+            )
+        except (config.ConfigException, client.ApiException, OSError, KeyError) as error:
+            raise PreflightError(f"the kubeconfig cannot be used: {error}", where="KUBECONFIG") from None
+
+    @classmethod
+    def _around(cls, namespace: str | None) -> Cluster | None:
+        from kubernetes import client, config
+
+        try:
+            config.load_incluster_config()
+        except config.ConfigException:
+            return None
+        file = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+        own = file.read_text(encoding="utf-8").strip() if file.is_file() else "default"
+        return cls(client.ApiClient(), "this cluster", namespace or own)
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        """An object by its path; None where it, or its kind, is not there.
+
+        Raises:
+            Denied: this account may not read it.
+            PreflightError: the cluster does not answer.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            answer: dict[str, Any] = self._client.call_api(
+                path,
+                "GET",
+                response_type="object",
+                auth_settings=["BearerToken"],
+                _return_http_data_only=True,
+                _request_timeout=TIMEOUT_SECONDS,
+            )
+            return answer
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            if error.status in (401, 403):
+                raise Denied from None
+            raise PreflightError(f"the cluster answers {error.status}", where=self.name, value=path) from None
+        except HTTPError as error:
+            raise PreflightError(f"no answer: {getattr(error, 'reason', None) or error}", where=self.name) from None
+
+    def in_namespace(self, kind: str, name: str) -> dict[str, Any] | None:
+        """An object of the core API in the namespace."""
+        return self.get(f"/api/v1/namespaces/{self.namespace}/{kind}/{name}")
+
+    def version(self, group: str, plural: str) -> str | None:
+        """The version of a group that serves this resource, the preferred one first."""
+        versions = (self.get(f"/apis/{group}") or {}).get("versions", [])
+        for version in (entry["version"] for entry in versions):
+            served = self.get(f"/apis/{group}/{version}") or {}
+            if any(resource["name"] == plural for resource in served.get("resources", [])):
+                return str(version)
+        return None
+
+
+class Denied(Exception):
+    """This account may not look there."""
+
+
+def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
+    """Everything that is wrong or worth knowing, what is refused first.
+
+    Raises:
+        PreflightError: the cluster does not answer.
+    """
+    settings = _settings(cluster)
+    findings: list[Finding] = []
+    for what, check in (
+        ("the namespace", lambda: _namespace(cluster)),
+        ("the volume claims", lambda: _claims(cluster)),
+        ("the training runtime", lambda: _runtime(cluster, settings, need)),
+        ("the credentials", lambda: _credentials(cluster, settings, need)),
+        ("the quota", lambda: _quota(cluster, need)),
+        ("the queue", lambda: _queue(cluster, settings, need)),
+        ("the nodes", lambda: _nodes(cluster, settings, need, gpu)),
+    ):
+        findings += _allowed(what, check)
+    return sorted(findings, key=lambda finding: not finding.refused)
+
+
+def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    try:
+        return list(check())
+    except Denied:
+        return [Finding(False, f"{what}: this account may not look, so it is not checked")]
+
+
+def _settings(cluster: Cluster) -> Mapping[str, str]:
+    """The site's ConfigMap, which may be missing."""
+    try:
+        return (cluster.in_namespace("configmaps", site.CONFIG_MAP) or {}).get("data") or {}
+    except Denied:
+        return {}
+
+
+def _namespace(cluster: Cluster) -> Iterator[Finding]:
+    if cluster.get(f"/api/v1/namespaces/{cluster.namespace}") is None:
+        yield Finding(True, f"there is no namespace {cluster.namespace}; give --namespace")
+
+
+def _claims(cluster: Cluster) -> Iterator[Finding]:
+    for name in (site.VOLUME_CLAIM, site.CACHE_CLAIM):
+        claim = cluster.in_namespace("persistentvolumeclaims", name)
+        if claim is None:
+            yield Finding(True, f"there is no volume claim {name}; the chart makes it")
+        elif (phase := claim.get("status", {}).get("phase")) != "Bound":
+            yield Finding(False, f"the volume claim {name} is {phase}: pods wait for its volume")
+
+
+def _runtime(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
+    if site.LAUNCH_KEY not in settings:
+        yield Finding(
+            False,
+            f"ConfigMap {site.CONFIG_MAP} names no {site.LAUNCH_KEY}: every step works in its own pod; "
+            "compile with --launch pods or cpu",
+        )
+        if need.gpus > _per_node(settings):
+            yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
+        return
+    version = cluster.version(TRAINER, "trainjobs")
+    if version is None:
+        yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
+        return
+    name = settings.get("NVILA_TRAINING_RUNTIME", "nvila-torch")
+    if cluster.get(f"/apis/{TRAINER}/{version}/clustertrainingruntimes/{name}") is None:
+        yield Finding(True, f"there is no ClusterTrainingRuntime {name}; the chart makes it")
+
+
+def _credentials(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
+    secret = cluster.in_namespace("secrets", site.SECRET)
+    keys = set((secret or {}).get("data") or {})
+    aws = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    if need.s3 and (missing := sorted(aws - keys)):
+        yield Finding(True, f"the recipe names s3:// and Secret {site.SECRET} has no {' and no '.join(missing)}")
+    if need.hub and "HF_TOKEN" not in keys:
+        yield Finding(False, f"Secret {site.SECRET} has no HF_TOKEN: hf:// weights must be public, or in the cache")
+
+
+def _quota(cluster: Cluster, need: Need) -> Iterator[Finding]:
+    quotas = cluster.get(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas") or {}
+    key = f"requests.{GPU_RESOURCE}"
+    for quota in quotas.get("items", []):
+        hard = quota.get("spec", {}).get("hard", {}).get(key)
+        if hard is None:
+            continue
+        used, name = int(quota.get("status", {}).get("used", {}).get(key, 0)), quota["metadata"]["name"]
+        if int(hard) < need.gpus:
+            yield Finding(
+                not need.can_do_without, f"ResourceQuota {name} allows {hard} GPUs, a stage asks for {need.gpus}"
+            )
+        elif int(hard) - used < need.gpus:
+            yield Finding(False, f"ResourceQuota {name}: {used} of {hard} GPUs are taken, a stage asks for {need.gpus}")
+
+
+def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
+    name = settings.get("NVILA_QUEUE")
+    if not name or site.LAUNCH_KEY not in settings:
+        return
+    version = cluster.version(KUEUE, "localqueues")
+    if version is None:
+        yield Finding(True, f"NVILA_QUEUE names {name}, and the cluster knows no LocalQueue; install Kueue ({KUEUE})")
+        return
+    local = cluster.get(f"/apis/{KUEUE}/{version}/namespaces/{cluster.namespace}/localqueues/{name}")
+    if local is None:
+        yield Finding(True, f"there is no LocalQueue {name} in {cluster.namespace}")
+        return
+    queue = str(local["spec"].get("clusterQueue"))
+    found = cluster.get(f"/apis/{KUEUE}/{version}/clusterqueues/{queue}")
+    if found is None:
+        yield Finding(True, f"LocalQueue {name} leads to ClusterQueue {queue}, which is not there")
+        return
+    spec = found["spec"]
+    quota = sum(
+        int(resource["nominalQuota"])
+        for group in spec.get("resourceGroups", [])
+        for flavor in group.get("flavors", [])
+        for resource in flavor.get("resources", [])
+        if resource["name"] == GPU_RESOURCE
+    )
+    if quota < need.gpus:
+        cohort = spec.get("cohort") or spec.get("cohortName")
+        borrow = f"; it may borrow from cohort {cohort}" if cohort else ""
+        yield Finding(
+            not (cohort or need.can_do_without),
+            f"ClusterQueue {queue} holds {quota} GPUs, a stage asks for {need.gpus}: never admitted{borrow}",
+        )
+
+
+def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) -> Iterator[Finding]:
+    items = (cluster.get("/api/v1/nodes") or {}).get("items", [])
+    nodes = [node for node in items if _takes_pods(node)]
+    each = min(need.gpus, _per_node(settings))
+    wanted = math.ceil(need.gpus / each)
+    fitting = [n for n in nodes if int(n.get("status", {}).get("allocatable", {}).get(GPU_RESOURCE, 0)) >= each]
+    if len(fitting) < wanted:
+        refused = not need.can_do_without
+        instead = "" if refused else "; compile with --launch cpu"
+        yield Finding(
+            refused,
+            f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",
+        )
+    products = {n["metadata"].get("labels", {}).get(PRODUCT_LABEL) for n in fitting} - {None}
+    if products and not any(gpu.upper() in str(product).upper() for product in products):
+        yield Finding(False, f"the GPUs are {', '.join(sorted(map(str, products)))}, this plan counts with {gpu}")
+
+
+def _takes_pods(node: Mapping[str, Any]) -> bool:
+    conditions = node.get("status", {}).get("conditions", [])
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+    return ready and not node.get("spec", {}).get("unschedulable")
+
+
+def _per_node(settings: Mapping[str, str]) -> int:
+    return int(settings.get("NVILA_GPUS_PER_NODE", "8"))

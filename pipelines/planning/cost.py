@@ -1,0 +1,137 @@
+"""Work of a stage in floating-point operations, and from it hours and cost. Everything assumed is an argument."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.recipe.data import DataSettings
+from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.contracts.recipe.train import Stage
+from nvila.pipelines.planning.shape import Seen, Shape
+
+CHARACTERS_PER_TOKEN = 4
+TEXT_TOKENS = 128
+"""Of a sample whose annotation file is not here."""
+FORMULA = """\
+floating-point operations, n parameters in a part's matrices, t its tokens:
+  forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
+  backward     4 n t where the part learns, 2 n t where gradients pass through, none where nothing before it learns
+  hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price"""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator as its maker states it."""
+
+    name: str
+    memory_bytes: int
+    bf16: float
+    """Operations a second, dense."""
+    fp32: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 80 * 10**9, 312e12, 19.5e12),
+        Gpu("l40s", 48 * 10**9, 362e12, 91.6e12),
+        Gpu("h100", 80 * 10**9, 989e12, 67e12),
+        Gpu("h200", 141 * 10**9, 989e12, 67e12),
+        Gpu("b200", 180 * 10**9, 2250e12, 75e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subset:
+    """`source.split`: its size and the text of a sample."""
+
+    samples: int
+    text_tokens: float
+    kind: str
+
+
+def subsets(data: DataSettings, given: Mapping[str, int]) -> dict[str, Subset]:
+    """What is known of the training data: from annotation files that are here, and from `--samples`.
+
+    Raises:
+        ConfigError: `--samples` names no subset of the recipe.
+    """
+    known = {f"{source.name}.{split}": source for source in data.sources for split in ("sft", "captions")}
+    for name in given:
+        if name not in known:
+            raise ConfigError("no such subset", where="--samples", value=name, do=f"There are {', '.join(known)}.")
+    found: dict[str, Subset] = {}
+    for name, source in known.items():
+        file = Path(source.path, f"{name.partition('.')[2]}.json")
+        if name in given:
+            found[name] = Subset(given[name], TEXT_TOKENS, source.kind)
+        elif file.is_file():
+            found[name] = _read(file, source.kind)
+    return found
+
+
+def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) -> dict[str, int] | None:
+    """Samples that a stage draws of each subset; None where one is not known."""
+    drawn = {}
+    for name, passes in stage.data.items():
+        if name not in known:
+            return None
+        source, _, split = name.partition(".")
+        size = known[name].samples
+        if stage.pruned and split == "sft":
+            size = math.ceil(prune.keep_ratio_of.get(source, prune.keep_ratio) * size)
+        whole, rest = divmod(passes, 1.0)
+        drawn[name] = size * int(whole) + round(rest * size)
+    return drawn
+
+
+def operations(shape: Shape, trainable: list[Any], seen: Seen, text_tokens: float, length: int) -> float:
+    """Floating-point operations of one sample, forward and backward."""
+    llm, vision = shape.config.llm, shape.config.vision
+    positions = min(seen.tokens + text_tokens, length)
+    patches = seen.tiles * shape.tower_tokens
+    tower = 2 * shape.tower_matrices * patches
+    tower += shape.tower_blocks * 4 * patches * int(vision["hidden_size"]) * shape.tower_tokens
+    projector = 2 * shape.parameters["mm_projector"] * seen.projected
+    decoder = 2 * shape.decoder_matrices * positions
+    decoder += int(llm["num_hidden_layers"]) * 4 * positions * int(llm["hidden_size"]) * positions / 2
+    decoder += 2 * int(llm["vocab_size"]) * int(llm["hidden_size"]) * max(positions - seen.tokens, 0)
+    work, before = 0.0, False
+    for part, forward in (("vision_tower", tower), ("mm_projector", projector), ("llm", decoder)):
+        learns = part in trainable
+        work += forward * (3 if learns else 2 if before else 1)
+        before = before or learns
+    return work
+
+
+def stage_work(
+    shape: Shape, stage: Stage, drawn: Mapping[str, int], known: Mapping[str, Subset]
+) -> tuple[float, float]:
+    """Operations and decoder tokens of a whole stage."""
+    length = min(stage.max_length_tokens, shape.config.max_length_tokens)
+    work = tokens = 0.0
+    for name, samples in drawn.items():
+        subset = known[name]
+        seen = shape.video if subset.kind == "video" else shape.image
+        work += samples * operations(shape, stage.trainable, seen, subset.text_tokens, length)
+        tokens += samples * min(seen.tokens + subset.text_tokens, length)
+    return work, tokens
+
+
+def _read(file: Path, kind: str) -> Subset:
+    try:
+        records = json.loads(file.read_bytes())
+        texts = [turn["value"] for record in records for turn in record["conversations"] if isinstance(record, dict)]
+    except (ValueError, KeyError, TypeError):
+        # Spoilt records are for `validate`; their number is known all the same where the file is a list.
+        texts = []
+        records = records if isinstance(records, list) else []
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), kind)

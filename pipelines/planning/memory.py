@@ -1,0 +1,157 @@
+"""Memory of one GPU while a stage trains. The formula is printed under the table; tests hold it against torch.
+
+Counted for the largest micro batch: every row as long as the limit, its medium with the most tiles, and every position
+that is not visual supervised. A real batch is smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nvila.components.contracts.recipe.train import Stage
+from nvila.pipelines.planning.shape import PARTS, Seen, Shape
+
+REDUCE_BUCKET = 5 * 10**8
+GATHERED = 10**9
+"""Elements: DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`."""
+FORMULA = """\
+P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 4); in brackets what ZeRO shares out:
+  weights      e P              (ZeRO 3: / N)
+  gradients    e R              (ZeRO 2 and 3: / N)
+  optimizer    8 R for AdamW, and 4 R for fp32 weights under bf16   (ZeRO 1 to 3: / N)
+  buffers      ZeRO 2: e min(R, 5e8); ZeRO 3: e (5e8 + min(P, 1e9))
+  activations  b rows of T positions; L decoder blocks of width h, MLP m, key and value width k, a heads; B tower blocks
+               of width w, MLP u, c heads; S tower tokens, Q projected tokens with q projector channels, Y supervised, V
+    decoder block  b T (8h + e(6h + 4m + 2k') + 4a + 8 + e T if rows are padded), k' = h if padded, else k
+                   frozen with gradients passing through: e(2h + 3m + 2k') instead of e(6h + 4m + 2k')
+    tower block    S (e(8w + 2u) + 4c + 4e), where the tower learns; and its pixels, 3 e S patch^2
+    checkpointing  e h b T and e w S for each block, and one whole block at a time
+    the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
+                   and e h (b T + Y) where the decoder learns
+  step         4 R for fp32 gradients under bf16 (ZeRO 1 to 3: / N), when the activations are gone
+  loading      4 P before the first step, on every GPU"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    """The most at one time: in the backward pass, or at the optimizer's step."""
+    loading: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at any time of the stage."""
+        working = self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        return max(working, self.loading)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one GPU works on at a time."""
+
+    rows: int
+    length: int
+    """Positions of each row, padding included."""
+    tower_tokens: int
+    """Tokens inside the tower, of all rows."""
+    projected: int
+    """Tokens that leave the projector, of all rows."""
+    supervised: int
+    """Positions with a loss, of all rows."""
+    padded: bool
+
+
+def largest(shape: Shape, stage: Stage, processes: int, seen: list[Seen]) -> MicroBatch:
+    """The largest micro batch of a stage whose samples show this."""
+    rows = stage.micro_batch or max(1, stage.batch // processes)
+    length = min(stage.max_length_tokens, shape.config.max_length_tokens)
+    most = max(seen, key=lambda one: one.tiles)
+    visual = min(most.tokens, length)
+    return MicroBatch(
+        rows=rows,
+        length=length,
+        tower_tokens=rows * most.tiles * shape.tower_tokens,
+        projected=rows * max(one.projected for one in seen),
+        supervised=rows * (length - visual),
+        padded=rows > 1,
+    )
+
+
+def memory(
+    shape: Shape, batch: MicroBatch, trainable: list[Any], *, precision: str, zero: int, processes: int, recompute: bool
+) -> Memory:
+    """Memory of one GPU.
+
+    Args:
+        shape: of the model.
+        batch: what it works on.
+        trainable: parts that learn.
+        precision: `fp32`, or one that keeps weights in bf16.
+        zero: DeepSpeed's stage.
+        processes: GPUs that share the states.
+        recompute: gradient checkpointing.
+    """
+    element = 4 if precision == "fp32" else 2
+    total, trained = shape.total, sum(shape.parameters[part] for part in PARTS if part in trainable)
+    master = 0 if precision == "fp32" else 4
+
+    def shared(size: int, since: int) -> int:
+        return -(-size // processes) if zero >= since else size
+
+    buffers = 0
+    if zero == 2:
+        buffers = element * min(trained, REDUCE_BUCKET)
+    elif zero == 3:
+        buffers = element * (REDUCE_BUCKET + min(total, GATHERED))
+    return Memory(
+        weights=shared(element * total, 3),
+        gradients=shared(element * trained, 2),
+        optimizer=shared((8 + master) * trained, 1),
+        buffers=buffers,
+        activations=max(
+            activations(shape, batch, trainable, element, recompute)[1], shared(4 * trained, 1) if master else 0
+        ),
+        loading=4 * total,
+    )
+
+
+def activations(
+    shape: Shape, batch: MicroBatch, trainable: list[Any], element: int, recompute: bool
+) -> tuple[int, int]:
+    """Bytes saved by the forward pass for the backward pass, and the most at one time of both."""
+    llm, vision = shape.config.llm, shape.config.vision
+    hidden, mlp, heads = int(llm["hidden_size"]), int(llm["intermediate_size"]), int(llm["num_attention_heads"])
+    positions = batch.rows * batch.length
+    learns = "llm" in trainable
+    keys = hidden if batch.padded else hidden * int(llm["num_key_value_heads"]) // heads
+    inside = (6 * hidden + 4 * mlp if learns else 2 * hidden + 3 * mlp) + 2 * keys
+    mask = element * batch.length if batch.padded else 0
+    decoder_block = positions * (8 * hidden + element * inside + 4 * heads + 8 + mask)
+    width, tower_mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
+    per_token = element * (8 * width + 2 * tower_mlp) + 4 * int(vision["num_attention_heads"]) + 4 * element
+    tower_block = batch.tower_tokens * per_token if "vision_tower" in trainable else 0
+
+    blocks = int(llm["num_hidden_layers"])
+    rest = positions * (4 * hidden + element * (hidden + 2 * hidden // heads))
+    if learns:
+        rest += element * hidden * (positions + batch.supervised)
+    if tower_block:
+        rest += batch.tower_tokens * element * 3 * int(vision["patch_size"]) ** 2
+    rest += batch.projected * element * shape.projector_inputs
+    logits = batch.supervised * int(llm["vocab_size"])
+    if recompute:
+        kept = blocks * element * hidden * positions
+        kept += shape.tower_blocks * element * width * batch.tower_tokens if tower_block else 0
+    else:
+        kept = blocks * decoder_block + shape.tower_blocks * tower_block
+    saved = kept + rest + 4 * logits
+    # The loss is through before the first block is recomputed.
+    once = max(10 * logits, max(decoder_block, tower_block) if recompute else 0)
+    return saved, kept + rest + once

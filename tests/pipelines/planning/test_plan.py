@@ -1,0 +1,128 @@
+"""`nvila plan` as a person and as a program see it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.resolve.form import Form, fill_in
+from nvila.pipelines.cli import app
+from nvila.pipelines.plan import assumptions_of, parse_samples
+from nvila.pipelines.planning.checks import Need
+from nvila.pipelines.planning.hits import nodes
+from nvila.pipelines.steps import STEPS
+
+LARGE = ("nvila-lite-2b", "--no-cluster", "--json")
+SAMPLES = ("images.captions=1000000", "images.sft=400000", "videos.sft=100000")
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cluster and no home of this machine."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def _plan(*arguments: str) -> Result:
+    """In this process: each start of its own would import torch anew."""
+    ended = CliRunner().invoke(app, ["plan", *arguments])
+    if ended.exception and not isinstance(ended.exception, SystemExit):
+        raise ended.exception
+    return ended
+
+
+def test_a_first_plan_needs_nothing_and_makes_nothing(tmp_path: Path) -> None:
+    """A plan that builds data, or locks the store, is a run."""
+    ended = _plan("micro")
+    assert ended.exit_code == 0, ended.stdout
+    for words in ("train-5", "h100", "fits", "optimizer    8 R", "MFU 0.3", "preflight would pass here"):
+        assert words in ended.stdout, words
+    assert "no cluster is configured" in ended.stdout and "unknown: the annotation files are not here" in ended.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_recipe_is_planned_without_its_weights() -> None:
+    """Whoever buys GPUs asks before anything is downloaded."""
+    given = [part for pair in SAMPLES for part in ("--samples", pair)]
+    ended = _plan(*LARGE, *given, "--gpu", "h200", "--mfu", "0.4", "--gpu-hour-price", "3")
+    assert ended.exit_code == 2, "its data are not on this machine"
+    plan = json.loads(ended.stdout)
+    assert any("no such folder data/images" in problem for problem in plan["here"])
+    assert 1.9e9 < sum(plan["parameters"].values()) < 2.1e9
+    assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["gpus"]["quantize"] == 1
+    assert all(stage["fits"] and stage["memory"]["peak"] < 141e9 for stage in plan["stages"])
+    assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 200_000, 70_000]
+    for stage in plan["stages"]:
+        assert stage["cost"] == pytest.approx(stage["hours"] * 8 * 3)
+    slower = json.loads(_plan(*LARGE, *given, "--gpu", "h200", "--mfu", "0.2").stdout)
+    assert slower["stages"][2]["hours"] == pytest.approx(2 * plan["stages"][2]["hours"])
+
+
+def test_what_is_not_known_is_not_made_up() -> None:
+    """Weights of another size than the published ones, data that are elsewhere."""
+    ended = _plan(*LARGE, "--override", "model.base.llm=hf://someone/else@main")
+    plan = json.loads(ended.stdout)
+    assert plan["parameters"] is None
+    assert {(s["memory"], s["hours"], s["cost"], s["fits"]) for s in plan["stages"]} == {(None, None, None, None)}
+
+
+def test_a_cluster_that_is_away_is_a_remark_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old kubeconfig must not keep anybody from a plan; who asks for the cluster wants to know."""
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "gone",
+        "contexts": [{"name": "gone", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+        "users": [{"name": "u", "user": {}}],
+    }
+    path = tmp_path / "kubeconfig"
+    path.write_text(json.dumps(config))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    ended = _plan("micro")
+    assert ended.exit_code == 0 and "no answer" in ended.stdout and "only this machine was looked at" in ended.stdout
+    with pytest.raises(PreflightError, match="gone: no answer"):
+        _plan("micro", "--cluster")
+    monkeypatch.delenv("KUBECONFIG")
+    with pytest.raises(ConfigError, match="no cluster is configured"):
+        _plan("micro", "--cluster")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_options_are_named() -> None:
+    """A price of a GPU that nobody makes."""
+    for gpu, mfu, price, option in (("h9", 0.3, 1, "--gpu"), ("h100", 1.1, 1, "--mfu"), ("h100", 0.3, -1, "price")):
+        with pytest.raises(ConfigError, match=option):
+            assumptions_of(gpu, mfu, price)
+    with pytest.raises(ConfigError, match="--samples"):
+        parse_samples(["images.sft=many"])
+
+
+def test_every_step_is_known_with_its_inputs() -> None:
+    """Keys are digests of inputs by their names: a name that the wrapper does not use never hits."""
+    found = nodes()
+    assert list(found) == list(STEPS)
+    assert found["evaluate"].inputs == {
+        "samples": "validate",
+        "base": "base",
+        **{f"train-{n}": f"train-{n}" for n in range(1, 6)},
+    }
+    assert found["train-5"].inputs["kept_video"] == "prune-video"
+    assert found["gate-quantized"].module == "nvila.components.evaluate.gate"
+
+
+def test_needs_are_read_off_the_recipe() -> None:
+    """What is looked for follows from what is asked for."""
+    large, small = (fill_in(Form(recipe=name)) for name in ("nvila-8b", "tiny"))
+    assert Need.of(large) == Need(gpus=8, can_do_without=False, s3=False, hub=True)
+    assert Need.of(small) == Need(gpus=1, can_do_without=True, s3=False, hub=False)
+    content = small.model_dump(by_alias=True)
+    content["prune"]["small"]["path"] = "s3://bucket/small"
+    assert Need.of(Recipe.model_validate(content)).s3
