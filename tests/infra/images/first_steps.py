@@ -26,7 +26,7 @@ from nvila.components.resolve.component import resolve
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.train.component import train
 from nvila.components.validate.component import validate
-from nvila.infra.images.build import SCRATCH
+from nvila.infra.images.build import SCRATCH, revision
 from nvila.infra.images.machine import podman_environment
 
 IMAGE = os.environ.get("NVILA_IMAGE", "localhost/nvila/base:dev")
@@ -42,10 +42,13 @@ def podman(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def why_not() -> str | None:
     """Why containers cannot be run here, or None."""
     try:
-        there = podman("image", "exists", IMAGE, capture_output=True)
+        label = '{{index .Labels "org.opencontainers.image.revision"}}'
+        found = podman("image", "inspect", "--format", label, IMAGE, capture_output=True)
     except FileNotFoundError:
         return "podman is missing"
-    return None if there.returncode == 0 else f"no image {IMAGE}: make images"
+    if found.returncode:
+        return f"no image {IMAGE}: make images"
+    return None if found.stdout.strip() == revision() else f"{IMAGE} is of another commit: make images"
 
 
 def contain(image: str, command: list[str], folder: Path, variables: Mapping[str, str]) -> tuple[int, str]:

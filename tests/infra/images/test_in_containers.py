@@ -14,12 +14,15 @@ from nvila.components.data.demo import ensure
 from nvila.components.resolve.form import Form, fill_in
 from nvila.infra.images.machine import pip_settings
 
-pytestmark = [
-    pytest.mark.containers,
-    pytest.mark.skipif(first_steps.why_not() is not None, reason=str(first_steps.why_not())),
-]
+pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[3]
 TRIES = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _image() -> None:
+    if reason := first_steps.why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
