@@ -39,16 +39,16 @@ def podman(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["podman", *arguments], env=podman_environment(SCRATCH), text=True, **options)
 
 
-def why_not() -> str | None:
-    """Why containers cannot be run here, or None."""
+def why_not(image: str = IMAGE) -> str | None:
+    """Why containers of this image cannot be run here, or None."""
     try:
         label = '{{index .Labels "org.opencontainers.image.revision"}}'
-        found = podman("image", "inspect", "--format", label, IMAGE, capture_output=True)
+        found = podman("image", "inspect", "--format", label, image, capture_output=True)
     except FileNotFoundError:
         return "podman is missing"
     if found.returncode:
-        return f"no image {IMAGE}: make images"
-    return None if found.stdout.strip() == revision() else f"{IMAGE} is of another commit: make images"
+        return f"no image {image}: make images"
+    return None if found.stdout.strip() == revision() else f"{image} is of another commit: make images"
 
 
 def contain(image: str, command: list[str], folder: Path, variables: Mapping[str, str]) -> tuple[int, str]:

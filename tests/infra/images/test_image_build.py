@@ -1,9 +1,13 @@
 """What goes into an image build, without podman."""
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nvila.infra.images import build
 from nvila.infra.images.machine import for_a_build
@@ -74,3 +78,35 @@ def test_the_bill_names_what_is_installed() -> None:
     assert "pydantic" in {part["name"] for part in python_components()}
     parts = sbom()["components"]
     assert len({part["bom-ref"] for part in parts}) == len(parts) and all(" " not in part["purl"] for part in parts)
+
+
+def test_the_list_for_air_gapped_sites_is_complete() -> None:
+    """An image that is on no list is missing behind the air gap, and the pod waits for ever."""
+    lines = (FOLDER / "images.txt").read_text().splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    version = build.labels("base", "")["org.opencontainers.image.version"]
+    values = yaml.safe_load((ROOT / "charts/nvila-platform/values.yaml").read_text())["images"]
+    named = {value for value in values.values() if isinstance(value, str) and ":" in value}
+    golden = [path.read_text() for path in (ROOT / "tests/golden").glob("chart-*.yaml")]
+    rendered = {image for text in golden for image in re.findall(r'\bimage: "?(\S+/[^\s"]+)', text)}
+    ours = {f"nvila/{kind}:{version}" for kind in build.KINDS}
+    assert named <= listed and ours <= listed and listed <= named | ours
+    # The examples name a site's registry; the rest of a name is the list's.
+    names = {image.rpartition("/")[2] for image in listed}
+    assert len(rendered) >= len(named) and {image.rpartition("/")[2] for image in rendered} <= names
+
+
+def test_trivy_finds_nothing_high_in_the_containerfiles(tmp_path: Path) -> None:
+    """The scan that a platform team runs before it builds an image."""
+    own = ROOT / ".tools/python/bin/trivy"
+    trivy = str(own) if own.is_file() else shutil.which("trivy")
+    if trivy is None:
+        pytest.skip("trivy is not here: make tools")
+    for file in set(build.KINDS.values()):
+        shutil.copy(FOLDER / file, tmp_path)
+    command = [trivy, "config", "--skip-check-update", "--skip-version-check", "--quiet", "--format", "json"]
+    ran = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
+    results = json.loads(ran.stdout)["Results"]
+    assert {result["Target"] for result in results} == set(build.KINDS.values())
+    found = [(result["Target"], m["ID"], m["Severity"]) for result in results for m in result["Misconfigurations"]]
+    assert [item for item in found if item[2] in ("HIGH", "CRITICAL")] == []
