@@ -59,6 +59,8 @@ def contain(image: str, command: list[str], folder: Path, variables: Mapping[str
     """
     name = f"nvila-{uuid.uuid4().hex[:12]}"
     options = ["--name", name, "--user", USER, "--read-only", "--tmpfs", "/tmp:rw,mode=1777", "--network", "none"]
+    # vLLM shares 160 MiB between its processes; containers have 64 unless told.
+    options += ["--shm-size", "1g"]
     options += ["--cap-drop", "all", "--security-opt", "no-new-privileges", "--pull", "never"]
     options += ["--volume", f"{folder}:{folder}", "--workdir", str(folder)]
     options += [part for key, value in variables.items() for part in ("--env", f"{key}={value}")]

@@ -128,6 +128,7 @@ def _run(kubectl: list[str], namespace: str, pod: dict[str, Any]) -> tuple[dict[
         status = json.loads(asked.stdout)["status"]
         if status["phase"] in ("Succeeded", "Failed"):
             log = subprocess.run([*command, "logs", name], capture_output=True, text=True, check=True).stdout
-            return status["containerStatuses"][0]["state"]["terminated"], log
+            ended = status["containerStatuses"][0]["state"]["terminated"]
+            return ended, log or str(ended)
         time.sleep(0.5)
     raise AssertionError(f"the pod has not ended: {status}")

@@ -24,6 +24,9 @@ started = server.start(model, port=8000, served_name="tiny", log_path=log)
 try:
     server.wait_ready(started.url, 400, started.pid, log)
     answer = server.ask(started.url, "tiny", question, image=picture, max_tokens=6)
+except BaseException:
+    print(log.read_text())
+    raise
 finally:
     server.stop(started.pid)
 print("answer:", json.dumps(answer))
@@ -44,7 +47,9 @@ def test_the_server_of_the_image_answers_as_torch_does(kind: str, tmp_path: Path
     seen = picture(tmp_path / "seen.png", 3)
     prompt = make_prompt([Turn("human", f"<image>\n{QUESTION}")], [load_image(seen)], model.config)
     expected = model.generate(tokenizer, [prompt], 6)[0].replace("\ufffd", "").strip()
-    tmp_path.chmod(0o755)
+    # Weights are written for their owner only, and the container has another user.
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755)
     command = ["python3", "-c", SCRIPT, str(tmp_path / "model"), str(seen), QUESTION]
     code, output = contain(image, command, tmp_path, {})
     assert code == 0, output
