@@ -74,12 +74,14 @@ IN_POD = {
     "rollout": SMALL,
 }
 """Steps that always work in their own pod."""
+ON_CPU = {"evaluate-quantized": Resources(shared_memory_gib=1)}
+"""vLLM shares 160 MiB between its processes, and a container has 64 unless told."""
 
 
 def resources(step: str, launch: Launch) -> Resources:
     """What the pod of a step asks for; a step that is not named is small."""
     if launch == "cpu":
-        return SMALL
+        return ON_CPU.get(step, SMALL)
     return ((HEAVY if launch == "pods" else {}) | IN_POD).get(step, SMALL)
 
 

@@ -14,7 +14,7 @@ from nvila.components.resolve.form import shipped
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines import site
-from nvila.pipelines.cluster import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled
+from nvila.pipelines.cluster import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled, resources
 from nvila.pipelines.references import dangling_references
 from nvila.pipelines.steps import STEPS
 
@@ -251,3 +251,9 @@ def test_a_bad_image_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="both images"):
         compile_pipeline(tmp_path / "out.yaml", image="registry.example/nvila:1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
+def test_the_step_that_starts_vllm_has_shared_memory(launch: Launch) -> None:
+    """vLLM ends at once in the 64 MiB that a container has by default."""
+    assert resources("evaluate-quantized", launch).shared_memory_gib >= 1
