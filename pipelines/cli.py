@@ -173,7 +173,7 @@ def submit(
     server = Server(host, token_file=token_file, ca_cert=ca_cert)
     version, console = Version(image, quantize_image, launch), Console()
     if upload_only:
-        upload(server, version, namespace_of(server, namespace), console)
+        upload(server, version, namespace_of(server, namespace, shared=True), console)
         return
     wanted = Wanted(namespace, experiment, run_name, service_account)
     named = {"data_uri": data_uri, "model_name": model_name}

@@ -151,14 +151,14 @@ def submit(
     return _wait(server, started, console) if wait else int(Exit.DONE)
 
 
-def namespace_of(server: Server, given: str | None) -> str | None:
-    """The namespace to work in; None where the server knows no users.
+def namespace_of(server: Server, given: str | None, *, shared: bool = False) -> str | None:
+    """The namespace to work in; None where the server knows no users, or for what may be `shared` by all of them.
 
     Raises:
         ConfigError: one is needed, or there are none.
     """
     several = server.multi_user()
-    if several and not given:
+    if several and not given and not shared:
         raise ConfigError("this server has a namespace for every user", where="--namespace", do="Name yours.")
     if given and not several:
         raise ConfigError("this server has no namespaces of users", where="--namespace", value=given, do="Leave it out")

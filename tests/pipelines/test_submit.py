@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from kfp_stand_in import STARTED, TOKEN, StandIn, standing_in
 from rich.console import Console
+from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
 from nvila.components.runner.code import code_digest
 from nvila.pipelines import cluster
 from nvila.pipelines import submit as submitting
+from nvila.pipelines.cli import app
 from nvila.pipelines.cluster import NAME
 from nvila.pipelines.server import Server, ServerDown
 from nvila.pipelines.steps import STEPS
@@ -104,6 +106,17 @@ def test_an_upload_alone_starts_nothing(kfp: StandIn) -> None:
     assert (len(kfp.pipelines), len(kfp.versions), kfp.runs) == (1, 1, [])
     with pytest.raises(ConfigError, match=r"--image"):
         upload(Server(kfp.url), Version(), None, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("namespace", [None, "ada"])
+def test_a_pipeline_may_be_everybodys(kfp: StandIn, namespace: str | None) -> None:
+    """The platform's engineers install one for all users; a run always belongs to one."""
+    kfp.multi_user = True
+    arguments = ["--host", kfp.url, "--upload-only", "--image", OWN.image, "--quantize-image", OWN.quantize_image]
+    arguments += ["--namespace", namespace] if namespace else []
+    ended = CliRunner().invoke(app, ["submit", *arguments])
+    assert ended.exit_code == 0, ended.output
+    assert [pipeline.get("namespace") for pipeline in kfp.pipelines] == [namespace] and len(kfp.versions) == 1
 
 
 def test_the_newest_installed_version_is_taken(kfp: StandIn) -> None:
