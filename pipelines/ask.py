@@ -60,6 +60,9 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         options["schema"] = JsonSchema.read(tokenizer, answering.json_schema)
     media = _media(question, loaded.config.num_video_frames)
     asked = [Turn("human", text) for text in question.texts]
+    places = sum(count_literals(turn) for turn in asked)
+    if places > len(media):
+        raise ConfigError("the questions have more places for media than there are media", value=(places, len(media)))
     front, placed = split_media(asked, media)
     turns: list[Turn] = []
     for turn in asked:

@@ -197,7 +197,7 @@ def infer(
     question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
     image: Annotated[list[Path] | None, typer.Option("--image", help="Picture, PDF or PDF#page=N; repeatable.")] = None,
     video: Annotated[list[Path] | None, typer.Option("--video", help="Clip, or folder of frames; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     system: Annotated[str | None, typer.Option(help="System prompt; the model's own by default.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,

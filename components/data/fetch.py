@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -74,14 +74,16 @@ def _from_hub(name: str, uri: str) -> Path:
 
     repository, _, revision = name.partition("@")
     place = cache() / "hub" if "NVILA_CACHE" in os.environ else None
+    options: dict[str, Any] = {"revision": revision or None, "cache_dir": place, "allow_patterns": list(WANTED)}
     try:
         # The hub's client has locks of its own.
-        return Path(
-            snapshot_download(repository, revision=revision or None, cache_dir=place, allow_patterns=list(WANTED))
-        )
+        return Path(snapshot_download(repository, **options))
     except HFValidationError as error:
         raise ConfigError("not a name on the hub", where=uri, do="Write hf://owner/name@revision.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Given a commit, the client asks the hub what belongs to it, even where all of it lies in the cache.
+        with suppress(LocalEntryNotFoundError, OSError):
+            return Path(snapshot_download(repository, **options, local_files_only=True))
         raise DataError(
             "the weights cannot be downloaded from the hub and are not in its cache",
             where=uri,

@@ -183,6 +183,13 @@ class ModelConfig:
         for key in ("min_tiles", "video_max_tiles"):
             if int(content.get(key) or 1) != 1:
                 raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
+        if float(content.get("fps") or 0.0):
+            raise ConfigError(
+                "frames are chosen evenly over the whole video, not at a rate",
+                where=f"{where}: fps",
+                value=content["fps"],
+                do="Set it to 0.0",
+            )
         length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
         length = length if length < NO_LIMIT else 8192
         for runtime in ("model_max_length", "tokenizer_padding_side"):

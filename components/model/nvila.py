@@ -197,6 +197,9 @@ class NVILA(nn.Module):
 
         Returns:
             The answers without special tokens, stripped.
+
+        Raises:
+            DataError: a prompt fills all positions of the decoder.
         """
         if not prompts:
             return []
@@ -232,7 +235,16 @@ class NVILA(nn.Module):
         """The decoder's input that asks for answers, left-padded."""
         items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
         batch = collate(items, self.tokens.pad, side="left").to(self.device)
-        return self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
+        spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
+        length = spliced.embeds_BTH.shape[1]
+        most = max(self.llm.config.max_position_embeddings, self.config.max_length_tokens)  # see _long_context
+        if length >= most:
+            raise DataError(
+                f"the prompt is too long: the decoder has {most} positions",
+                value=length,
+                do="Ask with less text, fewer media or fewer frames",
+            )
+        return spliced
 
     def prepare_for_training(self) -> None:
         """Training mode; on a CPU with attention in plain matrix products.

@@ -112,6 +112,8 @@ def test_infer_over_a_document_in_json(toy: Path, tmp_path: Path) -> None:
     assert isinstance(cut.exception, ConfigError) and "cut before its JSON ended" in str(cut.exception)
     missing = CliRunner().invoke(app, [*asked, "--image", f"{document}#page=3"])
     assert isinstance(missing.exception, DataError) and "3 of 2" in str(missing.exception)
+    places = CliRunner().invoke(app, [*asked, "<image> <image> <image>?"])
+    assert isinstance(places.exception, ConfigError) and "more places" in str(places.exception)
     schema.write_text('{"type": "row"}')
     wrong = CliRunner().invoke(app, asked)
     assert isinstance(wrong.exception, ConfigError) and "row" in str(wrong.exception)

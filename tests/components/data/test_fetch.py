@@ -137,6 +137,23 @@ def test_the_hub_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
     assert "\n" not in str(got.value)
 
 
+@pytest.mark.parametrize("revision", ["main", "0123456789abcdef0123456789abcdef01234567"])
+def test_the_cache_of_the_hub_is_enough_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    """Weights that are there must not need the network, named by a branch or pinned to a commit."""
+    import huggingface_hub.constants
+
+    monkeypatch.delenv("NVILA_CACHE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    stored = tmp_path / "models--owner--name"
+    (stored / "snapshots" / commit).mkdir(parents=True)
+    (stored / "snapshots" / commit / "config.json").write_text("{}")
+    (stored / "refs").mkdir()
+    (stored / "refs/main").write_text(commit)
+    assert fetch(f"hf://owner/name@{revision}") == stored / "snapshots" / commit
+
+
 @pytest.mark.parametrize("uri", ["hf://a/b/c", "hf://bad name"])
 def test_a_name_that_the_hub_cannot_have_is_refused(uri: str) -> None:
     """A typing error in the recipe is not a network problem."""

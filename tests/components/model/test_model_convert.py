@@ -215,11 +215,11 @@ def test_old_configuration_and_inner_folder(saved: Path, tmp_path: Path, model: 
     saved.rename(tmp_path / "run/model")
     loaded, _ = load(tmp_path / "run")
     assert loaded.config.max_tiles == 12 and loaded.config.video_pool_sizes == ((1, 1, 1),)
-    for key in ("min_tiles", "video_max_tiles"):
+    for key, good in (("min_tiles", 1), ("video_max_tiles", 1), ("fps", 0.0)):
         edit(tmp_path / "run/model/config.json", **{key: 4})
         with pytest.raises(ConfigError, match=key):
             load(tmp_path / "run")
-        edit(tmp_path / "run/model/config.json", **{key: 1})
+        edit(tmp_path / "run/model/config.json", **{key: good})
     with pytest.raises(DataError, match="no layout"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other/config.json").write_text('{"model_type": "llama"}')

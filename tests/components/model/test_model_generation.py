@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.conversation import Turn, render, split_media
 from nvila.components.model.generation import Sampling, nucleus, text_pieces
 from nvila.components.model.nvila import NVILA
@@ -75,6 +75,14 @@ def test_wrong_sampling(wrong: dict[str, float]) -> None:
     """Prevents nonsense from being sampled without a word."""
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(4, frozenset({0}), **wrong)  # type: ignore[arg-type]
+
+
+def test_a_prompt_beyond_the_decoder_is_refused(model: NVILA, tokenizer: Any) -> None:
+    """Prevents nonsense from positions that the decoder was never trained for."""
+    most = model.llm.config.max_position_embeddings
+    prompt = make_prompt([Turn("human", "9 " * most)], [], model.config)
+    with pytest.raises(DataError, match=f"too long.*{most} positions"):
+        model.generate(tokenizer, [prompt], 4)
 
 
 def test_media_without_a_place_come_first(configure: Any, picture: Picture) -> None:
