@@ -23,8 +23,8 @@ ONE = 1 << 22
 """The weight 1 in Pillow's fixed point for 8-bit channels."""
 STRIP = 192
 """Values of each row in work at once, so that all rows of a strip stay near the processor."""
-SMALL = 100_000
-"""Pixels of a result below which Pillow itself is as fast."""
+WORTHWHILE = 1_000_000
+"""Pixels of all results together below which Pillow itself is as fast."""
 
 
 def resize(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -34,12 +34,12 @@ def resize(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndar
         image: an RGB picture.
         sizes: (width, height) of each result.
     """
+    if not (_is_known() and _is_worthwhile(image.size, sizes)):
+        return [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for size in sizes]
     turned = None
     made = []
     for width, height in sizes:
-        if width * height < SMALL or not _can_replace():
-            made.append(np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)))
-        elif _height_first(image.size, (width, height)):
+        if _height_first(image.size, (width, height)):
             made.append(_turned(_mixed(_turned(_mixed(np.asarray(image), height)), width)))
         else:
             turned = _turned(np.asarray(image)) if turned is None else turned
@@ -47,8 +47,14 @@ def resize(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> list[np.ndar
     return made
 
 
-def _can_replace() -> bool:
+def _is_known() -> bool:
     return PIL.__version__ == KNOWN and torch.get_float32_matmul_precision() == "highest"
+
+
+def _is_worthwhile(size: tuple[int, int], targets: Sequence[tuple[int, int]]) -> bool:
+    """Whether there is more work in the results than in turning the picture, which also takes memory of its size."""
+    pixels = sum(width * height for width, height in targets)
+    return pixels >= max(WORTHWHILE, size[0] * size[1] // 2)
 
 
 def _height_first(size: tuple[int, int], target: tuple[int, int]) -> bool:

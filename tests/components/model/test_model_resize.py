@@ -11,8 +11,8 @@ PICTURES = ("noise", "black and white", "stripes", "blocks", "ramp")
 
 
 @pytest.fixture(autouse=True)
-def _small_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "SMALL", 0)
+def _small_and_huge_pictures_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "_is_worthwhile", lambda *_: True)
 
 
 def paint(kind: str, width: int, height: int, seed: int) -> Image.Image:
@@ -62,6 +62,14 @@ def test_another_pillow_does_the_work_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(subject, "_mixed", None)
     image = paint("noise", 90, 40, 0)
     assert np.array_equal(resize(image, [(50, 60)])[0], np.asarray(image.resize((50, 60), Image.Resampling.BICUBIC)))
+
+
+def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents one small result of a huge picture from taking the memory and time of the whole picture."""
+    monkeypatch.undo()
+    sizes = [(448, 448), (896, 896), (1792, 1344)]
+    assert subject._is_worthwhile((1920, 1080), sizes) and subject._is_worthwhile((640, 480), sizes)
+    assert not subject._is_worthwhile((7000, 7000), sizes) and not subject._is_worthwhile((640, 480), sizes[:1])
 
 
 def test_the_pinned_pillow_is_the_known_one() -> None:
