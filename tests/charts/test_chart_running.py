@@ -133,7 +133,7 @@ def test_the_platform_at_work(place: Place, store: Store) -> None:
     _back_up(place, store)
 
     # A node must not count as warm with weights that nobody has vouched for; MLflow is not touched by that.
-    with pytest.raises(AssertionError, match="DaemonSet/.*nvila-warmup not ready"):
+    with pytest.raises(AssertionError, match=r"DaemonSet/.*nvila-warmup not ready"):
         place.release(seconds=30, cache={"warmup": _warmup(b"others")})
     said = place.cluster.kubectl("logs", "-n", place.namespace, "daemonset/nvila-warmup", "-c", "fetch")
     assert "a file has another digest; it has been removed" in said
