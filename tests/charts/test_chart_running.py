@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, Cluster, Place
 from helming import EVERYTHING, Document, find, render, tool
+from places import PASSWORD, Cluster, Place
 
 pytestmark = pytest.mark.cluster
 BUCKET, KEY, SECRET = "nvila", "test-key", "test-secret"
