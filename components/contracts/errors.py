@@ -71,10 +71,29 @@ class Rejected(NvilaError):
     exit_code = Exit.REJECTED
 
 
+class Cancelled(NvilaError):
+    """Somebody deleted the job that was doing the work; nothing is to bring it back by itself."""
+
+    exit_code = Exit.USER
+
+
 class Preempted(NvilaError):
     """The step was asked to stop; its progress is saved and the same command resumes it."""
 
     exit_code = Exit.PREEMPTED
+
+
+def to_record(error: NvilaError) -> dict[str, Any]:
+    """The error as JSON, for the process that waits for this one."""
+    return {"error": type(error).__name__, "message": str(error), "exit_code": int(error.exit_code)}
+
+
+def from_record(record: dict[str, Any]) -> NvilaError:
+    """The error that another process has written with `to_record`; its class and exit code are kept."""
+    kinds = {kind.__name__: kind for kind in NvilaError.__subclasses__()}
+    error = kinds.get(record["error"], NvilaError)(record["message"])
+    error.exit_code = Exit(record["exit_code"])  # type: ignore[misc]
+    return error
 
 
 def _rebuild(kind: type[NvilaError], message: str, state: dict[str, Any]) -> NvilaError:

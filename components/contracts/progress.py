@@ -43,6 +43,13 @@ class Progress:
             print(f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]", file=sys.stderr, flush=True)
 
 
+def waiting_for(text: str) -> None:
+    """Say in one line what work waits for that has nothing to count yet."""
+    print(text, file=sys.stderr, flush=True)
+    if file := os.environ.get(PROGRESS_FILE):
+        write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}))
+
+
 @contextmanager
 def progress_to(path: Path) -> Iterator[None]:
     """Have progress written to `path` by this process and its children, as long as the context is open."""

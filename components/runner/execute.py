@@ -23,6 +23,8 @@ from nvila.components.contracts.manifest import InputRef, Manifest, describe_fil
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
+from nvila.components.runner.handover import FOLDER
+from nvila.components.runner.site import Work, do
 from nvila.components.tracking.flatten import metrics
 
 STORE_VARIABLE = "NVILA_STORE"
@@ -136,15 +138,15 @@ def perform(
         began = time.time()
         try:
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
-                outcome = code.run(code.Settings.model_validate(settings), inputs, folder)
+                outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
         except Exception as error:
             if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)
             _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
             raise
         files = describe_files(folder, outcome.files)
-        for name in (MANIFEST, TOMBSTONE):
-            files.pop(name, None)
+        for name in [name for name in files if name in (MANIFEST, TOMBSTONE) or name.startswith(f"{FOLDER}/")]:
+            del files[name]
         manifest = Manifest(
             step=step,
             key=key,

@@ -1,4 +1,7 @@
-"""Starts the training processes on this machine under torchrun's agent, waits, and hands on a request to stop."""
+"""Starts this machine's training processes under torchrun's agent, waits, and hands on a request to stop.
+
+On a cluster every node of the job does so; who they are stands in the variables that Kubeflow Trainer sets (`PET_...`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import NvilaError, Preempted, TrainingError
-from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
 from nvila.components.train.worker import main
@@ -20,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def launch(job: Job) -> None:
-    """Run the job to its end.
+    """Run this node's share of the job to its end; a job on one machine has one node.
 
     The agent is this process. It passes a signal on to the training processes; if it is killed, they are told.
 
     Raises:
+        ConfigError: the nodes cannot share the processes evenly.
         Preempted: a stop was asked for (SIGTERM, Ctrl-C); the checkpoint is written.
         NvilaError: what the first worker reported.
         TrainingError: a worker died without a word (killed for memory, say).
@@ -35,24 +39,34 @@ def launch(job: Job) -> None:
     from torch.distributed.launcher.api import elastic_launch
 
     out = Path(job.out)
-    write_atomic(out / "job.json", job.model_dump_json(indent=1))
-    (out / VERDICT).unlink(missing_ok=True)
+    node = int(os.environ.get("PET_NODE_RANK", "0"))
+    description = out / (f"job-{node}.json" if node else "job.json")
+    write_atomic(description, job.model_dump_json(indent=1))
+    if node == 0:
+        (out / VERDICT).unlink(missing_ok=True)
+    stale = _written(out / VERDICT)
     os.environ["DS_LOG_LEVEL"] = "warning"
-    logs = out / "torchrun"
+    logs = out / f"torchrun-{node}"
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}  # the agent puts its own in their place
-    # Takes a free port, which the agent shares. With the rendezvous of `--standalone` it would inspect its whole call
-    # stack at each move, and that takes seconds where thousands of modules are loaded.
-    meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    nodes = int(os.environ.get("PET_NNODES", "1"))
+    if nodes == 1:
+        # Takes a free port, which the agent shares. With the rendezvous of `--standalone` it would inspect its whole
+        # call stack at each move, and that takes seconds where thousands of modules are loaded.
+        meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        endpoint = f"localhost:{meeting.port}"
+    else:
+        endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+    there = {"nnodes": nodes, "node-rank": node, "rdzv-endpoint": endpoint}
     try:
-        elastic_launch(_torchrun(job.run.gpus, meeting.port, logs), main)(str(out / "job.json"))
+        elastic_launch(_torchrun(job.run.gpus, there, logs), main)(str(description))
     except SignalException:
         raise Preempted(
             f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint"
         ) from None
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
-        raise _reported(out / VERDICT) or TrainingError(
+        raise _reported(out / VERDICT, stale) or TrainingError(
             f"stage {job.stage.name}: a training process ended with code {first.exitcode} and no message",
             where=str(out),
             do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
@@ -63,28 +77,35 @@ def launch(job: Job) -> None:
         shutil.rmtree(logs, ignore_errors=True)
 
 
-def _torchrun(processes: int, port: int, logs: Path) -> LaunchConfig:
-    """What torchrun's own command line makes of these options; the agent needs no interpreter of its own then."""
+def _torchrun(processes: int, there: Mapping[str, Any], logs: Path) -> LaunchConfig:
+    """What torchrun's own command line makes of these options; the agent needs no interpreter of its own then.
+
+    Nodes are numbered as they are, so that rank 0 and its log are on the first.
+    """
     from torch.distributed.run import config_from_args, parse_args
 
     from nvila.components.model.device import start_method
 
+    if processes % there["nnodes"]:
+        raise ConfigError(f"{there['nnodes']} nodes cannot share {processes} processes evenly", where="train.gpus")
     options = {
-        "nproc-per-node": processes,
+        "nproc-per-node": processes // there["nnodes"],
         "rdzv-backend": "static",
-        "rdzv-endpoint": f"localhost:{port}",
         "start-method": start_method(),
         "log-dir": logs,
+        **there,
     }
     config, _, _ = config_from_args(parse_args([*(f"--{name}={value}" for name, value in options.items()), "worker"]))
     return config
 
 
-def _reported(path: Path) -> NvilaError | None:
-    if not path.exists():
+def _written(path: Path) -> int | None:
+    """When the file was last written; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _reported(path: Path, stale: int | None) -> NvilaError | None:
+    """What the first worker that failed has written; a further node may still find an earlier attempt's words."""
+    if _written(path) in (None, stale):
         return None
-    record = json.loads(path.read_text())
-    kinds = {kind.__name__: kind for kind in NvilaError.__subclasses__()}
-    error = kinds.get(record["error"], TrainingError)(record["message"])
-    error.exit_code = Exit(record["exit_code"])  # type: ignore[misc]
-    return error
+    return from_record(json.loads(path.read_text()))

@@ -38,17 +38,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         Preempted: asked to stop.
     """
     began = time.monotonic()
-    job = Job(
-        stage=settings.stage,
-        run=settings.run,
-        seed=settings.seed,
-        model=str(inputs["model"].dir("model")),
-        samples=str(inputs["samples"].path("samples.parquet")),
-        kept=[str(m.path("scores.parquet")) for name, m in sorted(inputs.items()) if name.startswith("kept_")],
-        out=str(out),
-    )
-    if not ((out / "model").exists() and read_losses(out / "loss.jsonl")):
-        launch(job)
+    _train(settings, inputs, out)
     records = read_losses(out / "loss.jsonl")
     steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
@@ -66,6 +56,27 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         },
         files=("model/**/*", "loss.jsonl", "loss.png"),
         measured={"seconds": seconds, "samples_per_second": steps * settings.stage.batch / seconds},
+    )
+
+
+def join(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
+    """What a further node of a training job does: its share of the processes. The first node does the rest."""
+    _train(settings, inputs, out)
+
+
+def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
+    if (out / "model").exists() and read_losses(out / "loss.jsonl"):
+        return
+    launch(
+        Job(
+            stage=settings.stage,
+            run=settings.run,
+            seed=settings.seed,
+            model=str(inputs["model"].dir("model")),
+            samples=str(inputs["samples"].path("samples.parquet")),
+            kept=[str(m.path("scores.parquet")) for name, m in sorted(inputs.items()) if name.startswith("kept_")],
+            out=str(out),
+        )
     )
 
 

@@ -22,6 +22,12 @@ IMAGE_STAGE: dict[str, Any] = {
 """Six optimizer steps over the 24 image questions."""
 
 
+@pytest.fixture
+def image_stage() -> dict[str, Any]:
+    """A row of the stage table."""
+    return dict(IMAGE_STAGE)
+
+
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Variables as torchrun sets them for a single process."""

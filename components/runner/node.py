@@ -1,0 +1,72 @@
+"""One node of a job that does a step's work: `python -m nvila.components.runner.node JOB.json`.
+
+The first node runs the step and leaves its outcome; the others join in where the step has something for them. Ends with
+the exit codes of `Exit`, which the job's failure policies act on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nvila.components.contracts.errors import NvilaError, Preempted, PreflightError
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.progress import progress_to
+from nvila.components.runner.code import code_digest
+from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
+
+NODE_VARIABLE = "PET_NODE_RANK"
+"""Environment variable: number of this node, set by Kubeflow Trainer; unset on a single machine."""
+
+
+def main(path: Path) -> Exit:
+    """Do this node's part of the assignment and return the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    node, folder = int(os.environ.get(NODE_VARIABLE, "0")), path.parent
+    clear_verdict(folder, node)
+    try:
+        _work(Assignment.model_validate_json(path.read_bytes()), node, folder)
+        return Exit.DONE
+    except NvilaError as error:
+        return _end(folder, node, error)
+    except KeyboardInterrupt:
+        return _end(folder, node, Preempted("interrupted"))
+    except Exception as error:
+        traceback.print_exc()
+        return _end(folder, node, NvilaError(f"{type(error).__name__}: {error}"))
+
+
+def _work(assignment: Assignment, node: int, folder: Path) -> None:
+    if (here := code_digest()) != assignment.code:
+        raise PreflightError(
+            "the image of the job holds other code than the image of the step",
+            where=assignment.step,
+            value={"step": assignment.code, "job": here},
+            do="Build both images from one commit, and set the training runtime's image to match the pipeline's.",
+        )
+    code: Any = importlib.import_module(assignment.module)
+    settings = code.Settings.model_validate(assignment.settings)
+    if node == 0:
+        with progress_to(assignment.run_dir / "progress" / f"{assignment.step}.json"):
+            write_outcome(folder, code.run(settings, assignment.inputs, assignment.out))
+    elif hasattr(code, "join"):
+        code.join(settings, assignment.inputs, assignment.out)
+
+
+def _end(folder: Path, node: int, error: NvilaError) -> Exit:
+    write_verdict(folder, node, error)
+    print(f"node {node}: {error}", file=sys.stderr, flush=True)
+    return Exit(error.exit_code)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise Preempted("the job was asked to stop", do="Run the same command again to resume.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(int(main(Path(sys.argv[1]))))

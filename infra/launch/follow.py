@@ -1,0 +1,203 @@
+"""Makes sure that there is exactly one job for a piece of work, waits until it has ended, and cancels it when asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nvila.components.contracts.errors import Cancelled, ConfigError, NvilaError, Preempted
+from nvila.components.contracts.progress import waiting_for
+from nvila.components.contracts.step import Outcome
+from nvila.components.runner.handover import folder_of, hand_over, read_outcome
+from nvila.components.runner.site import Work
+from nvila.infra.launch.cluster import Cluster
+from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, RUN_LABEL, Nodes, job_name, label, train_job
+from nvila.infra.launch.state import COMPLETE, FAILED, condition, finished, is_running, why_waiting
+
+LOOK_SECONDS = 15.0
+"""A job is looked at when it changes, and at least this often: its pods change without it."""
+CANCEL_SECONDS = 20.0
+"""A pod that is asked to stop has 30 s to do so."""
+Job = dict[str, Any]
+T = TypeVar("T")
+
+
+def say(work: Work, text: str) -> None:
+    """A line in the step's log."""
+    print(f"{work.step}: {text}", file=sys.stderr, flush=True)
+
+
+def obtain(cluster: Cluster, work: Work, nodes: Nodes, outcome_seconds: float) -> Job:
+    """The one job for this work: the one that is there, else a new one.
+
+    A job that runs is attached to, whoever made it. One that has failed is this run's answer; for a new run it is
+    deleted and made anew. One that is complete but has nothing to show (its folder was removed) is made anew as well.
+
+    Raises:
+        ConfigError: a job of this name belongs to other work, or the cluster refuses the job.
+        PreflightError: no right to make jobs, or no Kubeflow Trainer.
+    """
+    name, run = job_name(work), label(work.run_dir.name)
+    while True:
+        job = cluster.get(name)
+        if job is None:
+            attempt = uuid.uuid4().hex[:12]
+            body = train_job(work, attempt, hand_over(work, attempt), nodes)
+            if job := cluster.create(body):
+                say(work, f"job {name}: created in namespace {cluster.namespace}, {_size(body)}")
+                return job
+            continue  # another launcher, or a lost answer to this one: look who has it
+        labels = job["metadata"].get("labels", {})
+        if labels.get(KEY_LABEL) != label(work.key):
+            raise ConfigError(
+                "a job of this name does other work",
+                where=f"trainjob/{name}",
+                value=labels.get(KEY_LABEL),
+                do=f"Look at it, then `kubectl delete trainjob {name}`, and run again.",
+            )
+        state = finished(job)
+        if job["metadata"].get("deletionTimestamp"):
+            say(work, f"job {name}: an earlier one is being deleted; waiting until its pods have gone")
+            _wait_until_gone(cluster, job)
+        elif state is None:
+            if labels.get(RUN_LABEL) != run:
+                cluster.set_labels(name, {RUN_LABEL: run})
+            say(work, f"job {name}: attached to the one that is there")
+            return job
+        elif state == COMPLETE and outcome_of(work, job, outcome_seconds) is not None:
+            say(work, f"job {name}: has been completed")
+            return job
+        elif state == FAILED and labels.get(RUN_LABEL) == run:
+            return job
+        else:
+            why = "it has left nothing" if state == COMPLETE else f"it failed in run {labels.get(RUN_LABEL)}"
+            say(work, f"job {name}: {why}; deleting it and beginning anew")
+            cluster.delete(job)
+            _wait_until_gone(cluster, job)
+
+
+def follow(cluster: Cluster, job: Job) -> Job:
+    """The job when it is complete or has failed.
+
+    Every round begins by asking how things stand, so that nothing depends on having seen each change.
+
+    Raises:
+        Cancelled: somebody has deleted the job.
+    """
+    name, uid, shown = job["metadata"]["name"], job["metadata"]["uid"], ""
+    while True:
+        current = cluster.get(name)
+        if current is None or current["metadata"]["uid"] != uid:
+            raise Cancelled(
+                "the job was deleted while it was at work",
+                where=f"trainjob/{name}",
+                do="Its checkpoints are kept: run the pipeline again and it resumes.",
+            )
+        if finished(current):
+            return current
+        text = _progress(cluster, current)
+        if text and text != shown:
+            waiting_for(f"job {name}: {text}")
+            shown = text
+        cluster.wait_for_change(current, LOOK_SECONDS)
+
+
+def outcome_of(work: Work, job: Mapping[str, Any], seconds: float) -> Outcome | None:
+    """What the job has made, or None where it has left nothing in that time."""
+    return in_time(partial(read_outcome, answers(work, job)), seconds)
+
+
+def in_time(read: Callable[[], T | None], seconds: float) -> T | None:
+    """What `read` finds, at the latest after `seconds`: on a shared volume a file may show late."""
+    deadline = time.monotonic() + seconds
+    while (found := read()) is None and time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds))
+    return found
+
+
+def answers(work: Work, job: Mapping[str, Any]) -> Path:
+    """The folder in which the job leaves its outcome or its verdicts.
+
+    Raises:
+        NvilaError: the job does not say on which attempt it works.
+    """
+    attempt = job["metadata"].get("annotations", {}).get(ATTEMPT)
+    if not attempt:
+        raise NvilaError(f"the job has no annotation {ATTEMPT}", where=f"trainjob/{job['metadata']['name']}")
+    return folder_of(work.out, attempt)
+
+
+@contextmanager
+def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
+    """When this step is asked to stop, its job is deleted: nobody else would end it.
+
+    Not when this pod is only being moved (its node is drained, say): its successor attaches to the job.
+    """
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt):
+        with _undisturbed():
+            if _is_moved(cluster):
+                say(work, f"job {job_name(work)}: goes on; this pod is being moved")
+                raise
+            _cancel(cluster, work)
+        raise
+
+
+def _cancel(cluster: Cluster, work: Work) -> None:
+    name = job_name(work)
+    try:
+        job = cluster.get(name, within_seconds=CANCEL_SECONDS / 2)
+        if job and job["metadata"].get("labels", {}).get(KEY_LABEL) == label(work.key) and not finished(job):
+            cluster.delete(job, within_seconds=CANCEL_SECONDS / 2)
+            say(work, f"job {name}: cancelled, as this step was asked to stop")
+    except NvilaError as error:
+        say(work, f"job {name}: NOT cancelled: {error}. Delete it by hand, or run again to go on with it.")
+
+
+def _is_moved(cluster: Cluster) -> bool:
+    """Whether Kubernetes says that this pod's node, and not this pipeline run, is the reason to stop."""
+    pod = cluster.pod(os.environ.get("HOSTNAME", "")) if os.environ.get("KUBERNETES_SERVICE_HOST") else None
+    return bool(pod and condition(pod, "DisruptionTarget"))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second request to stop must not interrupt the answer to the first."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_until_gone(cluster: Cluster, job: Job) -> None:
+    while (current := cluster.get(job["metadata"]["name"])) and current["metadata"]["uid"] == job["metadata"]["uid"]:
+        cluster.wait_for_change(current, LOOK_SECONDS)
+
+
+def _progress(cluster: Cluster, job: Job) -> str:
+    """What there is to say about a job that has not ended; nothing once it runs, as then it speaks for itself."""
+    name = job["metadata"]["name"]
+    if job["metadata"].get("deletionTimestamp"):
+        return "is being deleted; waiting until its pods have gone"
+    pods = cluster.pods(name)
+    if pods is None or is_running(pods):
+        return ""
+    return why_waiting(job, pods, cluster.warnings(name), cluster.workload(job))
+
+
+def _size(body: Mapping[str, Any]) -> str:
+    trainer = body["spec"]["trainer"]
+    return f"{trainer['numNodes']} node(s) with {trainer['numProcPerNode']} process(es)"

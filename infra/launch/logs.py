@@ -1,0 +1,102 @@
+"""Copies the log of a job's first node to this process's own, across broken connections and restarted pods."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from nvila.infra.launch.cluster import Cluster
+from nvila.infra.launch.requests import broken
+from nvila.infra.launch.state import first_pod, items
+
+SILENCE_SECONDS = 60.0
+"""A connection on which nothing came for so long is opened anew: it may be dead without our being told."""
+
+
+class LogCopy:
+    """A thread that follows the log while the context is open; leaving it waits a little for the last lines."""
+
+    def __init__(self, cluster: Cluster, job_name: str, out: TextIO | None = None, pause_seconds: float = 2.0) -> None:
+        self._cluster, self._job = cluster, job_name
+        self._out = out if out is not None else sys.stdout
+        self._pause = pause_seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name=f"log of {job_name}", daemon=True)
+
+    def __enter__(self) -> LogCopy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._over.set()
+        if kind is None:  # whoever was asked to stop has no time
+            self._thread.join(10.0)
+
+    def _follow(self) -> None:
+        place: Place | None = None
+        while True:
+            last_round = self._over.is_set()
+            try:
+                pod = first_pod(self._cluster.pods(self._job) or [])
+                if pod is not None and _has_begun(pod):
+                    if place is None or place.pod != pod["metadata"]["uid"]:
+                        place = Place(pod["metadata"]["uid"])
+                    self._copy(pod["metadata"]["name"], place)
+            except broken():
+                pass  # the log is a courtesy: what becomes of the job is told elsewhere
+            if last_round:
+                return
+            self._over.wait(self._pause)
+
+    def _copy(self, pod: str, place: Place) -> None:
+        with self._cluster.log(pod, place.since, SILENCE_SECONDS) as lines:
+            for text in place.fresh(lines):
+                self._out.write(text + "\n")
+                self._out.flush()
+
+
+class Place:
+    """How far the log of one pod has been read: lines come again when a connection is opened anew."""
+
+    def __init__(self, pod: str) -> None:
+        self.pod = pod
+        self._last = ""
+        self._at_last = 0
+
+    @property
+    def since(self) -> str | None:
+        """From when on to ask, in whole seconds, as the API counts."""
+        return f"{self._last[:19]}Z" if self._last else None
+
+    def fresh(self, lines: Iterable[bytes]) -> Iterable[str]:
+        """The lines that had not been read before, without their times. Lines of the very same time are counted."""
+        again, known, last = 0, self._at_last, self._last
+        for line in lines:
+            stamp, _, text = line.decode(errors="replace").partition(" ")
+            time = _sortable(stamp)
+            if time < last:
+                continue
+            if time == last and again < known:
+                again += 1
+                continue
+            self._at_last = self._at_last + 1 if time == self._last else 1
+            self._last = time
+            yield text
+
+
+def _sortable(stamp: str) -> str:
+    """A time of a log line, in UTC and with nine digits behind the point: such texts sort as the times do."""
+    whole, zone = (stamp[:-1], "") if stamp.endswith("Z") else (stamp[:-6], stamp[-6:])
+    seconds, _, fraction = whole.partition(".")
+    if zone not in ("", "+00:00"):
+        seconds = datetime.fromisoformat(seconds + zone).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{seconds}.{fraction:0<9}"
+
+
+def _has_begun(pod: Mapping[str, Any]) -> bool:
+    """Whether there is a log at all."""
+    states = [state.get("state", {}) for state in items(pod, "status", "containerStatuses")]
+    return any("running" in state or "terminated" in state for state in states)

@@ -1,0 +1,36 @@
+"""A step's own process as far as the launcher sees it: `python launcher.py WORK.json` prints what the job has made."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nvila.components.contracts.errors import NvilaError, Preempted
+from nvila.components.contracts.progress import progress_to
+from nvila.components.runner.site import Work
+from nvila.infra.launch import follow, site
+
+
+def work_from(record: dict[str, Any]) -> Work:
+    """The work that a test has written down."""
+    return Work(**{**record, "out": Path(record["out"]), "run_dir": Path(record["run_dir"])})
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise Preempted("asked to stop")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
+    follow.LOOK_SECONDS = 2.0
+    site.OUTCOME_SECONDS = site.VERDICT_SECONDS = 1.0  # this disk shows files at once
+    work = work_from(json.loads(Path(sys.argv[1]).read_text()))
+    try:
+        with progress_to(work.run_dir / "progress" / f"{work.step}.json"):
+            print("made", json.dumps(dict(site.run(work).values)), flush=True)
+    except NvilaError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        sys.exit(int(error.exit_code))

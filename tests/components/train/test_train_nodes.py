@@ -1,0 +1,51 @@
+"""Two nodes of one training job, as Kubeflow Trainer starts them, on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.contracts.manifest import describe_files
+from nvila.components.runner.handover import hand_over, read_outcome
+from nvila.components.runner.site import Work
+
+
+@pytest.mark.slow
+def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stage: dict[str, Any]) -> None:
+    """Nodes that do not find each other train two models, or wait for ever; and where ranks are must change nothing."""
+    weights = []
+    for nodes in (1, 2):
+        job = _job(small, tmp_path / str(nodes), image_stage)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = [_node(job, nodes, node, port) for node in range(nodes)]
+        assert [node.wait(120) for node in started] == [0] * nodes
+        outcome = read_outcome(job.parent)
+        assert outcome is not None and outcome.values["steps"] == 6
+        folder = tmp_path / str(nodes)
+        assert list(folder.glob("torchrun-*")) == []
+        weights.append({name: file.sha256 for name, file in describe_files(folder, ["model/**/*"]).items()})
+    assert weights[0] == weights[1]
+
+
+def _job(small: Any, out: Path, stage: dict[str, Any]) -> Path:
+    """A job of two processes."""
+    run = {"precision": "fp32", "zero": 0, "gpus": 2, "checkpoint_seconds": 3600.0}
+    settings = {"stage": stage, "run": run, "seed": 0}
+    inputs = {"model": small.model, "samples": small.samples}
+    out.mkdir()
+    return hand_over(Work("train-4", "nvila.components.train.step", "k", settings, inputs, out, out / "run"), "ab")
+
+
+def _node(job: Path, nodes: int, rank: int, port: int) -> subprocess.Popen[bytes]:
+    variables = {"PET_NNODES": nodes, "PET_NODE_RANK": rank, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    command = [sys.executable, "-m", "nvila.components.runner.node", str(job)]
+    return subprocess.Popen(command, env=environment | {"PET_NPROC_PER_NODE": "1"})

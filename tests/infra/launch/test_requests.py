@@ -1,0 +1,135 @@
+"""Requests to an API server that is away, overloaded, or something else: a small HTTP server plays these."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.errors import ConfigError, NvilaError, PreflightError
+from nvila.infra.launch import requests
+from nvila.infra.launch.requests import Patience, Requests
+
+Answer = tuple[int, str]
+FINE = (200, '{"kind": "TrainJob"}')
+
+
+class Server(ThreadingHTTPServer):
+    """Gives its answers one after the other; the last one again and again."""
+
+    answers: list[Answer]
+    asked = 0
+
+    def next(self) -> Answer:
+        self.asked += 1
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        status, body = self.server.next()
+        if status == 0:
+            self.connection.close()
+            return
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    found = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    _kubeconfig(tmp_path, monkeypatch, found.server_address[1])
+    monkeypatch.setattr(requests.time, "sleep", lambda seconds: None)
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def _kubeconfig(folder: Path, patch: pytest.MonkeyPatch, port: int) -> None:
+    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team-a"}}
+    content = {
+        "clusters": [cluster],
+        "contexts": [context],
+        "current-context": "c",
+        "users": [{"name": "u", "user": {}}],
+    }
+    (folder / "kubeconfig").write_text(json.dumps(content))
+    patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+
+
+def test_what_passes_by_itself_is_asked_again(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any of these happens while a control plane is upgraded; each would end the step."""
+    html = "<html>bad gateway</html>"
+    server.answers = [
+        (0, ""),
+        (502, html),
+        (429, ""),
+        (500, "{}"),
+        (200, "half of an ans"),
+        (401, ""),
+        (403, html),
+        FINE,
+    ]
+    found = Requests()
+    assert found.namespace == "team-a"
+    assert found.ask("GET", "/x") == {"kind": "TrainJob"}
+    assert capsys.readouterr().err.count("asking again") == 1
+
+
+def test_rights_that_stay_refused_are_told(server: Server) -> None:
+    """An API server that has just started refuses everybody for some seconds; a missing Role is for ever."""
+    message = 'trainjobs.trainer.kubeflow.org is forbidden: User "u" cannot get resource'
+    server.answers = [(403, json.dumps({"kind": "Status", "reason": "Forbidden", "message": message}))]
+    with pytest.raises(PreflightError, match=r"cannot get resource.*Role nvila-launcher"):
+        Requests(Patience(denied_seconds=0.05)).ask("GET", "/x")
+    assert server.asked > 1
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong address looks like an outage; only who has been answered before waits for as long as it takes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        _kubeconfig(tmp_path, monkeypatch, free.getsockname()[1])
+        monkeypatch.setattr(requests.time, "sleep", lambda seconds: None)
+        with pytest.raises(NvilaError, match="does not answer"):
+            Requests(Patience(contact_seconds=0.05)).ask("GET", "/x")
+
+
+def test_an_outage_is_waited_out_once_there_was_an_answer(server: Server) -> None:
+    """The limit for the first contact must not end a job that has run for days."""
+    server.answers = [FINE]
+    found = Requests(Patience(contact_seconds=0.0))
+    found.ask("GET", "/x")
+    server.answers = [(503, "")] * 50 + [FINE]
+    assert found.ask("GET", "/x") == {"kind": "TrainJob"}
+    server.answers = [(503, "")]
+    with pytest.raises(NvilaError, match="503"):
+        found.ask("GET", "/x", within_seconds=0.05)
+
+
+def test_a_refused_body_is_not_asked_again(server: Server) -> None:
+    """It would be refused for ever."""
+    server.answers = [(422, json.dumps({"kind": "Status", "message": "spec.trainer.numNodes: must be an integer"}))]
+    with pytest.raises(ConfigError, match="numNodes"):
+        Requests().ask("GET", "/x")
+    assert server.asked == 1
+
+
+def test_without_a_cluster_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`NVILA_SITE` left in a shell makes every local run want a cluster."""
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(PreflightError, match="unset NVILA_SITE"):
+        Requests()
