@@ -39,7 +39,7 @@ def rows() -> Iterator[Measured]:
         assert torch.equal(plain().to(torch.uint8), pixels()), name
         yield (f"{work}, uint8 tiles", "s", *pair(whole, pixels, 7), WHOLE, target)
         yield (f"{work}, normalised", "s", *pair(whole, floats, 7), WHOLE)
-        yield (f"{work}, uint8 tiles", "s", *pair(plain, pixels, 7), NO_FLOATS)
+        yield (f"{work}, uint8 tiles on both sides", "s", *pair(plain, pixels, 7), NO_FLOATS)
         from_file = (lambda g=grids: _reference(_open(file), g, True), lambda c=config: _ours(_open(file), c, True))
         yield (f"{work}, uint8 tiles, JPEG decoding included", "s", *pair(*from_file, 5), WHOLE)
 
