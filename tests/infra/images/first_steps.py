@@ -20,6 +20,7 @@ from kfp.local.status import Status
 from kfp.local.task_handler_interface import ITaskHandler
 
 from nvila.components.base.component import base
+from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.preflight.component import preflight
 from nvila.components.resolve.component import resolve
@@ -44,8 +45,8 @@ def why_not(image: str = IMAGE) -> str | None:
     try:
         label = '{{index .Labels "org.opencontainers.image.revision"}}'
         found = podman("image", "inspect", "--format", label, image, capture_output=True)
-    except FileNotFoundError:
-        return "podman is missing"
+    except PreflightError as error:
+        return str(error)
     if found.returncode:
         return f"no image {image}: make images"
     return None if found.stdout.strip() == revision() else f"{image} is of another commit: make images"

@@ -110,3 +110,10 @@ def test_trivy_finds_nothing_high_in_the_containerfiles(tmp_path: Path) -> None:
     assert {result["Target"] for result in results} == set(build.KINDS.values())
     found = [(result["Target"], m["ID"], m["Severity"]) for result in results for m in result["Misconfigurations"]]
     assert [item for item in found if item[2] in ("HIGH", "CRITICAL")] == []
+
+
+def test_a_machine_without_podman_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback would say that a file is missing, and not which package."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert build.main(["base", "--base-image", "python:3.11"]) == 2
+    assert "Install the package podman" in capsys.readouterr().err
