@@ -9,10 +9,13 @@ from nvila.components.runner.image import IMAGE
 def report(
     step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]
 ) -> None:
-    """Gather the run folder into one self-contained HTML page."""
+    """Gather the run folder into one self-contained HTML page, then close the run: jobs, MLflow, webhook."""
     import shutil
+    from functools import partial
 
+    from nvila.components.report.closing import close
     from nvila.components.runner.execute import execute
 
-    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings={}))
+    last = partial(close, status.state, status.error_message)
+    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings={}, at_end=last))
     shutil.copyfile(out.metadata["uri"] + "/report.html", html.path)

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,13 @@ class Place:
 
 
 def execute(
-    step: str, module: str, slices: str | None, inputs: Mapping[str, str], output: str, settings: Any = None
+    step: str,
+    module: str,
+    slices: str | None,
+    inputs: Mapping[str, str],
+    output: str,
+    settings: Any = None,
+    at_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
 
@@ -72,6 +78,7 @@ def execute(
         inputs: paths of the input manifests by name.
         output: where KFP wants the artifact's file.
         settings: the slice itself, for `resolve`, which makes the slices.
+        at_end: called last, however the step has ended.
     """
     place = Place.from_environment()
     status = _Status(place.run_dir, step)
@@ -99,6 +106,8 @@ def execute(
         traceback.print_exc()
         status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
+    finally:
+        at_end()
 
 
 def on_cluster() -> bool:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,13 @@ class Bench:
         )
 
     def run(
-        self, do: str, *, step: str = "try", run: str = "run-1", inputs: dict[str, str] | None = None
+        self,
+        do: str,
+        *,
+        step: str = "try",
+        run: str = "run-1",
+        inputs: dict[str, str] | None = None,
+        at_end: Callable[[], None] = lambda: None,
     ) -> tuple[int, str]:
         """Exit code and what was written to stderr, of the step in this process."""
         from nvila.components.runner.execute import execute
@@ -109,7 +115,7 @@ class Bench:
             self.patch.setenv(variable, value)
         self.capture.readouterr()
         try:
-            execute(name, "nvila.trying.step", slices, inputs or {}, output)
+            execute(name, "nvila.trying.step", slices, inputs or {}, output, at_end=at_end)
         except SystemExit as leaving:
             return int(str(leaving.code)), self.capture.readouterr().err
         return 0, self.capture.readouterr().err
@@ -303,3 +309,11 @@ def test_a_recipe_without_the_step_is_refused(bench: Bench) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "no slice for step other" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("do", "code"), [("work", 0), ("reject", 3), ("fault", 1)])
+def test_the_last_thing_is_done_however_the_step_ends(bench: Bench, do: str, code: int) -> None:
+    """The exit task closes the run: a report that cannot be drawn must not leave jobs running."""
+    seen: list[str] = []
+    assert bench.run(do, at_end=lambda: seen.append(bench.status()["status"]))[0] == code
+    assert len(seen) == 1 and seen[0] != "running"

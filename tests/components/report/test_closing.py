@@ -1,0 +1,113 @@
+"""The end of a run on a cluster: jobs are cancelled, MLflow's run ends, the webhook is told; nothing of it can fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvila.components.report import closing
+from nvila.components.report.closing import close, ending, notice
+from nvila.components.report.collect import collect
+from nvila.components.tracking.connect import connected
+from nvila.components.tracking.runs import record_step
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the site and the webhook are told, in order."""
+    calls: list[tuple[Any, ...]] = []
+    site = types.ModuleType("a_site")
+    site.close = lambda run: calls.append(("close", run))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_site", site)
+    monkeypatch.setattr(closing, "post", lambda *arguments: calls.append(arguments))
+    for name, value in (("NVILA_SITE", "a_site"), ("NVILA_RUN_ID", "id-1"), ("NVILA_WEBHOOK_URL", "https://h/x")):
+        monkeypatch.setenv(name, value)
+    return calls
+
+
+def test_a_run_that_came_through(make_run: MakeRun, told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are cancelled before anybody is told that the run is over."""
+    run = make_run()
+    monkeypatch.setenv("NVILA_RUN", str(run))
+    monkeypatch.setenv("NVILA_WEBHOOK_SECRET", "s")
+    close("SUCCEEDED", None)
+    (first, (url, kind, data, secret)) = told
+    assert first == ("close", run.name)
+    assert (url, kind, secret) == ("https://h/x", "run.succeeded", "s")
+    assert (data["outcome"], data["step"], data["recipe"]) == ("succeeded", None, "tiny")
+    assert data["registered"] == {"name": "nvila-tiny", "version": "3"}
+    assert data["accuracy"]["shapes"]["quantized"] == pytest.approx(data["accuracy"]["shapes"]["trained"] - 0.01)
+    json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "outcome"), [("rejected", "rejected"), ("failed", "failed"), ("preempted", "stopped")]
+)
+def test_the_step_that_ended_it_is_named(make_run: MakeRun, verdict: str, outcome: str) -> None:
+    """`The run failed` makes everybody open the run; and KFP knows no difference between a refusal and a fault."""
+    run = collect(make_run(stop_at="train-4", verdict=verdict))
+    ended = ending(run, "FAILED", "exit code 3")
+    assert (ended.outcome, ended.step) == (outcome, "train-4")
+    assert ended.message and "the gate says no" in ended.message
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"),
+    [("CANCELLED", "stopped"), ("CANCELED", "stopped"), ("FAILED", "failed"), ("RUNNING", "failed")],
+)
+def test_a_step_that_was_killed_has_left_no_word(make_run: MakeRun, state: str, outcome: str) -> None:
+    """Its file still says `running`: that is no success, whatever KFP has noticed so far."""
+    run = make_run(stop_at="train-4", verdict="running")
+    assert (ending(collect(run), state, None).outcome, ending(collect(run), state, None).step) == (outcome, "train-4")
+
+
+def test_a_run_whose_pods_never_started_has_failed(tmp_path: Path) -> None:
+    """A wrong image name leaves no status file at all."""
+    ended = ending(collect(tmp_path), "FAILED", "")
+    assert (ended.outcome, ended.step) == ("failed", None) and "KFP" in (ended.message or "")
+
+
+def test_secrets_do_not_leave(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages quote what went wrong, and that may hold a password."""
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijk")
+    run = make_run(stop_at="base", text="s3://user:word@host hf_abcdefghijk")
+    text = json.dumps(notice(run, collect(run), ending(collect(run), "FAILED", None)))
+    assert "hf_abcdefghijk" not in text and "user:word" not in text
+
+
+def test_one_thing_that_fails_does_not_keep_the_others(
+    make_run: MakeRun, told: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cluster without an API server for a minute must not cost the message, nor fail the run."""
+    monkeypatch.setenv("NVILA_RUN", str(make_run()))
+    monkeypatch.setenv("NVILA_SITE", "nvila.no.such.site")
+    close("SUCCEEDED", None)
+    assert [kind for _, kind, *_ in told] == ["run.succeeded"]
+    assert "jobs of this run may go on" in capsys.readouterr().err
+
+
+def test_the_run_in_mlflow_ends(tracked_run: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay `RUNNING` for ever."""
+    record_step(tracked_run, "resolve", {}, {}, None, 1.0, 2.0, None, {})
+    close("CANCELLED", None)
+    parent = json.loads((tracked_run / "mlflow.json").read_text())
+    with connected(tracked_run.parent) as client:
+        assert client.get_run(parent["run_id"]).info.status == "KILLED"
+
+
+def test_a_run_of_this_machine_is_left_alone(
+    make_run: MakeRun, told: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nvila run` closes it itself, after its summary."""
+    monkeypatch.setenv("NVILA_RUN", str(make_run()))
+    monkeypatch.delenv("NVILA_RUN_ID")
+    close("SUCCEEDED", None)
+    assert told == []
