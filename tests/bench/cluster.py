@@ -1,4 +1,4 @@
-"""What a cluster costs around the work: compiling for it, and the container around a step."""
+"""What a cluster costs around the work: compiling for it, installing, and the container around a step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster_rows import contained
+from cluster_rows import contained, installed
 
 from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.cluster import SIZE_LIMIT_BYTES, compile_pipeline
@@ -17,7 +17,7 @@ Row = tuple[str, str, float, float, str]
 
 def rows() -> list[Row]:
     """Work, unit, baseline, ours, what the baseline is."""
-    return [*_compiled(), *contained.rows()]
+    return [*_compiled(), *installed.rows(), *contained.rows()]
 
 
 def _compiled() -> Iterator[Row]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +91,49 @@ class Place:
         self.cluster.kubectl("wait", "--for=delete", *pods, "--timeout", "120s")
 
 
+def connect(kubeconfig: str, crds: Path) -> Cluster:
+    """The API server, with every custom resource of the folder that it does not have yet."""
+    found = Cluster(kubeconfig)
+    there = found.kubectl("get", "crd", "--output", "name")
+    for path in sorted(crds.glob("*.yaml")):
+        group, _, plural = path.stem.partition("_")
+        if f"/{plural}.{group}\n" in there:
+            continue
+        text = path.read_text(encoding="utf-8")
+        if tools := os.environ.get("NVILA_KUBE_TOOLS"):
+            command = [sys.executable, str(Path(tools) / "crd-downgrade.py"), str(path)]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found.kubectl("create", "--filename", "-", given=text)
+        found.kubectl("wait", "--for", "condition=Established", f"crd/{plural}.{group}", "--timeout", "60s")
+    return found
+
+
+@contextmanager
+def new_place(cluster: Cluster, *more: str, images: bool = False) -> Iterator[Place]:
+    """A place, with further namespaces of these names; what is in it is removed afterwards."""
+    # Not a temporary folder of pytest's: the pods' users must be able to walk to it.
+    folder = Path("/tmp") / f"nvila-chart-{uuid.uuid4().hex[:8]}"
+    place = Place(cluster, folder.name, folder, {}, images, [f"{folder.name}-{name}" for name in more])
+    namespaces = (place.namespace, *place.extra)
+    folder.mkdir(mode=0o755)
+    try:
+        for name in namespaces:
+            cluster.kubectl("create", "namespace", name)
+            _volume(place, name, "nvila", "ReadWriteMany", 65532)
+        _volume(place, place.namespace, "nvila-postgres", "ReadWriteOnce", 999)
+        _folder(folder / "cache", 65532)
+        place.values.update(_values(place))
+        password = f"--from-literal=password={PASSWORD}"
+        cluster.kubectl("create", "secret", "generic", "nvila-postgres", "-n", place.namespace, password)
+        yield place
+    finally:
+        cluster.try_helm("uninstall", RELEASE, "--namespace", place.namespace)
+        for name in namespaces:
+            cluster.kubectl("delete", "namespace", name, "--wait=false", check=False)
+            cluster.kubectl("delete", "pv", "--selector", f"nvila-test={name}", "--wait=false", check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """As helm lays one file of values over another."""
     result = dict(values)
@@ -101,7 +148,7 @@ def variable(name: str) -> str:
     return os.environ.get(name) or pytest.skip(f"{name} is not set")
 
 
-def values_for(place: Place) -> dict[str, Any]:
+def _values(place: Place) -> dict[str, Any]:
     """Everything that the test cluster can hold, small."""
     images = {"base": os.environ.get("NVILA_NODE_IMAGE"), "postgres": os.environ.get("NVILA_POSTGRES_IMAGE")}
     small = {"requests": {"cpu": "20m", "memory": "64Mi"}}
@@ -123,10 +170,10 @@ def values_for(place: Place) -> dict[str, Any]:
     }
 
 
-def volume(place: Place, namespace: str, claim: str, mode: str, user: int) -> None:
+def _volume(place: Place, namespace: str, claim: str, mode: str, user: int) -> None:
     """A folder of this machine as the volume of a claim: the test cluster has no storage class."""
     path = place.folder / namespace / claim
-    folder_of(path, user)
+    _folder(path, user)
     spec = {
         "capacity": {"storage": "1Gi"},
         "accessModes": [mode],
@@ -138,7 +185,7 @@ def volume(place: Place, namespace: str, claim: str, mode: str, user: int) -> No
     place.cluster.apply({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": metadata, "spec": spec})
 
 
-def folder_of(path: Path, user: int) -> None:
+def _folder(path: Path, user: int) -> None:
     path.mkdir(parents=True)
     if os.getuid() == 0:
         os.chown(path, user, user)
