@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.pipelines.models import find_model
+
+if TYPE_CHECKING:
+    from nvila.components.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     options = dict(answering.options)
     if answering.json_schema is not None:
         options["schema"] = JsonSchema.read(tokenizer, answering.json_schema)
-    media = _media(question, loaded.config.num_video_frames)
+    media = _media(question, loaded.config)
     asked = [Turn("human", text) for text in question.texts]
     places = sum(count_literals(turn) for turn in asked)
     if places > len(media):
@@ -79,7 +82,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
             _check_complete(turns[-1].text, answering.max_new_tokens)
 
 
-def _media(question: Question, frames: int) -> list[Any]:
+def _media(question: Question, config: ModelConfig) -> list[Any]:
     """The media, decoded: pictures, and lists of frames."""
     from nvila.components.data.media import load_image, load_video_frames
     from nvila.components.data.pdf import is_pdf, load_pages
@@ -87,7 +90,7 @@ def _media(question: Question, frames: int) -> list[Any]:
     media: list[Any] = []
     for kind, path in question.media:
         if kind == "video":
-            media.append(load_video_frames(path, frames))
+            media.append(load_video_frames(path, config.num_video_frames, fps=config.fps))
         else:
             media += load_pages(path) if is_pdf(path) else [load_image(path)]
     return media

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -87,12 +88,14 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> list[Image.Image]:
+def load_video_frames(path: Path, frames: int, limits: Limits = Limits(), *, fps: float = 0.0) -> list[Image.Image]:
     """`frames` RGB frames at round(linspace(0, n - 1, frames)) of the n that decode; short videos repeat frames.
 
-    Spec section 1.9. `path` is a video file or a folder of frames, which are taken in the order of their names. Only
-    the groups of pictures that hold the wanted frames are decoded. Where one of them is damaged, the frames are chosen
-    among those before the first damage of the file; `validate` quarantines such files before training.
+    With `fps` above 0 they are at most `frames` from the beginning, one each 1 / fps seconds by the file's average
+    frame rate; a folder has no rate and is spread evenly. Spec section 1.9. `path` is a video file or a folder of
+    frames, which are taken in the order of their names. Only the groups of pictures that hold the wanted frames are
+    decoded. Where one of them is damaged, the frames are chosen among those before the first damage of the file;
+    `validate` quarantines such files before training.
 
     Raises:
         MediaError: missing, larger than the limits, or without a single frame.
@@ -101,12 +104,13 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
         names = _frame_files(path, limits)
         return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
     _check_file(path, limits)
-    sought = _seek(path, limits, lambda count: sample_indices(count, frames))
+    choose = _at_rate(path, frames, fps, limits) if fps else partial(sample_indices, frames=frames)
+    sought = _seek(path, limits, choose)
     if sought is not None:
         return sought
     count = _count_packets(path, limits)
     while count:
-        wanted = set(sample_indices(count, frames))
+        wanted = set(choose(count))
         kept, decoded = {}, 0
         for frame in _decode(path, limits, strict=False):
             if decoded in wanted:
@@ -115,7 +119,7 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits()) -> lis
             if decoded == count:
                 break
         if decoded == count:
-            return [kept[index] for index in sample_indices(count, frames)]
+            return [kept[index] for index in choose(count)]
         count = decoded  # fewer than the file promises: choose again among those
     raise MediaError("undecodable", "the video has no frame that can be decoded", path)
 
@@ -146,6 +150,17 @@ def sample_indices(count: int, frames: int) -> list[int]:
     if frames == 1:
         return [0]
     return [round(index * (count - 1) / (frames - 1)) for index in range(frames)]
+
+
+def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:
+    """From the number of frames to the places int(k / fps * rate), k = 0, 1, ... below `frames`, within the file."""
+    with _opened(path, limits) as container:
+        rate = float(container.streams.video[0].average_rate or 0)
+    if not rate:
+        raise MediaError("undecodable", "the file names no frame rate, and frames are wanted at one", path)
+    return lambda count: [
+        place for k in range(frames) if (place := int(k / fps * rate)) < count and k / fps < count / rate
+    ]
 
 
 def probe(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()) -> Probe:

@@ -17,6 +17,7 @@ from torch import nn
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.config import ModelConfig, with_vocabulary
+from nvila.components.model.device import use_flash_attention
 from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, read_json
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
@@ -90,7 +91,9 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
     model = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted)
     for part in PARTS:
         load_part(getattr(model, part), folders[part], tower=part == "vision_tower", rows=model.tokens.vocabulary)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    use_flash_attention(model)
+    return model, tokenizer
 
 
 def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
@@ -104,7 +107,9 @@ def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu"
     for part in PARTS:
         own = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
         fill_part(getattr(model, part), own, str(folder), tower=part == "vision_tower", rows=model.tokens.vocabulary)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    use_flash_attention(model)
+    return model, tokenizer
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -6,6 +6,7 @@ Sizes of the sub-models stay plain dictionaries in Hugging Face's own keys, so t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -43,10 +44,13 @@ class ModelConfig:
     select_layer: int
     max_length_tokens: int
     num_video_frames: int
+    """Frames of a video; the most of them where `fps` is set."""
     video_pool_sizes: tuple[tuple[int, int, int], ...]
     """(time, vertical, horizontal) of each scale; `((1, 1, 1),)` pools nothing."""
     video_texts: tuple[str, str, str] = LINE_BREAK_AFTER
     """Before each pooled frame, behind it, and behind each pooling scale; their tokens are embedded there."""
+    fps: float = 0.0
+    """Frames per second taken from the beginning of a video; 0 spreads the frames evenly over all of it."""
     soft_ce_std: float = 1.0
     """Width, in token ids, of the target that a time token has in the loss."""
 
@@ -136,7 +140,7 @@ class ModelConfig:
             "max_tiles": self.max_tiles,
             "video_max_tiles": 1,
             "num_video_frames": self.num_video_frames,
-            "fps": 0.0,
+            "fps": self.fps,
             "interpolate_mode": "linear",
             "vision_resolution": -1,
             "mm_vision_select_layer": self.select_layer,
@@ -183,13 +187,9 @@ class ModelConfig:
         for key in ("min_tiles", "video_max_tiles"):
             if int(content.get(key) or 1) != 1:
                 raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
-        if float(content.get("fps") or 0.0):
-            raise ConfigError(
-                "frames are chosen evenly over the whole video, not at a rate",
-                where=f"{where}: fps",
-                value=content["fps"],
-                do="Set it to 0.0",
-            )
+        fps = float(content.get("fps") or 0.0)
+        if not 0.0 <= fps < math.inf:
+            raise ConfigError("not a frame rate", where=f"{where}: fps", value=fps)
         length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
         length = length if length < NO_LIMIT else 8192
         for runtime in ("model_max_length", "tokenizer_padding_side"):
@@ -207,6 +207,7 @@ class ModelConfig:
             num_video_frames=int(content.get("num_video_frames") or 8),
             video_pool_sizes=_pool_sizes(content.get("video_encoder")),
             video_texts=_video_texts(content.get("video_encoder")),
+            fps=fps,
             soft_ce_std=float(content.get("soft_ce_std") or 1.0),
         )
 

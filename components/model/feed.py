@@ -58,7 +58,8 @@ class Feed:
     def media(self, sample: Sample) -> list[Medium]:
         """The sample's media, decoded: pictures, or the frames of a video."""
         if sample.kind == "video":
-            return [load_video_frames(path, self.config.num_video_frames, self.limits) for path in sample.paths]
+            frames, fps = self.config.num_video_frames, self.config.fps
+            return [load_video_frames(path, frames, self.limits, fps=fps) for path in sample.paths]
         return [load_image(path, self.limits) for path in sample.paths]
 
     def prompt(self, sample: Sample, *, tile_all: bool = False) -> Prompt:

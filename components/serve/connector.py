@@ -46,11 +46,13 @@ class BoundedConnector(MediaConnector):
 
         vLLM refuses requests that bring their own `media_io_kwargs`, and the processor any other F than the model's.
         """
-        frames = int(self.media_io_kwargs["video"]["num_frames"])
+        sampling = self.media_io_kwargs["video"]
         data = self._bytes(video_url)
-        pictures = _decode(data, ".mp4", partial(load_video_frames, frames=frames, limits=LIMITS))
+        frames, fps = int(sampling["num_frames"]), float(sampling["fps"])
+        pictures = _decode(data, ".mp4", partial(load_video_frames, frames=frames, limits=LIMITS, fps=fps))
         stacked = np.stack([np.asarray(picture) for picture in pictures])
-        metadata = {"total_num_frames": frames, "frames_indices": list(range(frames)), "do_sample_frames": False}
+        metadata = {"total_num_frames": len(stacked), "frames_indices": list(range(len(stacked)))}
+        metadata["do_sample_frames"] = False
         return MediaWithBytes((stacked, metadata), data)
 
     async def fetch_video_async(self, video_url: str, **_: Any) -> MediaWithBytes[tuple[np.ndarray, dict[str, Any]]]:

@@ -157,6 +157,7 @@ def _frames(video: Any, config: ModelConfig) -> list[Image.Image]:
     Raises:
         ValueError: a number of frames that the model does not take; found later it would end the whole server.
     """
-    if len(video) != config.num_video_frames:
+    fits = 0 < len(video) <= config.num_video_frames if config.fps else len(video) == config.num_video_frames
+    if not fits:
         raise ValueError(f"this model takes {config.num_video_frames} frames of a clip, not {len(video)}")
     return [frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame)) for frame in video]

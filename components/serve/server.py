@@ -64,8 +64,9 @@ def start(
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
-    frames = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]["num_video_frames"]
-    command += ["--media-io-kwargs", json.dumps({"video": {"num_frames": frames}})]
+    model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
+    sampling = {"num_frames": model["num_video_frames"], "fps": model.get("fps", 0.0)}
+    command += ["--media-io-kwargs", json.dumps({"video": sampling})]
     variables = serve_variables(threads)
     variables.pop(KEY_VARIABLE, None)
     if api_key is not None:

@@ -96,7 +96,7 @@ def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dic
     turns = [Turn("human", request["question"])]
     data: dict[str, Any]
     if request["kind"] == "video":
-        data = {"video": [load_video_frames(path, config.num_video_frames) for path in paths]}
+        data = {"video": [load_video_frames(path, config.num_video_frames, fps=config.fps) for path in paths]}
         markers = [VIDEO_TOKEN] * len(paths)
     else:
         data = {"image": [load_image(path) for path in paths]}

@@ -43,7 +43,7 @@ def train(job: Job, stop: StopRequest) -> None:
     import torch
 
     from nvila.components.model.checkpoint import load_native, save_native
-    from nvila.components.model.device import default_device
+    from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
     from nvila.components.train.data import stage_samples
     from nvila.components.train.engine import start
@@ -62,6 +62,7 @@ def train(job: Job, stop: StopRequest) -> None:
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     engine = start(model, stage, job.run, total)
+    use_flash_attention(model)  # now that the weights have the precision of the stage
     done = engine.resume(out / "checkpoints")
     log = LossLog(out / "loss.jsonl", done) if engine.rank == 0 else None
     mine = _share_of(samples[: total * stage.batch], stage.batch, engine.rank, engine.world)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -204,6 +205,19 @@ def test_frames_of_a_clip(tmp_path: Path) -> None:
     assert len(load_video_frames(path, 12)) == 12
     found = probe(path, "video")
     assert (found.frames, found.width, found.height) == (8, 32, 32)
+
+
+@pytest.mark.parametrize(("fps", "most", "expected"), [(2.0, 8, [0, 2, 4, 6]), (2.0, 3, [0, 2, 4]), (3.0, 8, None)])
+def test_frames_at_a_rate(tmp_path: Path, fps: float, most: int, expected: list[int] | None) -> None:
+    """Prevents a checkpoint that samples at a rate from seeing frames at other times, or beyond the end."""
+    path = clip(tmp_path / "a.mp4")
+    with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate or 0)
+    scaled = fps * rate / 4  # as if the clip had 4 frames per second
+    times = np.arange(0, 8 / rate, 1 / scaled)[:most]
+    wanted = [int(time * rate) for time in times]
+    assert expected is None or wanted == expected
+    assert [level(frame) for frame in load_video_frames(path, most, fps=scaled)] == wanted
 
 
 def test_a_folder_of_frames(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_old_configuration_and_inner_folder(saved: Path, tmp_path: Path, model: 
     loaded, _ = load(tmp_path / "run")
     assert loaded.config.max_tiles == 12 and loaded.config.video_pool_sizes == ((1, 1, 1),)
     for key, good in (("min_tiles", 1), ("video_max_tiles", 1), ("fps", 0.0)):
-        edit(tmp_path / "run/model/config.json", **{key: 4})
+        edit(tmp_path / "run/model/config.json", **{key: -4})
         with pytest.raises(ConfigError, match=key):
             load(tmp_path / "run")
         edit(tmp_path / "run/model/config.json", **{key: good})
