@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster_rows import contained, installed
+from cluster_rows import contained, installed, launching
 
 from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.cluster import SIZE_LIMIT_BYTES, compile_pipeline
@@ -17,7 +17,7 @@ Row = tuple[str, str, float, float, str]
 
 def rows() -> list[Row]:
     """Work, unit, baseline, ours, what the baseline is."""
-    return [*_compiled(), *installed.rows(), *contained.rows()]
+    return [*_compiled(), *installed.rows(), *contained.rows(), *launching.rows()]
 
 
 def _compiled() -> Iterator[Row]:

@@ -7,18 +7,18 @@ machine; only then may a test stop its API server.
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from kube import ApiServer, install_crd, write_kubeconfig
+from kube import CRDS, ApiServer, install_crd, write_kubeconfig, write_status
+from launches import Launch
 
 from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.requests import Patience, Requests
 
-CRDS = ("trainer.kubeflow.org_trainjobs", "trainer.kubeflow.org_clustertrainingruntimes")
 QUICK = Patience(contact_seconds=10, denied_seconds=1)
 
 
@@ -84,17 +84,7 @@ def cluster(crds: Path, namespaced: Path, monkeypatch: pytest.MonkeyPatch) -> Cl
 def set_status(admin: Requests, namespace: str) -> Callable[..., None]:
     """`set_status(job, "Complete", message="...")`: what Kubeflow Trainer would write, by hand."""
 
-    def write(name: str, *conditions: str, message: str = "by hand") -> None:
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        rows = [
-            {"type": kind.lstrip("!"), "status": "False" if kind[0] == "!" else "True", "reason": "Test"}
-            | {"message": message, "lastTransitionTime": now}
-            for kind in conditions
-        ]
-        path = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs/{name}/status"
-        admin.ask("PATCH", path, body={"status": {"conditions": rows}})
-
-    return write
+    return partial(write_status, admin, namespace)
 
 
 @pytest.fixture
@@ -106,3 +96,11 @@ def api_server(kubeconfig: Path) -> Iterator[ApiServer]:
         pytest.skip(f"{kubeconfig} does not lie in the state folder of {tools}")
     yield ApiServer(tools, state)
     ApiServer(tools, state).start()
+
+
+@pytest.fixture
+def launch(cluster: Cluster, tmp_path: Path) -> Iterator[Launch]:
+    """Work for two whole nodes that nobody has done before."""
+    found = Launch.of_new_work(tmp_path, cluster)
+    yield found
+    found.end()

@@ -12,6 +12,9 @@ from typing import Any
 
 from nvila.infra.launch.requests import NotThere, Requests
 
+CRDS = ("trainer.kubeflow.org_trainjobs", "trainer.kubeflow.org_clustertrainingruntimes")
+"""What the launcher deals with."""
+
 
 def wait_for(there: Callable[[], Any], what: str, seconds: float = 30) -> Any:
     """What `there` returns once it is true."""
@@ -90,3 +93,38 @@ def write_kubeconfig(source: Path, target: Path, namespace: str, token: str | No
     target.write_text(yaml.safe_dump(content))
     target.chmod(0o600)
     return target
+
+
+def service_account(admin: Requests, namespace: str, name: str, rules: list[dict[str, Any]]) -> str:
+    """A service account that may do what `rules` say; returns a token of it."""
+    core, rbac = f"/api/v1/namespaces/{namespace}", f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
+    admin.ask("POST", f"{core}/serviceaccounts", body={"metadata": {"name": name}})
+    admin.ask("POST", f"{rbac}/roles", body={"metadata": {"name": name}, "rules": rules})
+    subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    admin.ask(
+        "POST", f"{rbac}/rolebindings", body={"metadata": {"name": name}, "subjects": [subject], "roleRef": reference}
+    )
+    answer = admin.ask("POST", f"{core}/serviceaccounts/{name}/token", body={"spec": {}})
+    return str(answer["status"]["token"])
+
+
+def default_account(admin: Requests, namespace: str) -> None:
+    """Wait until pods can be made in a new namespace."""
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts"
+    wait_for(
+        lambda: any(account["metadata"]["name"] == "default" for account in admin.ask("GET", path)["items"]),
+        "the namespace has no service account",
+    )
+
+
+def write_status(admin: Requests, namespace: str, name: str, *conditions: str, message: str = "by hand") -> None:
+    """What Kubeflow Trainer would write of a job: conditions that hold, or with `!` in front do not."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    rows = [
+        {"type": kind.lstrip("!"), "status": "False" if kind[0] == "!" else "True", "reason": "Test"}
+        | {"message": message, "lastTransitionTime": now}
+        for kind in conditions
+    ]
+    path = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs/{name}/status"
+    admin.ask("PATCH", path, body={"status": {"conditions": rows}})

@@ -3,102 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kube import ApiServer, wait_for, write_kubeconfig
-from launcher import work_from
+from kube import ApiServer, default_account, service_account, wait_for, write_kubeconfig
+from launches import Launch
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Rejected
-from nvila.components.contracts.step import Outcome
-from nvila.components.runner.handover import write_outcome, write_verdict
-from nvila.components.runner.site import Work
+from nvila.components.runner.handover import write_verdict
 from nvila.infra.launch import site
 from nvila.infra.launch.cluster import JOBSET_LABEL, Cluster
 from nvila.infra.launch.follow import answers, obtain
-from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, job_name, train_job
+from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, train_job
 from nvila.infra.launch.requests import Patience, Requests
 
-LAUNCHER = Path(__file__).with_name("launcher.py")
 SetStatus = Callable[..., None]
-
-
-@dataclass
-class Launch:
-    """Starts launchers of one piece of work, and plays the job's part."""
-
-    folder: Path
-    cluster: Cluster
-    record: dict[str, Any]
-    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    @property
-    def work(self) -> Work:
-        return work_from(self.record)
-
-    @property
-    def name(self) -> str:
-        return job_name(self.work)
-
-    def start(self, run: str = "r1", **environment: str) -> subprocess.Popen[bytes]:
-        """A launcher of the pipeline run `run`, in a process of its own; what it prints goes to `log.N`."""
-        self.record["run_dir"] = str(self.folder / "runs" / run)
-        number = len(self.started)
-        arguments = self.folder / f"work-{number}.json"
-        arguments.write_text(json.dumps(self.record))
-        with (self.folder / f"log.{number}").open("wb") as log:
-            command = [sys.executable, str(LAUNCHER), str(arguments)]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
-        self.started.append(process)
-        return process
-
-    def said(self, number: int = -1) -> str:
-        """What that launcher has printed."""
-        return (self.folder / f"log.{range(len(self.started))[number]}").read_text()
-
-    def job(self) -> dict[str, Any]:
-        """The job, once it is there."""
-        return wait_for(lambda: self.cluster.get(self.name), "there is no job")
-
-    def attached(self, number: int = -1) -> dict[str, Any]:
-        """The job, once that launcher follows it."""
-        wait_for(lambda: " created in " in self.said(number) or "attached" in self.said(number), self.said(number))
-        return self.job()
-
-    def answer(self, **values: Any) -> None:
-        """What the job's first node would leave."""
-        write_outcome(answers(self.work, self.job()), Outcome(kind="model", values=values))
-
-    def ends(self, process: subprocess.Popen[bytes], seconds: float = 30) -> int:
-        """Exit code of a launcher that ends by itself."""
-        return process.wait(seconds)
-
-
-@pytest.fixture
-def launch(cluster: Cluster, tmp_path: Path) -> Iterator[Launch]:
-    key = os.urandom(32).hex()
-    record = {
-        "step": "train-1",
-        "module": "nvila.components.train.step",
-        "key": key,
-        "settings": {"run": {"gpus": 16}},
-        "inputs": {},
-        "out": str(tmp_path / "store" / "train-1" / key[:20]),
-        "run_dir": str(tmp_path / "runs" / "r1"),
-    }
-    found = Launch(tmp_path, cluster, record)
-    yield found
-    for process in found.started:
-        process.kill()
-        process.wait()
 
 
 def test_the_api_server_keeps_every_field_of_the_job(launch: Launch) -> None:
@@ -293,7 +216,7 @@ def test_without_rights_the_message_names_the_role(
     launch: Launch, admin: Requests, namespace: str, kubeconfig: Path
 ) -> None:
     """A forbidden request would otherwise be repeated, or end as a traceback."""
-    token = _account(admin, namespace, "nobody", [])
+    token = service_account(admin, namespace, "nobody", [])
     stranger = _as(launch, kubeconfig, namespace, token, Patience(denied_seconds=0.5))
     with pytest.raises(PreflightError, match=r"forbidden.*nvila-launcher"):
         obtain(stranger, launch.work, Nodes(), 0)
@@ -355,35 +278,17 @@ def _as(launch: Launch, kubeconfig: Path, namespace: str, token: str, patience: 
         return Cluster(Requests(patience))
 
 
-def _account(admin: Requests, namespace: str, name: str, rules: list[dict[str, Any]]) -> str:
-    """A service account that may do what `rules` say; returns a token of it."""
-    core, rbac = f"/api/v1/namespaces/{namespace}", f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"
-    admin.ask("POST", f"{core}/serviceaccounts", body={"metadata": {"name": name}})
-    admin.ask("POST", f"{rbac}/roles", body={"metadata": {"name": name}, "rules": rules})
-    subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
-    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
-    admin.ask(
-        "POST", f"{rbac}/rolebindings", body={"metadata": {"name": name}, "subjects": [subject], "roleRef": reference}
-    )
-    answer = admin.ask("POST", f"{core}/serviceaccounts/{name}/token", body={"spec": {}})
-    return str(answer["status"]["token"])
-
-
 def _pod(admin: Requests, launch: Launch, name: str, index: str | None) -> str:
     """A pod as JobSet would make it for the job (without an index: any pod); returns its path."""
     path = f"/api/v1/namespaces/{launch.cluster.namespace}/pods"
     metadata: dict[str, Any] = {"name": name}
     if index is not None:
         metadata |= {"labels": {JOBSET_LABEL: launch.name, "batch.kubernetes.io/job-completion-index": index}}
-    wait_for(lambda: _has_account(admin, launch.cluster.namespace), "the namespace has no service account")
-    container = {"name": "node", "image": "nowhere.invalid/none"}
-    admin.ask("POST", path, body={"metadata": metadata, "spec": {"containers": [container]}})
+    default_account(admin, launch.cluster.namespace)
+    # No scheduler takes it, so that no kubelet writes over the status.
+    spec = {"schedulerName": "nobody", "containers": [{"name": "node", "image": "nowhere.invalid/none"}]}
+    admin.ask("POST", path, body={"metadata": metadata, "spec": spec})
     return f"{path}/{name}"
-
-
-def _has_account(admin: Requests, namespace: str) -> bool:
-    found = admin.ask("GET", f"/api/v1/namespaces/{namespace}/serviceaccounts")["items"]
-    return any(account["metadata"]["name"] == "default" for account in found)
 
 
 def _pod_status(admin: Requests, pod: str, status: dict[str, Any]) -> None:
