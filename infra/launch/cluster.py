@@ -12,7 +12,8 @@ from nvila.infra.launch.requests import Exists, NotThere, Requests, broken
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the pods of a TrainJob: the JobSet made for it, which has its name."""
-_WORKLOADS = "/apis/kueue.x-k8s.io/v1beta1"
+_KUEUE = ("/apis/kueue.x-k8s.io/v1beta2", "/apis/kueue.x-k8s.io/v1beta1")
+"""Newest first; older Kueues have only the last."""
 _ASIDE_SECONDS = 5.0
 """What is only shown to people is not waited for."""
 
@@ -108,8 +109,10 @@ class Cluster:
     def workload(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
         """What Kueue keeps about a TrainJob; None without Kueue or without the right to read it."""
         query = {"labelSelector": f"kueue.x-k8s.io/job-uid={job['metadata']['uid']}"}
-        found = self._aside(f"{_WORKLOADS}/namespaces/{self.namespace}/workloads", query)
-        return next(iter(found["items"]), None) if found else None
+        for version in _KUEUE:
+            if found := self._aside(f"{version}/namespaces/{self.namespace}/workloads", query):
+                return next(iter(found["items"]), None)
+        return None
 
     def log(self, pod: str, since: str | None, silence_seconds: float) -> Any:
         """A context with the lines of a pod's log, each with its time in front, from `since` (whole seconds) on."""
