@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,8 +105,18 @@ def connect(kubeconfig: str, crds: Path) -> Cluster:
             command = [sys.executable, str(Path(tools) / "crd-downgrade.py"), str(path)]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found.kubectl("create", "--filename", "-", given=text)
-        found.kubectl("wait", "--for", "condition=Established", f"crd/{plural}.{group}", "--timeout", "60s")
+        _wait_for_definition(found, f"crd/{plural}.{group}")
     return found
+
+
+def _wait_for_definition(cluster: Cluster, name: str) -> None:
+    """`kubectl wait` fails at once while the object has no conditions at all: it is asked again."""
+    arguments = ("wait", "--for", "condition=Established", name, "--timeout", "30s")
+    for _ in range(30):
+        if "condition met" in cluster.kubectl(*arguments, check=False):
+            return
+        time.sleep(1)
+    cluster.kubectl(*arguments)
 
 
 @contextmanager
