@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_planning_memory import CONFIG, STAGES, TOKENS, _model
+from memory_measured import CONFIG, STAGES, TOKENS, _model
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvila.components.contracts.errors import ConfigError
