@@ -51,7 +51,8 @@ def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str])
     options = ["--file", str(FOLDER / KINDS[kind]), "--target", kind, "--tag", image, "--layers", "--network", "host"]
     options += ["--secret", f"id=pip,src={secret}"]
     options += [part for mount in mounts for part in ("--volume", mount)]
-    options += [part for a in (f"BASE_IMAGE={base_image}", *arguments) for part in ("--build-arg", a)]
+    given = (f"BASE_IMAGE={base_image}", f"REVISION={revision()}", *arguments)
+    options += [part for argument in given for part in ("--build-arg", argument)]
     options += [part for key, value in labels(kind, base_image).items() for part in ("--label", f"{key}={value}")]
     command = ["podman", "build", *options, "."]
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
