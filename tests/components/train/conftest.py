@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,6 @@ IMAGE_STAGE: dict[str, Any] = {
 def image_stage() -> dict[str, Any]:
     """A row of the stage table."""
     return dict(IMAGE_STAGE)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """Variables as torchrun sets them for a single process."""
-    import torch
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in (variables | {"MASTER_PORT": str(port), "DS_LOG_LEVEL": "warning"}).items():
-            patch.setenv(name, value)
-        torch.set_num_threads(1)
-        yield
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Run by test_planning_memory.py.
 from __future__ import annotations
 
 import gc
-import socket
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,21 +153,6 @@ def test_zero_shares_what_it_shares() -> None:
     assert states(1) == (2 * total, 2 * trained, eighth[2])
     assert states(2) == (2 * total, eighth[1], eighth[2])
     assert states(3) == tuple(eighth)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Any:
-    """Variables as torchrun sets them for a single process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in (variables | {"MASTER_PORT": str(port), "DS_LOG_LEVEL": "warning"}).items():
-            patch.setenv(name, value)
-        yield
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -1,0 +1,26 @@
+"""Fixtures of tests in several folders."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """Variables as torchrun sets them for a single process."""
+    import torch
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (variables | {"MASTER_PORT": str(port), "DS_LOG_LEVEL": "warning"}).items():
+            patch.setenv(name, value)
+        torch.set_num_threads(1)
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
