@@ -38,6 +38,9 @@ SIZE_LIMIT_BYTES = 400 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
 RETRIES = 2
 """For a pod that was lost. A wrong input or a refusal has left a tombstone in the store: its retry ends at once."""
+RETRY_SECONDS = 90 * 24 * 3600
+"""From the first start of a step on. Later a lost pod is not replaced, and a replacement is killed when it is reached;
+so KFP's `backoff_max_duration`, which limits no pause, has to be longer than any step takes."""
 QUICK_SECONDS = 3600
 """Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
 QUICK = frozenset({"resolve", "preflight", "gate", "gate-quantized", "report"})
@@ -171,7 +174,7 @@ def _place(task: PipelineTask, step: str, launch: Launch, code: str | None) -> N
     """Everything that only a cluster knows of a task."""
     _ask(task, resources(step, launch))
     if step not in EXIT_STEPS:
-        task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="300s")
+        task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{RETRY_SECONDS}s")
     if step in QUICK:
         kubernetes.set_timeout(task, QUICK_SECONDS)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
