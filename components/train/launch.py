@@ -21,6 +21,10 @@ from nvila.components.train.worker import main
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
+SAVE_SECONDS = 270
+"""How long processes that were asked to stop may take for the step under way and the checkpoint; torchrun's own 30 s
+are too short for large ones. A pod of a training job has 300 s in all."""
+
 
 def launch(job: Job) -> None:
     """Run this node's share of the job to its end; a job on one machine has one node.
@@ -93,6 +97,7 @@ def _torchrun(processes: int, there: Mapping[str, Any], logs: Path) -> LaunchCon
         "rdzv-backend": "static",
         "start-method": start_method(),
         "log-dir": logs,
+        "shutdown-timeout": SAVE_SECONDS,
         **there,
     }
     config, _, _ = config_from_args(parse_args([*(f"--{name}={value}" for name, value in options.items()), "worker"]))

@@ -68,14 +68,18 @@ def test_a_killed_launcher_leaves_no_process(make_job: MakeJob) -> None:
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child lives on")
 
 
-def test_a_request_to_stop_is_handed_on(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
-    """SIGTERM that ends the launcher alone loses everything since the last checkpoint."""
+def test_a_request_to_stop_is_handed_on(
+    make_job: MakeJob, stand_in: Callable[[Work], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM that ends the launcher alone loses everything since the last checkpoint, and so does one that hurries."""
     job = make_job("a")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "0")
 
     def save_when_asked(path: str) -> None:
         stop = StopRequest()
         os.kill(os.getppid(), signal.SIGTERM)
         wait_for(lambda: stop.asked, "the request did not come")
+        time.sleep(1)
         Path(path).with_name("saved").touch()
         os._exit(int(Exit.PREEMPTED))
 
