@@ -19,7 +19,7 @@ CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in
 
 def _without_the_pipeline(rendered: str) -> str:
     """The compiled pipeline has a golden file of its own; its text and digests would drown everything else."""
-    rendered = re.sub(r"(\n  pipelineSpec:\n)(?:    .*\n|  platformSpec:\n)+", r"\1    (files/)\n", rendered)
+    rendered = re.sub(r"(\n  pipelineSpec:\n)(?:    .*\n|\n|  platformSpec:\n)+", r"\1    (files/)\n", rendered)
     return re.sub(r"(nvila-(?:upload|lifecycle)-)[0-9a-f]{12}\b", r"\1DIGEST", rendered)
 
 
@@ -54,6 +54,20 @@ def test_the_native_pipeline_is_the_compiled_one(launch: Launch) -> None:
     wanted = json.dumps(compiled(launch=launch))
     wanted = wanted.replace(QUANTIZE_IMAGE, images["quantize"]).replace(IMAGE, images["base"])
     assert rendered == json.loads(wanted)
+
+
+def test_each_namespace_has_its_native_pipeline() -> None:
+    """Without a database KFP lists the pipelines of one namespace: a team without its own sees none."""
+
+    def namespaces(*sets: str) -> list[tuple[str, str]]:
+        documents = render(sets=['pipelines.mode="native"', *sets])
+        return [(d["kind"], d["metadata"]["namespace"]) for d in documents if d["kind"].startswith("Pipeline")]
+
+    kinds = ("Pipeline", "PipelineVersion")
+    assert namespaces() == [(kind, "nvila") for kind in kinds]
+    teams = 'namespaces=["team-a","team-b"]'
+    assert sorted(namespaces(teams)) == [(kind, f"team-{x}") for kind in kinds for x in "ab"]
+    assert namespaces(teams, 'pipelines.namespace="shared"') == [(kind, "shared") for kind in kinds]
 
 
 def test_the_upload_is_a_command_that_exists() -> None:
