@@ -133,10 +133,10 @@ def test_a_run_may_do_what_it_must_and_nothing_else(make_place: Callable[..., Pl
 
 
 def test_somebody_elses_configuration_is_not_taken_over(make_place: Callable[..., Place]) -> None:
-    """Kubeflow's profile controller may own kfp-launcher; then the install must stop and the switch must help."""
+    """KFP or its profile controller may own kfp-launcher; then the install must stop and the default must help."""
     place = make_place()
     place.cluster.kubectl("create", "configmap", "kfp-launcher", "-n", place.namespace)
     with pytest.raises(AssertionError, match=r'ConfigMap "kfp-launcher" .*exists and cannot be imported'):
-        place.release()
+        place.release(pipelines={"launcherConfig": True})
     place.release(pipelines={"launcherConfig": False})
     assert place.cluster.get("configmap", "kfp-launcher", "-n", place.namespace).get("data") is None
