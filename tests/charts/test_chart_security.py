@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helming import APIS, CHART, EVERYTHING, EXAMPLES, Document, pod_specs, render, template, tool
+from helming import APIS, CHART, EVERYTHING, EXAMPLES, Document, find, pod_specs, render, template, tool
 
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]
 SECCOMP = ("RuntimeDefault", "Localhost")
@@ -157,3 +157,18 @@ def test_trivy_finds_nothing_high(tmp_path: Path) -> None:
         results = json.loads(ran.stdout).get("Results", [])
         found = [(r["Target"], m["ID"], m["Severity"]) for r in results for m in r.get("Misconfigurations", [])]
         assert results and [item for item in found if item[2] in ("HIGH", "CRITICAL")] == []
+
+
+@pytest.mark.parametrize("policy", ["nvila-mlflow", "nvila-backup", "nvila-warmup"])
+def test_pods_reach_the_store_behind_a_service(policy: str) -> None:
+    """A policy is held against the pod's port (8333 of SeaweedFS), not the service's (9000): uploads would hang."""
+
+    def namespaces(endpoint: str) -> list[str]:
+        documents = render(EVERYTHING, sets=[f's3.endpoint="{endpoint}"'])
+        rules = find(documents, "NetworkPolicy", policy)["spec"]["egress"]
+        peers = [to["namespaceSelector"]["matchLabels"] for r in rules if "ports" not in r for to in r["to"]]
+        return [labels["kubernetes.io/metadata.name"] for labels in peers]
+
+    assert namespaces("http://seaweedfs.kubeflow.svc.cluster.local:9000") == ["kubeflow"]
+    assert namespaces("http://seaweedfs.kubeflow.svc:9000") == ["kubeflow"]
+    assert namespaces("https://svc.example.svc-1.org") == namespaces("http://10.0.0.1:9000") == []

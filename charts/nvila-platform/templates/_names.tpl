@@ -59,7 +59,7 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{- /* The credentials of the S3 store; a missing Secret leaves the pod to its node's or service account's identity. */ -}}
+{{- /* The credentials of the S3 store; a missing Secret leaves the pod to its service account's identity. */ -}}
 {{- define "nvila.s3Environment" -}}
 - {name: AWS_REGION, value: {{ .Values.s3.region | quote }}}
 {{- with .Values.s3.endpoint }}

@@ -10,6 +10,20 @@
 {{- $address := (.Values.s3.endpoint | default "https://s3.amazonaws.com" | urlParse) }}
 - ports:
     - {protocol: TCP, port: {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" $address.host) | default (ternary "80" "443" (eq $address.scheme "http")) }}}
+{{- $service := splitList "." (regexReplaceAll ":[0-9]+$" $address.host "") }}
+{{- if and (ge (len $service) 3) (eq (index $service 2 | default "") "svc") }}
+{{- /* Policies look at the pod's port, which need not be the service's. */}}
+- to:
+    - namespaceSelector:
+        matchLabels: {kubernetes.io/metadata.name: {{ index $service 1 }}}
+{{- end }}
+{{- if not .Values.s3.endpoint }}
+{{- /* The agent of EKS Pod Identity. */}}
+- to:
+    - ipBlock: {cidr: 169.254.170.23/32}
+  ports:
+    - {protocol: TCP, port: 80}
+{{- end }}
 {{- end }}
 
 {{- define "nvila.egressPostgres" }}
