@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from helming import CHART, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.cluster import NAME, Launch, compiled
+from nvila.pipelines.site import SECRET
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
@@ -138,6 +140,39 @@ def test_external_mlflow_leaves_no_server_behind() -> None:
     documents = render(sets=['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example"'])
     assert find(documents, "ConfigMap", "nvila-site")["data"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
     assert [d for d in documents if "mlflow" in d["metadata"]["name"] or "postgres" in d["metadata"]["name"]] == []
+
+
+def test_kfp_is_told_of_the_bucket_only_when_asked() -> None:
+    """KFP has such a ConfigMap wherever runs take place by default: helm refuses to install over it."""
+    name = "kfp-launcher"
+    assert [d for d in render() if d["metadata"]["name"] == name] == []
+    sets = ["pipelines.launcherConfig=true", 's3={"bucket":"b-1","endpoint":"http://s3.example:9000"}']
+    data = find(render(sets=sets), "ConfigMap", name)["data"]
+    assert data["defaultPipelineRoot"] == "s3://b-1/pipelines/nvila"
+    store = yaml.safe_load(data["providers"])["s3"]["default"]
+    assert (store["endpoint"], store["disableSSL"]) == ("http://s3.example:9000", True)
+    secret = {"secretName": SECRET, "accessKeyKey": "AWS_ACCESS_KEY_ID", "secretKeyKey": "AWS_SECRET_ACCESS_KEY"}
+    assert store["credentials"] == {"fromEnv": False, "secretRef": secret}
+
+
+def test_mlflow_takes_requests_of_its_own_pages() -> None:
+    """MLflow holds a browser's POST from an origin that it does not know for an attack: the pages stay empty."""
+    from mlflow.server.security_utils import should_block_cors_request
+
+    def origins(*sets: str) -> list[str]:
+        pod = find(render(sets=sets), "Deployment", "nvila-mlflow")["spec"]["template"]["spec"]
+        return [
+            origin
+            for argument in pod["containers"][0]["args"]
+            if argument.startswith("--cors-allowed-origins=")
+            for origin in argument.partition("=")[2].split(",")
+        ]
+
+    assert origins() == []
+    allowed = origins('mlflow.allowedHosts=["mlflow.example"]')
+    assert should_block_cors_request("https://mlflow.example", "POST", []) is True
+    assert should_block_cors_request("https://mlflow.example", "POST", allowed) is False
+    assert should_block_cors_request("https://other.example", "POST", allowed) is True
 
 
 def test_the_older_kueue_api_is_used_where_only_that_is() -> None:
