@@ -9,6 +9,7 @@ from helming import EVERYTHING, find, render
 
 EXPORTED = {
     # kube-state-metrics
+    "kube_cronjob_created",
     "kube_cronjob_status_last_successful_time",
     "kube_deployment_status_replicas_available",
     "kube_job_failed",
@@ -49,6 +50,12 @@ def test_expressions_ask_for_metrics_that_exist() -> None:
     """An alert on a misspelt metric never fires."""
     name = re.compile(r"\b((?:kube|kubelet|container|mlflow|DCGM)_\w+)")
     assert {metric for expression in _expressions() for metric in name.findall(expression)} <= EXPORTED
+
+
+def test_a_backup_that_never_worked_counts_as_old() -> None:
+    """The time of the last success does not exist before the first: a wrong password would never be noticed."""
+    (expression,) = [e for e in _expressions() if "nvila-backup" in e and ">" in e]
+    assert re.search(r"last_successful_time\{[^}]*\} or kube_cronjob_created\{[^}]*\}\)", expression)
 
 
 def test_the_monitor_selects_the_server() -> None:
