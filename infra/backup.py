@@ -1,7 +1,7 @@
 """Puts a dump of the tracking database into the S3 store and keeps the newest: run by the chart's CronJob.
 
 `python -m nvila.infra.backup FILE s3://bucket/prefix --keep N`. Making the dump is Postgres' own work; so is the way
-back: `aws s3 cp`, then `pg_restore --clean`.
+back: `aws s3 cp`, then `pg_restore` into an empty database.
 """
 
 from __future__ import annotations
