@@ -11,6 +11,8 @@ import yaml
 from helming import EVERYTHING, EXAMPLES, Document, render
 from jsonschema import Draft202012Validator
 
+from nvila.infra.launch.cluster import JOBSET_LABEL
+
 VERSIONS = [f"1.{minor}" for minor in range(29, 36)]
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]
 CUSTOM = ("kueue.x-k8s.io", "monitoring.coreos.com", "pipelines.kubeflow.org", "trainer.kubeflow.org")
@@ -85,6 +87,17 @@ def test_the_custom_resources_fit_their_definitions(values: tuple[Path, ...]) ->
         schema = copy.deepcopy(schemas[document["apiVersion"], document["kind"]])
         schema["properties"]["metadata"] = {"type": "object"}
         Draft202012Validator(schema).validate(document)
+
+
+def test_a_job_draws_near_its_own_pods_only() -> None:
+    """Drawn by another job's pods as well, the second job of a team would be torn between two racks."""
+    (runtime,) = [d for d in render(sets=['trainer.topologyKey="rack"']) if d["kind"] == "ClusterTrainingRuntime"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (wish,) = pod["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert wish["podAffinityTerm"]["topologyKey"] == "rack"
+    assert wish["podAffinityTerm"]["matchLabelKeys"] == [JOBSET_LABEL]
+    schema = _schemas()[runtime["apiVersion"], runtime["kind"]]
+    Draft202012Validator(schema["properties"]["spec"]).validate(runtime["spec"])
 
 
 def test_a_wrong_field_of_a_custom_resource_is_seen() -> None:
