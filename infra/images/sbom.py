@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import Distribution, distributions
 from typing import Any
+from urllib.parse import quote
 
 DPKG_FORMAT = "${Package} ${Version} ${Architecture} ${db:Status-Abbrev}\n"
 
 
 def sbom() -> dict[str, Any]:
     """The document. Without a time or a serial number: the same image has the same bill."""
-    components = [*python_components(), *debian_components(_dpkg())]
+    components = [*python_components(), *debian_components(_dpkg(), platform.freedesktop_os_release())]
     return {
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
@@ -25,18 +28,27 @@ def sbom() -> dict[str, Any]:
 
 
 def python_components() -> list[dict[str, Any]]:
-    """One component per installed distribution, with its licence where its metadata names one."""
-    found = {_normal(d.metadata["Name"]): d for d in distributions()}
-    return [_python_component(name, distribution) for name, distribution in found.items()]
+    """One component per installed distribution, with its licence where its metadata names one.
+
+    Where the environment lies above another one, both versions of a distribution are in the image.
+    """
+    found = (_python_component(_normal(d.metadata["Name"]), d) for d in distributions())
+    return list({component["purl"]: component for component in found}.values())
 
 
-def debian_components(listing: str) -> list[dict[str, Any]]:
-    """Components from `dpkg-query`'s lines of name, version, architecture and status; only what is installed."""
+def debian_components(listing: str, system: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Components from `dpkg-query`'s lines of name, version, architecture and status; only what is installed.
+
+    Args:
+        listing: the lines.
+        system: of os-release. Debian and Ubuntu fix other versions, so a scanner must know whose package it is.
+    """
+    vendor, release = system["ID"], f"{system['ID']}-{system.get('VERSION_ID', '')}".rstrip("-")
     components = []
     for line in listing.splitlines():
         name, version, architecture, status = line.split()
         if status.startswith("ii"):
-            purl = f"pkg:deb/debian/{name}@{version}?arch={architecture}"
+            purl = f"pkg:deb/{vendor}/{quote(name)}@{quote(version)}?arch={architecture}&distro={release}"
             components.append({"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl})
     return components
 

@@ -73,11 +73,27 @@ def test_labels_change_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_bill_names_what_is_installed() -> None:
     """A package that is half removed is not there; a distribution that is there must be in the bill."""
-    listing = "libc6 2.36-9 amd64 ii \nold 1.0 all rc \n"
-    assert [part["purl"] for part in debian_components(listing)] == ["pkg:deb/debian/libc6@2.36-9?arch=amd64"]
+    listing = "libc6 2.36-9 amd64 ii \nlibstdc++6 1:2+b1 amd64 ii \nold 1.0 all rc \n"
+    assert [part["purl"] for part in debian_components(listing, {"ID": "ubuntu", "VERSION_ID": "24.04"})] == [
+        "pkg:deb/ubuntu/libc6@2.36-9?arch=amd64&distro=ubuntu-24.04",
+        "pkg:deb/ubuntu/libstdc%2B%2B6@1%3A2%2Bb1?arch=amd64&distro=ubuntu-24.04",
+    ]
     assert "pydantic" in {part["name"] for part in python_components()}
     parts = sbom()["components"]
     assert len({part["bom-ref"] for part in parts}) == len(parts) and all(" " not in part["purl"] for part in parts)
+
+
+def test_the_bill_names_both_versions_where_environments_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `train` ours lie above NVIDIA's; the bill named the version that nothing imports."""
+    for number, folder in ((1, "below"), (2, "above")):
+        info = tmp_path / folder / f"overlapping-{number}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: overlapping\nVersion: {number}\n")
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    versions = [part["version"] for part in python_components() if part["name"] == "overlapping"]
+    assert versions == ["2", "1"]
 
 
 def test_pins_of_the_serving_lock_suit_vllms_cuda_build() -> None:
