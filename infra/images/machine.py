@@ -22,7 +22,9 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 """
 """For root inside a container or a machine without systemd, where podman's own defaults do not work."""
-PIP_KEYS = frozenset({"index-url", "extra-index-url", "find-links", "cert", "proxy", "trusted-host", "default-timeout"})
+PIP_KEYS = frozenset(
+    {"index-url", "extra-index-url", "no-index", "find-links", "cert", "proxy", "trusted-host", "default-timeout"}
+)
 PLACES = frozenset({"index-url", "extra-index-url", "find-links", "cert"})
 """The keys whose values may name files and folders of this machine."""
 MOUNTED = "/run/pip"
