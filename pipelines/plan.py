@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,8 +142,8 @@ def assumptions_of(gpu: str, mfu: float, gpu_hour_price: float) -> Assumptions:
         raise ConfigError("no such GPU", where="--gpu", value=gpu, do=f"Known: {', '.join(GPUS)}.")
     if not 0 < mfu <= 1:
         raise ConfigError("a share above 0 up to 1", where="--mfu", value=mfu)
-    if gpu_hour_price < 0:
-        raise ConfigError("a price is not negative", where="--gpu-hour-price", value=gpu_hour_price)
+    if not 0 <= gpu_hour_price < math.inf:
+        raise ConfigError("a price is a number from 0", where="--gpu-hour-price", value=gpu_hour_price)
     return Assumptions(GPUS[gpu], mfu, gpu_hour_price)
 
 

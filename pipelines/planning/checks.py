@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.pipelines import site
 
-GPU_RESOURCE = "nvidia.com/gpu"
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"
 TIMEOUT_SECONDS = 10
@@ -118,8 +117,10 @@ class Cluster:
         except ApiException as error:
             if error.status == 404:
                 return None
-            if error.status in (401, 403):
+            if error.status == 403:
                 raise Denied from None
+            if error.status == 401:
+                raise PreflightError("the cluster does not accept the credentials", where=self.name) from None
             raise PreflightError(f"the cluster answers {error.status}", where=self.name, value=path) from None
         except HTTPError as error:
             raise PreflightError(f"no answer: {getattr(error, 'reason', None) or error}", where=self.name) from None
@@ -149,13 +150,15 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
         PreflightError: the cluster does not answer.
     """
     settings = _settings(cluster)
+    if _per_node(settings) == 0:  # jobs of this site run on CPUs and ask for no GPU
+        need = replace(need, gpus=0)
     findings: list[Finding] = []
     for what, check in (
         ("the namespace", lambda: _namespace(cluster)),
         ("the volume claims", lambda: _claims(cluster)),
         ("the training runtime", lambda: _runtime(cluster, settings, need)),
         ("the credentials", lambda: _credentials(cluster, settings, need)),
-        ("the quota", lambda: _quota(cluster, need)),
+        ("the quota", lambda: _quota(cluster, settings, need)),
         ("the queue", lambda: _queue(cluster, settings, need)),
         ("the nodes", lambda: _nodes(cluster, settings, need, gpu)),
     ):
@@ -202,6 +205,12 @@ def _runtime(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Itera
         if need.gpus > _per_node(settings):
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
         return
+    per_node = _per_node(settings)
+    if need.gpus > per_node and need.gpus % per_node:
+        yield Finding(
+            True,
+            f"train.gpus: {need.gpus} processes do not fill nodes of {per_node} GPUs; ask for a multiple, or fewer",
+        )
     version = cluster.version(TRAINER, "trainjobs")
     if version is None:
         yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
@@ -221,9 +230,9 @@ def _credentials(cluster: Cluster, settings: Mapping[str, str], need: Need) -> I
         yield Finding(False, f"Secret {site.SECRET} has no HF_TOKEN: hf:// weights must be public, or in the cache")
 
 
-def _quota(cluster: Cluster, need: Need) -> Iterator[Finding]:
+def _quota(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
     quotas = cluster.get(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas") or {}
-    key = f"requests.{GPU_RESOURCE}"
+    key = f"requests.{_resource(settings)}"
     for quota in quotas.get("items", []):
         hard = quota.get("spec", {}).get("hard", {}).get(key)
         if hard is None:
@@ -260,7 +269,7 @@ def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
         for group in spec.get("resourceGroups", [])
         for flavor in group.get("flavors", [])
         for resource in flavor.get("resources", [])
-        if resource["name"] == GPU_RESOURCE
+        if resource["name"] == _resource(settings)
     )
     if quota < need.gpus:
         cohort = spec.get("cohort") or spec.get("cohortName")
@@ -272,11 +281,14 @@ def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
 
 
 def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) -> Iterator[Finding]:
+    if not need.gpus:
+        return
     items = (cluster.get("/api/v1/nodes") or {}).get("items", [])
     nodes = [node for node in items if _takes_pods(node)]
     each = min(need.gpus, _per_node(settings))
     wanted = math.ceil(need.gpus / each)
-    fitting = [n for n in nodes if int(n.get("status", {}).get("allocatable", {}).get(GPU_RESOURCE, 0)) >= each]
+    resource = _resource(settings)
+    fitting = [n for n in nodes if int(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
         instead = "" if refused else "; compile with --launch cpu"
@@ -293,6 +305,11 @@ def _takes_pods(node: Mapping[str, Any]) -> bool:
     conditions = node.get("status", {}).get("conditions", [])
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and not node.get("spec", {}).get("unschedulable")
+
+
+def _resource(settings: Mapping[str, str]) -> str:
+    """Name under which the cluster counts GPUs."""
+    return settings.get("NVILA_GPU_RESOURCE") or "nvidia.com/gpu"
 
 
 def _per_node(settings: Mapping[str, str]) -> int:

@@ -1,6 +1,7 @@
 """`nvila plan` as a person and as a program see it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,12 @@ def test_a_cluster_that_is_away_is_a_remark_unless_it_was_asked_for(
 
 def test_wrong_options_are_named() -> None:
     """A price of a GPU that nobody makes."""
-    for gpu, mfu, price, option in (("h9", 0.3, 1, "--gpu"), ("h100", 1.1, 1, "--mfu"), ("h100", 0.3, -1, "price")):
+    for gpu, mfu, price, option in (
+        ("h9", 0.3, 1, "--gpu"),
+        ("h100", 1.1, 1, "--mfu"),
+        ("h100", 0.3, -1, "price"),
+        ("h100", 0.3, math.nan, "price"),
+    ):
         with pytest.raises(ConfigError, match=option):
             assumptions_of(gpu, mfu, price)
     with pytest.raises(ConfigError, match="--samples"):

@@ -1,0 +1,79 @@
+"""What a plan says of clusters that no test server here is set up like; the objects are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from kubernetes.client import ApiException
+
+from nvila.components.contracts.errors import PreflightError
+from nvila.pipelines.planning.checks import Cluster, Need, look
+
+SITE = {"NVILA_SITE": "nvila.infra.launch.site", "NVILA_GPUS_PER_NODE": "8"}
+LARGE = Need(gpus=12, can_do_without=False, s3=False, hub=False)
+
+
+class Written(Cluster):
+    """A namespace that has everything but GPUs; `objects` by path come before that."""
+
+    def __init__(self, settings: Mapping[str, str], objects: Mapping[str, Any] | None = None) -> None:
+        super().__init__(None, "written", "team")
+        trainer = {"versions": [{"version": "v1alpha1"}], "resources": [{"name": "trainjobs"}]}
+        claim = {"status": {"phase": "Bound"}}
+        self._objects = {
+            "/api/v1/namespaces/team/configmaps/nvila-site": {"data": settings},
+            "/apis/trainer.kubeflow.org": trainer,
+            "/apis/trainer.kubeflow.org/v1alpha1": trainer,
+            "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/nvila-torch": {},
+            "/api/v1/namespaces/team": {},
+            **{f"/api/v1/namespaces/team/persistentvolumeclaims/{name}": claim for name in ("nvila", "nvila-cache")},
+        } | dict(objects or {})
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        return self._objects.get(path)
+
+
+def _node(resource: str) -> dict[str, Any]:
+    return {
+        "metadata": {},
+        "status": {"allocatable": {resource: "8"}, "conditions": [{"type": "Ready", "status": "True"}]},
+    }
+
+
+def test_a_site_without_gpus_can_be_planned_for() -> None:
+    """`gpu.perNode: 0` of the chart ended in a division by zero."""
+    assert look(Written(SITE | {"NVILA_GPUS_PER_NODE": "0"}), LARGE, "h100") == []
+
+
+def test_processes_that_do_not_fill_nodes_are_refused() -> None:
+    """The launcher refuses them too, but only when everything before the first stage has been paid for."""
+    nodes = {"/api/v1/nodes": {"items": [_node("nvidia.com/gpu")] * 2}}
+    findings = look(Written(SITE, nodes), LARGE, "h100")
+    assert [f.text for f in findings if f.refused] == [
+        "train.gpus: 12 processes do not fill nodes of 8 GPUs; ask for a multiple, or fewer"
+    ]
+
+
+def test_gpus_are_counted_under_the_sites_name() -> None:
+    """A cluster that counts them otherwise has GPUs all the same, and quota of them."""
+    quota = {"items": [{"metadata": {"name": "gpus"}, "spec": {"hard": {"requests.example.com/h100": "4"}}}]}
+    objects = {
+        "/api/v1/nodes": {"items": [_node("example.com/h100")]},
+        "/api/v1/namespaces/team/resourcequotas": quota,
+    }
+    need = Need(gpus=8, can_do_without=False, s3=False, hub=False)
+    findings = look(Written(SITE | {"NVILA_GPU_RESOURCE": "example.com/h100"}, objects), need, "h100")
+    assert [f.text for f in findings] == ["ResourceQuota gpus allows 4 GPUs, a stage asks for 8"]
+
+
+def test_an_expired_token_is_not_a_missing_right() -> None:
+    """`may not look` seven times, and a run that counts as not refused."""
+
+    class Expired:
+        def call_api(self, *_: Any, **__: Any) -> None:
+            raise ApiException(status=401)
+
+    with pytest.raises(PreflightError, match="does not accept the credentials"):
+        look(Cluster(Expired(), "gone", "team"), LARGE, "h100")
