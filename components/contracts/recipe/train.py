@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nvila.components.contracts.recipe.section import Section
 
@@ -48,3 +48,14 @@ class TrainSettings(Section):
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between two checkpoints of an unfinished stage."""
+
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> TrainSettings:
+        for stage in self.stages:
+            micro = stage.micro_batch or max(1, stage.batch // self.gpus)
+            if stage.batch % (micro * self.gpus):
+                raise ValueError(
+                    f"stage {stage.name}: batch {stage.batch} is not a multiple of micro_batch {micro} times "
+                    f"{self.gpus} gpus"
+                )
+        return self
