@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,10 @@ T = TypeVar("T")
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 CONNECT_SECONDS, READ_SECONDS = 5, 30
 _LONGEST_PAUSE_SECONDS = 15.0
-_DENIED = (0, 401, 403)
-_PASSING = (408, 410, 425, 429)
+_DENIED = (401, 403, 404)
+_NO_TLS = 0
+"""The client's status where no TLS session came about: a wrong certificate, a balancer without a server behind it."""
+_PASSING = (_NO_TLS, 408, 410, 425, 429)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,11 @@ class Patience:
     """How long an API server that does not do as asked is asked again."""
 
     contact_seconds: float = 600.0
-    """Without any answer yet. Once it has answered, an outage is waited out, however long it lasts."""
+    """Without any answer yet. Once it has answered, an outage is waited out, however long it lasts.
+
+    It holds as well for a request that was granted before and is refused now: roles are made anew, tokens are checked
+    by a service that is away.
+    """
     denied_seconds: float = 20.0
     """Refused rights and unknown resources: a server that has just started says so for some seconds."""
 
@@ -57,6 +64,8 @@ class Requests:
         self._client, self.namespace = _connect()
         self.host = self._client.configuration.host
         self._answered = False
+        self._granted: set[tuple[str, str]] = set()
+        """Methods and paths that were answered."""
 
     def ask(
         self,
@@ -78,7 +87,14 @@ class Requests:
             ConfigError: the API refuses the body.
             NvilaError: the API server could not be reached in time.
         """
-        return self._patiently(lambda: json.loads(self._open(method, path, query, body).data), within_seconds)
+        request = (method, path)
+        answer = self._patiently(
+            lambda: dict(json.loads(self._open(method, path, query, body).data)),
+            request in self._granted,
+            within_seconds,
+        )
+        self._granted.add(request)
+        return answer
 
     @contextmanager
     def lines(self, path: str, query: Mapping[str, Any], silence_seconds: float) -> Iterator[Iterator[bytes]]:
@@ -112,7 +128,7 @@ class Requests:
         )
         return response
 
-    def _patiently(self, call: Callable[[], T], within_seconds: float | None) -> T:
+    def _patiently(self, call: Callable[[], T], granted: bool, within_seconds: float | None) -> T:
         began, pause, said = time.monotonic(), 0.5, False
         while True:
             try:
@@ -125,14 +141,14 @@ class Requests:
                 self._answered = True
                 return answer
             waited = time.monotonic() - began
-            self._judge(problem, waited, within_seconds)
+            self._judge(problem, waited, granted, within_seconds)
             if not said:
                 self._say(f"{reason(problem)}; asking again until it answers")
                 said = True
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
-    def _judge(self, error: Exception, waited: float, within_seconds: float | None) -> None:
+    def _judge(self, error: Exception, waited: float, granted: bool, within_seconds: float | None) -> None:
         """Raise where asking again is of no use."""
         status = getattr(error, "status", None)
         known = _status_object(error)
@@ -142,8 +158,9 @@ class Requests:
             raise NotThere(known["message"]) from None
         if status == 409 and known:
             raise Exists(known["message"]) from None
-        if status == 404 or status in _DENIED:
-            if waited > self._patience.denied_seconds:
+        if status in _DENIED or (status == _NO_TLS and not self._answered):
+            bearable = self._patience.contact_seconds if granted else self._patience.denied_seconds
+            if waited > (bearable if within_seconds is None else min(bearable, within_seconds)):
                 raise _denied(error, self.host) from None
         elif status is not None and status not in _PASSING and status < 500:
             raise ConfigError(f"the API server refuses the request: {reason(error)}", where=self.host) from None
@@ -173,7 +190,8 @@ def reason(error: Exception) -> str:
     if known and known.get("message"):
         return str(known["message"])
     status = getattr(error, "status", None)
-    return f"HTTP {status}: {getattr(error, 'reason', '')}" if status else f"{type(error).__name__}: {error}"
+    said = f"HTTP {status}: {getattr(error, 'reason', '')}" if status else f"{type(error).__name__}: {error}"
+    return " ".join(said.split())
 
 
 def _status_object(error: Exception) -> dict[str, Any] | None:
@@ -194,10 +212,14 @@ def _denied(error: Exception, host: str) -> PreflightError:
             do="Install Kubeflow Trainer 2, or compile with `--launch pods`: steps then work in their own pods.",
         )
     if status == 403:
+        said = reason(error)
+        lacks_right = re.search(r'User ".*" cannot ', said)
         return PreflightError(
-            reason(error),
+            said,
             where=host,
-            do="Bind the Role nvila-launcher of the chart to the service account of the run's pods.",
+            do="Bind the Role nvila-launcher of the chart to the service account of the run's pods."
+            if lacks_right
+            else "A rule of the cluster (admission, quota) says so; rights are not what is missing.",
         )
     return PreflightError(f"the API server lets nobody in: {reason(error)}", where=host)
 

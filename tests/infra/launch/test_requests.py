@@ -56,8 +56,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found.server_close()
 
 
-def _kubeconfig(folder: Path, patch: pytest.MonkeyPatch, port: int) -> None:
-    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+def _kubeconfig(folder: Path, patch: pytest.MonkeyPatch, port: int, scheme: str = "http") -> None:
+    cluster = {"name": "c", "cluster": {"server": f"{scheme}://127.0.0.1:{port}"}}
     context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team-a"}}
     content = {
         "clusters": [cluster],
@@ -117,6 +117,57 @@ def test_an_outage_is_waited_out_once_there_was_an_answer(server: Server) -> Non
     server.answers = [(503, "")]
     with pytest.raises(NvilaError, match="503"):
         found.ask("GET", "/x", within_seconds=0.05)
+
+
+def test_what_was_granted_before_may_be_refused_for_a_while(server: Server) -> None:
+    """Roles are made anew within a minute, or the service that checks tokens restarts: a job of days must not end."""
+    server.answers = [FINE]
+    found = Requests(Patience(denied_seconds=0.0))
+    found.ask("GET", "/x")
+    server.answers = [(401, "")] * 30 + [(403, "")] * 30 + [FINE]
+    assert found.ask("GET", "/x") == {"kind": "TrainJob"}
+    server.answers = [(403, "")]
+    with pytest.raises(PreflightError):
+        found.ask("GET", "/another")
+    with pytest.raises(PreflightError):
+        found.ask("GET", "/x", within_seconds=0.05)
+
+
+def test_a_balancer_without_a_server_is_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and closes it: that looks like a failed handshake, and ended jobs after 20 s."""
+    monkeypatch.setattr(requests.time, "sleep", lambda seconds: None)
+    with socket.create_server(("127.0.0.1", 0)) as balancer:
+        _kubeconfig(tmp_path, monkeypatch, balancer.getsockname()[1], "https")
+        found = Requests(Patience(denied_seconds=0.0))
+        taken = 0
+
+        def balance() -> None:
+            nonlocal taken
+            while True:
+                try:
+                    connection, _ = balancer.accept()
+                except OSError:
+                    return
+                taken += 1
+                connection.recv(1 << 16)
+                connection.close()
+
+        threading.Thread(target=balance, daemon=True).start()
+        with pytest.raises(PreflightError, match="lets nobody in"):
+            found.ask("GET", "/x")
+        found._answered, taken = True, 0
+        with pytest.raises(NvilaError, match=r"does not answer: .*SSL") as caught:
+            found.ask("GET", "/x", within_seconds=0.2)
+        assert not isinstance(caught.value, PreflightError) and taken > 1
+
+
+def test_a_rule_of_the_cluster_is_not_taken_for_a_missing_right(server: Server) -> None:
+    """Trainer refuses a job whose runtime is missing with 403; a role bound for that changes nothing."""
+    message = 'admission webhook "validator.trainjob" denied the request: clusterTrainingRuntime must be created before'
+    server.answers = [(403, json.dumps({"kind": "Status", "reason": "Forbidden", "message": message}))]
+    with pytest.raises(PreflightError, match="must be created before") as caught:
+        Requests(Patience(denied_seconds=0.0)).ask("GET", "/x")
+    assert "nvila-launcher" not in str(caught.value)
 
 
 def test_a_refused_body_is_not_asked_again(server: Server) -> None:
