@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.resolve.form import Form, fill_in
+from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.cli import app
 from nvila.pipelines.plan import assumptions_of, parse_samples
 from nvila.pipelines.planning.checks import Need
@@ -62,6 +62,13 @@ def test_a_large_recipe_is_planned_without_its_weights() -> None:
         assert stage["cost"] == pytest.approx(stage["hours"] * 8 * 3)
     slower = json.loads(_plan(*LARGE, *given, "--gpu", "h200", "--mfu", "0.2").stdout)
     assert slower["stages"][2]["hours"] == pytest.approx(2 * plan["stages"][2]["hours"])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_fit_the_gpus_they_are_written_for(name: str) -> None:
+    """A micro batch of 256 frames that is too large ends a run in its last stage, after days."""
+    plan = json.loads(_plan(name, "--no-cluster", "--json", "--gpu", "h100").stdout)
+    assert [stage["fits"] for stage in plan["stages"]] == [True] * 5
 
 
 def test_what_is_not_known_is_not_made_up() -> None:
