@@ -12,6 +12,8 @@ from nvila.infra.launch.requests import Exists, NotThere, Requests, broken
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the pods of a TrainJob: the JobSet made for it, which has its name."""
+CONTAINER = "node"
+"""In a training pod: Trainer wants it to be called so."""
 _KUEUE = ("/apis/kueue.x-k8s.io/v1beta2", "/apis/kueue.x-k8s.io/v1beta1")
 """Newest first; older Kueues have only the last."""
 _ASIDE_SECONDS = 5.0
@@ -116,7 +118,8 @@ class Cluster:
 
     def log(self, pod: str, since: str | None, silence_seconds: float) -> Any:
         """A context with the lines of a pod's log, each with its time in front, from `since` (whole seconds) on."""
-        query: dict[str, Any] = {"follow": "true", "timestamps": "true"}
+        # Without its name the API refuses a pod into which somebody injected a second container.
+        query: dict[str, Any] = {"container": CONTAINER, "follow": "true", "timestamps": "true"}
         if since:
             query["sinceTime"] = since
         return self._requests.lines(f"{self._core}/pods/{pod}/log", query, silence_seconds)

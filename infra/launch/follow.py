@@ -140,7 +140,8 @@ def answers(work: Work, job: Mapping[str, Any]) -> Path:
 def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
     """When this step is asked to stop, its job is deleted: nobody else would end it.
 
-    Not when this pod is only being moved (its node is drained, say): its successor attaches to the job.
+    Not when this pod is only being moved (its node is drained, say): its successor attaches to the job. And not when
+    another run has attached meanwhile, to which the job belongs since.
     """
     try:
         yield
@@ -157,7 +158,8 @@ def _cancel(cluster: Cluster, work: Work) -> None:
     name = job_name(work)
     try:
         job = cluster.get(name, within_seconds=CANCEL_SECONDS / 2)
-        if job and job["metadata"].get("labels", {}).get(KEY_LABEL) == label(work.key) and not finished(job):
+        ours = {KEY_LABEL: label(work.key), RUN_LABEL: label(work.run_dir.name)}
+        if job and ours.items() <= job["metadata"].get("labels", {}).items() and not finished(job):
             cluster.delete(job, within_seconds=CANCEL_SECONDS / 2)
             say(work, f"job {name}: cancelled, as this step was asked to stop")
     except NvilaError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.requests import broken
 from nvila.infra.launch.state import first_pod, items
 
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 SILENCE_SECONDS = 60.0
 """A connection on which nothing came for so long is opened anew: it may be dead without our being told."""
 
@@ -77,6 +79,8 @@ class Place:
         for line in lines:
             stamp, _, text = line.decode(errors="replace").partition(" ")
             time = _sortable(stamp)
+            if time is None:  # the kubelet's own words about a log that it cannot read
+                continue
             if time < last:
                 continue
             if time == last and again < known:
@@ -87,8 +91,13 @@ class Place:
             yield text
 
 
-def _sortable(stamp: str) -> str:
-    """A time of a log line, in UTC and with nine digits behind the point: such texts sort as the times do."""
+def _sortable(stamp: str) -> str | None:
+    """A time of a log line, in UTC and with nine digits behind the point: such texts sort as the times do.
+
+    None where it is no time.
+    """
+    if not _TIME.fullmatch(stamp):
+        return None
     whole, zone = (stamp[:-1], "") if stamp.endswith("Z") else (stamp[:-6], stamp[-6:])
     seconds, _, fraction = whole.partition(".")
     if zone not in ("", "+00:00"):

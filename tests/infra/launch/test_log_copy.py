@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from urllib3.exceptions import ProtocolError
 
+from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.logs import LogCopy, Place
 
 Lines = list[tuple[str, str]]
@@ -100,3 +101,25 @@ def test_times_of_other_zones_sort_with_utc() -> None:
     given = [b"2026-01-01T10:00:00.5+02:00 a", b"2026-01-01T08:00:00.6Z b"]
     assert list(place.fresh(given)) == ["a", "b"]
     assert place.since == "2026-01-01T08:00:00Z"
+
+
+def test_what_is_no_line_of_the_log_does_not_end_the_copy() -> None:
+    """The kubelet answers 200 with a complaint while a log is rotated away; a broken stream may end within a time."""
+    place = Place("p")
+    given = [b"unable to retrieve container logs for containerd://3bb6", b"", b"2026-01-01T08:00:00.6Z a", b"2026-01-0"]
+    assert list(place.fresh(given)) == ["a"]
+    assert list(place.fresh([b"2026-01-01T08:00:00.6Z a", b"2026-01-01T08:00:00.7Z b"])) == ["b"]
+
+
+def test_the_log_of_the_training_container_is_asked_for() -> None:
+    """A pod with an injected sidecar has two: asked for none of them, the API answers 400."""
+    asked: list[Mapping[str, Any]] = []
+
+    class Asking:
+        host, namespace = "", "team-a"
+
+        def lines(self, path: str, query: Mapping[str, Any], silence_seconds: float) -> None:
+            asked.append(query)
+
+    Cluster(Asking()).log("p", None, 1.0)  # type: ignore[arg-type]
+    assert asked[0]["container"] == "node"
