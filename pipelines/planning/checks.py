@@ -66,6 +66,7 @@ class Cluster:
         Raises:
             PreflightError: the kubeconfig cannot be used.
         """
+        import yaml
         from kubernetes import client, config
 
         file = os.environ.get("KUBECONFIG", "~/.kube/config")
@@ -73,6 +74,8 @@ class Cluster:
             _, context = config.list_kube_config_contexts(file)
         except config.ConfigException:
             return cls._around(namespace)
+        except (yaml.YAMLError, OSError) as error:
+            raise PreflightError(f"the kubeconfig cannot be read: {error}", where="KUBECONFIG", value=file) from None
         try:
             return cls(
                 config.new_client_from_config(file),

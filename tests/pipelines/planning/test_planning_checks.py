@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,15 @@ def test_gpus_are_counted_under_the_sites_name() -> None:
     need = Need(gpus=8, can_do_without=False, s3=False, hub=False)
     findings = look(Written(SITE | {"NVILA_GPU_RESOURCE": "example.com/h100"}, objects), need, "h100")
     assert [f.text for f in findings] == ["ResourceQuota gpus allows 4 GPUs, a stage asks for 8"]
+
+
+def test_a_spoilt_kubeconfig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parser's traceback does not say which file."""
+    spoilt = tmp_path / "kubeconfig"
+    spoilt.write_text("contexts: [")
+    monkeypatch.setenv("KUBECONFIG", str(spoilt))
+    with pytest.raises(PreflightError, match="the kubeconfig cannot be read"):
+        Cluster.connect(None)
 
 
 def test_an_expired_token_is_not_a_missing_right() -> None:
