@@ -52,14 +52,15 @@ class Server:
         if ca_cert:
             _readable(ca_cert, "--ca-cert")
             configuration.ssl_ca_cert = str(ca_cert)
-        # Requests that change nothing are tried again; a run must not be created twice.
+        # Requests that change nothing are tried again; a run must not be created twice. Redirections lead to a page for
+        # people, whose text the client would take for an answer without any values.
         configuration.retries = Retry(
-            total=4, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False
+            total=4, redirect=False, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False
         )
         configuration.api_key_prefix["authorization"] = "Bearer"
         configuration.refresh_api_key_hook = self._refresh_token
         self._refresh_token(configuration)
-        client = api.ApiClient(configuration)
+        self._client = client = api.ApiClient(configuration)
         self._health = api.HealthzServiceApi(client)
         self._pipelines = api.PipelineServiceApi(client)
         self._uploads = api.PipelineUploadServiceApi(client)
@@ -171,16 +172,28 @@ class Server:
         from urllib3.exceptions import HTTPError
 
         try:
-            return method(*args, **kwargs, _request_timeout=TIMEOUT_SECONDS)
+            answer = method(*args, **kwargs, _request_timeout=TIMEOUT_SECONDS)
         except ApiException as error:
             raise self._explained(error.status, error.body) from None
         except HTTPError as error:
-            reason = getattr(error, "reason", None) or error
+            reason = self._without_token(str(getattr(error, "reason", None) or error))
             raise ServerDown(
-                f"no answer: {self._without_token(str(reason))}",
+                f"no answer: {reason}",
                 where=self.host,
-                do="Is the URL right, and can this machine reach it?",
+                do="Does --ca-cert name the authority's PEM file?"
+                if "CERTIFICATE" in reason
+                else "Is the URL right, and can this machine reach it?",
             ) from None
+        if self._client.last_response.data.lstrip()[:1] not in ("", "{"):
+            raise self._elsewhere("it answers with a page")
+        return answer
+
+    def _elsewhere(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"this is not the API of Kubeflow Pipelines: {found}",
+            where=self.host,
+            do="Who has no valid token is sent to log in (--token-file); and the URL often ends in /pipeline.",
+        )
 
     def _explained(self, status: int, body: str | bytes | None) -> NvilaError:
         said = self._without_token(_message(body))
@@ -192,6 +205,8 @@ class Server:
             )
         if status == 403:
             return ConfigError(f"not allowed: {said}", where=self.host, do="Is --namespace yours?")
+        if 300 <= status < 400:
+            return self._elsewhere(f"it sends us elsewhere ({status})")
         kinds: dict[int, type[NvilaError]] = {404: _NotFound, 409: Conflict}
         if status >= 500:
             return ServerDown(f"the server answers {status}: {said}", where=self.host)

@@ -6,8 +6,10 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,32 @@ def test_the_token_is_asked_for_sent_and_never_shown(
     assert TOKEN not in str(caught.value)
     with pytest.raises(ConfigError, match=r"--token-file"):
         Server(kfp.url, token_file=tmp_path / "none")
+
+
+@pytest.mark.parametrize("status", [302, 200])
+def test_a_page_to_log_in_is_no_answer(status: int) -> None:
+    """Kubeflow sends whoever has no valid token there; a run that was never started was reported as started."""
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path.startswith("/dex") else status)
+            self.send_header("Location", "/dex/auth")
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{gateway.server_port}")
+        for ask in (server.multi_user, lambda: server.run("r"), lambda: server.terminate("r")):
+            with pytest.raises(ConfigError, match=r"not the API.*--token-file"):
+                ask()
+        gateway.shutdown()
 
 
 def test_a_fault_of_the_server_is_waited_out_where_nothing_is_made(kfp: StandIn) -> None:
