@@ -14,6 +14,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.progress import waiting_for
 
 MANIFEST = "manifest.json"
 TOMBSTONE = "tombstone.json"
@@ -53,7 +54,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
         with lock_path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting_for(f"{step}: another run is at the same work; waiting for what comes of it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:

@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,6 +57,8 @@ def post(url: str, kind: str, data: Mapping[str, Any], secret: str) -> None:
                 break
         except OSError as error:
             problem = str(getattr(error, "reason", error))
+        except HTTPException as error:  # whose text may be the URL
+            problem = type(error).__name__
         if pause is not None:
             time.sleep(pause)
     raise NvilaError(f"the webhook did not take the message: {problem}", where=host)

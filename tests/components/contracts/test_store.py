@@ -157,8 +157,8 @@ def _work(root: Path, log: Path) -> None:
         store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=describe_files(folder, ("*.bin",))))
 
 
-def test_two_processes_do_the_same_work_once(store: Store, tmp_path: Path) -> None:
-    """Two runs at the same time would write into one folder."""
+def test_two_processes_do_the_same_work_once(store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two runs at the same time would write into one folder; one that waits for days without a word looks hung."""
     log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_work, args=(store.root, log)) for _ in range(3)]
@@ -168,3 +168,4 @@ def test_two_processes_do_the_same_work_once(store: Store, tmp_path: Path) -> No
         process.join(20)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "worked\n"
+    assert "train-1: another run is at the same work" in capfd.readouterr().err

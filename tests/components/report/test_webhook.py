@@ -99,6 +99,13 @@ def test_a_refusal_is_told_without_the_secret_path(receiver: Receiver, status: i
     assert len(receiver.got) == attempts
 
 
+def test_a_url_that_cannot_be_used_is_not_shown(receiver: Receiver) -> None:
+    """The HTTP library's own error repeats it."""
+    with pytest.raises(NvilaError, match="InvalidURL") as caught:
+        post(receiver.url + " x", "run.failed", {}, SECRET)
+    assert "secret-path" not in str(caught.value)
+
+
 def test_without_a_secret_nothing_is_signed(receiver: Receiver) -> None:
     """A signature with an empty key could be made by anybody."""
     post(receiver.url, "run.failed", {}, "")
