@@ -77,6 +77,7 @@ def test_a_request_to_stop_is_handed_on(
 
     def save_when_asked(path: str) -> None:
         stop = StopRequest()
+        time.sleep(0.5)  # until the agent has noted down whom it has forked
         os.kill(os.getppid(), signal.SIGTERM)
         wait_for(lambda: stop.asked, "the request did not come")
         time.sleep(1)
