@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
+from nvila.components.train.meeting import meet
 from nvila.components.train.worker import main
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def launch(job: Job) -> None:
         meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         endpoint = f"localhost:{meeting.port}"
     else:
-        endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+        address, port = os.environ["PET_MASTER_ADDR"], os.environ["PET_MASTER_PORT"]
+        meeting = meet(address, int(port), nodes, node)
+        endpoint = f"{address}:{port}"
     there = {"nnodes": nodes, "node-rank": node, "rdzv-endpoint": endpoint}
     try:
         elastic_launch(_torchrun(job.run.gpus, there, logs), main)(str(description))

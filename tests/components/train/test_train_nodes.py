@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.runner.handover import hand_over, read_outcome
 from nvila.components.runner.site import Work
@@ -33,6 +36,28 @@ def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stag
         assert list(folder.glob("torchrun-*")) == []
         weights.append({name: file.sha256 for name, file in describe_files(folder, ["model/**/*"]).items()})
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_node_that_waits_for_the_others_can_be_stopped(
+    small: Any, tmp_path: Path, image_stage: dict[str, Any], rank: int
+) -> None:
+    """Killed after minutes instead, it holds its GPUs so long and counts as a failure of the job."""
+    job = _job(small, tmp_path / "out", image_stage)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = _node(job, 2, rank, port)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / ("job-1.json" if rank else "job.json")).exists():
+            assert time.monotonic() < deadline and node.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(20) == Exit.PREEMPTED
+    finally:
+        node.kill()
 
 
 def _job(small: Any, out: Path, stage: dict[str, Any]) -> Path:
