@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import ConfigError, TrainingError
+from nvila.components.contracts.errors import TrainingError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.train.job import Run
@@ -127,11 +127,7 @@ class Engine:
 
 
 def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> Engine:
-    """Put `model` under DeepSpeed; parameters with `requires_grad` are trained.
-
-    Raises:
-        ConfigError: a combination that is not supported here, by name.
-    """
+    """Put `model` under DeepSpeed; parameters with `requires_grad` are trained."""
     import torch
 
     if not torch.cuda.is_available():
@@ -143,14 +139,9 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    micro = stage.micro_batch or max(1, stage.batch // world)
-    if stage.batch % (micro * world):
-        raise ConfigError(
-            f"stage {stage.name}: batch {stage.batch} is not a multiple of micro_batch {micro} times {world} processes"
-        )
     config = {
         "train_batch_size": stage.batch,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
         "gradient_clipping": stage.clip_norm or 0.0,
         "zero_optimization": {"stage": run.zero},
         "bf16": {"enabled": run.precision != "fp32"},
@@ -170,7 +161,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         ),
         config=config,
     )
-    return Engine(engine, stage.batch // (micro * world))
+    return Engine(engine, engine.gradient_accumulation_steps())
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ class MicroBatch:
 
 def largest(shape: Shape, stage: Stage, processes: int, seen: list[Seen]) -> MicroBatch:
     """The largest micro batch of a stage whose samples show this."""
-    rows = stage.micro_batch or max(1, stage.batch // processes)
+    rows = stage.samples_at_once(processes)
     length = min(stage.max_length_tokens, shape.config.max_length_tokens)
     most = max(seen, key=lambda one: one.tiles)
     visual = min(most.tokens, length)

@@ -36,6 +36,19 @@ class Stage(Section):
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     gradient_checkpointing: bool = False
 
+    def samples_at_once(self, processes: int) -> int:
+        """Samples per forward pass of each of so many processes.
+
+        Raises:
+            ValueError: they cannot share the global batch evenly.
+        """
+        micro = self.micro_batch or max(1, self.batch // processes)
+        if self.batch % (micro * processes):
+            raise ValueError(
+                f"stage {self.name}: batch {self.batch} is not a multiple of micro_batch {micro} times {processes} gpus"
+            )
+        return micro
+
 
 class TrainSettings(Section):
     """The five stages and how they are run."""
@@ -52,10 +65,5 @@ class TrainSettings(Section):
     @model_validator(mode="after")
     def _batches_are_whole(self) -> TrainSettings:
         for stage in self.stages:
-            micro = stage.micro_batch or max(1, stage.batch // self.gpus)
-            if stage.batch % (micro * self.gpus):
-                raise ValueError(
-                    f"stage {stage.name}: batch {stage.batch} is not a multiple of micro_batch {micro} times "
-                    f"{self.gpus} gpus"
-                )
+            stage.samples_at_once(self.gpus)
         return self
