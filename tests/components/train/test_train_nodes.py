@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.runner.handover import hand_over, read_outcome
 from nvila.components.runner.site import Work
+from nvila.components.train import meeting
 
 
 @pytest.mark.slow
@@ -25,9 +27,7 @@ def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stag
     weights = []
     for nodes in (1, 2):
         job = _job(small, tmp_path / str(nodes), image_stage)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         started = [_node(job, nodes, node, port) for node in range(nodes)]
         assert [node.wait(120) for node in started] == [0] * nodes
         outcome = read_outcome(job.parent)
@@ -44,9 +44,7 @@ def test_a_node_that_waits_for_the_others_can_be_stopped(
 ) -> None:
     """Killed after minutes instead, it holds its GPUs so long and counts as a failure of the job."""
     job = _job(small, tmp_path / "out", image_stage)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     node = _node(job, 2, rank, port)
     try:
         deadline = time.monotonic() + 60
@@ -58,6 +56,21 @@ def test_a_node_that_waits_for_the_others_can_be_stopped(
         assert node.wait(20) == Exit.PREEMPTED
     finally:
         node.kill()
+
+
+def test_a_node_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod replaced while the others wait would stand for one that is not there, and torchrun's deaf wait begins."""
+    monkeypatch.setattr(meeting, "MEET_SECONDS", 4.0)
+    with ThreadPoolExecutor(3) as threads:
+        port = _free_port()
+        nodes = [threads.submit(meeting.meet, "127.0.0.1", port, 3, node) for node in (0, 1, 1)]
+        assert str(nodes[0].exception()).startswith("only 2 of 3 nodes came")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _job(small: Any, out: Path, stage: dict[str, Any]) -> Path:
