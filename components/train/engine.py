@@ -103,13 +103,25 @@ class Engine:
         Raises:
             TrainingError: a checkpoint is named, but it is not there.
         """
-        latest = folder / LATEST
-        if not latest.exists():
+        tag = self._last_saved(folder)
+        if tag is None:
             return 0
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag=latest.read_text().strip())
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
         if path is None:
-            raise TrainingError("the last checkpoint is gone", where=str(latest), do=f"Remove {folder} to begin anew.")
+            raise TrainingError(
+                "the last checkpoint is gone", where=str(folder / LATEST), do=f"Remove {folder} to begin anew."
+            )
         return int(state["step"])
+
+    def _last_saved(self, folder: Path) -> str | None:
+        """What `latest` names, as rank 0 sees it: another machine's view of a shared file system may be older."""
+        latest = folder / LATEST
+        tag = [latest.read_text().strip() if self.rank == 0 and latest.exists() else None]
+        if self.world > 1:
+            import torch
+
+            torch.distributed.broadcast_object_list(tag, src=0, device=self.deepspeed.device)
+        return tag[0]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors by name, whole. Under ZeRO-3 every process must call this; only rank 0 gets them."""

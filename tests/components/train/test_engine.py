@@ -1,0 +1,38 @@
+"""What the processes of a training job must agree on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from nvila.components.train.engine import LATEST, Engine
+
+
+class Loaded(SimpleNamespace):
+    """In DeepSpeed's place: remembers which checkpoint it was to load."""
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, int]]:
+        return f"{folder}/{tag}", {"step": int(tag.removeprefix("step-"))}
+
+
+def _resume(rank: int, folders: list[str], meeting: str, out: str) -> None:
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    engine = Engine(Loaded(global_rank=rank, world_size=2, device="cpu"), 1)
+    Path(out, str(rank)).write_text(str(engine.resume(Path(folders[rank]))))
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_resume_where_the_first_says(tmp_path: Path) -> None:
+    """On a shared file system one machine may not see yet what another has written; each would go its own way."""
+    import torch.multiprocessing
+
+    views = [tmp_path / "first", tmp_path / "second"]
+    for view in views:
+        view.mkdir()
+    (views[0] / LATEST).write_text("step-7")
+    torch.multiprocessing.start_processes(
+        _resume, ([str(v) for v in views], str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["7", "7"]
