@@ -41,6 +41,8 @@ RETRIES = 2
 RETRY_SECONDS = 90 * 24 * 3600
 """From the first start of a step on. Later a lost pod is not replaced, and a replacement is killed when it is reached;
 so KFP's `backoff_max_duration`, which limits no pause, has to be longer than any step takes."""
+STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+"""Annotations of pods that wait for hours: autoscalers would move them to save a node, and each move is a lost pod."""
 QUICK_SECONDS = 3600
 """Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
 QUICK = frozenset({"resolve", "preflight", "gate", "gate-quantized", "report"})
@@ -177,6 +179,9 @@ def _place(task: PipelineTask, step: str, launch: Launch, code: str | None) -> N
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{RETRY_SECONDS}s")
     if step in QUICK:
         kubernetes.set_timeout(task, QUICK_SECONDS)
+    else:
+        for name, value in STAYS.items():
+            kubernetes.add_pod_annotation(task, name, value)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
     keys = [key for key in site.CONFIG_KEYS if key != site.LAUNCH_KEY or launch == "jobs"]

@@ -23,10 +23,16 @@ CONFIG_KEYS = (
     "MLFLOW_TRACKING_URI",
     "AWS_ENDPOINT_URL",
     "AWS_REGION",
-    "NVILA_WEBHOOK_URL",
 )
 """Each becomes an environment variable of that name; every one may be missing."""
 
 SECRET = "nvila-credentials"
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NVILA_API_KEY", "NVILA_WEBHOOK_SECRET")
-"""Like CONFIG_KEYS."""
+SECRET_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "HF_TOKEN",
+    "NVILA_API_KEY",
+    "NVILA_WEBHOOK_URL",
+    "NVILA_WEBHOOK_SECRET",
+)
+"""Like CONFIG_KEYS. Who knows the URL of a webhook may often post to it."""

@@ -147,9 +147,11 @@ def test_lost_pods_are_started_again(spec: dict[str, Any]) -> None:
 
 
 def test_only_quick_steps_have_a_deadline(pods: dict[str, Any]) -> None:
-    """A training step waits for its queue, maybe for days."""
-    limited = {name for name, pod in pods.items() if "activeDeadlineSeconds" in pod}
-    assert limited == {"resolve", "preflight", "gate", "gate-quantized", "report"}
+    """A training step waits for its queue, maybe for days; and no autoscaler should move it meanwhile."""
+    quick = {"resolve", "preflight", "gate", "gate-quantized", "report"}
+    assert {name for name, pod in pods.items() if "activeDeadlineSeconds" in pod} == quick
+    staying = {name for name, pod in pods.items() if len(pod.get("podMetadata", {}).get("annotations", {})) == 2}
+    assert staying == set(STEPS) - quick
 
 
 @pytest.mark.parametrize(
