@@ -54,7 +54,9 @@ def train(job: Job, stop: StopRequest) -> None:
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
     device = default_device()
-    model, tokenizer = load_native(Path(job.model), dtype="float32", device=device)
+    # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
+    precision = "float32" if job.run.precision == "fp32" else "bfloat16"
+    model, tokenizer = load_native(Path(job.model), dtype=precision, device=device)
     config = model.config
     model.config = replace(config, max_length_tokens=min(config.max_length_tokens, stage.max_length_tokens))
     set_trainable(model, stage.trainable)

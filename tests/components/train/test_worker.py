@@ -61,6 +61,21 @@ def test_only_the_parts_of_the_row_learn(make_job: MakeJob, parts: list[str], pr
     assert [step for step, _ in losses(job)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+def test_weights_are_loaded_in_the_precision_of_training(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, precision: str, size: int
+) -> None:
+    """Each GPU holds all weights before ZeRO divides them: 15 billion in fp32 do not leave room for the division."""
+
+    def look(model: Any, *_: Any) -> None:
+        assert {parameter.element_size() for parameter in model.parameters()} == {size}
+        raise Preempted("seen enough")
+
+    monkeypatch.setattr("nvila.components.train.engine.start", look)
+    with pytest.raises(Preempted, match="seen enough"):
+        train(make_job("a", run={"precision": precision}), Stop())
+
+
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("fp32", 2), ("bf16", 0), ("bf16", 1), ("bf16", 3)])
 def test_a_stopped_stage_ends_as_if_it_had_not_been_stopped(make_job: MakeJob, precision: str, zero: int) -> None:
     """A resume that repeats or skips samples, or forgets AdamW's moments or the schedule, trains another model."""
