@@ -49,10 +49,15 @@ def verify(uri: str, folder: Path, digests: Mapping[str, str]) -> None:
         if not path.is_file():
             raise DataError("a named file is missing", where=uri, value=name)
         state = [digest, path.stat().st_size, path.stat().st_mtime_ns]
-        if known.get(name) != state and sha256_file(path) != digest:
+        if known.get(name) != state and (found := sha256_file(path)) != digest:
             # Of a link, as the hub's cache has them, the file that it leads to.
             path.resolve().unlink()
-            raise DataError("a file has another digest; it has been removed", where=f"{uri}: {name}", value=digest)
+            raise DataError(
+                "a file has another digest; it has been removed",
+                where=f"{uri}: {name}",
+                value=found,
+                do=f"The list says {digest}.",
+            )
         seen[name] = state
     note.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")

@@ -49,8 +49,7 @@ def memory_problems(needed_bytes: int) -> list[str]:
 def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
     """Each folder can be written, and its disk has room."""
     problems = []
-    for folder in folders:
-        there = _nearest_existing(folder)
+    for there in dict.fromkeys(map(_nearest_existing, folders)):
         free = shutil.disk_usage(there).free
         if not _writable(there):
             problems.append(f"{there} cannot be written")

@@ -193,7 +193,9 @@ def _claims(cluster: Cluster) -> Iterator[Finding]:
     for name in (site.VOLUME_CLAIM, site.CACHE_CLAIM):
         claim = cluster.in_namespace("persistentvolumeclaims", name)
         if claim is None:
-            yield Finding(True, f"there is no volume claim {name}; the chart makes it")
+            yield Finding(
+                True, f"there is no volume claim {name} in {cluster.namespace}; the chart makes it, or give --namespace"
+            )
         elif (phase := claim.get("status", {}).get("phase")) != "Bound":
             yield Finding(False, f"the volume claim {name} is {phase}: pods wait for its volume")
 
@@ -203,7 +205,7 @@ def _runtime(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Itera
         yield Finding(
             False,
             f"ConfigMap {site.CONFIG_MAP} names no {site.LAUNCH_KEY}: every step works in its own pod; "
-            "compile with --launch pods or cpu",
+            "take --launch pods or cpu (the chart's pipelines.launch)",
         )
         if need.gpus > _per_node(settings):
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
@@ -294,7 +296,7 @@ def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) 
     fitting = [n for n in nodes if int(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
-        instead = "" if refused else "; compile with --launch cpu"
+        instead = "" if refused else "; take --launch cpu (the chart's pipelines.launch)"
         yield Finding(
             refused,
             f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",

@@ -44,8 +44,10 @@ def test_matching_files_pass_and_are_read_once(weights: Path, monkeypatch: pytes
 
 def test_another_file_is_refused_and_removed(weights: Path) -> None:
     """A damaged shard trains into garbage; left in place it would stay damaged for ever."""
-    with pytest.raises(DataError, match=r"llm/model\.safetensors: a file has another digest"):
+    with pytest.raises(DataError, match=r"llm/model\.safetensors: a file has another digest") as caught:
         warm({str(weights): {"llm/model.safetensors": _digest(b"others")}})
+    found, wanted = _digest(b"weights"), _digest(b"others")
+    assert f"got '{found}'" in str(caught.value) and f"The list says {wanted}" in str(caught.value)
     assert not (weights / "llm" / "model.safetensors").exists()
     assert (weights / "config.json").exists()
 

@@ -70,6 +70,11 @@ def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source
     assert caught.value.exit_code == Exit.USER and "\n" not in message
 
 
+def test_one_disk_is_named_once(tmp_path: Path) -> None:
+    """The runs and the store mostly share a folder; two equal lines look like two problems."""
+    assert len(checks.disk_problems(10**18, [tmp_path / "store", tmp_path / "runs"])) == 1
+
+
 @pytest.mark.parametrize(("content", "word"), [("{", "not JSON"), ("{}", "JSON list"), ("[]", "JSON list")])
 def test_annotation_files_must_be_lists_of_records(source: Source, content: str, word: str) -> None:
     """Found here in a second; found by validate after the environment was loaded."""
