@@ -80,7 +80,7 @@ def _reports(place: Place, said: str) -> None:
     lines = {line[12:].partition(":")[0]: line for line in said.splitlines() if line.startswith("  [")}
     for there in ("Kubeflow Trainer (ClusterTrainingRuntime)", "Kueue (ClusterQueue)", "Gateway API (HTTPRoute)"):
         assert lines[there].startswith("  [ok]")
-    for lacking in ("JobSet", *(f"Secret {namespace}/nvila-credentials" for namespace in place.extra)):
+    for lacking in ("JobSet", *(f"Secret {name}/nvila-credentials" for name in (place.namespace, *place.extra))):
         assert lines[lacking].startswith("  [missing]"), said
     classes = place.cluster.get("storageclasses")["items"]
     default = any("true" in str(item["metadata"].get("annotations", {})) for item in classes)
