@@ -80,7 +80,8 @@ def test_the_upload_is_a_command_that_exists() -> None:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     context = command.make_context(name, options)
     assert program == "nvila" and context.params["upload_only"]
-    assert (context.params["image"], context.params["quantize_image"]) == ("nvila/base:0.1.0", "nvila/quantize:0.1.0")
+    images = (context.params["image"], context.params["quantize_image"])
+    assert images == ("localhost/nvila/base:0.1.0", "localhost/nvila/quantize:0.1.0")
     assert (context.params["namespace"], context.params["launch"]) == ("team-a", "jobs")
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
     assert context.params["token_file"].parent in mounts
