@@ -60,6 +60,16 @@ class Cluster:
         """What helm said, whatever became of it."""
         return helm(*arguments, environment={"KUBECONFIG": self.kubeconfig})
 
+    def ask(self, kind: str, version: str, spec: Mapping[str, Any]) -> Any:
+        """The status of a review (of a token, of rights), which is answered and not kept."""
+        review = yaml.safe_dump({"apiVersion": version, "kind": kind, "spec": spec})
+        return json.loads(self.kubectl("create", "--filename", "-", "--output", "json", given=review))["status"]
+
+    def address(self) -> str:
+        """At which the node's pods reach this machine."""
+        addresses = self.get("nodes")["items"][0]["status"]["addresses"]
+        return str(next(item["address"] for item in addresses if item["type"] == "InternalIP"))
+
     def minor(self) -> int:
         """Of the server's version 1.x."""
         return int(json.loads(self.kubectl("version", "--output", "json"))["serverVersion"]["minor"].rstrip("+"))

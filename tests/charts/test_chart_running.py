@@ -65,8 +65,7 @@ def _free_ports(address: str, count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def store(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    addresses = cluster.get("nodes")["items"][0]["status"]["addresses"]
-    address = next(item["address"] for item in addresses if item["type"] == "InternalIP")
+    address = cluster.address()
     folder = tmp_path_factory.mktemp("s3")
     identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))

@@ -77,6 +77,8 @@ class StandIn:
         """What a run looks like, each time that it is asked for; the last stays."""
         self.terminated: list[str] = []
         self.asked: list[str] = []
+        self.tokens: set[str] = set()
+        """Bearer tokens that came."""
         self.problems: list[str] = []
 
     def install(self, name: str, namespace: str | None = None, versions: int = 1) -> None:
@@ -88,6 +90,8 @@ class StandIn:
 
     def answer(self, method: str, path: str, query: dict[str, str], headers: Message, body: bytes) -> Answer:
         """One request."""
+        if token := headers.get("Authorization"):
+            self.tokens.add(token.removeprefix("Bearer "))
         for index, (failing, pattern, status) in enumerate(self.failing):
             if failing == method and re.search(pattern, path):
                 del self.failing[index]
@@ -231,8 +235,8 @@ class StandIn:
 
 
 @contextmanager
-def standing_in() -> Iterator[StandIn]:
-    """A stand-in that listens. At the end it must have had nothing to complain of."""
+def standing_in(address: str = "127.0.0.1") -> Iterator[StandIn]:
+    """A stand-in that listens there. At the end it must have had nothing to complain of."""
     stand_in = StandIn()
 
     class Handler(BaseHTTPRequestHandler):
@@ -262,9 +266,9 @@ def standing_in() -> Iterator[StandIn]:
         def log_message(self, format: str, *args: Any) -> None:
             """Nothing: the tests look at `asked`."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((address, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    stand_in.url = f"http://127.0.0.1:{server.server_port}"
+    stand_in.url = f"http://{address}:{server.server_port}"
     try:
         yield stand_in
     finally:
