@@ -30,7 +30,7 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns
   step         4 R for fp32 gradients under bf16 (ZeRO 1 to 3: / N), when the activations are gone
-  loading      4 P before the first step, on every GPU"""
+  loading      e P before the first step, on every GPU"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def memory(
         activations=max(
             activations(shape, batch, trainable, element, recompute)[1], shared(4 * trained, 1) if master else 0
         ),
-        loading=4 * total,
+        loading=element * total,
     )
 
 
