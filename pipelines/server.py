@@ -22,6 +22,7 @@ TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
 TIMEOUT_SECONDS = (5.0, 60.0)
 """To connect, and to wait for an answer."""
 PAGE = 100
+_BUSY = (429, 500, 502, 503, 504)
 
 
 class ServerDown(NvilaError):
@@ -55,7 +56,7 @@ class Server:
         # Requests that change nothing are tried again; a run must not be created twice. Redirections lead to a page for
         # people, whose text the client would take for an answer without any values.
         configuration.retries = Retry(
-            total=4, redirect=False, backoff_factor=0.3, status_forcelist=(500, 502, 503, 504), raise_on_status=False
+            total=4, redirect=False, backoff_factor=0.3, status_forcelist=_BUSY, raise_on_status=False
         )
         configuration.api_key_prefix["authorization"] = "Bearer"
         configuration.refresh_api_key_hook = self._refresh_token
@@ -134,8 +135,18 @@ class Server:
             raise
 
     def create_run(self, run: V2beta1Run) -> V2beta1Run:
-        """Start a run."""
-        return self._call(self._runs.run_service_create_run, run=run)
+        """Start a run.
+
+        Raises:
+            ServerDown: nobody knows whether it was started.
+        """
+        try:
+            started = self._call(self._runs.run_service_create_run, run=run)
+        except ServerDown as error:
+            raise ServerDown(f"{error} Look there for the run before you submit it again.") from None
+        if not started.run_id:
+            raise self._elsewhere("it names no run that it has started")
+        return started
 
     def run(self, run_id: str) -> V2beta1Run:
         """A run with the details of its tasks."""
@@ -174,7 +185,7 @@ class Server:
         try:
             answer = method(*args, **kwargs, _request_timeout=TIMEOUT_SECONDS)
         except ApiException as error:
-            raise self._explained(error.status, error.body) from None
+            raise self._explained(error.status, error.body or error.reason) from None
         except HTTPError as error:
             reason = self._without_token(str(getattr(error, "reason", None) or error))
             raise ServerDown(
@@ -184,9 +195,19 @@ class Server:
                 if "CERTIFICATE" in reason
                 else "Is the URL right, and can this machine reach it?",
             ) from None
-        if self._client.last_response.data.lstrip()[:1] not in ("", "{"):
-            raise self._elsewhere("it answers with a page")
+        except (ValueError, TypeError, AttributeError) as error:  # the client's own, of an answer that fits no model
+            raise self._unreadable(type(error).__name__) from None
+        text = self._client.last_response.data
+        if not text.lstrip().startswith("{"):
+            raise self._elsewhere("it answers with a page" if text.strip() else "it answers with nothing")
+        try:
+            json.loads(text)
+        except ValueError:  # the client takes what is cut off for an answer without any values
+            raise self._unreadable("it is no JSON") from None
         return answer
+
+    def _unreadable(self, found: str) -> ServerDown:
+        return ServerDown(f"the answer cannot be read: {found}", where=self.host)
 
     def _elsewhere(self, found: str) -> ConfigError:
         return ConfigError(
@@ -197,6 +218,8 @@ class Server:
 
     def _explained(self, status: int, body: str | bytes | None) -> NvilaError:
         said = self._without_token(_message(body))
+        if not status:  # the client's own word for an answer that fits no model
+            return self._unreadable(said)
         if status == 401:
             return ConfigError(
                 "the server does not accept the token" if self._token() else "the server asks for a token",
@@ -208,17 +231,17 @@ class Server:
         if 300 <= status < 400:
             return self._elsewhere(f"it sends us elsewhere ({status})")
         kinds: dict[int, type[NvilaError]] = {404: _NotFound, 409: Conflict}
-        if status >= 500:
+        if status in _BUSY or status >= 500:
             return ServerDown(f"the server answers {status}: {said}", where=self.host)
         return kinds.get(status, ConfigError)(f"the server refuses ({status}): {said}", where=self.host)
 
     def _token(self) -> str:
         if self._token_file:
-            return _readable(self._token_file, "--token-file").strip()
+            return _token_of(self._token_file, "--token-file")
         if token := os.environ.get(TOKEN_VARIABLE):
             return token
         renewed = os.environ.get(TOKEN_FILE_VARIABLE)
-        return _readable(Path(renewed), TOKEN_FILE_VARIABLE).strip() if renewed else ""
+        return _token_of(Path(renewed), TOKEN_FILE_VARIABLE) if renewed else ""
 
     def _refresh_token(self, configuration: Any) -> None:
         if token := self._token():
@@ -239,22 +262,26 @@ class _NotFound(ConfigError):
 
 
 def patiently(call: Callable[[], T], seconds: float, told: Callable[[str], None], pause_seconds: float) -> T:
-    """The call's result, tried again for so long while the server is down; `told` gets one line the first time.
+    """The call's result, tried again for so long while there is none; `told` gets a line of each new reason.
+
+    A token that has expired is such a reason: it is renewed in its file, sooner or later. What is not there stays away.
 
     Raises:
-        ServerDown: it was down for longer.
+        NvilaError: there was none for longer.
     """
     began = time.monotonic()
-    silent = True
+    last = ""
     while True:
         try:
             return call()
-        except ServerDown as error:
+        except _NotFound:
+            raise
+        except NvilaError as error:
             if time.monotonic() - began > seconds:
                 raise
-            if silent:
-                told(f"{error}; the run goes on, trying again")
-                silent = False
+            if str(error) != last:
+                told(f"{str(error).rstrip('.')}; the run goes on, trying again")
+                last = str(error)
             time.sleep(pause_seconds)
 
 
@@ -263,6 +290,15 @@ def _readable(path: Path, option: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=option, value=str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("is no text", where=option, value=str(path)) from None
+
+
+def _token_of(path: Path, option: str) -> str:
+    token = _readable(path, option).strip()
+    if len(token.split()) != 1 or not token.isascii():
+        raise ConfigError("holds no token", where=option, value=str(path))
+    return token
 
 
 def _message(body: str | bytes | None) -> str:
@@ -273,4 +309,9 @@ def _message(body: str | bytes | None) -> str:
         text = str(content.get("message") or content.get("error") or text) if isinstance(content, dict) else text
     except ValueError:
         pass
-    return " ".join(text.split())[:300] or "no reason given"
+    return plain(text)[:300] or "no reason given"
+
+
+def plain(text: str) -> str:
+    """One line of text from elsewhere, without what would move a terminal's cursor or change its colours."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())

@@ -20,7 +20,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe, shipped
 from nvila.pipelines.overrides import parse_overrides
-from nvila.pipelines.server import Conflict, Server, patiently
+from nvila.pipelines.server import Conflict, Server, patiently, plain
 from nvila.pipelines.steps import STEPS
 from nvila.pipelines.watch import StepState, Watch
 
@@ -33,6 +33,7 @@ POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 1800.0
 """How long `--wait` bears with a server that is down: an upgrade of the cluster's control plane."""
 _ENDED = {"SUCCEEDED": Exit.DONE, "SKIPPED": Exit.DONE, "FAILED": Exit.FAULT, "CANCELED": Exit.PREEMPTED}
+_NO_YEAR = 1970
 _STATUS = {"SUCCEEDED": "done", "CANCELING": "cancelling", "CANCELED": "cancelled", "PENDING": "waiting"}
 
 
@@ -147,7 +148,8 @@ def submit(
             service_account=wanted.service_account,
         )
     )
-    console.print(f"run {started.display_name}: {server.run_url(started.run_id)}", highlight=False, soft_wrap=True)
+    where = server.run_url(started.run_id)
+    console.print(f"run {started.display_name}: {where}", markup=False, highlight=False, soft_wrap=True)
     return _wait(server, started, console) if wait else int(Exit.DONE)
 
 
@@ -230,9 +232,10 @@ def _asked() -> str:
         return "l"
     try:
         while True:
-            answer = input("\nCancel the run (c), leave it running (l), or go on waiting (w)? ").strip().lower()[:1]
-            if answer in ("c", "l", "w"):
-                return answer
+            answer = input("\nCancel the run (c), leave it running (l), or go on waiting (w)? ").strip().lower()
+            # Whole words only: "continue" is no wish to cancel.
+            if answer in ("c", "cancel", "l", "leave", "w", "wait"):
+                return answer[0]
     except (KeyboardInterrupt, EOFError):
         return "l"
 
@@ -271,7 +274,7 @@ def _failed(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
 def _reason(task: V2beta1PipelineTaskDetail) -> str:
     """What the server says about a failure, in one line."""
     errors = [task.error, *(status.error for status in reversed(task.state_history or []))]
-    return next((" ".join(e.message.split()) for e in errors if e and e.message), "no reason given")
+    return next((plain(e.message) for e in errors if e and e.message), "no reason given")
 
 
 def _code_in(reason: str) -> Exit | None:
@@ -288,5 +291,12 @@ def _state(name: str, task: Any, now: datetime) -> StepState:
     if status == "failed":
         note = _reason(task)
         status = {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(_code_in(note) or Exit.FAULT, "failed")
-    seconds = ((task.end_time or now) - task.start_time).total_seconds() if task.start_time else 0.0
-    return StepState(name, status, max(seconds, 0.0), note, {})
+    return StepState(name, status, _seconds(task, now), note, {})
+
+
+def _seconds(task: V2beta1PipelineTaskDetail, now: datetime) -> float:
+    """From start to end, or to now. Times that are not known yet come as the year 1 or 1970."""
+    start, end = task.start_time, task.end_time
+    if start is None or start.year <= _NO_YEAR:
+        return 0.0
+    return max(((now if end is None or end.year <= _NO_YEAR else end) - start).total_seconds(), 0.0)

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nvila.pipelines.steps import STEPS
 
@@ -70,7 +71,7 @@ class Watch:
         """Read the states and show what is new."""
         states = self._read()
         if self._live:
-            self._live.update(Group(self._title(), step_table(states)))
+            self._live.update(Group(Text(self._title()), step_table(states)))
         else:
             self._lines(states)
 
@@ -81,7 +82,7 @@ class Watch:
         for state in states:
             if state.status != self._seen.get(state.name, "waiting"):
                 self._seen[state.name] = state.status
-                took = "" if state.status == "running" else f" in {state.seconds:.1f} s"
+                took = "" if state.status in ("running", "waiting") else f" in {state.seconds:.1f} s"
                 self._say(f"{state.name}: {state.status}{took}")
         if time.monotonic() - self._spoke > PROGRESS_EVERY_SECONDS:
             running = [f"{s.name}: {s.note or 'running'} [{s.seconds:.0f} s]" for s in states if s.status == "running"]

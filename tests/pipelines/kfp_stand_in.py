@@ -65,6 +65,8 @@ class StandIn:
         """Most items on a page, whatever is asked for."""
         self.failing: list[tuple[str, str, int]] = []
         """Method, pattern of the path and status: each is answered once."""
+        self.broken: dict[str, bytes] = {}
+        """What is sent for a call, such as `POST /runs`, in place of its answer."""
         self.listings = 0
         self.hidden: Container[int] = ()
         """Which listings leave out what is there, as if it came while we looked; the next one is number 1."""
@@ -254,7 +256,7 @@ def standing_in(address: str = "127.0.0.1") -> Iterator[StandIn]:
             except Exception as problem:
                 stand_in.problems.append(f"{self.command} {self.path}: {problem!r}")
                 status, answer = 400, {"message": repr(problem)}
-            content = json.dumps(answer).encode()
+            content = stand_in.broken.get(stand_in.asked[-1], json.dumps(answer).encode())
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import pty
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from kfp_stand_in import STARTED, TOKEN, StandIn, standing_in
 from rich.console import Console
 from typer.testing import CliRunner
 
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.runner.code import code_digest
 from nvila.pipelines import cluster
@@ -28,6 +31,7 @@ from nvila.pipelines.cluster import NAME
 from nvila.pipelines.server import Server, ServerDown
 from nvila.pipelines.steps import STEPS
 from nvila.pipelines.submit import Version, Wanted, namespace_of, upload
+from nvila.pipelines.watch import Watch
 
 SHARED = Wanted()
 COMPILED = functools.cache(cluster.compiled)
@@ -181,6 +185,15 @@ def test_the_token_is_asked_for_sent_and_never_shown(
         Server(kfp.url, token_file=tmp_path / "none")
 
 
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"one\ntwo", b"\xff\xfe\x00"])
+def test_a_file_without_a_token_is_named(kfp: StandIn, tmp_path: Path, content: bytes) -> None:
+    """Who has given --token-file was told to give it, or saw a traceback of the HTTP library."""
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--token-file: (holds no token|is no text)"):
+        Server(kfp.url, token_file=file)
+
+
 @pytest.mark.parametrize("status", [302, 200])
 def test_a_page_to_log_in_is_no_answer(status: int) -> None:
     """Kubeflow sends whoever has no valid token there; a run that was never started was reported as started."""
@@ -216,6 +229,15 @@ def test_a_fault_of_the_server_is_waited_out_where_nothing_is_made(kfp: StandIn)
     with pytest.raises(ServerDown, match=r"answers 500"):
         _submit(kfp, Version())
     assert kfp.asked.count("POST /runs") == 2 and len(kfp.runs) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"run_id": "r0", "sta', b"null", b'{"run_id": "\xff"}'])
+def test_an_answer_that_breaks_off_starts_no_run(kfp: StandIn, body: bytes) -> None:
+    """`run None` was reported as started, with exit code 0."""
+    kfp.install(NAME)
+    kfp.broken["POST /runs"] = body
+    with pytest.raises(NvilaError, match=r"cannot be read|names no run|nothing|a page"):
+        _submit(kfp, Version())
 
 
 def test_more_than_a_page_is_read(kfp: StandIn) -> None:
@@ -306,6 +328,47 @@ def test_waiting_outlives_the_server(kfp: StandIn) -> None:
     assert code == 0 and output.count("trying again") == 1
 
 
+@pytest.mark.parametrize("status", [401, 403, 302, 429])
+def test_waiting_outlives_a_token(kfp: StandIn, status: int) -> None:
+    """Tokens live an hour, runs for days: the wait ended with the exit code of a wrong recipe."""
+    kfp.install(NAME)
+    kfp.failing = [("GET", "runs/", status)] * 6
+    code, output = _submit(kfp, Version(), wait=True)
+    assert code == 0 and "the run goes on, trying again" in output
+
+
+def test_waiting_for_a_run_that_is_gone_ends(kfp: StandIn) -> None:
+    """It was deleted in the UI."""
+    kfp.install(NAME)
+    kfp.failing = [("GET", "runs/", 404)]
+    with pytest.raises(ConfigError, match="404"):
+        _submit(kfp, Version(), wait=True)
+
+
+@pytest.mark.parametrize("none", ["0001-01-01T00:00:00Z", "1970-01-01T00:00:00Z"])
+def test_times_that_are_not_yet_known(none: str) -> None:
+    """Kubeflow gives the end of a running step as the year 1 or 1970: every step was shown as 0 seconds old."""
+    from kfp_server_api import ApiClient
+
+    def state(step: str, **times: str) -> float:
+        answer = SimpleNamespace(data=json.dumps(_task(step, "RUNNING", **times)))
+        task = ApiClient().deserialize(answer, "V2beta1PipelineTaskDetail")
+        return submitting._state(step, task, datetime(2026, 11, 22, 10, 2, tzinfo=UTC)).seconds
+
+    assert state("resolve", end_time=none) == 120
+    assert state("resolve", start_time=none, end_time=none) == 0
+
+
+def test_names_are_no_markup(kfp: StandIn) -> None:
+    """`[v2]` vanished from a name, and `[/x]` was a traceback after the run had been started."""
+    kfp.install(NAME)
+    code, output = _submit(kfp, Version(), Wanted(run_name="try [v2] [/x]"), wait=True)
+    assert code == 0 and "run try [v2] [/x]:" in output
+    shown = Console(file=io.StringIO(), force_terminal=True)
+    with Watch("[/x]", list, shown) as watch:
+        watch.refresh()
+
+
 def test_every_step_has_a_row() -> None:
     """The table is the DAG, also before the server knows of it."""
     from kfp_server_api import V2beta1Run
@@ -313,7 +376,9 @@ def test_every_step_has_a_row() -> None:
     assert [state.name for state in submitting.states(V2beta1Run())] == list(STEPS)
 
 
-@pytest.mark.parametrize(("typed", "cancelled", "says"), [("x\nc\n", True, "cancelled"), ("l\n", False, "goes on")])
+@pytest.mark.parametrize(
+    ("typed", "cancelled", "says"), [("continue\nc\n", True, "cancelled"), ("l\n", False, "goes on")]
+)
 def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled: bool, says: str) -> None:
     """Training that goes on unwanted costs a node; training that is cancelled unasked costs days."""
     kfp.install(NAME)
@@ -334,6 +399,7 @@ def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled
     shown = _read_until(ours, "(w)?")
     os.write(ours, typed.encode())
     shown += _read_until(ours, says)
+    assert shown.count("(w)?") == typed.count("\n")
     assert process.wait(timeout=30) == Exit.PREEMPTED
     assert (kfp.terminated == ["r0"]) is cancelled and "Traceback" not in shown
     os.close(ours)
