@@ -1,7 +1,7 @@
 """One sample ready for the model: its turns, its media as tiles, and the markers that stand for them.
 
-The only place that decides between tiling and one tile (spec section 1.8), so that training, scoring and generation
-cannot differ.
+The only place that decides between tiling and one tile, so that training, scoring and generation cannot differ: a
+picture is tiled when it is the sample's only one, clips beside it or not.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_prompt(
         pixels: keep tiles as uint8.
         system: system prompt; None takes the template's own.
     """
-    alone = tile_all or len(media) == 1
+    alone = tile_all or sum(isinstance(medium, Image.Image) for medium in media) == 1
     visuals: list[Visual] = []
     markers: list[str] = []
     for medium in media:

@@ -4,6 +4,7 @@ import pytest
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.conversation import Turn, encode, place_media, render
+from nvila.components.model.preprocess import preprocess_image
 from nvila.components.model.prompt import make_prompt
 
 DIALOGUE = [
@@ -82,3 +83,13 @@ def test_prompt_markers_match_visuals(configure: Any, picture: Any, tokenizer: A
                 assert [{image: "image", video: "video"}[i] for i in ids if i in (image, video)] == kinds
     tiled = make_prompt([Turn("human", "<image>\nHm?")], media[:1], configure(vision_mode="dynamic"))
     assert "user\n" + "<image>\n" * 7 + "Hm?" in render(tiled.turns, markers=tiled.markers)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "dynamic_s2"])
+def test_a_clip_beside_a_picture_leaves_it_tiled(configure: Any, picture: Any, mode: str) -> None:
+    """Prevents answers of `nvila infer` from differing from the endpoint's, which counts pictures, as the reference."""
+    config, clip = configure(vision_mode=mode), [picture(seed=i) for i in range(4)]
+    tiles = [visual.tiles.shape for visual in preprocess_image(picture(84, 56), config)]
+    for media in ([picture(84, 56), clip], [clip, picture(84, 56)]):
+        prompt = make_prompt([Turn("human", "Hm?")], media, config)
+        assert [visual.tiles.shape for visual in prompt.visuals if visual.kind == "image"] == tiles
