@@ -25,7 +25,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
 
     Args:
         settings: architecture; `base.vision_tower` and `base.llm` name the weights.
-        seed: of the projector's initial weights (torch's default initialisation, spec section 3.2).
+        seed: of the projector's initial weights, torch's default initialisation as in the reference.
         folder: gets `config.json`, `llm/`, `vision_tower/`, `mm_projector/`.
 
     Raises:

@@ -92,7 +92,7 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits(), *, fps
     """`frames` RGB frames at round(linspace(0, n - 1, frames)) of the n that decode; short videos repeat frames.
 
     With `fps` above 0 they are at most `frames` from the beginning, one each 1 / fps seconds by the file's average
-    frame rate; a folder has no rate and is spread evenly. Spec section 1.9. `path` is a video file or a folder of
+    frame rate; a folder has no rate and is spread evenly. `path` is a video file or a folder of
     frames, which are taken in the order of their names. Only the groups of pictures that hold the wanted frames are
     decoded. Where one of them is damaged, the frames are chosen among those before the first damage of the file;
     `validate` quarantines such files before training.

@@ -1,4 +1,4 @@
-"""Models from and to checkpoints, safetensors only: three folders both ways, the flat layout in; spec section 2.
+"""Models from and to checkpoints, safetensors only: three folders both ways, the flat layout in.
 
 Reading runs no code of the checkpoint and unpickles nothing. Names inside the files are the reference's. What a
 checkpoint is, without loading it, is found in `layouts`; `convert` goes from one layout to another.
@@ -97,7 +97,7 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
 
 
 def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
-    """Read a checkpoint of the flat native-HF layout (spec section 2.3), as `load_native`."""
+    """Read a checkpoint of the flat layout (published as NVILA-8B-hf), as `load_native`."""
     folder = Path(folder)
     wanted = _dtype(dtype)
     config, tokenizer = read_hf_config(folder), load_tokenizer(folder)

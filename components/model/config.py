@@ -25,7 +25,7 @@ LINE_BREAK_AFTER = ("", "\n", "")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one NVILA; spec section 1.
+    """Architecture of one NVILA.
 
     Raises:
         ConfigError: fields that cannot work together.
@@ -118,7 +118,7 @@ class ModelConfig:
         return int(self.llm["hidden_size"])
 
     def to_json(self) -> dict[str, Any]:
-        """The reference's top-level `config.json` (spec section 2.1)."""
+        """The reference's top-level `config.json`."""
         pooled = self.video_pool_sizes != ((1, 1, 1),) or bool(self.video_texts[2])
         video = {"_target_": f"llava.model.encoders.{'TSP' if pooled else 'Basic'}VideoEncoder"}
         ends = {"start_tokens": None, "end_tokens": "\n"}

@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels in a chat template, Qwen2's by default; spec section 1.10.
+"""Conversations to token ids and labels in a chat template, Qwen2's by default.
 
 Media stay single marker tokens here; `splice` puts their embeddings in place later.
 """
@@ -15,7 +15,7 @@ from nvila.components.model.templates import QWEN2, Template
 
 IMAGE_TOKEN, VIDEO_TOKEN, SENTINEL_TOKEN = "<image>", "<vila/video>", "<vila/sentinel>"
 MARKERS = (SENTINEL_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN)
-"""Tokens added to a saved tokenizer at load time, in the order of their ids (section 1.4)."""
+"""Tokens added to a saved tokenizer at load time, in the order of their ids, which is the reference's."""
 IGNORED = -100
 """Label of a position that is not supervised."""
 

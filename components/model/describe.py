@@ -18,7 +18,7 @@ from nvila.components.model.variants import variant_of
 from nvila.components.model.visual import Lengths, token_count
 
 GROUP = 128
-"""Weights that share a scale and a zero point in W4A16; spec section 7."""
+"""Weights that share a scale and a zero point in W4A16, as in llm-awq."""
 W4_BYTES = (4 + (16 + 4) / GROUP) / 8
 """Of one weight: 4 bits, and its share of a 16-bit scale and a 4-bit zero point."""
 _BLOCK_LINEAR = re.compile(r"llm\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")

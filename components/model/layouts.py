@@ -1,4 +1,4 @@
-"""The layouts a checkpoint may have, recognised and read into one form; spec section 2. No tensor is loaded here.
+"""The layouts a checkpoint may have, recognised and read into one form. No tensor is loaded here.
 
 native: three folders, as trained. vila: the same with a configuration for remote code. hf: one flat folder with
 `text_config` and `vision_config`. serving: our own flat folder for vLLM. No code of a checkpoint is ever run.

@@ -1,4 +1,4 @@
-"""The model: SigLIP tower, projector and Qwen2 decoder around the spliced sequence; spec section 1.
+"""The model: SigLIP tower, projector and Qwen2 decoder around the spliced sequence (`llava/model/llava_arch.py`).
 
 The mathematics lies in `visual`, `splice` and their neighbours; this file joins them to transformers' sub-models.
 """
@@ -347,7 +347,7 @@ def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
 
 
 def _long_context(config: ModelConfig) -> dict[str, Any]:
-    """The decoder's configuration, its rotary positions stretched where sequences may outgrow them (section 1.3)."""
+    """The decoder's configuration, its rotary positions stretched where sequences may outgrow them."""
     llm = dict(config.llm)
     limit = int(llm.get("max_position_embeddings", config.max_length_tokens))
     if config.max_length_tokens <= limit:

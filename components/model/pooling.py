@@ -1,4 +1,4 @@
-"""Mean pooling of a video's projected tokens over time and space (TSP encoder); paper section 2.2, spec section 1.6."""
+"""Mean pooling of a video's projected tokens over time and space; paper section 2.2, `llava/model/encoders/video`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a picture or the frames of a video to the tower's input tiles; spec sections 1.7 and 1.8.
+"""From a picture or the frames of a video to the tower's input tiles (`llava/mm_utils.py`).
 
 Decoding files and sampling frames happens before (data.media); the tower and everything behind it comes after.
 """

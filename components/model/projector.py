@@ -1,4 +1,4 @@
-"""The projectors between tower and decoder, with the reference's state-dict names; spec section 1.2."""
+"""The projectors between tower and decoder, with the reference's state-dict names (`base_projector.py`)."""
 
 from __future__ import annotations
 

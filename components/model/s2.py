@@ -1,4 +1,4 @@
-"""Stacking the features of several scales (S2, Dynamic-S2): plain tensor functions; spec section 1.7.
+"""Stacking the features of several scales (S2, Dynamic-S2): plain tensor functions; `llava/model/llava_arch.py`.
 
 Sits between the vision tower and the projector. Legend: V visuals, T tiles of each, N features of a tile (s x s),
 C channels, R x K blocks.

@@ -1,4 +1,4 @@
-"""Putting visual embeddings in the place of media tokens; spec section 1.5.
+"""Putting visual embeddings in the place of media tokens (`_embed` in `llava/model/llava_arch.py`).
 
 Padding is dropped before anything is indexed, so left- and right-padded input give the same sequences.
 """

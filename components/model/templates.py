@@ -1,4 +1,4 @@
-"""Chat templates as data: Qwen2's, which NVILA speaks, and those of older VILA models; spec section 1.10."""
+"""Chat templates as data: Qwen2's, which NVILA speaks, and those of older VILA models (`llava/conversation.py`)."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def template_for(model_name: str) -> Template:
 def stop_tokens(tokenizer: Any, template: Template = QWEN2) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end of sequence, and what the template puts behind an answer.
 
-    With Qwen2's template and an instruct tokenizer that is `<|im_end|>` alone (spec section 1.4).
+    With Qwen2's template and an instruct tokenizer that is `<|im_end|>` alone.
     """
     ends = [end for end in (template.answer_end, template.last_end) if end]
     pieces = tokenizer(ends, add_special_tokens=False)["input_ids"]

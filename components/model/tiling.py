@@ -1,4 +1,4 @@
-"""Which grid of tiles an image gets: pure integer functions of its size; spec sections 1.7 and 1.8."""
+"""Which grid of tiles an image gets: pure integer functions of its size (`llava/mm_utils.py`)."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def closest_grid(width: int, height: int, candidates: Sequence[Grid], tile_pixel
 
 
 def dynamic_grid(width: int, height: int, tile_pixels: int, max_tiles: int) -> Grid:
-    """Grid of the dynamic tiling of NVILA-Lite: 1 to `max_tiles` tiles (section 1.8)."""
+    """Grid of the dynamic tiling of NVILA-Lite: 1 to `max_tiles` tiles (`dynamic_preprocess`)."""
     return closest_grid(width, height, candidate_grids(1, max_tiles), tile_pixels)
 
 
 def dynamic_s2_grid(width: int, height: int, scales: Sequence[int], max_tiles: int) -> Grid:
-    """Grid of the last scale of Dynamic-S2: at least as many tiles as its square has (section 1.7)."""
+    """Grid of the last scale of Dynamic-S2: at least as many tiles as its square has (`dynamic_s2_preprocess`)."""
     square = (scales[-1] // scales[0]) ** 2
     return closest_grid(width, height, candidate_grids(square, max_tiles), scales[0])

@@ -1,4 +1,4 @@
-"""Time tokens `<t0>`, `<t1>`, ... that divide a video evenly, and the loss that knows their order; spec section 3.3.
+"""Time tokens `<t0>`, `<t1>`, ... that divide a video evenly, and a loss that knows their order; `llava/model/loss.py`.
 
 They are ordinary tokens of the saved vocabulary: before stage 5 they are added with `add_time_tokens`, and from then
 on found by their names.

@@ -1,4 +1,4 @@
-"""Tokenizers: training a small one of Qwen2's kind, loading, saving, and the ids the model needs; spec section 1.4.
+"""Tokenizers: training a small one of Qwen2's kind, loading, saving, and the ids the model needs.
 
 The media markers exist at run time only: `with_markers` adds them after the saved tokens and `save_tokenizer` leaves
 them out, so that a checkpoint's vocabulary stays the decoder's own.

@@ -1,4 +1,4 @@
-"""The tower's feature: the hidden state at `select_layer`, without computing the blocks above it; spec section 1.1."""
+"""The tower's feature: the hidden state at `select_layer`, without computing the blocks above it."""
 
 from __future__ import annotations
 

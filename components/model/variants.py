@@ -1,4 +1,4 @@
-"""The published variants as configurations, and models without weights to count and check by; spec section 1.3."""
+"""The published variants as configurations, and models without weights to count and check by."""
 
 from __future__ import annotations
 

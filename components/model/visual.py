@@ -1,6 +1,6 @@
 """From tiles to the embeddings that replace media tokens: tower, scales, projector, pooling, line breaks.
 
-Plain torch, shared by the torch model and the vLLM plugin: the tower is any callable. Spec sections 1.5 to 1.7.
+Plain torch, shared by the torch model and the vLLM plugin: the tower is any callable.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TOWER_PATTERN = r"^vision_tower\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.(fc1|fc2))$"
 LLM_PATTERN = r"^llm\.model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)$"
 PLAIN_PATTERN = r"^(mm_projector\..*|llm\.lm_head)$"
-"""Stays bf16: small, and the first and last to touch every token (spec section 7 quantizes neither)."""
+"""Stays bf16: small, and the first and last to touch every token."""
 UNUSED = "unused"
 """Scheme of a Linear above the tower's selected block: not part of the checkpoint."""
 PLAIN = "bf16"

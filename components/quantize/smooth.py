@@ -1,7 +1,7 @@
-"""SmoothQuant for the vision tower: moves activation outliers into the weights, changing no output; spec section 7.
+"""SmoothQuant for the vision tower: moves activation outliers into the weights, changing no output (arXiv 2211.10438).
 
-Only LayerNorm -> q, k, v and LayerNorm -> fc1, as in the reference deployment; out_proj and fc2 stay as they are. The
-activation scale is max|x| over the calibration tiles.
+Only LayerNorm -> q, k, v and LayerNorm -> fc1, as in llm-awq's deployment of NVILA; out_proj and fc2 stay as they are.
+The activation scale is max|x| over the calibration tiles.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class BoundedConnector(MediaConnector):
         return await asyncio.to_thread(self.fetch_image, image_url)
 
     def fetch_video(self, video_url: str, **_: Any) -> MediaWithBytes[tuple[np.ndarray, dict[str, Any]]]:
-        """Frames (F, H, W, 3) uint8, spread as in spec section 1.9; F is `num_frames` of `--media-io-kwargs`.
+        """Frames (F, H, W, 3) uint8, spread as `load_video_frames` does; F is `num_frames` of `--media-io-kwargs`.
 
         vLLM refuses requests that bring their own `media_io_kwargs`, and the processor any other F than the model's.
         """

@@ -82,7 +82,7 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
     """Cuts pictures and frames into tiles and expands the markers."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """A picture is tiled only when it is the prompt's only one (spec section 1.8).
+        """A picture is tiled only when it is the prompt's only one.
 
         The rule looks at the whole prompt while vLLM processes and caches item by item, so it travels with the item's
         options, which are part of the cache's key.

@@ -18,7 +18,7 @@ from vllm.model_executor.models.siglip import SiglipVisionModel
 def build_tower(
     config: SiglipVisionConfig, select_layer: int, quant_config: QuantizationConfig | None, prefix: str
 ) -> SiglipVisionModel:
-    """The tower up to the block whose output is the feature, without post_layernorm and head (spec section 1.1).
+    """The tower up to the block whose output is the feature, without post_layernorm and head.
 
     Args:
         config: sizes of the whole tower.

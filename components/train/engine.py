@@ -177,7 +177,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: LayerNorm weights and biases do not decay (spec section 3.2)."""
+    """AdamW groups: LayerNorm weights and biases do not decay, as in the reference."""
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ PROJECTORS = (
     r"|(token_learner|perceiver)_[1-9]\d{0,3})$"
 )
 Projector = Annotated[str, Field(pattern=PROJECTORS)]
-"""The reference's names (spec section 1.2), and those of the paper's ablation with their number of tokens."""
+"""The reference's names, and those of the paper's ablation (table 1) with their number of tokens."""
 
 
 class TowerSizes(Section):
@@ -75,7 +75,7 @@ class Base(Section):
 
 
 class Video(Section):
-    """How a video becomes tokens; spec sections 1.6 and 1.9."""
+    """How a video becomes tokens: frames, then pooling (paper section 2.2)."""
 
     frames: int = Field(default=8, ge=1, le=4096)
     pool_sizes: list[tuple[PositiveInt, PositiveInt, PositiveInt]] = Field(default=[(1, 1, 1)], min_length=1)
@@ -83,7 +83,7 @@ class Video(Section):
 
 
 class ModelSettings(Section):
-    """Architecture of the model; spec section 1."""
+    """Architecture of the model."""
 
     variant: str
     vision_mode: VisionMode = "dynamic_s2"

@@ -1,4 +1,4 @@
-"""Recipe section `prune`: DeltaLoss pruning of the SFT data; paper section 2.3, spec section 4."""
+"""Recipe section `prune`: DeltaLoss pruning of the SFT data; paper section 2.3."""
 
 from __future__ import annotations
 

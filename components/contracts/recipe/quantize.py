@@ -1,4 +1,4 @@
-"""Recipe section `quantize`: W8A8 vision tower and W4A16 language model; paper section 2.5, spec section 7."""
+"""Recipe section `quantize`: W8A8 vision tower and W4A16 language model; paper section 2.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipe section `train`: the table of the five stages; paper table 8, spec section 3.1."""
+"""Recipe section `train`: the table of the five stages; paper section 3.1 and table 8."""
 
 from __future__ import annotations
 
