@@ -22,7 +22,7 @@ TOOLS := .tools/.made-from-$(KUBE_VERSION)-$(firstword $(shell sha256sum require
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: env ## Run the whole lifecycle on this machine (RECIPE=tiny)
