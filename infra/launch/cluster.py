@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from nvila.infra.launch.job import API
-from nvila.infra.launch.requests import Exists, NotThere, Requests, broken
+from nvila.infra.launch.requests import Exists, NotThere, Requests, broken, read
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the pods of a TrainJob: the JobSet made for it, which has its name."""
@@ -86,7 +85,7 @@ class Cluster:
         try:
             with self._requests.lines(self._jobs, query, silence_seconds=seconds + 5) as lines:
                 for line in lines:
-                    if json.loads(line)["type"] in ("ADDED", "MODIFIED", "DELETED"):
+                    if read(line).get("type") in ("ADDED", "MODIFIED", "DELETED"):
                         return
         except broken():
             pass
@@ -128,6 +127,6 @@ class Cluster:
         """Asked once: what is only for show must not hold anything up."""
         try:
             with self._requests.lines(path, query or {}, _ASIDE_SECONDS) as lines:
-                return dict(json.loads(b"\n".join(lines)))
+                return read(b"\n".join(lines))
         except broken():
             return None

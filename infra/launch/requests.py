@@ -26,7 +26,7 @@ _LONGEST_PAUSE_SECONDS = 15.0
 _DENIED = (401, 403, 404)
 _NO_TLS = 0
 """The client's status where no TLS session came about: a wrong certificate, a balancer without a server behind it."""
-_PASSING = (_NO_TLS, 408, 410, 425, 429)
+_PASSING = (_NO_TLS, 408, 409, 410, 425, 429)
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,11 @@ class Requests:
             ConfigError: the API refuses the body.
             NvilaError: the API server could not be reached in time.
         """
-        request = (method, path)
+        read_seconds = READ_SECONDS if within_seconds is None else min(READ_SECONDS, within_seconds)
         answer = self._patiently(
-            lambda: dict(json.loads(self._open(method, path, query, body).data)),
-            request in self._granted,
-            within_seconds,
+            (method, path), lambda: read(self._open(method, path, query, body, read_seconds).data), within_seconds
         )
-        self._granted.add(request)
+        self._granted.add((method, path))
         return answer
 
     @contextmanager
@@ -128,7 +126,7 @@ class Requests:
         )
         return response
 
-    def _patiently(self, call: Callable[[], T], granted: bool, within_seconds: float | None) -> T:
+    def _patiently(self, request: tuple[str, str], call: Callable[[], T], within_seconds: float | None) -> T:
         began, pause, said = time.monotonic(), 0.5, False
         while True:
             try:
@@ -141,25 +139,28 @@ class Requests:
                 self._answered = True
                 return answer
             waited = time.monotonic() - began
-            self._judge(problem, waited, granted, within_seconds)
+            self._judge(request, problem, waited, within_seconds)
             if not said:
                 self._say(f"{reason(problem)}; asking again until it answers")
                 said = True
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
-    def _judge(self, error: Exception, waited: float, granted: bool, within_seconds: float | None) -> None:
+    def _judge(
+        self, request: tuple[str, str], error: Exception, waited: float, within_seconds: float | None
+    ) -> None:
         """Raise where asking again is of no use."""
         status = getattr(error, "status", None)
         known = _status_object(error)
-        if status == 404 and known and (details := known.get("details", {})).get("name"):
+        if status == 404 and known and (details := known.get("details") or {}).get("name"):
             if details.get("kind") == "namespaces":
-                raise PreflightError(known["message"], where=self.host) from None
-            raise NotThere(known["message"]) from None
-        if status == 409 and known:
-            raise Exists(known["message"]) from None
+                raise PreflightError(reason(error), where=self.host) from None
+            raise NotThere(reason(error)) from None
+        # Only a deletion has conditions of ours; any other conflict is one with a write at the same moment.
+        if status == 409 and known and (known.get("reason") != "Conflict" or request[0] == "DELETE"):
+            raise Exists(reason(error)) from None
         if status in _DENIED or (status == _NO_TLS and not self._answered):
-            bearable = self._patience.contact_seconds if granted else self._patience.denied_seconds
+            bearable = self._patience.contact_seconds if request in self._granted else self._patience.denied_seconds
             if waited > (bearable if within_seconds is None else min(bearable, within_seconds)):
                 raise _denied(error, self.host) from None
         elif status is not None and status not in _PASSING and status < 500:
@@ -181,7 +182,19 @@ def broken() -> tuple[type[Exception], ...]:
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
-    return (ApiException, HTTPError, OSError, json.JSONDecodeError)
+    return (ApiException, HTTPError, OSError, ValueError)
+
+
+def read(answer: bytes) -> dict[str, Any]:
+    """The object that an answer is.
+
+    Raises:
+        ValueError: it is something else; a proxy may have answered.
+    """
+    found = json.loads(answer)
+    if not isinstance(found, dict):
+        raise ValueError(f"not an object of the API: {answer[:80]!r}")
+    return found
 
 
 def reason(error: Exception) -> str:

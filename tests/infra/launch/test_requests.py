@@ -13,6 +13,7 @@ import pytest
 
 from nvila.components.contracts.errors import ConfigError, NvilaError, PreflightError
 from nvila.infra.launch import requests
+from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.requests import Patience, Requests
 
 Answer = tuple[int, str]
@@ -39,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(body.encode())
+        self.wfile.write(body.encode(errors="surrogateescape"))
+
+    do_PATCH = do_DELETE = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         return
@@ -78,6 +81,8 @@ def test_what_passes_by_itself_is_asked_again(server: Server, capsys: pytest.Cap
         (429, ""),
         (500, "{}"),
         (200, "half of an ans"),
+        (200, "<p>d\udce9sol\udce9"),
+        (200, "null"),
         (401, ""),
         (403, html),
         FINE,
@@ -168,6 +173,25 @@ def test_a_rule_of_the_cluster_is_not_taken_for_a_missing_right(server: Server) 
     with pytest.raises(PreflightError, match="must be created before") as caught:
         Requests(Patience(denied_seconds=0.0)).ask("GET", "/x")
     assert "nvila-launcher" not in str(caught.value)
+
+
+def test_a_write_at_the_same_moment_is_asked_again(server: Server) -> None:
+    """A job's status changes while its label is set: the step ended with a traceback, beside a job that ran."""
+    conflict = (409, json.dumps({"kind": "Status", "reason": "Conflict", "message": "the object has been modified"}))
+    server.answers = [conflict, conflict, FINE]
+    Cluster(Requests()).set_labels("j", {"a": "b"})
+    assert server.asked == 3
+    server.answers = [conflict]
+    Cluster(Requests()).delete({"metadata": {"name": "j", "uid": "of-another"}})
+    assert server.asked == 4
+
+
+def test_a_server_that_hangs_leaves_time_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is asked to stop has 30 s; one request that nobody answered took all of them."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        _kubeconfig(tmp_path, monkeypatch, silent.getsockname()[1])
+        with pytest.raises(NvilaError, match=r"does not answer: .*read timeout=0\.2"):
+            Requests().ask("GET", "/x", within_seconds=0.2)
 
 
 def test_a_refused_body_is_not_asked_again(server: Server) -> None:
