@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from nvila.components.contracts.errors import NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
@@ -93,11 +93,21 @@ def read_outcome(folder: Path) -> Outcome | None:
     # Listing first: a network file system remembers for a while that a file was missing.
     if not folder.is_dir() or OUTCOME not in {path.name for path in folder.iterdir()}:
         return None
-    return TypeAdapter(Outcome).validate_json((folder / OUTCOME).read_bytes())
+    try:
+        return TypeAdapter(Outcome).validate_json((folder / OUTCOME).read_bytes())
+    except ValidationError:  # a machine that went down with the file in its cache leaves it empty
+        return None
 
 
 def read_verdict(folder: Path) -> NvilaError | None:
     """Why the job stopped: of the nodes' verdicts the one that explains most."""
-    found = sorted(folder.glob("verdict-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
-    errors = [from_record(json.loads(path.read_text())) for path in found]
+    errors = filter(None, map(_verdict, sorted(folder.glob("verdict-*.json"), key=lambda path: (len(path.name), path))))
     return min(errors, key=lambda error: _WEIGHT[error.exit_code], default=None)
+
+
+def _verdict(path: Path) -> NvilaError | None:
+    """None where the file cannot be read, as above."""
+    try:
+        return from_record(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -56,19 +56,25 @@ class Cluster:
         except NotThere:
             return
 
-    def delete(self, job: Mapping[str, Any], within_seconds: float | None = None) -> None:
-        """Delete this TrainJob, and no other of its name; it goes when its pods have gone."""
+    def delete(self, job: Mapping[str, Any], within_seconds: float | None = None) -> bool:
+        """Delete the TrainJob if it still is as given; it goes when its pods have gone.
+
+        Another run may take it over at any moment, so whoever gets False has to look again.
+        """
+        metadata = job["metadata"]
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
             "propagationPolicy": "Foreground",
-            "preconditions": {"uid": job["metadata"]["uid"]},
+            "preconditions": {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]},
         }
-        path = f"{self._jobs}/{job['metadata']['name']}"
         try:
-            self._requests.ask("DELETE", path, body=body, within_seconds=within_seconds)
-        except (NotThere, Exists):  # gone, or another one by now
-            return
+            self._requests.ask("DELETE", f"{self._jobs}/{metadata['name']}", body=body, within_seconds=within_seconds)
+        except NotThere:
+            return True
+        except Exists:
+            return False
+        return True
 
     def wait_for_change(self, job: Mapping[str, Any], seconds: float) -> None:
         """Return when the TrainJob has changed, at the latest after `seconds`.

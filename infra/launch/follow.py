@@ -68,9 +68,9 @@ def obtain(cluster: Cluster, work: Work, nodes: Nodes, outcome_seconds: float) -
         if job["metadata"].get("deletionTimestamp"):
             say(work, f"job {name}: an earlier one is being deleted; waiting until its pods have gone")
             _wait_until_gone(cluster, job)
+        elif state is None and labels.get(RUN_LABEL) != run:
+            cluster.set_labels(name, {RUN_LABEL: run})  # and look again: its run may just have cancelled it
         elif state is None:
-            if labels.get(RUN_LABEL) != run:
-                cluster.set_labels(name, {RUN_LABEL: run})
             say(work, f"job {name}: attached to the one that is there")
             return job
         elif state == COMPLETE and outcome_of(work, job, outcome_seconds) is not None:
@@ -82,7 +82,6 @@ def obtain(cluster: Cluster, work: Work, nodes: Nodes, outcome_seconds: float) -
             why = "it has left nothing" if state == COMPLETE else f"it failed in run {labels.get(RUN_LABEL)}"
             say(work, f"job {name}: {why}; deleting it and beginning anew")
             cluster.delete(job)
-            _wait_until_gone(cluster, job)
 
 
 def follow(cluster: Cluster, job: Job) -> Job:
@@ -157,11 +156,13 @@ def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
 def _cancel(cluster: Cluster, work: Work) -> None:
     name = job_name(work)
     try:
-        job = cluster.get(name, within_seconds=CANCEL_SECONDS / 2)
         ours = {KEY_LABEL: label(work.key), RUN_LABEL: label(work.run_dir.name)}
-        if job and ours.items() <= job["metadata"].get("labels", {}).items() and not finished(job):
-            cluster.delete(job, within_seconds=CANCEL_SECONDS / 2)
-            say(work, f"job {name}: cancelled, as this step was asked to stop")
+        while job := cluster.get(name, within_seconds=CANCEL_SECONDS / 2):
+            if finished(job) or not ours.items() <= job["metadata"].get("labels", {}).items():
+                return
+            if cluster.delete(job, within_seconds=CANCEL_SECONDS / 2):
+                say(work, f"job {name}: cancelled, as this step was asked to stop")
+                return
     except NvilaError as error:
         say(work, f"job {name}: NOT cancelled: {error}. Delete it by hand, or run again to go on with it.")
 

@@ -146,9 +146,7 @@ class Requests:
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
-    def _judge(
-        self, request: tuple[str, str], error: Exception, waited: float, within_seconds: float | None
-    ) -> None:
+    def _judge(self, request: tuple[str, str], error: Exception, waited: float, within_seconds: float | None) -> None:
         """Raise where asking again is of no use."""
         status = getattr(error, "status", None)
         known = _status_object(error)
@@ -239,22 +237,28 @@ def _denied(error: Exception, host: str) -> PreflightError:
 
 def _connect() -> tuple[Any, str]:
     """A client, and the namespace it works in."""
+    import yaml
     from kubernetes import client, config
 
     configuration = client.Configuration()
-    if path := os.environ.get("KUBECONFIG"):  # named, as the library reads the variable when it is imported
-        config.load_kube_config(path, client_configuration=configuration)
-        _, context = config.list_kube_config_contexts(path)
-        namespace = context["context"].get("namespace", "default")
-    elif os.environ.get("KUBERNETES_SERVICE_HOST"):
-        config.load_incluster_config(client_configuration=configuration)
-        namespace = NAMESPACE_FILE.read_text().strip()
-    else:
-        raise PreflightError(
-            "there is no cluster here that could take the job",
-            where="NVILA_SITE",
-            do="Set KUBECONFIG, or unset NVILA_SITE: steps then work in their own processes.",
-        )
+    path = os.environ.get("KUBECONFIG")  # named, as the library reads the variable when it is imported
+    try:
+        if path:
+            config.load_kube_config(path, client_configuration=configuration)
+            _, context = config.list_kube_config_contexts(path)
+            namespace = context["context"].get("namespace", "default")
+        elif os.environ.get("KUBERNETES_SERVICE_HOST"):
+            config.load_incluster_config(client_configuration=configuration)
+            namespace = NAMESPACE_FILE.read_text().strip()
+        else:
+            raise PreflightError(
+                "there is no cluster here that could take the job",
+                where="NVILA_SITE",
+                do="Set KUBECONFIG, or unset NVILA_SITE: steps then work in their own processes.",
+            )
+    except (config.ConfigException, yaml.YAMLError, OSError) as error:
+        where = f"KUBECONFIG={path}" if path else "the pod's service account"
+        raise PreflightError(f"the access to the cluster cannot be read: {error}", where=where) from None
     configuration.retries = False  # what is asked again, and how often, is decided here
     return client.ApiClient(configuration), namespace
 

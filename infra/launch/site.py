@@ -59,8 +59,8 @@ def run(work: Work) -> Outcome:
 
 def close(run: str) -> None:
     """Cancel the jobs of a pipeline run that have not ended."""
-    cluster = Cluster(Requests())
-    for job in cluster.find(f"{RUN_LABEL}={label(run)}"):
-        if finished(job) is None and not job["metadata"].get("deletionTimestamp"):
-            cluster.delete(job)
-            print(f"job {job['metadata']['name']}: cancelled, as its run has ended", file=sys.stderr, flush=True)
+    cluster, ours = Cluster(Requests()), f"{RUN_LABEL}={label(run)}"
+    while going := [j for j in cluster.find(ours) if not finished(j) and not j["metadata"].get("deletionTimestamp")]:
+        for job in going:
+            if cluster.delete(job):
+                print(f"job {job['metadata']['name']}: cancelled, as its run has ended", file=sys.stderr, flush=True)

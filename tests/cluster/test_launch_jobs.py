@@ -212,6 +212,37 @@ def test_the_end_of_a_run_cancels_its_jobs_only(launch: Launch, set_status: SetS
     assert launch.cluster.get(names[1]) and launch.cluster.get(names[2])
 
 
+def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking which jobs a run has and deleting them, another run may have begun to wait for one."""
+    first = obtain(launch.cluster, launch.work, Nodes(), 0)
+    find = Cluster.find
+
+    def found_and_taken(cluster: Cluster, labels: str) -> list[dict[str, Any]]:
+        found = find(cluster, labels)
+        launch.cluster.set_labels(launch.name, {RUN_LABEL: "r2"})
+        return found
+
+    monkeypatch.setattr(Cluster, "find", found_and_taken)
+    site.close("r1")
+    assert launch.job()["metadata"]["uid"] == first["metadata"]["uid"]
+    assert "deletionTimestamp" not in launch.job()["metadata"]
+
+
+def test_a_job_that_is_cancelled_meanwhile_is_made_anew(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that took over a job in the moment of its end failed for good: somebody had deleted its job."""
+    first = obtain(launch.cluster, launch.work, Nodes(), 0)
+    take_over = Cluster.set_labels
+
+    def too_late(cluster: Cluster, name: str, labels: dict[str, str]) -> None:
+        cluster.delete(first)
+        take_over(cluster, name, labels)
+
+    monkeypatch.setattr(Cluster, "set_labels", too_late)
+    launch.record["run_dir"] = str(launch.folder / "runs" / "r2")
+    second = obtain(launch.cluster, launch.work, Nodes(), 0)
+    assert second["metadata"]["uid"] != first["metadata"]["uid"]
+
+
 def test_without_rights_the_message_names_the_role(
     launch: Launch, admin: Requests, namespace: str, kubeconfig: Path
 ) -> None:

@@ -215,3 +215,12 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.02)
+
+
+def test_answers_that_a_crash_has_emptied_are_none(tmp_path: Path) -> None:
+    """Every run after that ended with a traceback of the parser, for as long as the job's folder was there."""
+    (tmp_path / handover.OUTCOME).touch()
+    (tmp_path / "verdict-0.json").touch()
+    handover.write_verdict(tmp_path, 1, Rejected("known"))
+    assert handover.read_outcome(tmp_path) is None
+    assert str(handover.read_verdict(tmp_path)) == "known"

@@ -25,8 +25,9 @@ class OneJob:
     def get(self, name: str, within_seconds: float | None = None) -> dict[str, Any]:
         return self.job
 
-    def delete(self, job: dict[str, Any], within_seconds: float | None = None) -> None:
+    def delete(self, job: dict[str, Any], within_seconds: float | None = None) -> bool:
         self.deleted = True
+        return True
 
 
 @pytest.mark.parametrize(("run", "deleted"), [("r1", True), ("r2", False)])

@@ -182,7 +182,7 @@ def test_a_write_at_the_same_moment_is_asked_again(server: Server) -> None:
     Cluster(Requests()).set_labels("j", {"a": "b"})
     assert server.asked == 3
     server.answers = [conflict]
-    Cluster(Requests()).delete({"metadata": {"name": "j", "uid": "of-another"}})
+    assert not Cluster(Requests()).delete({"metadata": {"name": "j", "uid": "of-another", "resourceVersion": "1"}})
     assert server.asked == 4
 
 
@@ -207,4 +207,15 @@ def test_without_a_cluster_the_message_says_what_to_do(monkeypatch: pytest.Monke
     for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(PreflightError, match="unset NVILA_SITE"):
+        Requests()
+
+
+@pytest.mark.parametrize("content", [None, "", "a: [b", "{clusters: [], contexts: [], users: []}"])
+def test_a_broken_kubeconfig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None) -> None:
+    """A traceback of the client's library does not say which file it read."""
+    path = tmp_path / "broken"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(PreflightError, match=f"KUBECONFIG={path}"):
         Requests()
