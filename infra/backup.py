@@ -7,6 +7,7 @@ back: `aws s3 cp`, then `pg_restore` into an empty database.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,9 +50,10 @@ def store(dump: Path, destination: str, keep: int, now: datetime) -> str:
 
 
 def _backups(client: Any, bucket: str, prefix: str, suffix: str) -> list[str]:
-    """Keys of the dumps right under the prefix, oldest first: their names are their times."""
+    """Keys of our dumps right under the prefix, oldest first: their names are their times. Others' are left alone."""
+    ours = re.compile(re.escape(f"{prefix}/") + r"\d{8}T\d{6}Z" + re.escape(suffix))
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
-    return sorted(item["Key"] for page in pages for item in page.get("Contents", []) if item["Key"].endswith(suffix))
+    return sorted(item["Key"] for page in pages for item in page.get("Contents", []) if ours.fullmatch(item["Key"]))
 
 
 def main(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +160,7 @@ def digest_json(content: Any) -> str:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` beside `path` and rename it there; the folder is made when missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not the process' number: nodes of a job that write to one volume have the same ones.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,11 @@ def test_two_processes_do_the_same_work_once(store: Store, tmp_path: Path, capfd
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "worked\n"
     assert "train-1: another run is at the same work" in capfd.readouterr().err
+
+
+def test_nodes_that_write_one_file_at_once_do_not_fail(tmp_path: Path) -> None:
+    """Ranks of several machines stop together and leave the same verdict; their processes have the same numbers."""
+    with ThreadPoolExecutor(4) as nodes:
+        for done in [nodes.submit(write_atomic, tmp_path / "verdict.json", "x" * 100) for _ in range(400)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["verdict.json"]
