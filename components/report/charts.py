@@ -105,7 +105,11 @@ def line_plot(
 
 
 def histogram(kept: Sequence[float], dropped: Sequence[float], title: str, bins: int = 36) -> str:
-    """What stayed stacked on what went, over common bins. Tails beyond 0.5% on either side share the end bins."""
+    """What stayed stacked on what went, over common bins. Tails beyond 0.5% on either side share the end bins.
+
+    Scores that are no number (a sample without a single answer token has none) have no place on the axis.
+    """
+    kept, dropped = ([value for value in some if math.isfinite(value)] for some in (kept, dropped))
     values = sorted([*kept, *dropped])
     if not values:
         return ""

@@ -49,7 +49,7 @@ def close(state: str, message: str | None) -> None:
     ended = ending(run, state, message)
     _try("jobs of this run may go on", _cancel_jobs, run_dir)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
-    if url := os.environ.get(URL_VARIABLE):
+    if url := os.environ.get(URL_VARIABLE, "").strip():
         _try("the webhook was not told", _notify, url, run_dir, run, ended)
 
 
@@ -105,7 +105,7 @@ def _end_tracking(run_dir: Path, ended: Ending) -> None:
 
 
 def _notify(url: str, run_dir: Path, run: RunView, ended: Ending) -> None:
-    post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), os.environ.get(SECRET_VARIABLE, ""))
+    post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), os.environ.get(SECRET_VARIABLE, "").strip())
 
 
 def _links(run_dir: Path) -> dict[str, str]:

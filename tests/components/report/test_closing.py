@@ -37,7 +37,7 @@ def test_a_run_that_came_through(make_run: MakeRun, told: list[Any], monkeypatch
     """Jobs are cancelled before anybody is told that the run is over."""
     run = make_run()
     monkeypatch.setenv("NVILA_RUN", str(run))
-    monkeypatch.setenv("NVILA_WEBHOOK_SECRET", "s")
+    monkeypatch.setenv("NVILA_WEBHOOK_SECRET", "s\n")  # a Secret made from a file ends like that
     close("SUCCEEDED", None)
     (first, (url, kind, data, secret)) = told
     assert first == ("close", run.name)

@@ -123,6 +123,20 @@ def test_damaged_run_still_gets_a_page(make_run: MakeRun) -> None:
     assert "the status file is not JSON" in page(run_dir).text
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_samples_without_a_score_do_not_break_the_page(make_run: MakeRun, score: float) -> None:
+    """Pruning keeps them in its table; the report, and with it the whole run, failed on the first one."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    run_dir = make_run()
+    manifest = Path(json.loads((run_dir / "steps" / "prune-image.json").read_text())["manifest"])
+    rows = parquet.read_table(manifest.parent / "scores.parquet").to_pylist()
+    table = pyarrow.Table.from_pylist([rows[0] | {"delta": score}, *rows])
+    parquet.write_table(table, manifest.parent / "scores.parquet")
+    assert "DeltaLoss of shapes" in page(run_dir).text
+
+
 def test_settings_are_shown_without_secrets(make_run: MakeRun) -> None:
     """The page gets attached to mails and tickets."""
     html = render(collect(make_run()))

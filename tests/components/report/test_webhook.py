@@ -123,7 +123,14 @@ def test_nobody_there_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "url",
-    ["http://hooks.example.com/x", "http://10.0.0.1/x", "https://user:word@example.com/x", "file:///etc/passwd", ""],
+    [
+        "http://hooks.example.com/x",
+        "http://10.0.0.1/x",
+        "http://2852039166/x",
+        "https://user:word@example.com/x",
+        "file:///etc/passwd",
+        "",
+    ],
 )
 def test_urls_that_would_give_something_away_are_refused(url: str) -> None:
     """Results travel in the clear, or a local file is read."""
