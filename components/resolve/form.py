@@ -59,7 +59,10 @@ def read_recipe(recipe: str) -> str:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError("no such recipe file", where=recipe, do=f"Shipped recipes: {', '.join(shipped())}.")
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot be read: {error}", where=recipe) from None
     return recipe_text(recipe)
 
 
@@ -131,7 +134,8 @@ def _overrides(text: str) -> Mapping[str, Any]:
 
 def _move_data(content: dict[str, Any], data_uri: str) -> dict[str, Any]:
     """Each source is then the folder of its name under `data_uri`, and is never built as a demonstration."""
-    sources = content.get("data", {}).get("sources", [])
+    data = content.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
     if not isinstance(sources, list) or not all(isinstance(s, dict) and "name" in s for s in sources):
         return content  # the schema says what is wrong
     moved = [

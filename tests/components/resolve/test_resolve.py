@@ -48,6 +48,14 @@ def test_data_uri_moves_every_source_and_builds_none() -> None:
     assert {source.demo for source in sources} == {None}
 
 
+@pytest.mark.parametrize("data", [None, "plates", {}, {"sources": None}])
+def test_data_that_are_no_section_are_named(data: object) -> None:
+    """The form's data_uri made a traceback of it."""
+    assert "data" in _error(data_uri="/x", overrides=json.dumps({"data": {"sources": None}}))
+    content = yaml.safe_load(TINY) | {"data": data}
+    assert "data" in _error(recipe=yaml.safe_dump(content), data_uri="/x")
+
+
 def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a pod the working directory belongs to the image: data would be looked for, and built, where nobody keeps."""
     overrides = {
