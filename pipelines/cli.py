@@ -115,7 +115,7 @@ def plan(
 
     found = None if cluster is False else Cluster.connect(namespace)
     if cluster and found is None:
-        raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG.")
+        raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
     places = {"runs": runs.absolute(), "store": store.absolute()}
     sizes = planning.parse_samples(samples or [])
@@ -123,7 +123,7 @@ def plan(
     if as_json:
         typer.echo(planning.as_json(made))
     else:
-        planning.show(made, Console(width=None if sys.stdout.isatty() else 140))
+        planning.show(made, Console(width=140))  # a narrow terminal would cut numbers off
     raise typer.Exit(int(planning.exit_code(made)))
 
 

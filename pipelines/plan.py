@@ -54,8 +54,8 @@ class StagePlan:
     cost: float | None
 
     def fits(self, gpu: Gpu) -> bool | None:
-        """Whether its memory fits the GPU."""
-        return None if self.memory is None else self.memory.peak <= gpu.memory_bytes
+        """Whether its memory fits the GPU, beside what CUDA and NCCL take."""
+        return None if self.memory is None else self.memory.peak + states.RESERVE_BYTES <= gpu.memory_bytes
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def parse_samples(pairs: Iterable[str]) -> dict[str, int]:
     found = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
-        if not number.isdigit():
+        if not number.isdecimal():
             raise ConfigError("not SOURCE.SPLIT=NUMBER", where="--samples", value=pair)
         found[name] = int(number)
     return found

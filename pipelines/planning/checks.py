@@ -74,8 +74,9 @@ class Cluster:
             _, context = config.list_kube_config_contexts(file)
         except config.ConfigException:
             return cls._around(namespace)
-        except (yaml.YAMLError, OSError) as error:
-            raise PreflightError(f"the kubeconfig cannot be read: {error}", where="KUBECONFIG", value=file) from None
+        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError) as error:  # the last are its content's
+            why = " ".join(str(error).split())
+            raise PreflightError(f"the kubeconfig cannot be read: {why}", where="KUBECONFIG", value=file) from None
         try:
             return cls(
                 config.new_client_from_config(file),
@@ -242,13 +243,16 @@ def _quota(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
         hard = quota.get("spec", {}).get("hard", {}).get(key)
         if hard is None:
             continue
-        used, name = int(quota.get("status", {}).get("used", {}).get(key, 0)), quota["metadata"]["name"]
-        if int(hard) < need.gpus:
+        used, name = _count(quota.get("status", {}).get("used", {}).get(key, 0)), quota["metadata"]["name"]
+        if _count(hard) < need.gpus:
             yield Finding(
-                not need.can_do_without, f"ResourceQuota {name} allows {hard} GPUs, a stage asks for {need.gpus}"
+                not need.can_do_without,
+                f"ResourceQuota {name} allows {_count(hard)} GPUs, a stage asks for {need.gpus}",
             )
-        elif int(hard) - used < need.gpus:
-            yield Finding(False, f"ResourceQuota {name}: {used} of {hard} GPUs are taken, a stage asks for {need.gpus}")
+        elif _count(hard) - used < need.gpus:
+            yield Finding(
+                False, f"ResourceQuota {name}: {used} of {_count(hard)} GPUs are taken, a stage asks for {need.gpus}"
+            )
 
 
 def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
@@ -270,7 +274,7 @@ def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
         return
     spec = found["spec"]
     quota = sum(
-        int(resource["nominalQuota"])
+        _count(resource["nominalQuota"])
         for group in spec.get("resourceGroups", [])
         for flavor in group.get("flavors", [])
         for resource in flavor.get("resources", [])
@@ -293,7 +297,7 @@ def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) 
     each = min(need.gpus, _per_node(settings))
     wanted = math.ceil(need.gpus / each)
     resource = _resource(settings)
-    fitting = [n for n in nodes if int(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
+    fitting = [n for n in nodes if _count(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
         instead = "" if refused else "; take --launch cpu (the chart's pipelines.launch)"
@@ -310,6 +314,13 @@ def _takes_pods(node: Mapping[str, Any]) -> bool:
     conditions = node.get("status", {}).get("conditions", [])
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and not node.get("spec", {}).get("unschedulable")
+
+
+def _count(quantity: str | int) -> int:
+    """A number as Kubernetes writes it: 1000 is `1k`."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    return int(parse_quantity(quantity))
 
 
 def _resource(settings: Mapping[str, str]) -> str:

@@ -15,6 +15,8 @@ from nvila.pipelines.planning.shape import PARTS, Seen, Shape
 REDUCE_BUCKET = 5 * 10**8
 GATHERED = 10**9
 """Elements: DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`."""
+RESERVE_BYTES = 2 * 10**9
+"""Assumed, not measured: CUDA's context, buffers of NCCL and cuBLAS, and what the allocator cannot hand out."""
 FORMULA = """\
 P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 4); in brackets what ZeRO shares out:
   weights      e P              (ZeRO 3: / N)
@@ -30,7 +32,8 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns
   step         4 R for fp32 gradients under bf16 (ZeRO 1 to 3: / N), when the activations are gone
-  loading      e P before the first step, on every GPU"""
+  loading      e P before the first step, on every GPU
+a stage fits when its peak leaves 2 GB for CUDA's context and the buffers of NCCL and cuBLAS (assumed)"""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.cli import app
-from nvila.pipelines.plan import assumptions_of, parse_samples
+from nvila.pipelines.plan import StagePlan, assumptions_of, parse_samples
 from nvila.pipelines.planning.checks import Need
+from nvila.pipelines.planning.cost import GPUS
 from nvila.pipelines.planning.hits import nodes
+from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.steps import STEPS
 
 LARGE = ("nvila-lite-2b", "--no-cluster", "--json")
@@ -72,6 +74,13 @@ def test_shipped_recipes_fit_the_gpus_they_are_written_for(name: str) -> None:
     assert [stage["fits"] for stage in plan["stages"]] == [True] * 5
 
 
+def test_a_stage_that_fills_the_gpu_does_not_fit() -> None:
+    """CUDA's context and NCCL's buffers need their place too: the first collective would end such a stage."""
+    need = Memory(weights=79 * 10**9, gradients=0, optimizer=0, buffers=0, activations=0, loading=0)
+    stage = StagePlan("train-1", 8, need, None, None, None, None)
+    assert stage.fits(GPUS["h100"]) is False and stage.fits(GPUS["h200"]) is True
+
+
 def test_what_is_not_known_is_not_made_up() -> None:
     """Weights of another size than the published ones, data that are elsewhere."""
     ended = _plan(*LARGE, "--override", "model.base.llm=hf://someone/else@main")
@@ -115,8 +124,16 @@ def test_wrong_options_are_named() -> None:
     ):
         with pytest.raises(ConfigError, match=option):
             assumptions_of(gpu, mfu, price)
-    with pytest.raises(ConfigError, match="--samples"):
-        parse_samples(["images.sft=many"])
+    for number in ("many", "-1", "²"):
+        with pytest.raises(ConfigError, match="--samples"):
+            parse_samples([f"images.sft={number}"])
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """A file saved in another encoding was a traceback of the decoder."""
+    (tmp_path / "mine.yaml").write_bytes("name: é".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"mine.yaml: cannot be read"):
+        _plan("mine.yaml")
 
 
 def test_every_step_is_known_with_its_inputs() -> None:

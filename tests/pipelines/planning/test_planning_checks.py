@@ -69,13 +69,35 @@ def test_gpus_are_counted_under_the_sites_name() -> None:
     assert [f.text for f in findings] == ["ResourceQuota gpus allows 4 GPUs, a stage asks for 8"]
 
 
-def test_a_spoilt_kubeconfig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [b"contexts: [", b"hello", b"[]", b"contexts: 3\ncurrent-context: x", b"\xff\xfe"])
+def test_a_spoilt_kubeconfig_is_named(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parser's traceback does not say which file."""
     spoilt = tmp_path / "kubeconfig"
-    spoilt.write_text("contexts: [")
+    spoilt.write_bytes(content)
     monkeypatch.setenv("KUBECONFIG", str(spoilt))
     with pytest.raises(PreflightError, match="the kubeconfig cannot be read"):
         Cluster.connect(None)
+
+
+def test_numbers_are_read_as_kubernetes_writes_them() -> None:
+    """A quota of 1000 GPUs is `1k`, and was a traceback."""
+    hard = {"requests.nvidia.com/gpu": "1k"}
+    quota = {"items": [{"metadata": {"name": "gpus"}, "spec": {"hard": hard}, "status": {"used": hard}}]}
+    resources = [{"name": "nvidia.com/gpu", "nominalQuota": "1k"}]
+    kueue = {"versions": [{"version": "v1beta1"}], "resources": [{"name": "localqueues"}]}
+    objects = {
+        "/api/v1/nodes": {"items": [_node("nvidia.com/gpu")]},
+        "/api/v1/namespaces/team/resourcequotas": quota,
+        "/apis/kueue.x-k8s.io": kueue,
+        "/apis/kueue.x-k8s.io/v1beta1": kueue,
+        "/apis/kueue.x-k8s.io/v1beta1/namespaces/team/localqueues/q": {"spec": {"clusterQueue": "c"}},
+        "/apis/kueue.x-k8s.io/v1beta1/clusterqueues/c": {
+            "spec": {"resourceGroups": [{"flavors": [{"resources": resources}]}]}
+        },
+    }
+    need = Need(gpus=8, can_do_without=False, s3=False, hub=False)
+    findings = look(Written(SITE | {"NVILA_QUEUE": "q"}, objects), need, "h100")
+    assert [f.text for f in findings] == ["ResourceQuota gpus: 1000 of 1000 GPUs are taken, a stage asks for 8"]
 
 
 def test_an_expired_token_is_not_a_missing_right() -> None:
