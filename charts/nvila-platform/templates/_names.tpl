@@ -79,4 +79,28 @@ seccompProfile: {type: RuntimeDefault}
 - {name: PGUSER, value: {{ .Values.mlflow.postgres.user }}}
 - name: PGPASSWORD
   valueFrom: {secretKeyRef: {name: {{ .Values.mlflow.postgres.secret }}, key: password}}
+{{- if include "nvila.postgresVerified" . }}
+- {name: PGSSLMODE, value: verify-full}
+- {name: PGSSLROOTCERT, value: /etc/nvila-postgres/ca.crt}
+{{- end }}
+{{- end }}
+
+{{- /* An external database must show a certificate of the Secret's authority; the own one is fenced by its policy. */ -}}
+{{- define "nvila.postgresVerified" -}}
+{{- if and (eq .Values.mlflow.postgres.mode "external") .Values.mlflow.postgres.tls }}true{{ end }}
+{{- end }}
+
+{{- define "nvila.postgresAuthorityMount" -}}
+{{- if include "nvila.postgresVerified" . -}}
+- {name: postgres-authority, mountPath: /etc/nvila-postgres, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "nvila.postgresAuthorityVolume" -}}
+{{- if include "nvila.postgresVerified" . -}}
+- name: postgres-authority
+  secret:
+    secretName: {{ .Values.mlflow.postgres.secret }}
+    items: [{key: ca.crt, path: ca.crt}]
+{{- end }}
 {{- end }}
