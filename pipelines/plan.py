@@ -107,7 +107,7 @@ def make_plan(
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
     needs = preflight.Settings.model_validate(slices(checked)["preflight"])
-    looked, findings = "no cluster is configured (KUBECONFIG): only this machine was looked at", None
+    looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
             findings = look(cluster, Need.of(checked), assumptions.gpu.name)
