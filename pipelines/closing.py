@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.rollout.local import API_KEY_VARIABLE
-from nvila.pipelines.summary import Finished
+from nvila.pipelines.summary import LOG, Finished
 from nvila.pipelines.watch import step_table
 
 REPORT = "report.html"
@@ -63,7 +63,7 @@ def curl_example(finished: Finished) -> str:
     text = json.dumps(body, separators=(",", ":"))
     for special in '\\"$`':
         text = text.replace(special, "\\" + special)
-    data = text.replace(marker, f"$(base64 -w0 '{_short(picture)}')")
+    data = text.replace(marker, f"$(base64 -w0 '{short(picture)}')")
     key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
     return (
         f"curl -s {served['endpoint'].rstrip('/')}/v1/chat/completions "
@@ -113,9 +113,9 @@ def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
 
 def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]]:
     run_dir = finished.run_dir
-    places = [("log", _short(run_dir / "log.txt")), ("numbers", _short(run_dir / "summary.json"))]
+    places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
     if (run_dir / REPORT).is_file():
-        places.append(("report", _short(run_dir / REPORT)))
+        places.append(("report", short(run_dir / REPORT)))
     store = run_dir.parent / "mlflow.db"
     if store.is_file():
         places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
@@ -138,5 +138,6 @@ def _interval(value: float | None, interval: list[float] | None) -> str:
     return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
 
 
-def _short(path: Path) -> str:
+def short(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

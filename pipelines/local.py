@@ -22,7 +22,7 @@ from nvila.components.preflight import step as preflight
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.tracking.connect import load_client
-from nvila.pipelines.closing import show_closing
+from nvila.pipelines.closing import short, show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.summary import LOG, Finished, write_summary
@@ -55,7 +55,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
 def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(f"run {run_dir.name}: what the steps print goes to {_short(run_dir / LOG)}", highlight=False)
+    console.print(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}", highlight=False)
     began = time.monotonic()
     sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
     sampler.start()
@@ -162,8 +162,3 @@ def _point_latest(run_dir: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(run_dir.name)
     fresh.replace(run_dir.parent / "latest")
-
-
-def _short(path: Path) -> str:
-    """Relative to the working directory where it lies below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

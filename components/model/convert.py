@@ -16,7 +16,7 @@ from typing import Any
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
-from nvila.components.model.checkpoint import generation_config, image_processor, write_native_files
+from nvila.components.model.checkpoint import SHARD_BYTES, generation_config, image_processor, write_native_files
 from nvila.components.model.layouts import LAYOUTS, TOWER, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import chat_template, is_served, write_serving_files
@@ -24,7 +24,6 @@ from nvila.components.model.tensorfile import CODES, FLOATING, Target, file_byte
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.variants import empty_model
 
-SHARD_BYTES = 5 * 10**9
 PLAN = ".plan"
 """In an unfinished folder: digest of what is being converted."""
 _ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 Measured = tuple[str, str, float, float, str] | tuple[str, str, float, float, str, float]
-MIB = 2**20
 
 
 def pair(baseline: Callable[[], Any], ours: Callable[[], Any], times: int = 3) -> tuple[float, float]:
