@@ -10,6 +10,7 @@ import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import merge
+from nvila.components.resolve.form import load_yaml
 
 
 def parse_overrides(content: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
@@ -52,6 +53,6 @@ def _value(text: str) -> Any:
     except json.JSONDecodeError:
         pass
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text

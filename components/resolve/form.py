@@ -54,7 +54,11 @@ def recipe_text(recipe: str) -> str:
 
 
 def read_recipe(recipe: str) -> str:
-    """Like `recipe_text`, for the command line, where a path of a YAML file will do as well."""
+    """Like `recipe_text`, for the command line, where a path of a YAML file will do as well.
+
+    Raises:
+        ConfigError: no recipe of that name, or a file that cannot be read.
+    """
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -100,12 +104,33 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         ConfigError: it is no YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=where) from None
+    except RecursionError:
+        raise ConfigError("nested too deeply", where=where) from None
     if not isinstance(content, dict):
         raise ConfigError("a recipe is a mapping of sections", where=where, value=content)
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, to which dates are texts: nothing in a recipe is a date, a name may look like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str) -> Any:
+    """What the YAML text says, in types that JSON has as well.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return yaml.load(text, _Loader)
 
 
 def _rooted(recipe: Recipe, root: Path) -> Recipe:

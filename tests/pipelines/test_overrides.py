@@ -11,10 +11,21 @@ CONTENT = {"evaluate": {"limit": 5, "sources": ["a"]}, "train": {"stages": [{"ra
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("7", 7), ("1e-3", 0.001), ("null", None), ("true", True), ("gptq", "gptq"), ("[a, b]", ["a", "b"]), ("", None)],
+    [
+        ("7", 7),
+        ("1e-3", 0.001),
+        ("null", None),
+        ("true", True),
+        ("gptq", "gptq"),
+        ("2026-11-23", "2026-11-23"),
+        ("[a, b]", ["a", "b"]),
+        ("", None),
+    ],
 )
 def test_values_get_the_type_they_look_like(text: str, value: object) -> None:
-    """`1e-3` is a string to YAML: a learning rate given that way would be refused by the schema."""
+    """`1e-3` is a string to YAML: a learning rate given that way would be refused by the schema. And a model named by
+    a day is a date to YAML, which JSON does not know.
+    """
     assert parse_overrides(CONTENT, [f"evaluate.limit={text}"]) == {"evaluate": {"limit": value}}
 
 

@@ -111,6 +111,7 @@ def test_a_wrong_recipe_is_explained_in_one_line(override: dict, words: list[str
         ({"recipe": "tinny"}, "tiny"),
         ({"recipe": "a: [1,\nb"}, "YAML"),
         ({"recipe": "- 1\n- 2"}, "mapping"),
+        ({"recipe": "a: " + "[" * 3000}, "deeply"),
         ({"overrides": "{'a': 1}"}, "JSON"),
         ({"overrides": "[1]"}, "object"),
     ],
@@ -119,6 +120,11 @@ def test_what_is_no_recipe_is_explained(fields: dict[str, str], word: str) -> No
     """A typing error in the form must not end in a traceback."""
     message = _error(**fields)
     assert word in message and "\n" not in message
+
+
+def test_a_name_that_looks_like_a_date_is_a_name() -> None:
+    """YAML makes a date of it, which the schema refuses and JSON cannot hold."""
+    assert fill_in(Form(recipe=TINY.replace("name: tiny", "name: 2026-11-23"))).name == "2026-11-23"
 
 
 def test_the_step_writes_a_slice_for_every_step(tmp_path: Path) -> None:
