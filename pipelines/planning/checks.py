@@ -305,9 +305,31 @@ def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) 
             refused,
             f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",
         )
+    roomy = [node for node in fitting if _has_room(node, settings, each)]
+    if len(roomy) < wanted <= len(fitting):
+        yield Finding(
+            not need.can_do_without,
+            f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a training pod asks for (a "
+            f"whole node {settings['NVILA_NODE_CPU']} and {settings['NVILA_NODE_MEMORY']}): jobs would wait for ever; "
+            "lower the chart's trainer.cpu and trainer.memory",
+        )
     products = {n["metadata"].get("labels", {}).get(PRODUCT_LABEL) for n in fitting} - {None}
     if products and not any(gpu.upper() in str(product).upper() for product in products):
         yield Finding(False, f"the GPUs are {', '.join(sorted(map(str, products)))}, this plan counts with {gpu}")
+
+
+def _has_room(node: Mapping[str, Any], settings: Mapping[str, str], processes: int) -> bool:
+    """Whether a training pod's CPUs and memory fit what the node gives to pods; others may hold a part of it now."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    names = {"cpu": "NVILA_NODE_CPU", "memory": "NVILA_NODE_MEMORY"}
+    if site.LAUNCH_KEY not in settings or not all(settings.get(name) for name in names.values()):
+        return True
+    offered = node["status"]["allocatable"]
+    return all(
+        parse_quantity(settings[name]) * processes <= parse_quantity(offered.get(key, 0)) * _per_node(settings)
+        for key, name in names.items()
+    )
 
 
 def _takes_pods(node: Mapping[str, Any]) -> bool:

@@ -79,6 +79,27 @@ def test_a_spoilt_kubeconfig_is_named(content: bytes, tmp_path: Path, monkeypatc
         Cluster.connect(None)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "offered", "fits"),
+    [
+        (8, {"cpu": "95500m", "memory": "1900Gi"}, False),
+        (8, {"cpu": "192", "memory": "1100Gi"}, False),
+        (8, {"cpu": "96", "memory": "1258291200Ki"}, True),
+        (4, {"cpu": "48", "memory": "600Gi"}, True),
+        (16, {"cpu": "95500m", "memory": "1900Gi"}, False),
+    ],
+)
+def test_a_training_pod_must_fit_its_node(gpus: int, offered: dict[str, str], fits: bool) -> None:
+    """A node of 96 CPUs gives pods less than 96: jobs waited for ever, and the plan had nothing to say."""
+    node = _node("nvidia.com/gpu")
+    node["status"]["allocatable"] |= offered
+    site = SITE | {"NVILA_NODE_CPU": "96", "NVILA_NODE_MEMORY": "1200Gi"}
+    need = Need(gpus=gpus, can_do_without=False, s3=False, hub=False)
+    findings = look(Written(site, {"/api/v1/nodes": {"items": [node] * 2}}), need, "h100")
+    assert [f.refused for f in findings] == ([] if fits else [True])
+    assert fits or "lower the chart's trainer.cpu" in findings[0].text
+
+
 def test_numbers_are_read_as_kubernetes_writes_them() -> None:
     """A quota of 1000 GPUs is `1k`, and was a traceback."""
     hard = {"requests.nvidia.com/gpu": "1k"}
