@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 
 def keep_top(
@@ -27,5 +28,10 @@ def keep_top(
     return {
         sample
         for source, ranked in members.items()
-        for _, sample in sorted(ranked)[: math.ceil(ratio_of.get(source, ratio) * len(ranked))]
+        for _, sample in sorted(ranked)[: kept(ratio_of.get(source, ratio), len(ranked))]
     }
+
+
+def kept(ratio: float, n: int) -> int:
+    """ceil(ratio * n) for the ratio as it is written: of 100 samples 0.07 keeps 7, while 0.07 * 100 is above 7."""
+    return math.ceil(Fraction(str(ratio)) * n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.prune.select import kept
 from nvila.pipelines.planning.shape import Seen, Shape
 
 CHARACTERS_PER_TOKEN = 4
@@ -86,7 +86,7 @@ def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) 
         source, _, split = name.partition(".")
         size = known[name].samples
         if stage.pruned and split == "sft":
-            size = math.ceil(prune.keep_ratio_of.get(source, prune.keep_ratio) * size)
+            size = kept(prune.keep_ratio_of.get(source, prune.keep_ratio), size)
         whole, rest = divmod(passes, 1.0)
         drawn[name] = size * int(whole) + round(rest * size)
     return drawn
