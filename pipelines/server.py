@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from nvila.components.contracts.errors import ConfigError, NvilaError
 
@@ -45,9 +47,7 @@ class Server:
         import kfp_server_api as api
         from urllib3 import Retry
 
-        if not host.startswith(("http://", "https://")):
-            raise ConfigError("not a URL", where="--host", value=host, do="It begins with https:// or http://.")
-        self.host = host.rstrip("/")
+        self.host = _api_url(host)
         self._token_file = token_file
         configuration = api.Configuration(host=self.host)
         if ca_cert:
@@ -239,7 +239,7 @@ class Server:
         if self._token_file:
             return _token_of(self._token_file, "--token-file")
         if token := os.environ.get(TOKEN_VARIABLE):
-            return token
+            return _one_word(token, TOKEN_VARIABLE)
         renewed = os.environ.get(TOKEN_FILE_VARIABLE)
         return _token_of(Path(renewed), TOKEN_FILE_VARIABLE) if renewed else ""
 
@@ -285,6 +285,30 @@ def patiently(call: Callable[[], T], seconds: float, told: Callable[[str], None]
             time.sleep(pause_seconds)
 
 
+def _api_url(host: str) -> str:
+    """The URL without a slash at its end, and without what stands behind a # in a browser."""
+    try:
+        parts = urlsplit(host)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", host)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError("not a URL", where="--host", do="It begins with https:// or http://.", value=_shown(host))
+    if "@" in parts.netloc or parts.query:
+        raise ConfigError(
+            "a URL of the API has no name, password or question mark",
+            where="--host",
+            value=_shown(host),
+            do=f"It is like https://kubeflow.example/pipeline; tokens come with --token-file or {TOKEN_VARIABLE}.",
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _shown(url: str) -> str:
+    """Without a password."""
+    return url.rpartition("@")[2]
+
+
 def _readable(path: Path, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -295,9 +319,14 @@ def _readable(path: Path, option: str) -> str:
 
 
 def _token_of(path: Path, option: str) -> str:
-    token = _readable(path, option).strip()
+    return _one_word(_readable(path, option), option)
+
+
+def _one_word(text: str, where: str) -> str:
+    """The token, without the line break that editors leave behind it."""
+    token = text.strip()
     if len(token.split()) != 1 or not token.isascii():
-        raise ConfigError("holds no token", where=option, value=str(path))
+        raise ConfigError("holds no token", where=where)
     return token
 
 
