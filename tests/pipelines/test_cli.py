@@ -3,17 +3,19 @@
 import json
 import re
 import socket
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Nvila
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.resolve.form import recipe_text
 
-COMMANDS = ("run", "compile", "infer", "convert", "inspect", "serve", "stop", "trace")
+Nvila = Callable[..., subprocess.CompletedProcess[str]]
+COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
