@@ -160,7 +160,8 @@ def submit(
 ) -> None:
     """Start a run of the lifecycle on a Kubeflow cluster.
 
-    Exit code: 0 started (with --wait: done), 2 wrong input or no access, 3 rejected by a gate, 75 cancelled, 1 a fault.
+    Exit code: 0 started (with --wait: done), 2 wrong input or no access, 3 rejected by a gate, 75 cancelled, 1 a fault;
+    also 1 for a step that failed where Kubeflow does not tell why, as its 2.x servers do not.
 
     Example: nvila submit nvila-lite-2b --host https://kubeflow.example/pipeline --namespace ada --wait
     """

@@ -274,7 +274,7 @@ def _failed(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
 def _reason(task: V2beta1PipelineTaskDetail) -> str:
     """What the server says about a failure, in one line."""
     errors = [task.error, *(status.error for status in reversed(task.state_history or []))]
-    return next((plain(e.message) for e in errors if e and e.message), "no reason given")
+    return next((plain(e.message) for e in errors if e and e.message), "the server gives no reason, its log does")
 
 
 def _code_in(reason: str) -> Exit | None:

@@ -309,6 +309,7 @@ def test_a_wrong_recipe_reaches_no_server(kfp: StandIn) -> None:
         (_run("FAILED", _task("validate", "FAILED", "main: exit code 2")), Exit.USER, "validate"),
         (_run("FAILED", _task("train-1", "FAILED", "OOMKilled (exit code 137)")), Exit.FAULT, "OOMKilled"),
         (_run("FAILED"), Exit.FAULT, "failed"),
+        (_run("FAILED", _task("gate", "FAILED")), Exit.FAULT, "gate: the server gives no reason, its log does"),
     ],
 )
 def test_the_runs_result_is_the_exit_code(kfp: StandIn, end: dict[str, Any], code: Exit, word: str) -> None:
