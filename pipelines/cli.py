@@ -80,6 +80,8 @@ def compile_(
     given = {option: name for option, name in images.items() if name}
     size = compile_pipeline(out, **given, launch=launch, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
+    if not given:
+        typer.echo("its images are placeholders: name yours with --image and --quantize-image", err=True)
 
 
 @app.command()

@@ -131,7 +131,10 @@ def test_stop_without_an_endpoint_is_no_error(nvila: Nvila, tmp_path: Path) -> N
 
 
 def test_compile_writes_the_file_it_names(nvila: Nvila, tmp_path: Path) -> None:
-    """The command of the README."""
+    """The command of `make compile`. Whoever uploads the file as it is gets pods whose images no registry has."""
     ended = nvila("compile", "lifecycle.yaml")
     assert ended.returncode == 0 and re.fullmatch(r"lifecycle\.yaml: \d+ KiB\n", ended.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["lifecycle.yaml"]
+    assert "--image and --quantize-image" in ended.stderr
+    named = nvila("compile", "lifecycle.yaml", "--image", "R/base:1", "--quantize-image", "R/quantize:1")
+    assert (named.returncode, named.stderr) == (0, "")
