@@ -101,7 +101,7 @@ def compile_pipeline(
     """Write the pipeline as YAML and return its size in bytes.
 
     Raises:
-        ConfigError: an image has white space in it.
+        ConfigError: an image has white space in it, or the file cannot be written.
         NvilaError: a reference leads nowhere, or the file is too large; both are faults of ours.
     """
     spec, platform = compiled(image, quantize_image, launch=launch)
@@ -110,8 +110,11 @@ def compile_pipeline(
     size_bytes = len(text.encode())
     if size_bytes >= SIZE_LIMIT_BYTES:
         raise NvilaError("the compiled pipeline is too large", value=size_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(path)) from None
     return size_bytes
 
 

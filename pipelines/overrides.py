@@ -38,7 +38,7 @@ def _nest(content: Any, path: list[str], value: Any, key: str) -> Any:
     head, rest = path[0], path[1:]
     if not isinstance(content, list):
         return {head: _nest(content.get(head) if isinstance(content, Mapping) else None, rest, value, key)}
-    if not head.isdigit() or int(head) >= len(content):
+    if not head.isdecimal() or int(head) >= len(content):
         raise ConfigError(f"{head!r} is no index of this list of {len(content)}", where="--override", value=key)
     changed = list(content)
     old = changed[int(head)]

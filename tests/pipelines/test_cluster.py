@@ -246,6 +246,12 @@ def test_an_input_that_is_not_given_is_found(spec: dict[str, Any]) -> None:
     assert list(dangling_references(broken)) == ["comp-exit-handler-1/quantize: artifacts: model is not given"]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A folder given as the file was a traceback."""
+    with pytest.raises(ConfigError, match="cannot be written"):
+        compile_pipeline(tmp_path)
+
+
 def test_a_bad_image_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     """Half a file would be taken for a pipeline."""
     with pytest.raises(ConfigError):
