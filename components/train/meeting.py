@@ -23,11 +23,24 @@ def meet(address: str, port: int, nodes: int, node: int) -> TCPStore:
     Raises:
         NvilaError: some did not come in time.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError
 
     deadline = time.monotonic() + MEET_SECONDS
-    if node:
-        _wait_for_first(address, port, deadline)
+    while True:
+        if node:
+            _wait_for_first(address, port, deadline)
+        try:
+            return _gather(address, port, nodes, node, deadline)
+        except DistError as error:
+            # Where the first node is taken away, what becomes of the job is its to say: an error here would count.
+            if node == 0:
+                raise
+            _pause(deadline, f"the first node was lost: {error}", where=f"{address}:{port}")
+
+
+def _gather(address: str, port: int, nodes: int, node: int, deadline: float) -> TCPStore:
+    from torch.distributed import TCPStore
+
     store = TCPStore(address, port, nodes, is_master=node == 0, wait_for_workers=False, multi_tenant=True)
     # A node whose pod is replaced while the others wait comes twice, and is one.
     there, said = store.add(_COUNT, store.add(f"{_COUNT}/{node}", 1) == 1), 0

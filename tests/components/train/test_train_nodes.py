@@ -67,6 +67,23 @@ def test_a_node_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None
         assert str(nodes[0].exception()).startswith("only 2 of 3 nodes came")
 
 
+def test_nodes_that_wait_outlive_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first pod was preempted, the others ended with exit code 1, which the job may hear first."""
+    monkeypatch.setattr(meeting, "MEET_SECONDS", 60.0)
+    port = _free_port()
+    code = f"from nvila.components.train import meeting; meeting.meet('127.0.0.1', {port}, 3, 0)"
+    first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with ThreadPoolExecutor(3) as threads:
+        try:
+            waiting = threads.submit(meeting.meet, "127.0.0.1", port, 3, 1)
+            assert first.stderr and any("2 of 3" in line for line in first.stderr)
+        finally:
+            first.kill()
+            first.wait()
+        nodes = [waiting, *(threads.submit(meeting.meet, "127.0.0.1", port, 3, node) for node in (0, 2))]
+        assert [node.exception() for node in nodes] == [None, None, None]
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
