@@ -40,7 +40,9 @@ def test_several_overrides_of_one_section_add_up() -> None:
     assert parse_overrides({}, ["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
 
 
-@pytest.mark.parametrize("pair", ["evaluate.limit", "=3", "train.stages.7.rate=1", "train.stages.x.rate=1", "train.stages.².rate=1"])
+@pytest.mark.parametrize(
+    "pair", ["evaluate.limit", "=3", "train.stages.7.rate=1", "train.stages.x.rate=1", "train.stages.².rate=1"]
+)
 def test_what_cannot_be_meant_is_refused(pair: str) -> None:
     """A mistyped override that has no effect would train the wrong model for days."""
     with pytest.raises(ConfigError) as caught:
