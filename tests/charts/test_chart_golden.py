@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helming import CHART, EXAMPLES, find, helm, render, template
+from helming import CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
@@ -47,14 +47,15 @@ def test_lint_finds_nothing(values: Path | None) -> None:
 @pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
 def test_the_native_pipeline_is_the_compiled_one(launch: Launch) -> None:
     """The template cuts it out as text; a lost line or a number turned to a float would show first in a failed run."""
-    images = {"base": "registry.example/base:1", "quantize": "registry.example/quantize:1"}
+    images = {"base": "registry.example/base:1", "quantize": "registry.example/nvila-python:0.1.0-cuda"}
     sets = [f'images.{key}="{image}"' for key, image in images.items()]
     documents = render(sets=[*sets, 'pipelines.mode="native"', f'pipelines.launch="{launch}"'])
     (version,) = [d for d in documents if d["kind"] == "PipelineVersion"]
     assert version["spec"]["pipelineName"] == find(documents, "Pipeline", NAME)["metadata"]["name"]
     rendered = [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]]
     wanted = json.dumps(compiled(launch=launch))
-    wanted = wanted.replace(QUANTIZE_IMAGE, images["quantize"]).replace(IMAGE, images["base"])
+    for placeholder, image in ((QUANTIZE_IMAGE, images["quantize"]), (IMAGE, images["base"])):
+        wanted = wanted.replace(f'"{placeholder}"', f'"{image}"')
     assert rendered == json.loads(wanted)
 
 
@@ -118,6 +119,14 @@ def test_a_part_that_the_cluster_cannot_hold_is_refused_by_name(sets: list[str],
     ran = template(sets=[*off, *sets], apis=())
     assert ran.returncode != 0
     assert missing in ran.stderr and remedy in ran.stderr
+
+
+def test_a_warm_up_of_a_volume_that_nobody_mounts_is_refused() -> None:
+    """Every run would fetch the weights again, while the DaemonSet says that they are there."""
+    sets = ['cache.type="claim"', 'namespaces=["team-a"]']
+    ran = template(EVERYTHING, sets=sets)
+    assert ran.returncode != 0 and "cache.type=hostPath" in ran.stderr
+    assert template(EVERYTHING, sets=[sets[0], 'namespaces=["nvila"]']).returncode == 0
 
 
 def test_jobs_without_a_runtime_are_refused() -> None:

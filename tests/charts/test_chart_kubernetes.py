@@ -100,6 +100,19 @@ def test_a_job_draws_near_its_own_pods_only() -> None:
     Draft202012Validator(schema["properties"]["spec"]).validate(runtime["spec"])
 
 
+def test_without_kueue_its_topology_takes_nothing_away() -> None:
+    """values-16x8.yaml with kueue.enabled=false: nothing would keep the pods of a job in a rack any more."""
+    (runtime,) = [d for d in render(EVERYTHING, sets=["kueue.enabled=false"]) if d["kind"] == "ClusterTrainingRuntime"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert "affinity" in pod["spec"] and not [key for key in pod["metadata"]["annotations"] if "kueue" in key]
+
+
+def test_a_flavor_without_labels_and_taints_fits_too() -> None:
+    """Its `spec` would be null, which the API server refuses."""
+    documents = render(sets=["kueue.enabled=true", "gpu.tolerations=[]"])
+    assert [d["spec"] for d in documents if d["kind"] == "ResourceFlavor"] == [{}]
+
+
 def test_a_wrong_field_of_a_custom_resource_is_seen() -> None:
     """Otherwise the test above would pass whatever is rendered."""
     schema = _schemas()["trainer.kubeflow.org/v1alpha1", "ClusterTrainingRuntime"]

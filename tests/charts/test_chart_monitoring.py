@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from helming import EVERYTHING, find, render
+from helming import EVERYTHING, find, render, template
 
 EXPORTED = {
     # kube-state-metrics
@@ -67,3 +67,12 @@ def test_the_monitor_selects_the_server() -> None:
     assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
     pod = find(documents, "Deployment", "nvila-mlflow")["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= pod.items()
+
+
+def test_a_label_of_the_site_replaces_the_charts() -> None:
+    """The same key twice in a document is an error for strict readers, and a matter of luck for others."""
+    ran = template(EVERYTHING, sets=['monitoring.labels={"app.kubernetes.io/instance":"prometheus"}'])
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        (text,) = [part for part in ran.stdout.split("\n---\n") if f"\nkind: {kind}\n" in part]
+        labels = text.partition("\nspec:")[0]
+        assert labels.count("app.kubernetes.io/instance") == 1 and "instance: prometheus" in labels

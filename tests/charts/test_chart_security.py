@@ -171,4 +171,6 @@ def test_pods_reach_the_store_behind_a_service(policy: str) -> None:
 
     assert namespaces("http://seaweedfs.kubeflow.svc.cluster.local:9000") == ["kubeflow"]
     assert namespaces("http://seaweedfs.kubeflow.svc:9000") == ["kubeflow"]
+    assert namespaces("http://seaweedfs.kubeflow:9000") == ["kubeflow"]
+    assert namespaces("http://seaweedfs:9000") == ["nvila"]
     assert namespaces("https://svc.example.svc-1.org") == namespaces("http://10.0.0.1:9000") == []

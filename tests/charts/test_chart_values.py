@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helming import CHART, EVERYTHING, EXAMPLES, find, render, template
+from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 
 from nvila.pipelines import site
 
@@ -29,6 +30,8 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ('s3.endpoint="minio:9000"', "/s3/endpoint"),
         ('pipelines.mode="both"', "/pipelines/mode"),
         ('pipelines.host="ml-pipeline:8888"', "/pipelines/host"),
+        ('mlflow.uri="https://user:password@mlflow.example"', "/mlflow/uri"),
+        ('images.pullSecrets=["a","a"]', "/images/pullSecrets"),
         ('gpu.resource="gpu"', "/gpu/resource"),
         ("gpu.perNode=-1", "/gpu/perNode"),
         ('gpu.tolerations=[{"key":"a","operator":"Has"}]', "/gpu/tolerations/0/operator"),
@@ -56,6 +59,37 @@ def test_a_wrong_value_is_refused_with_its_place(setting: str, says: str) -> Non
     assert says in ran.stderr
 
 
+@pytest.mark.parametrize(
+    "key", ["images.train", "s3.bucket", "mlflow.postgres", "monitoring", "networkPolicies.clients"]
+)
+def test_a_value_set_to_null_is_refused(key: str) -> None:
+    """Helm takes null for `remove the default`: an image or a bucket without a name, or a template that breaks."""
+    ran = template(sets=[f"{key}=null"])
+    assert ran.returncode != 0 and f"missing property '{key.rpartition('.')[2]}'" in ran.stderr
+
+
+def test_names_stay_text() -> None:
+    """YAML reads 2024 as a number and null as nothing, and the API server refuses both half-way through."""
+    sets = ['namespaces=["2024"]', 'mlflow.postgres.user="null"', 'stepServiceAccounts=["1"]', 's3.region="1e3"']
+    documents = render(EVERYTHING, sets=sets)
+    assert {d["metadata"]["namespace"] for d in documents if d["metadata"]["name"] == "nvila-launcher"} == {"2024"}
+    assert find(documents, "RoleBinding", "nvila-launcher")["subjects"][0]["name"] == "1"
+    postgres = find(documents, "StatefulSet", "nvila-postgres")["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "POSTGRES_USER", "value": "null"} in postgres["env"]
+    store = yaml.safe_load(find(documents, "ConfigMap", "kfp-launcher")["data"]["providers"])["s3"]["default"]
+    assert store["region"] == "1e3"
+
+
+def test_the_chart_can_be_part_of_another(tmp_path: Path) -> None:
+    """A chart of a site's own that names this one as a dependency: Helm hands it the key `global` beside its values."""
+    about = f"apiVersion: v2\nname: site\nversion: 0.1.0\ndependencies: [{{name: {CHART.name}, version: '*'}}]\n"
+    (tmp_path / "Chart.yaml").write_text(about, encoding="utf-8")
+    (tmp_path / "charts").mkdir()
+    (tmp_path / "charts" / CHART.name).symlink_to(CHART)
+    ran = helm("template", "nvila", tmp_path, *(part for api in APIS for part in ("--api-versions", api)))
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_one_made_volume_cannot_serve_two_namespaces() -> None:
     """The second claim would stay Pending for ever."""
     ran = template(sets=['storage.volumeName="nfs"', 'namespaces=["a","b"]'])
@@ -75,7 +109,7 @@ def test_every_key_is_explained_and_no_other_is_taken() -> None:
     """The schema is the chart's reference; an open object takes typing errors."""
     parts = dict(_objects(SCHEMA))
     assert [w for w, part in parts.items() if not w.endswith("[]") and len(part.get("description", "")) < 4] == []
-    objects = {where: part for where, part in parts.items() if part.get("type") == "object"}
+    objects = {where: part for where, part in parts.items() if part.get("type") == "object" and where != ".global"}
     assert [where for where, part in objects.items() if part.get("additionalProperties", True) is True] == []
 
 
@@ -87,7 +121,7 @@ def test_values_and_schema_have_the_same_keys() -> None:
             return {where}
         return {where, *(k for name, value in values.items() for k in keys(value, f"{where}.{name}"))}
 
-    free = (".cache.warmup.weights", ".gpu.nodeLabels", ".trainer.nccl", ".monitoring.labels")
+    free = (".cache.warmup.weights", ".gpu.nodeLabels", ".trainer.nccl", ".monitoring.labels", ".global")
     known = {where for where, _ in _objects(SCHEMA) if "[]" not in where}
     assert {key for key in keys(VALUES) if not key.startswith(free)} == {k for k in known if not k.startswith(free)}
 

@@ -2,14 +2,14 @@
 
 {{- define "nvila.labels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 
 {{- define "nvila.selector" -}}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -36,7 +36,7 @@ app.kubernetes.io/component: {{ .component }}
 {{- with .Values.images.pullSecrets -}}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- end }}
@@ -67,18 +67,18 @@ seccompProfile: {type: RuntimeDefault}
 - {name: MLFLOW_S3_ENDPOINT_URL, value: {{ . | quote }}}
 {{- end }}
 {{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
-- name: {{ . }}
+- name: {{ . | quote }}
   valueFrom: {secretKeyRef: {name: nvila-credentials, key: {{ . }}, optional: true}}
 {{- end }}
 {{- end }}
 
 {{- define "nvila.postgresEnvironment" -}}
-- {name: PGHOST, value: {{ include "nvila.postgresHost" . }}}
+- {name: PGHOST, value: {{ include "nvila.postgresHost" . | quote }}}
 - {name: PGPORT, value: {{ .Values.mlflow.postgres.port | quote }}}
-- {name: PGDATABASE, value: {{ .Values.mlflow.postgres.database }}}
-- {name: PGUSER, value: {{ .Values.mlflow.postgres.user }}}
+- {name: PGDATABASE, value: {{ .Values.mlflow.postgres.database | quote }}}
+- {name: PGUSER, value: {{ .Values.mlflow.postgres.user | quote }}}
 - name: PGPASSWORD
-  valueFrom: {secretKeyRef: {name: {{ .Values.mlflow.postgres.secret }}, key: password}}
+  valueFrom: {secretKeyRef: {name: {{ .Values.mlflow.postgres.secret | quote }}, key: password}}
 {{- if include "nvila.postgresVerified" . }}
 - {name: PGSSLMODE, value: verify-full}
 - {name: PGSSLROOTCERT, value: /etc/nvila-postgres/ca.crt}
@@ -100,7 +100,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- if include "nvila.postgresVerified" . -}}
 - name: postgres-authority
   secret:
-    secretName: {{ .Values.mlflow.postgres.secret }}
+    secretName: {{ .Values.mlflow.postgres.secret | quote }}
     items: [{key: ca.crt, path: ca.crt}]
 {{- end }}
 {{- end }}

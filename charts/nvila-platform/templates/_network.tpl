@@ -11,11 +11,11 @@
 - ports:
     - {protocol: TCP, port: {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" $address.host) | default (ternary "80" "443" (eq $address.scheme "http")) }}}
 {{- $service := splitList "." (regexReplaceAll ":[0-9]+$" $address.host "") }}
-{{- if and (ge (len $service) 3) (eq (index $service 2 | default "") "svc") }}
-{{- /* Policies look at the pod's port, which need not be the service's. */}}
+{{- if or (lt (len $service) 3) (eq (index (append $service "svc") 2) "svc") }}
+{{- /* A service: policies look at the pod's port, which need not be the service's. */}}
 - to:
     - namespaceSelector:
-        matchLabels: {kubernetes.io/metadata.name: {{ index $service 1 }}}
+        matchLabels: {kubernetes.io/metadata.name: {{ ternary .Release.Namespace (index (append $service "") 1) (eq (len $service) 1) | quote }}}
 {{- end }}
 {{- if not .Values.s3.endpoint }}
 {{- /* The agent of EKS Pod Identity. */}}
