@@ -13,7 +13,7 @@ from typer.main import get_command
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.cluster import NAME, Launch, compiled
-from nvila.pipelines.site import SECRET
+from nvila.pipelines.site import SECRET, SECRET_KEYS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
@@ -149,6 +149,7 @@ def test_external_mlflow_leaves_no_server_behind() -> None:
     """Two stores of the same experiments would each have half of the runs."""
     documents = render(sets=['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example"'])
     assert find(documents, "ConfigMap", "nvila-site")["data"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
+    assert {f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN")} <= set(SECRET_KEYS), "its login"
     assert [d for d in documents if "mlflow" in d["metadata"]["name"] or "postgres" in d["metadata"]["name"]] == []
 
 
