@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 from nvila.components.contracts.errors import ConfigError, NvilaError
+from nvila.pipelines.access import TOKEN_VARIABLE, api_url, readable, token_of
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1Experiment, V2beta1Pipeline, V2beta1PipelineVersion, V2beta1Run
 
 T = TypeVar("T")
-TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
-"""Environment variable: the bearer token itself."""
-TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
-"""Environment variable that Kubeflow sets in notebooks: file of a token that is renewed there."""
 TIMEOUT_SECONDS = (5.0, 60.0)
 """To connect, and to wait for an answer."""
 PAGE = 100
@@ -47,11 +41,11 @@ class Server:
         import kfp_server_api as api
         from urllib3 import Retry
 
-        self.host = _api_url(host)
+        self.host = api_url(host)
         self._token_file = token_file
         configuration = api.Configuration(host=self.host)
         if ca_cert:
-            _readable(ca_cert, "--ca-cert")
+            readable(ca_cert, "--ca-cert")
             configuration.ssl_ca_cert = str(ca_cert)
         # Requests that change nothing are tried again; a run must not be created twice. Redirections lead to a page for
         # people, whose text the client would take for an answer without any values.
@@ -222,7 +216,7 @@ class Server:
             return self._unreadable(said)
         if status == 401:
             return ConfigError(
-                "the server does not accept the token" if self._token() else "the server asks for a token",
+                "the server does not accept the token" if token_of(self._token_file) else "the server asks for a token",
                 where=self.host,
                 do=f"Give --token-file, or {TOKEN_VARIABLE} in the environment.",
             )
@@ -235,21 +229,13 @@ class Server:
             return ServerDown(f"the server answers {status}: {said}", where=self.host)
         return kinds.get(status, ConfigError)(f"the server refuses ({status}): {said}", where=self.host)
 
-    def _token(self) -> str:
-        if self._token_file:
-            return _token_of(self._token_file, "--token-file")
-        if token := os.environ.get(TOKEN_VARIABLE):
-            return _one_word(token, TOKEN_VARIABLE)
-        renewed = os.environ.get(TOKEN_FILE_VARIABLE)
-        return _token_of(Path(renewed), TOKEN_FILE_VARIABLE) if renewed else ""
-
     def _refresh_token(self, configuration: Any) -> None:
-        if token := self._token():
+        if token := token_of(self._token_file):
             configuration.api_key["authorization"] = token
 
     def _without_token(self, text: str) -> str:
         """What the server says may repeat what it was sent."""
-        token = self._token()
+        token = token_of(self._token_file)
         return text.replace(token, "***") if token else text
 
 
@@ -283,51 +269,6 @@ def patiently(call: Callable[[], T], seconds: float, told: Callable[[str], None]
                 told(f"{str(error).rstrip('.')}; the run goes on, trying again")
                 last = str(error)
             time.sleep(pause_seconds)
-
-
-def _api_url(host: str) -> str:
-    """The URL without a slash at its end, and without what stands behind a # in a browser."""
-    try:
-        parts = urlsplit(host)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", host)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError("not a URL", where="--host", do="It begins with https:// or http://.", value=_shown(host))
-    if "@" in parts.netloc or parts.query:
-        raise ConfigError(
-            "a URL of the API has no name, password or question mark",
-            where="--host",
-            value=_shown(host),
-            do=f"It is like https://kubeflow.example/pipeline; tokens come with --token-file or {TOKEN_VARIABLE}.",
-        )
-    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
-
-
-def _shown(url: str) -> str:
-    """Without a password."""
-    return url.rpartition("@")[2]
-
-
-def _readable(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=option, value=str(path)) from None
-    except UnicodeDecodeError:
-        raise ConfigError("is no text", where=option, value=str(path)) from None
-
-
-def _token_of(path: Path, option: str) -> str:
-    return _one_word(_readable(path, option), option)
-
-
-def _one_word(text: str, where: str) -> str:
-    """The token, without the line break that editors leave behind it."""
-    token = text.strip()
-    if len(token.split()) != 1 or not token.isascii():
-        raise ConfigError("holds no token", where=where)
-    return token
 
 
 def _message(body: str | bytes | None) -> str:

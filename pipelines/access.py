@@ -1,0 +1,83 @@
+"""Where an API server is, and the token that opens it, as people give them: copied, with line breaks, in files."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from nvila.components.contracts.errors import ConfigError
+
+TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
+"""Environment variable: the bearer token itself."""
+TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
+"""Environment variable that Kubeflow sets in notebooks: file of a token that is renewed there."""
+
+
+def api_url(host: str) -> str:
+    """The URL without a slash at its end, and without what stands behind a # in a browser.
+
+    Raises:
+        ConfigError: it is no URL, or holds a password.
+    """
+    try:
+        parts = urlsplit(host)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", host)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError("not a URL", where="--host", do="It begins with https:// or http://.", value=_shown(host))
+    if "@" in parts.netloc or parts.query:
+        raise ConfigError(
+            "a URL of the API has no name, password or question mark",
+            where="--host",
+            value=_shown(host),
+            do=f"It is like https://kubeflow.example/pipeline; tokens come with --token-file or {TOKEN_VARIABLE}.",
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+
+
+def token_of(file: Path | None) -> str:
+    """The bearer token from the file, else from the environment; empty without either.
+
+    Raises:
+        ConfigError: the file cannot be read, or what is given is no token.
+    """
+    if file:
+        return _token_in(file, "--token-file")
+    if token := os.environ.get(TOKEN_VARIABLE):
+        return _one_word(token, TOKEN_VARIABLE)
+    renewed = os.environ.get(TOKEN_FILE_VARIABLE)
+    return _token_in(Path(renewed), TOKEN_FILE_VARIABLE) if renewed else ""
+
+
+def readable(path: Path, option: str) -> str:
+    """Text of the file that an option names.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=option, value=str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("is no text", where=option, value=str(path)) from None
+
+
+def _shown(url: str) -> str:
+    """Without a password."""
+    return url.rpartition("@")[2]
+
+
+def _token_in(path: Path, option: str) -> str:
+    return _one_word(readable(path, option), option)
+
+
+def _one_word(text: str, where: str) -> str:
+    """The token, without the line break that editors leave behind it."""
+    token = text.strip()
+    if len(token.split()) != 1 or not token.isascii():
+        raise ConfigError("holds no token", where=where)
+    return token
