@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
@@ -25,8 +25,8 @@ from nvila.components.contracts.recipe.train import TrainSettings
 class Needs(Section):
     """What preflight asks of the machine."""
 
-    memory_bytes: int = 6 * 2**30
-    disk_bytes: int = 2 * 2**30
+    memory_bytes: NonNegativeInt = 6 * 2**30
+    disk_bytes: NonNegativeInt = 2 * 2**30
 
 
 class Recipe(Section):

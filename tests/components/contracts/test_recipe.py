@@ -104,6 +104,8 @@ def test_a_missing_key_is_named(dotted: str) -> None:
         ("train.stages", [STAGE], "at least 5 items"),
         ("train.gpus", 3, "stage 1: batch 8 is not a multiple of micro_batch 2 times 3 gpus"),
         ("train.stages.1.micro_batch", 3, "stage 2: batch 8 is not a multiple of micro_batch 3 times 1 gpus"),
+        ("train.stages.0.learning_rate", float("inf"), "finite number"),
+        ("needs", {"memory_bytes": -1}, "greater than or equal to 0"),
         ("train.zero", 4, r"train\.zero"),
         ("train.precision", "fp8-current", r"train\.precision: Input should be .fp32. or .bf16."),
         ("evaluate.sources", ["nothing"], r"evaluate\.sources: no source is called 'nothing'"),
