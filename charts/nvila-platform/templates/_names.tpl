@@ -13,6 +13,12 @@ app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
+{{- /* The pods of training jobs, in whatever namespace: other software has a component of that name, too. */ -}}
+{{- define "nvila.training" -}}
+app.kubernetes.io/part-of: nvila
+app.kubernetes.io/component: training
+{{- end }}
+
 {{- /* A JSON list: include passes text only. */ -}}
 {{- define "nvila.namespaces" -}}
 {{- .Values.namespaces | default (list .Release.Namespace) | toJson }}

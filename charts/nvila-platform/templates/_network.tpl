@@ -1,9 +1,12 @@
 {{- /* Whom the pods of the chart call. */ -}}
 
 {{- define "nvila.egressDNS" }}
+{{- /* 5353 is the port of OpenShift's DNS pods. */}}
 - ports:
     - {protocol: UDP, port: 53}
     - {protocol: TCP, port: 53}
+    - {protocol: UDP, port: 5353}
+    - {protocol: TCP, port: 5353}
 {{- end }}
 
 {{- define "nvila.egressS3" }}
