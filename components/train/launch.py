@@ -5,6 +5,7 @@ On a cluster every node of the job does so; who they are stands in the variables
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -65,6 +66,9 @@ def launch(job: Job) -> None:
         meeting = meet(address, int(port), nodes, node)
         endpoint = f"{address}:{port}"
     there = {"nnodes": nodes, "node-rank": node, "rdzv-endpoint": endpoint}
+    # A store left in a cycle, destroyed by a fork's collector, joins a thread that the fork does not have: it fails, or
+    # waits for ever.
+    gc.collect()
     try:
         elastic_launch(_torchrun(job.run.gpus, there, logs), main)(str(description))
     except SignalException:

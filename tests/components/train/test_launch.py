@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +128,29 @@ def test_every_process_knows_its_place(make_job: MakeJob, stand_in: Callable[[Wo
     first, second = (Path(job.out, f"place-{rank}").read_text().split() for rank in (0, 1))
     assert (first[0], second[0], first[1]) == ("0", "1", "2") and first[1:] == second[1:]
     assert "RANK" not in os.environ
+
+
+def test_a_store_of_an_earlier_meeting_does_not_hold_a_process_up(
+    make_job: MakeJob, stand_in: Callable[[Work], None]
+) -> None:
+    """Its destructor joins a thread; a forked process has another in its place, and fails or waits for ever."""
+    from torch.distributed import TCPStore
+
+    def collect(path: str) -> None:
+        signal.alarm(20)
+        for _ in range(3):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        gc.collect()
+
+    stand_in(collect)
+    left: list[object] = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False)]
+    left.append(left)
+    gc.disable()  # or chance decides whose collector finds it
+    try:
+        del left
+        launching.launch(make_job("a"))
+    finally:
+        gc.enable()
 
 
 def test_the_workers_own_words_arrive(make_job: MakeJob, capfd: pytest.CaptureFixture[str]) -> None:
