@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import threading
@@ -413,7 +414,8 @@ def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled
     kfp.script = [_run("RUNNING", _task("resolve", "RUNNING", end_time=None))]
     ours, theirs = pty.openpty()
     code = (
-        "from nvila.pipelines import cli, submit; submit.POLL_SECONDS = 0.1; import sys;"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored behind nohup
+        "from nvila.pipelines import cli, submit; submit.POLL_SECONDS = 0.1;"
         f"sys.argv = ['nvila', 'submit', 'micro', '--host', {kfp.url!r}, '--wait']; cli.main()"
     )
     process = subprocess.Popen(
@@ -436,6 +438,7 @@ def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled
 def _read_until(terminal: int, word: str) -> str:
     shown = ""
     while word not in shown:
+        assert select.select([terminal], [], [], 60)[0], f"{word!r} was not shown, but {shown[-2000:]!r}"
         try:
             shown += os.read(terminal, 4096).decode(errors="replace")
         except OSError:  # the other end is closed
