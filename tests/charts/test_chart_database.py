@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -31,7 +32,11 @@ def test_an_external_database_must_show_its_certificate(running: Place) -> None:
     with pytest.raises(AssertionError, match=r"Deployment/.*nvila-mlflow not ready"):
         running.release(seconds=40, mlflow={"workers": 2})
     pod = ("-n", running.namespace, "-l", "app.kubernetes.io/component=mlflow", "-c", "schema")
-    assert "certificate verify failed" in running.cluster.kubectl("logs", *pod, "--tail=-1")
+    deadline, said = time.monotonic() + 120, ""
+    while "certificate verify failed" not in said:  # between two attempts there is no log
+        assert time.monotonic() < deadline, said
+        time.sleep(1)
+        said = running.cluster.kubectl("logs", *pod, "--tail=-1", check=False)
 
 
 def _certificate(host: str) -> tuple[str, str]:
