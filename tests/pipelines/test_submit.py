@@ -186,42 +186,6 @@ def test_the_token_is_asked_for_sent_and_never_shown(
         Server(kfp.url, token_file=tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["", "kubeflow", "https://", "http://[::1", "http://h:x", "http://h:99999", "http://a b", "ftp://h",
-     "https://ada:w0rd@h", "https://h/_/pipeline/?ns=ada"],
-)  # fmt: skip
-def test_a_host_that_is_none_is_named_without_its_password(host: str) -> None:
-    """Some were `no answer` after five seconds, and a password stood in every message and in the run's address."""
-    with pytest.raises(ConfigError, match="--host") as caught:
-        Server(host)
-    assert "w0rd" not in str(caught.value)
-
-
-def test_an_address_copied_from_the_browser_will_do(kfp: StandIn) -> None:
-    """What stands behind # never reaches a server; it was sent as a path."""
-    assert Server(f"{kfp.url}/#/runs/details/r7").multi_user() is False
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"one\ntwo", b"\xff\xfe\x00"])
-def test_a_file_without_a_token_is_named(kfp: StandIn, tmp_path: Path, content: bytes) -> None:
-    """Who has given --token-file was told to give it, or saw a traceback of the HTTP library."""
-    file = tmp_path / "token"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"--token-file: (holds no token|is no text)"):
-        Server(kfp.url, token_file=file)
-
-
-def test_a_token_of_the_environment_may_end_with_a_line(kfp: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The HTTP library's refusal of such a header said that the server's answer could not be read."""
-    kfp.needs_token = True
-    monkeypatch.setenv("KF_PIPELINES_TOKEN", f"{TOKEN}\n")
-    assert Server(kfp.url).multi_user() is False
-    monkeypatch.setenv("KF_PIPELINES_TOKEN", "one\ntwo")
-    with pytest.raises(ConfigError, match="KF_PIPELINES_TOKEN: holds no token"):
-        Server(kfp.url)
-
-
 @pytest.mark.parametrize("status", [302, 200])
 def test_a_page_to_log_in_is_no_answer(status: int) -> None:
     """Kubeflow sends whoever has no valid token there; a run that was never started was reported as started."""
