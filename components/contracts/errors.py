@@ -53,6 +53,10 @@ class PreflightError(NvilaError):
     exit_code = Exit.USER
 
 
+class DamagedError(NvilaError):
+    """A file of the store is not what a step wrote there. The work is done again by the next run."""
+
+
 class TrainingError(NvilaError):
     """Training cannot go on (a loss that is not finite, a checkpoint that does not match)."""
 

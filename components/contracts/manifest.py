@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import uuid
+import re
+import stat
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, field_validator, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.digests import sha256_file as sha256_file
+from nvila.components.contracts.digests import sha256_of
+from nvila.components.contracts.errors import DamagedError, DataError, NvilaError
+from nvila.components.contracts.files import digest_json as digest_json
+from nvila.components.contracts.files import write_atomic as write_atomic
 
+MANIFEST = "manifest.json"
+SUSPECT = "suspect"
+"""Beside a manifest: a reader found the work damaged. Whoever wants to skip the work looks at it closely first."""
+SCHEMA_VERSION = 1
+KEY_CHARACTERS = 20
+"""Characters of the 64 that name the folder: 80 bits, so that two keys never meet and paths stay readable."""
+AGAIN = "Run the recipe again: the step is then repeated."
 Kind = Literal["slices", "report", "dataset", "model", "metrics", "version", "endpoint"]
 
 
@@ -23,7 +35,7 @@ class File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     uri: str
-    """Path relative to the manifest's folder, or an absolute path or `s3://` URI when the bytes live elsewhere."""
+    """Path of a step's file below the manifest's folder; of the user's, an absolute path or an `s3://` URI."""
     size_bytes: int
     sha256: str
 
@@ -42,11 +54,12 @@ class InputRef(BaseModel):
 class Manifest(BaseModel):
     """What a step made, from what, and how to check it.
 
-    `seconds`, `created`, `folder` and the URIs of inputs are facts of one execution and stay out of `digest`, so that
-    the same work done twice, or in another place, has the same identity.
+    `seconds`, `created`, `machine`, `folder` and the URIs of inputs are facts of one execution and stay out of
+    `digest`, so that the same work done twice, or in another place, has the same identity. Written out, it carries its
+    digest; read in, it must have the digest that it carries.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     schema_version: Literal[1] = 1
     step: str
@@ -60,107 +73,217 @@ class Manifest(BaseModel):
     """Small results as JSON: metrics, counts, names."""
     created: str = ""
     seconds: float = 0.0
+    machine: dict[str, Any] = Field(default_factory=dict)
+    """Where the work was done: `threads` and `cpu`. With others the same work may round differently."""
     folder: str = ""
     """Where the files lie: the step's folder in the store."""
 
+    @field_validator("step", "key")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} is no plain name")
+        return name
+
+    @field_validator("files")
+    @classmethod
+    def _below(cls, files: dict[str, File]) -> dict[str, File]:
+        for file in files.values():
+            path = PurePosixPath(file.uri)
+            if path.is_absolute() or ".." in path.parts or "\0" in file.uri or str(path) != file.uri or not path.parts:
+                raise ValueError(f"the file {file.uri!r} is not below the step's folder")
+        return files
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_written(cls, content: Any, build: ModelWrapValidatorHandler[Manifest]) -> Manifest:
+        if not isinstance(content, dict) or "digest" not in content:
+            return build(content)
+        manifest = build({name: value for name, value in content.items() if name != "digest"})
+        if content["digest"] != manifest.digest:
+            raise ValueError(f"its content has the digest {manifest.digest[:12]}, not the one that it carries")
+        return manifest
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def digest(self) -> str:
         """sha256 over everything that says what the output is (hex, 64 characters)."""
-        content = self.model_dump(mode="json", exclude={"created", "seconds", "folder"})
+        content = self.model_dump(mode="json", exclude={"created", "seconds", "machine", "folder", "digest"})
         for ref in content["inputs"].values():
             del ref["uri"]
         return digest_json(content)
 
-    def path(self, name: str) -> Path:
-        """Local path of the file called `name`.
+    def path(self, name: str, *, fresh: bool = False) -> Path:
+        """Local path of the file called `name`, whose bytes are those that the step wrote.
+
+        Args:
+            name: of the file.
+            fresh: read the bytes now; without, the index is believed where the file's facts are unchanged.
 
         Raises:
-            DataError: the manifest names no such file, or the file is gone.
+            DataError: the manifest names no such file.
+            DamagedError: the file is gone, changed, or a link.
         """
         if name not in self.files:
             raise DataError(
                 f"the manifest of step {self.step} names no file {name!r}",
-                where=f"{self.folder}/manifest.json",
+                where=f"{self.folder}/{MANIFEST}",
                 value=sorted(self.files),
             )
-        path = Path(self.folder, self.files[name].uri)
-        if not path.exists():
-            raise DataError(
-                "a file of the store is gone",
-                where=str(path),
-                do=f"Remove the folder {self.folder} and run again; the step is then repeated.",
-            )
-        return path
+        self._require([name], fresh)
+        return Path(self.folder, self.files[name].uri)
 
-    def dir(self, prefix: str) -> Path:
-        """Local folder that holds the files named `prefix/...` (a checkpoint, say)."""
-        if not any(name.startswith(prefix + "/") for name in self.files):
+    def dir(self, prefix: str, *, fresh: bool = False) -> Path:
+        """Local folder that holds the files named `prefix/...` (a checkpoint, say) as the step wrote them, and no more.
+
+        Raises:
+            DataError: the manifest names no such files.
+            DamagedError: a file is gone, changed, a link, or one that no step wrote: loaders take what lies there.
+        """
+        names = [name for name in self.files if name.startswith(prefix + "/")]
+        if not names:
             raise DataError(
                 f"the manifest of step {self.step} names no files under {prefix!r}",
-                where=f"{self.folder}/manifest.json",
+                where=f"{self.folder}/{MANIFEST}",
                 value=sorted(self.files)[:10],
             )
+        self._require(names, fresh)
+        if strangers := self.strangers(prefix):
+            self._refuse(strangers[0], "the step wrote no such file", do=f"Remove it. {AGAIN}")
         return Path(self.folder, prefix)
 
     def verify(self, *, deep: bool = False) -> list[str]:
-        """Names of files that are missing, of another size, or (with `deep`) of another sha256."""
-        wrong = []
-        for name, file in self.files.items():
-            path = Path(self.folder, file.uri)
-            same = path.is_file() and path.stat().st_size == file.size_bytes
-            if not same or (deep and sha256_file(path) != file.sha256):
-                wrong.append(name)
-        return wrong
+        """Names of files that are missing, links, of another size, or (`deep` reads them all) of another sha256."""
+        return list(self.faults(deep=deep, fresh=True))
+
+    def faults(self, names: Iterable[str] | None = None, *, deep: bool, fresh: bool) -> dict[str, str]:
+        """What is wrong with each of the named files that is not as the step wrote it; of all files by default."""
+        chosen = list(self.files if names is None else names)
+        found = {name: why for name in chosen if (why := self._looks(self.files[name]))}
+        paths = {name: Path(self.folder, self.files[name].uri) for name in chosen if name not in found} if deep else {}
+        try:
+            digests = sha256_of(paths.values(), fresh=fresh)
+        except OSError:  # one that cannot be read must not hide the others
+            digests = {path: _digest_or_reason(path, fresh) for path in paths.values()}
+        for name, path in paths.items():
+            if digests[path] != self.files[name].sha256:
+                found[name] = "its bytes are not those that the step wrote"
+        return found
+
+    def strangers(self, prefix: str) -> list[Path]:
+        """What lies in the folder `prefix` and is no file that the step wrote, nor a folder of such."""
+        known = {Path(self.folder, file.uri) for file in self.files.values()}
+        folders = {parent for path in known for parent in path.parents}
+        return sorted(path for path in Path(self.folder, prefix).rglob("*") if path not in known | folders)
+
+    def _looks(self, file: File) -> str | None:
+        path = Path(self.folder, file.uri)
+        steps = [path, *list(path.parents)[: len(PurePosixPath(file.uri).parts) - 1]]
+        if link := next((step for step in steps if step.is_symlink()), None):
+            return f"{link.name} is a link, where the step wrote none"
+        try:
+            facts = path.lstat()
+        except OSError:
+            return "it is gone"
+        if not stat.S_ISREG(facts.st_mode):
+            return "it is no file"
+        if facts.st_size != file.size_bytes:
+            return f"it has {facts.st_size} bytes and had {file.size_bytes}"
+        return None
+
+    def _require(self, names: list[str], fresh: bool) -> None:
+        for name, why in self.faults(names, deep=True, fresh=fresh).items():
+            self._refuse(Path(self.folder, self.files[name].uri), why)
+
+    def _refuse(self, path: Path, why: str, do: str = AGAIN) -> None:
+        """Mark the work, so that nobody skips it unseen, and say what is wrong."""
+        if Path(self.folder, MANIFEST).is_file():
+            try:
+                write_atomic(Path(self.folder, SUSPECT), f"{path}: {why}\n")
+            except OSError as error:
+                do = f"Remove {self.folder}, which this process may not ({error.strerror}). {do}"
+        raise DamagedError(f"damaged output of step {self.step}: {why}", where=str(path), do=do)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
-        """Read a manifest.
+        """Read a manifest. Where it lies in a step's folder, its files are the ones beside it: stores are moved.
 
         Raises:
-            DataError: no such file, or it is not a manifest of this version.
+            DataError: no such file, or one of a newer version of the platform.
+            DamagedError: not a manifest, cut off, or edited since it was written.
         """
+        place = Path(path).absolute()
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            content = json.loads(place.read_bytes().decode())
         except FileNotFoundError as error:
             raise DataError("no manifest here", where=str(path)) from error
-        except ValidationError as error:
-            raise DataError(
-                "not a manifest of schema version 1", where=str(path), value=error.errors()[0]["msg"]
+        except OSError as error:
+            raise DamagedError(
+                "the manifest cannot be read", where=str(path), value=error.strerror, do=AGAIN
             ) from error
+        except (ValueError, RecursionError) as error:
+            raise DamagedError("the manifest is cut off or no JSON", where=str(path), do=AGAIN) from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise DataError(
+                f"a manifest of a newer version of the platform (this one reads schema version {SCHEMA_VERSION})",
+                where=str(path),
+                value=version,
+                do="Use the version that wrote it, or another store.",
+            )
+        if not isinstance(content, dict) or "digest" not in content:
+            raise DamagedError("not a manifest, or one without its digest", where=str(path), do=AGAIN)
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise DamagedError(f"the manifest was damaged or edited: {message}", where=str(path), do=AGAIN) from error
+        if place.parent.name == manifest.key[:KEY_CHARACTERS]:
+            manifest.folder = str(place.parent)
+        return manifest
 
     def save(self, path: Path) -> None:
         """Write by rename, so that a reader sees the whole manifest or none."""
         write_atomic(path, self.model_dump_json(indent=1) + "\n")
 
 
+def written_by(folder: Path) -> Manifest | None:
+    """The manifest of the step that wrote the checkpoint in `folder`, whose bytes are read now and found to be its own.
+
+    None where nothing vouches for the folder, as for a checkpoint from elsewhere.
+
+    Raises:
+        DamagedError: the manifest beside the folder, or a file that it names, is not what was written.
+    """
+    folder = folder.absolute()
+    place = folder.parent / MANIFEST
+    if not place.is_file():
+        return None
+    manifest = Manifest.load(place).model_copy(update={"folder": str(folder.parent)})
+    if any(name.startswith(folder.name + "/") for name in manifest.files):
+        manifest.dir(folder.name, fresh=True)
+        return manifest
+    return None
+
+
 def describe_files(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[str, File]:
-    """Every file under `folder` that matches one of `patterns`, by its relative name, with size and sha256."""
+    """Every file under `folder` that matches one of `patterns`, by its relative name, with size and sha256.
+
+    Raises:
+        NvilaError: one of them is a link: what it leads to is nobody's to keep.
+    """
     names = {p.relative_to(folder).as_posix(): p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
+    if link := next((path for path in names.values() if path.is_symlink()), None):
+        raise NvilaError("a step must not leave a link in its output", where=str(link))
+    digests = sha256_of(names.values())
     return {
-        name: File(uri=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+        name: File(uri=name, size_bytes=path.stat().st_size, sha256=digests[path])
         for name, path in sorted(names.items())
     }
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file's bytes, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_json(content: Any) -> str:
-    """Hex sha256 of the canonical JSON of `content` (sorted keys, no spaces)."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it there; the folder is made when missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process' number: nodes of a job that write to one volume have the same ones.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _digest_or_reason(path: Path, fresh: bool) -> str:
+    try:
+        return sha256_of([path], fresh=fresh)[path]
+    except OSError as error:
+        return str(error)

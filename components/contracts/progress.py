@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.files import write_atomic
 
 T = TypeVar("T")
 PROGRESS_FILE = "NVILA_PROGRESS_FILE"
@@ -36,7 +36,7 @@ class Progress:
         if self._file and (last or now - self._written > 0.5):
             self._written = now
             record = {"what": self.what, "done": self.done, "total": self.total, "note": note}
-            write_atomic(Path(self._file), json.dumps(record))
+            write_atomic(Path(self._file), json.dumps(record), durable=False)
         if last or now - self._printed > 20:
             self._printed = now
             of = f"/{self.total}" if self.total is not None else ""
@@ -47,7 +47,7 @@ def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get(PROGRESS_FILE):
-        write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}))
+        write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class Outcome:
     """Glob patterns, relative to the step's folder, of the files that belong to the output."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """Where it was made (`Manifest.machine`); the runner knows, not the step."""
 
 
 class Step(Protocol):

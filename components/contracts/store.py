@@ -6,20 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import DamagedError, NvilaError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.files import discard, read_json, sync_tree, write_atomic
+from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest
+from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.progress import waiting_for
 
-MANIFEST = "manifest.json"
 TOMBSTONE = "tombstone.json"
-KEY_CHARACTERS = 20
-"""Characters of the 64 that name the folder: 80 bits, so that two keys never meet and paths stay readable."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,77 @@ class Store:
         """Where the step with this content key works (may not exist yet)."""
         return self.root / step / key[:KEY_CHARACTERS]
 
-    def finished(self, step: str, key: str) -> Manifest | None:
-        """The manifest of finished work whose files are all there with the right sizes, else None."""
-        path = self.folder(step, key) / MANIFEST
-        if not path.is_file():
+    def finished(self, step: str, key: str, inputs: Mapping[str, str] | None = None) -> Manifest | None:
+        """The manifest of finished work, else None; damaged work, which is said in one line, is not finished.
+
+        Looks at the manifest's digest and at its files' sizes. The bytes are for those who open them.
+
+        Args:
+            step, key: the work.
+            inputs: digest of each input's manifest; the work must have been made from these.
+
+        Raises:
+            DataError: a newer version of the platform wrote it.
+        """
+        place = self.folder(step, key)
+        if not os.path.lexists(place / MANIFEST):
             return None
-        manifest = Manifest.load(path).model_copy(update={"folder": str(path.parent)})
-        return None if manifest.key != key or manifest.verify() else manifest
+        try:
+            return self._sound(place, step, key, inputs)
+        except DamagedError as error:
+            print(f"{step}: damaged, to be done again: {error.where}: {error.what}", file=sys.stderr, flush=True)
+            return None
+
+    def _sound(self, place: Path, step: str, key: str, inputs: Mapping[str, str] | None) -> Manifest:
+        for path in (place, place / MANIFEST):
+            if path.is_symlink():
+                raise DamagedError("a link, where the store has none", where=str(path))
+        manifest = Manifest.load(place / MANIFEST)
+        used = {name: ref.digest for name, ref in manifest.inputs.items()}
+        if (manifest.step, manifest.key) != (step, key) or (inputs is not None and used != inputs):
+            raise DamagedError("the manifest of other work", where=str(place / MANIFEST))
+        if os.path.lexists(place / SUSPECT):
+            raise DamagedError("a reader found its files changed", where=str(place))
+        for name, why in manifest.faults(deep=False, fresh=False).items():
+            raise DamagedError(why, where=str(place / name))
+        return manifest
+
+    def mend(self, step: str, key: str) -> None:
+        """Read closely what a reader found damaged: all that was wrong may be a file that somebody put beside it.
+
+        Such files are deleted. The caller holds the work's lock. What is damaged stays marked.
+        """
+        place = self.folder(step, key)
+        if not os.path.lexists(place / SUSPECT):
+            return
+        try:
+            manifest = Manifest.load(place / MANIFEST)
+        except NvilaError:  # `finished` says it
+            return
+        for stranger in {path for name in manifest.files if "/" in name for path in manifest.strangers(_top(name))}:
+            if os.path.lexists(stranger):  # not gone with its folder
+                print(f"{step}: deleted, as no step wrote it: {stranger}", file=sys.stderr, flush=True)
+                discard(stranger)
+        if not manifest.verify(deep=True):
+            discard(place / SUSPECT)
 
     def load(self, path: str | os.PathLike[str]) -> Manifest:
-        """Read a manifest lying anywhere (a KFP artifact's file is a copy) with its folder in this store set."""
+        """Read a manifest lying anywhere (a KFP artifact's file is a copy) with its folder in this store set.
+
+        Raises:
+            DataError, DamagedError: as `Manifest.load`.
+        """
         manifest = Manifest.load(path)
-        if not manifest.folder:
-            manifest = manifest.model_copy(update={"folder": str(self.folder(manifest.step, manifest.key))})
+        ours = self.folder(manifest.step, manifest.key)
+        if Path(path).absolute().parent.name != ours.name and (ours.is_dir() or not manifest.folder):
+            manifest.folder = str(ours)
         return manifest
 
     @contextmanager
     def working(self, step: str, key: str) -> Iterator[Path]:
         """The step's folder, locked against a second process that does the same work."""
         folder = self.folder(step, key)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
         with lock_path.open("w") as lock:
             try:
@@ -59,10 +110,15 @@ class Store:
             except BlockingIOError:
                 waiting_for(f"{step}: another run is at the same work; waiting for what comes of it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                print(f"{step}: removed, as it is no folder of the store: {folder}", file=sys.stderr, flush=True)
+                folder.unlink()
+            folder.mkdir(exist_ok=True)
             yield folder
 
     def finish(self, folder: Path, manifest: Manifest) -> Manifest:
-        """Write the manifest, last and by rename: from here on the work is done."""
+        """Write the manifest, last and by rename, when its files are on disk: from here on the work is done."""
+        sync_tree(folder)
         manifest = manifest.model_copy(update={"folder": str(folder)})
         manifest.save(folder / MANIFEST)
         return manifest
@@ -74,11 +130,10 @@ class Store:
 
     def buried(self, step: str, key: str, run: str) -> tuple[Exit, str] | None:
         """Exit code and message of an earlier verdict in the same run, else None."""
-        path = self.folder(step, key) / TOMBSTONE
-        if not path.is_file():
+        record = read_json(self.folder(step, key) / TOMBSTONE)
+        if record.get("run") != run or record.get("exit_code") not in (Exit.USER, Exit.REJECTED):
             return None
-        record = json.loads(path.read_text())
-        return (Exit(record["exit_code"]), record["message"]) if record["run"] == run else None
+        return Exit(record["exit_code"]), str(record.get("message"))
 
     def remove(self, step: str, key: str) -> None:
         """Delete one piece of work; the manifest goes last, so that an interrupted delete leaves damaged work.
@@ -86,9 +141,15 @@ class Store:
         Whoever meets a manifest whose files are gone deletes the rest too: half a deleted folder is never resumed.
         """
         folder = self.folder(step, key)
+        if folder.is_symlink():  # what it leads to is not ours
+            folder.unlink()
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != MANIFEST:
                 path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0]

@@ -16,19 +16,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted
+from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.files import discard, write_atomic
+from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
-from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
+from nvila.components.contracts.manifest import AGAIN, MANIFEST, SUSPECT, InputRef, Manifest, describe_files
 from nvila.components.contracts.progress import progress_to
-from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
+from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.site import Work, do
 from nvila.components.tracking.flatten import metrics
 
-STORE_VARIABLE = "NVILA_STORE"
-"""Environment variable: root of the store (default `store`)."""
 RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
 RUN_ID_VARIABLE = "NVILA_RUN_ID"
@@ -86,7 +86,9 @@ def execute(
     try:
         _refuse_other_code()
         if slices is not None:
-            every = Manifest.load(slices).values["slices"]
+            every = Manifest.load(slices).values.get("slices")
+            if not isinstance(every, dict):
+                raise DamagedError("the manifest holds no slices", where=slices, do=AGAIN)
             if step not in every:
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
@@ -128,22 +130,24 @@ def perform(
         with progress_to(place.run_dir / "progress" / f"{step}.json"):
             code.prepare(code.Settings.model_validate(settings))
     external = code.external(settings) if hasattr(code, "external") else None
-    key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)
+    digests = {name: manifest.digest for name, manifest in inputs.items()}
+    key = content_key(module, {"step": step, **settings}, digests, external)
     store = place.store
     with store.working(step, key) as folder:
         if step not in ALWAYS:
-            if finished := store.finished(step, key):
+            store.mend(step, key)
+            if finished := store.finished(step, key, digests):
                 return finished, True
             if verdict := store.buried(step, key, place.run):
                 error = NvilaError(verdict[1])
                 error.exit_code = verdict[0]  # type: ignore[misc]
                 raise error
-            if (folder / MANIFEST).exists():
+            if os.path.lexists(folder / MANIFEST) or os.path.lexists(folder / SUSPECT):
                 # Finished once, damaged since: nothing in the folder can be trusted, so nothing of it is resumed.
                 store.remove(step, key)
                 folder.mkdir(exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        (folder / TOMBSTONE).unlink(missing_ok=True)
+        for name in (MANIFEST, TOMBSTONE, SUSPECT):
+            discard(folder / name)
         began = time.time()
         try:
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
@@ -154,14 +158,14 @@ def perform(
             _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
             raise
         files = describe_files(folder, outcome.files)
-        for name in [name for name in files if name in (MANIFEST, TOMBSTONE) or name.startswith(f"{FOLDER}/")]:
+        for name in [name for name in files if name in (MANIFEST, TOMBSTONE, SUSPECT) or name.startswith(f"{FOLDER}/")]:
             del files[name]
         manifest = Manifest(
             step=step,
             key=key,
             kind=outcome.kind,
             inputs={
-                n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=m.digest)
+                n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=digests[n])
                 for n, m in inputs.items()
             },
             sources=outcome.sources,
@@ -169,6 +173,7 @@ def perform(
             values=dict(outcome.values),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.time() - began, 3),
+            machine=dict(outcome.machine),
         )
         manifest = store.finish(folder, manifest)
     _track(place, step, settings, inputs, manifest, began, None, outcome.measured)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.progress import progress_to
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
+from nvila.components.runner.site import machine
 
 NODE_VARIABLE = "PET_NODE_RANK"
 """Environment variable: number of this node, set by Kubeflow Trainer; unset on a single machine."""
@@ -53,7 +55,8 @@ def _work(assignment: Assignment, node: int, folder: Path) -> None:
     settings = code.Settings.model_validate(assignment.settings)
     if node == 0:
         with progress_to(assignment.run_dir / "progress" / f"{assignment.step}.json"):
-            write_outcome(folder, code.run(settings, assignment.inputs, assignment.out))
+            outcome = code.run(settings, assignment.inputs, assignment.out)
+            write_outcome(folder, replace(outcome, machine=machine()))
     elif hasattr(code, "join"):
         code.join(settings, assignment.inputs, assignment.out)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -80,5 +81,19 @@ def do(work: Work) -> Outcome:
     site = chosen()
     if site is not None and site.takes(work):
         return site.run(work)
-    outcome: Outcome = code.run(settings, work.inputs, work.out)
-    return outcome
+    return replace(code.run(settings, work.inputs, work.out), machine=machine())
+
+
+def machine() -> dict[str, Any]:
+    """What decides how sums are rounded here: the threads that a step may use, and the kind of CPU."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {"threads": int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)), "cpu": _cpu()}
+
+
+@cache
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

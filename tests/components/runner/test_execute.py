@@ -92,7 +92,7 @@ class Bench:
         arguments[0] = asked or step
         return subprocess.Popen(
             [sys.executable, str(self.root / "main.py"), *arguments[:2], "{}", arguments[2]],
-            env=os.environ | variables | {"PYTHONPATH": str(self.root)},
+            env=os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(self.root), *sys.path])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
