@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nvila.components.contracts.manifest import written_by
+
 
 def convert(source: str, target: Path, layout: str, dtype: str | None) -> str:
     """Convert the checkpoint at a path, `s3://` or `hf://id@revision`; returns what was made as one line.
@@ -12,13 +14,16 @@ def convert(source: str, target: Path, layout: str, dtype: str | None) -> str:
     Raises:
         ConfigError: no such layout, or `target` exists.
         DataError: the source cannot be fetched or is broken.
+        DamagedError: a step wrote the source, and it was changed since.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
     from nvila.components.data.fetch import fetch
     from nvila.components.model.convert import convert as run
 
-    made = run(fetch(source), target, layout, dtype=dtype)
+    folder = fetch(source)
+    written_by(folder)
+    made = run(folder, target, layout, dtype=dtype)
     return f"{made.folder}: {made.source} to {layout}, {made.tensors} tensors, {made.bytes / 1e9:.2f} GB"
 
 
@@ -28,8 +33,11 @@ def inspect(source: str) -> str:
     Raises:
         ConfigError: not what this model computes.
         DataError: it cannot be fetched or is broken.
+        DamagedError: a step wrote it, and it was changed since.
     """
     from nvila.components.data.fetch import fetch
     from nvila.components.model.describe import describe, render
 
-    return render(describe(fetch(source)))
+    folder = fetch(source)
+    written_by(folder)
+    return render(describe(folder))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.manifest import Manifest, digest_json
+from nvila.components.contracts.digests import sha256_of
+from nvila.components.contracts.errors import ConfigError, DamagedError
+from nvila.components.contracts.manifest import MANIFEST, Manifest, digest_json, written_by
 
 QUANTIZE = "quantize"
 """The step whose output is served."""
@@ -22,7 +23,7 @@ class Model:
     version: str
     """Number in the registry; 0 for a folder."""
     digest: str
-    """Of the manifest it was registered with; for a folder, of the names and sizes of its files."""
+    """Of the step's manifest; for a folder that no step wrote, of the names and digests of its files."""
 
     @property
     def native(self) -> bool:
@@ -33,15 +34,18 @@ class Model:
 def find_model(reference: str, runs: Path) -> Model:
     """The model in a folder, or the registered one with this alias or number (of the latest model, or `NAME@ALIAS`).
 
+    Its files are read and are those that the step wrote; a folder from elsewhere has nothing to be held against.
+
     Raises:
         ConfigError: neither.
+        DamagedError: files or manifest are not what the step wrote, or not what was registered.
     """
     folder = Path(reference)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError("no checkpoint: config.json is missing", where=reference)
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        return Model(folder.absolute(), folder.absolute().name, "0", digest_json(files))
+        made = written_by(folder)
+        return Model(folder.absolute(), folder.absolute().name, "0", made.digest if made else _digest(folder))
     return _registered(reference, runs)
 
 
@@ -57,7 +61,18 @@ def _registered(reference: str, runs: Path) -> Model:
             made = next((ref for ref in registered_inputs(version) if ref.step == QUANTIZE), None)
             if made is None:
                 raise ConfigError("this version was not registered by a run", where=version.uri)
-            manifest = Manifest.load(made.uri)
-            manifest = manifest.model_copy(update={"folder": str(Path(made.uri).parent)})
-            return Model(manifest.dir("model"), version.name, version.version, made.digest)
+            manifest = Manifest.load(made.uri).model_copy(update={"folder": str(Path(made.uri).parent)})
+            if manifest.digest != made.digest:
+                raise DamagedError(
+                    f"this is not the model that was registered as {version.uri}",
+                    where=str(Path(manifest.folder, MANIFEST)),
+                    value={"registry": made.digest[:12], "there": manifest.digest[:12]},
+                    do="Run the recipe again to make and register it, or give the folder of a checkpoint.",
+                )
+            return Model(manifest.dir("model", fresh=True), version.name, version.version, made.digest)
     raise ConfigError(f"no registered model has the alias or number {alias!r}", where=str(runs / "mlflow.db"), do=do)
+
+
+def _digest(folder: Path) -> str:
+    paths = sha256_of(path for path in sorted(folder.rglob("*")) if path.is_file())
+    return digest_json({path.relative_to(folder).as_posix(): sha256 for path, sha256 in paths.items()})

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import PreflightError
-from nvila.components.contracts.manifest import Manifest, sha256_file
+from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import RolloutSettings
@@ -117,4 +118,4 @@ def _annotation_digests(data: DataSettings) -> dict[str, str]:
         for source in data.sources
         for name in checks.ANNOTATIONS + checks.OPTIONAL_ANNOTATIONS
     ]
-    return {label: sha256_file(path) for label, path in paths if path.is_file()}
+    return {label: file_sha256(path) for label, path in paths if path.is_file()}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import Rejected, RolloutError
+from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
+from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.recipe.rollout import Policy
 from nvila.components.rollout import endpoint as records
 from nvila.components.rollout.endpoint import Endpoint
@@ -99,8 +100,20 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
 def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: str) -> tuple[Endpoint, float]:
     """Start a server, record it under `name` and wait until it is ready: the record and the seconds it took.
 
-    Whatever goes wrong or interrupts the wait, no server stays behind.
+    Its files are read first, every time. Whatever goes wrong or interrupts the wait, no server stays behind.
+
+    Raises:
+        DamagedError: the files are not what the step wrote, or are those of another model than is wanted.
+        RolloutError: the server did not come up.
     """
+    made = written_by(wanted.model_dir)
+    if made is not None and made.digest != wanted.digest:
+        raise DamagedError(
+            f"the folder of {wanted.model} version {wanted.version} holds another model",
+            where=str(wanted.model_dir),
+            value={"wanted": wanted.digest[:12], "there": made.digest[:12]},
+            do="Run the recipe again, or serve the folder by its path.",
+        )
     log = runs / records.SERVING / f"{wanted.model}-v{wanted.version}.log"
     started = server.start(
         wanted.model_dir,

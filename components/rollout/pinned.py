@@ -41,12 +41,13 @@ def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
     import pyarrow.parquet as parquet
 
     columns = ["id", "source", "prediction", "answer", "media"]
-    rows = parquet.read_table(metrics.path("predictions.parquet"), columns=columns).to_pylist()
+    rows = parquet.read_table(metrics.path("predictions.parquet", fresh=True), columns=columns).to_pylist()
     rows = sorted((row for row in rows if len(row["media"]) == 1), key=lambda row: _order(row["id"]))
     sources = sorted({row["source"] for row in rows})
     turns = zip_longest(*([row for row in rows if row["source"] == source] for source in sources))
     chosen = [row for turn in turns for row in turn if row is not None][:count]
-    by_id = {s.id: s for s in read_samples(samples.path("samples.parquet"), ids=[row["id"] for row in chosen])}
+    table = samples.path("samples.parquet", fresh=True)
+    by_id = {s.id: s for s in read_samples(table, ids=[row["id"] for row in chosen])}
     return [_pinned(row, by_id[row["id"]]) for row in chosen]
 
 

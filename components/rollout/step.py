@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
@@ -19,7 +20,7 @@ from nvila.components.rollout.endpoint import exclusive
 from nvila.components.rollout.local import Wanted, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
-from nvila.components.tracking.registry import promote
+from nvila.components.tracking.registry import DIGEST_TAG, find, promote
 
 
 class Settings(Section):
@@ -38,8 +39,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         out: stays empty.
 
     Raises:
+        DamagedError: the model's files are not what quantize wrote.
         PreflightError: the port is held by a program that is not ours.
-        Rejected: the policy said no.
+        Rejected: the policy said no, or the registry holds another model under this version.
         RolloutError: the promoted version did not come up at its address.
     """
     version = inputs["version"].values
@@ -47,11 +49,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     if settings.rollout.target == "none":
         return Outcome(kind="endpoint", values=values | {"endpoint": None, "decision": "not asked for", "pinned": {}})
     runs, rollout = Place.from_environment().run_dir.parent, settings.rollout
+    _agree(runs, version["name"], version["version"], inputs["model"])
     wanted = Wanted(
         model=version["name"],
         version=version["version"],
         digest=inputs["model"].digest,
-        model_dir=inputs["model"].dir("model"),
+        model_dir=inputs["model"].dir("model", fresh=True),
         host=rollout.host,
         port=rollout.port,
     )
@@ -65,3 +68,18 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         values=values | {"endpoint": served.endpoint.url, "decision": "promoted", "pinned": served.endpoint.pinned},
         measured=served.measured,
     )
+
+
+def _agree(runs: Path, name: str, number: str, model: Manifest) -> None:
+    """Raises:
+    Rejected: the registry says that the version holds another model.
+    """
+    registered = find(runs, name, number)
+    digest = registered.tags.get(DIGEST_TAG) if registered else None
+    if digest is not None and digest != model.digest:
+        raise Rejected(
+            f"version {number} of {name} was registered with another model than the one in the store",
+            where=model.folder,
+            value={"registry": digest[:12], "store": model.digest[:12]},
+            do="Find out who changed which. Without the folder, the next run makes and registers the model again.",
+        )

@@ -33,6 +33,8 @@ RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
 RUN_ID_VARIABLE = "NVILA_RUN_ID"
 """Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
+COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
+"""Steps that let a model go further: their inputs must be those that MLflow knows."""
 ALWAYS = frozenset({"register", "rollout", "report"})
 """Steps that act on the world, or describe this very run: they are never skipped."""
 
@@ -150,6 +152,10 @@ def perform(
             discard(folder / name)
         began = time.time()
         try:
+            if step in COMPARED and inputs:
+                from nvila.components.tracking.recorded import compare
+
+                compare(place.run_dir.parent, step, inputs)
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
                 outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
         except Exception as error:

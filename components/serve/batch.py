@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.serve.environment import serve_python, serve_variables
@@ -74,10 +75,9 @@ def generate_with_vllm(
     return [answers[index] for index in range(len(requests))]
 
 
-def _identity(model_dir: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the model's files: enough to tell one folder's content from another's."""
-    files = sorted(path for path in model_dir.iterdir() if path.is_file())
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def _identity(model_dir: Path) -> dict[str, str]:
+    """Names and digests of the model's files."""
+    return {path.name: sha256 for path, sha256 in sha256_of(sorted(filter(Path.is_file, model_dir.iterdir()))).items()}
 
 
 def _read_answers(path: Path) -> dict[int, str]:

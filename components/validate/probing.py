@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -11,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from nvila.components.contracts.manifest import sha256_file
+from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.media import Limits, MediaError, inside, probe
 
@@ -85,23 +84,10 @@ def _probe(medium: Medium, limits: Limits) -> Finding:
     sha256 = None
     try:
         path = inside(Path(medium.root), medium.name)
-        sha256 = _digest(path)
+        sha256 = medium_sha256(path)
         found = probe(path, medium.kind, limits)
     except MediaError as error:
         return Finding(error.problem, error.what, sha256)
     except OSError as error:
         return Finding("undecodable", f"cannot be read: {error.strerror}", sha256)
     return Finding("ok", "", sha256, min(found.width, found.height), found.frames)
-
-
-def _digest(path: Path) -> str | None:
-    """sha256 of a file, or of the names and contents of a folder of frames."""
-    if path.is_file():
-        return sha256_file(path)
-    if not path.is_dir():
-        return None
-    whole = hashlib.sha256()
-    for name in sorted(path.iterdir()):
-        if name.is_file():
-            whole.update(f"{name.name}\0{sha256_file(name)}\0".encode())
-    return whole.hexdigest()

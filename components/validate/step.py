@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import DataError
-from nvila.components.contracts.manifest import File, Manifest, digest_json, sha256_file, write_atomic
+from nvila.components.contracts.manifest import File, Manifest, digest_json, write_atomic
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings, Source
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
@@ -34,7 +35,7 @@ class Settings(Section):
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests of each source's annotation files, and of the listing of its media (names, sizes, times).
+    """Digests of each source's annotation files, and of its media by name.
 
     Raises:
         DataError: a required annotation file is missing.
@@ -42,7 +43,7 @@ def external(settings: Mapping[str, Any]) -> dict[str, Any]:
     sources = Settings.model_validate(settings).data.sources
     return {
         source.name: {
-            "files": {name: sha256_file(path) for name, path in annotation_files(source).items()},
+            "files": {name: file_sha256(path) for name, path in annotation_files(source).items()},
             "media": media_listing(Path(source.path)),
         }
         for source in sources
@@ -91,7 +92,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             "media_digest": _digest(findings),
         },
         sources=[
-            File(uri=str(path), size_bytes=path.stat().st_size, sha256=sha256_file(path))
+            File(uri=str(path), size_bytes=path.stat().st_size, sha256=file_sha256(path))
             for source in sources
             for path in files[source.name].values()
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -327,3 +328,23 @@ def test_broken_annotation_files(own: Path, tmp_path: Path) -> None:
     (own / "sft.json").unlink()
     with pytest.raises(DataError, match=r"own/sft.json: data source 'own' has no sft.json"):
         step.external(of(own))
+
+
+def test_external_is_of_the_bytes_and_not_of_their_times(own: Path, tmp_path: Path) -> None:
+    """`cp -r` to another volume gave every file a new time, and hours of training were done again for it."""
+    first = step.external(of(own))
+    kept = own.rename(tmp_path / "kept")
+    shutil.copytree(kept, own, copy_function=shutil.copyfile)
+    for path in own.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert step.external(of(own)) == first
+
+
+def test_external_sees_other_bytes_behind_the_same_facts(own: Path) -> None:
+    """A picture replaced by one of equal size with its time set back would keep the key of the old one."""
+    first = step.external(of(own))
+    picture = next(path for path in sorted(own.rglob("*.png")))
+    facts = picture.stat()
+    picture.write_bytes(bytes(reversed(picture.read_bytes())))
+    os.utime(picture, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert step.external(of(own)) != first
