@@ -291,13 +291,14 @@ def trace(
     model: Annotated[
         str, typer.Argument(help="Alias or number in the registry, NAME@ALIAS, or path of a manifest.")
     ] = "champion",
-    deep: Annotated[bool, typer.Option("--deep", help="Check the digest of every file, not only its size.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file and medium, not only sizes.")] = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
     """Walk from a registered model back to the source files it was made from.
 
-    Exit code 1 when a manifest or a file on the way is missing or is not what was recorded.
+    Exit code 1 when a manifest or a file on the way is missing or is not what was recorded. Without --deep a file of
+    the store counts by its size, and pictures and clips are not looked at.
 
     Example: nvila trace champion
     """
@@ -306,7 +307,7 @@ def trace(
 
     tree = walk(store.absolute(), model, runs=runs.absolute(), deep=deep)
     typer.echo(render(tree))
-    raise typer.Exit(int(Exit.DONE if tree.sound else Exit.FAULT))
+    raise typer.Exit(int(Exit.DONE if tree.unchanged else Exit.FAULT))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import builtins
 import gc
-import json
 import multiprocessing
 import os
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.files import read_json
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
 from nvila.components.tracking.connect import load_client
@@ -90,8 +90,8 @@ class _Forks:
 
     def _has_work(self) -> bool:
         """Whether a step was not skipped: then those that follow it will not be either."""
-        records = (json.loads(path.read_bytes()) for path in (self._run_dir / "steps").glob("*.json"))
-        return any(not record.get("cached", True) and record["name"] not in ALWAYS for record in records)
+        records = map(read_json, (self._run_dir / "steps").glob("*.json"))
+        return any(not record.get("cached", True) and record.get("name") not in ALWAYS for record in records)
 
     def _step(self, source: str, arguments: list[str], environment: dict[str, str], parent: int) -> None:
         """In the fork: what KFP's command would do in a new interpreter."""

@@ -61,6 +61,11 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     sampler.start()
     threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
     code = _watched(run_dir, store, console)
+    met: set[str] = set()
+    while (damage := _damage_met(run_dir)) and damage not in met:  # a disk that damages it each time ends this
+        met.add(damage)
+        console.print(f"{damage}\nthe damaged work is done again", markup=False, highlight=False, soft_wrap=True)
+        code = _watched(run_dir, store, console)
     sampler.stop()
     finished = Finished.read(run_dir)
     exit_code = _exit_code(finished, code)
@@ -69,6 +74,11 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     _point_latest(run_dir)
     show_closing(finished, summary, console)
     return exit_code
+
+
+def _damage_met(run_dir: Path) -> str | None:
+    """What the step that ended the run said of damaged work that it should have read."""
+    return next((s.note for s in read_states(run_dir) if s.status == "failed" and s.record.get("damaged")), None)
 
 
 def _watched(run_dir: Path, store: Path, console: Console) -> int:
@@ -161,4 +171,8 @@ def _point_latest(run_dir: Path) -> None:
     fresh = run_dir.parent / f".latest.{os.getpid()}"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(run_dir.name)
-    fresh.replace(run_dir.parent / "latest")
+    try:
+        fresh.replace(run_dir.parent / "latest")
+    except OSError as error:  # a folder in its place
+        fresh.unlink()
+        print(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}", file=sys.stderr, flush=True)

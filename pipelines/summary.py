@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.pipelines.watch import StepState, read_states
@@ -29,7 +31,7 @@ class Finished:
         """Load what the status files name."""
         states = read_states(run_dir)
         named = {s.name: s.record["manifest"] for s in states if s.record.get("manifest")}
-        return cls(run_dir, states, {name: Manifest.load(path) for name, path in named.items()})
+        return cls(run_dir, states, {name: made for name, path in named.items() if (made := _load(path))})
 
     def values(self, step: str) -> dict[str, Any]:
         """Values of a step's manifest; empty where the step did not come through."""
@@ -51,6 +53,15 @@ class Finished:
             elif state.status != "cached":
                 worked += state.seconds
         return worked
+
+
+def _load(path: str) -> Manifest | None:
+    """None where it is damaged or gone, which must not keep the run from being told of."""
+    try:
+        return Manifest.load(path)
+    except NvilaError as error:
+        print(error, file=sys.stderr, flush=True)
+        return None
 
 
 def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _state(run_dir: Path, name: str) -> StepState:
     status = record.get("status", "waiting")
     if status == "running":
         note = _progress(_json(run_dir / "progress" / f"{name}.json"))
-        return StepState(name, status, time.time() - record["started"], note, record)
+        return StepState(name, status, time.time() - record.get("started", time.time()), note, record)
     return StepState(name, status, record.get("seconds", 0.0), record.get("message") or "", record)
 
 
@@ -120,12 +120,13 @@ def _progress(record: dict[str, Any]) -> str:
     if not record:
         return ""
     of = f"/{record['total']}" if record.get("total") is not None else ""
-    return f"{record['what']} {record['done']}{of} {record.get('note', '')}".strip()
+    return f"{record.get('what', '')} {record.get('done', '')}{of} {record.get('note', '')}".strip()
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Content of a file that is written by rename; empty while it is not there."""
+    """Content of a file that is written by rename; empty while it is not there, or where it is torn."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        content = json.loads(path.read_bytes().decode())
+    except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

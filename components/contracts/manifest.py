@@ -206,7 +206,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
-        """Read a manifest. Where it lies in a step's folder, its files are the ones beside it: stores are moved.
+        """Read a manifest. Of a `manifest.json` the files are those beside it, wherever it was written: stores move.
 
         Raises:
             DataError: no such file, or one of a newer version of the platform.
@@ -238,7 +238,7 @@ class Manifest(BaseModel):
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise DamagedError(f"the manifest was damaged or edited: {message}", where=str(path), do=AGAIN) from error
-        if place.parent.name == manifest.key[:KEY_CHARACTERS]:
+        if place.name == MANIFEST:
             manifest.folder = str(place.parent)
         return manifest
 

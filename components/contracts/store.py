@@ -62,7 +62,7 @@ class Store:
         if (manifest.step, manifest.key) != (step, key) or (inputs is not None and used != inputs):
             raise DamagedError("the manifest of other work", where=str(place / MANIFEST))
         if os.path.lexists(place / SUSPECT):
-            raise DamagedError("a reader found its files changed", where=str(place))
+            raise DamagedError(f"a reader found {_words(place / SUSPECT)}", where=str(place))
         for name, why in manifest.faults(deep=False, fresh=False).items():
             raise DamagedError(why, where=str(place / name))
         return manifest
@@ -94,7 +94,7 @@ class Store:
         """
         manifest = Manifest.load(path)
         ours = self.folder(manifest.step, manifest.key)
-        if Path(path).absolute().parent.name != ours.name and (ours.is_dir() or not manifest.folder):
+        if Path(path).name != MANIFEST and (ours.is_dir() or not manifest.folder):
             manifest.folder = str(ours)
         return manifest
 
@@ -149,6 +149,14 @@ class Store:
             elif path.name != MANIFEST:
                 path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _words(note: Path) -> str:
+    """The line that a reader left."""
+    try:
+        return note.read_text(encoding="utf-8", errors="replace").strip()[:500] or "its files changed"
+    except OSError:
+        return "its files changed"
 
 
 def _top(name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.section import Section
@@ -72,7 +73,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
                 )
             )
     # The large ones first: a long job started last would leave the other core idle.
-    _make(sorted((job for job in jobs if not Path(job.out).exists()), key=lambda job: job.name))
+    _make(sorted((job for job in jobs if not read_json(Path(job.out))), key=lambda job: job.name))
     small, large = (_results([job for job in jobs if job.name == name]) for name in ("small", "large"))
     rows = _table(small["losses"], large["losses"], settings)
     _write(rows, out / "scores.parquet")

@@ -5,7 +5,6 @@ Nothing here changes how the run ended: what fails is said and left. `nvila run`
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.files import read_json
 from nvila.components.report.collect import RunView, StepView, collect
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
 from nvila.components.runner.execute import Place, on_cluster
@@ -113,11 +113,11 @@ def _links(run_dir: Path) -> dict[str, str]:
     from nvila.components.tracking.runs import PARENT_FILE
 
     found = {"report": str(run_dir / "report.html")} if (run_dir / "report.html").is_file() else {}
-    if (run_dir / PARENT_FILE).is_file():
-        parent = json.loads((run_dir / PARENT_FILE).read_text())
-        if parent["tracking_uri"].startswith(("http://", "https://")):
-            path = f"/#/experiments/{parent['experiment_id']}/runs/{parent['run_id']}"
-            found["mlflow"] = parent["tracking_uri"].rstrip("/") + path
+    parent = read_json(run_dir / PARENT_FILE)
+    uri = str(parent.get("tracking_uri", ""))
+    if uri.startswith(("http://", "https://")):
+        path = f"/#/experiments/{parent.get('experiment_id')}/runs/{parent.get('run_id')}"
+        found["mlflow"] = uri.rstrip("/") + path
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
 
 ENDED_BADLY = ("rejected", "failed", "preempted")
@@ -50,12 +51,15 @@ class RunView:
         return view.manifest if view else None
 
     def file(self, step: str, name: str) -> Path | None:
-        """Path of a file of the step's output, when it is there."""
+        """Path of a file of the step's output, when it is there as the step wrote it."""
         manifest = self.manifest(step)
         if manifest is None or name not in manifest.files:
             return None
-        path = Path(manifest.folder, manifest.files[name].uri)
-        return path if path.is_file() else None
+        try:
+            return manifest.path(name)
+        except NvilaError as error:
+            print(f"report: left out: {error}", file=sys.stderr, flush=True)
+            return None
 
     @property
     def trouble(self) -> StepView | None:
@@ -79,9 +83,8 @@ def collect(run_dir: Path) -> RunView:
 
 def _views(folder: Path) -> Iterator[StepView]:
     for path in folder.glob("*.json"):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError:
+        record = read_json(path)
+        if not record:
             yield StepView(path.stem, "failed", message="the status file is not JSON")
             continue
         message = record.get("message") or ""
@@ -89,7 +92,7 @@ def _views(folder: Path) -> Iterator[StepView]:
         if record.get("manifest"):
             try:
                 manifest = Manifest.load(record["manifest"])
-            except DataError as error:
+            except NvilaError as error:
                 message = f"{message} {error}".strip()
         name = record.get("name", path.stem)
         yield StepView(name, record.get("status", "?"), record.get("started"), record.get("ended"), message, manifest)

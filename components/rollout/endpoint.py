@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.files import discard, read_json, write_atomic
 
 SERVING = "serving"
 ENDPOINT, CHALLENGER = "endpoint", "challenger"
@@ -58,10 +58,10 @@ def birth(pid: int) -> float | None:
 
 
 def read(runs: Path, name: str = ENDPOINT) -> Endpoint | None:
-    """The record, dead or alive; None where there is none or it is not ours."""
+    """The record, dead or alive; None where there is none, it is not ours, or it is torn, which is said."""
     try:
-        return Endpoint.model_validate_json(_path(runs, name).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        return Endpoint.model_validate(read_json(_path(runs, name)))
+    except ValidationError:
         return None
 
 
@@ -72,7 +72,7 @@ def write(runs: Path, endpoint: Endpoint, name: str = ENDPOINT) -> None:
 
 def forget(runs: Path, name: str = ENDPOINT) -> None:
     """Remove the record."""
-    _path(runs, name).unlink(missing_ok=True)
+    discard(_path(runs, name))
 
 
 @contextmanager

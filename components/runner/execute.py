@@ -101,7 +101,8 @@ def execute(
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
         return facts | _scalars(manifest)
     except NvilaError as error:
-        status.end(_verdict(error.exit_code), error.exit_code, message=str(error))
+        damaged = isinstance(error, DamagedError)
+        status.end(_verdict(error.exit_code), error.exit_code, message=str(error), damaged=damaged)
         _leave(error.exit_code, f"{step}: {error}")
     except KeyboardInterrupt:
         status.end("preempted", Exit.PREEMPTED, message="interrupted")
@@ -213,7 +214,16 @@ class _Status:
         self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
         write_atomic(self._path, json.dumps(self._record))
 
-    def end(self, status: str, code: Exit, *, manifest: Manifest | None = None, message: str | None = None) -> None:
+    def end(
+        self,
+        status: str,
+        code: Exit,
+        *,
+        manifest: Manifest | None = None,
+        message: str | None = None,
+        damaged: bool = False,
+    ) -> None:
+        """Say how the step ended; `damaged` where it met damaged work, which the next attempt does again."""
         ended = time.time()
         self._record |= {
             "status": status,
@@ -224,6 +234,8 @@ class _Status:
             "manifest": f"{manifest.folder}/{MANIFEST}" if manifest else None,
             "message": message,
         }
+        if damaged:
+            self._record["damaged"] = True
         write_atomic(self._path, json.dumps(self._record, indent=1))
 
 

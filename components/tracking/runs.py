@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.files import read_json, write_atomic
+from nvila.components.contracts.manifest import Manifest
 from nvila.components.tracking.connect import connected, experiment_id, tracking_uri
 from nvila.components.tracking.datasets import dataset_inputs
 from nvila.components.tracking.flatten import batches, metrics, parameters
@@ -77,7 +78,7 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
         summary = run_dir / "summary.json"
         if summary.is_file():
             now = _ms(summary.stat().st_mtime)
-            _log_metrics(client, parent, [(k, v, now, 0) for k, v in metrics(json.loads(summary.read_text())).items()])
+            _log_metrics(client, parent, [(k, v, now, 0) for k, v in metrics(read_json(summary)).items()])
         for path in (summary, run_dir / "report.html"):
             if path.is_file():
                 client.log_artifact(parent, str(path))
@@ -91,9 +92,9 @@ def _parent(client: MlflowClient, run_dir: Path) -> tuple[str, str]:
     if joined := os.environ.get("MLFLOW_RUN_ID"):
         return joined, client.get_run(joined).info.experiment_id
     known = run_dir / PARENT_FILE
-    if known.is_file():
+    if run_id := read_json(known).get("run_id"):
         try:
-            info = client.get_run(json.loads(known.read_text())["run_id"]).info
+            info = client.get_run(str(run_id)).info
         except MlflowException:  # the tracking store was replaced since
             pass
         else:
@@ -143,7 +144,7 @@ def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
     path = folder / "loss.jsonl"
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = list(_lines(path))
     every = max(1, -(-len(lines) // CURVE_POINTS))
     kept = lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
     return [
@@ -152,6 +153,17 @@ def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
         for key, value in line.items()
         if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; one that a crash has cut off is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and "step" in content:
+            yield content
 
 
 def _log_files(client: MlflowClient, run: str, manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
-"""Walks from a served model back to the user's files over the manifests, checking every digest on the way.
+"""Walks from a served model back to the user's files over the manifests, and says of each what was checked.
 
-The manifests are the lineage; there is no second record. A missing or altered one is shown where it stands.
+The manifests are the lineage; there is no second record. A missing or altered one is shown where it stands. All of
+them are read in one store: that of the start.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.contracts.manifest import File, InputRef, Manifest, sha256_file
+from nvila.components.contracts.digests import file_sha256
+from nvila.components.contracts.errors import ConfigError, NvilaError
+from nvila.components.contracts.manifest import File, InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST, Store
 from nvila.components.tracking.connect import has_store
+from nvila.components.tracking.media import changed_media
 from nvila.components.tracking.registry import Version, find, models, registered_inputs
 
 State = Literal["sound", "missing", "altered", "damaged"]
@@ -35,7 +38,9 @@ class Node:
     """Digest of each input, by its name in the step."""
     sources: tuple[File, ...] = ()
     changed_sources: tuple[str, ...] = ()
-    """User's files that are gone or differ from what was read."""
+    """User's files that are gone or differ from what was read: annotations always, media where asked for."""
+    media: int = 0
+    """How many of the user's pictures and clips were read."""
 
 
 @dataclass(frozen=True)
@@ -44,46 +49,58 @@ class Tree:
 
     title: str
     nodes: tuple[Node, ...]
+    deep: bool = False
+    """Whether files were read; else only their sizes were looked at."""
 
     @property
     def sound(self) -> bool:
         """Whether every manifest and file of ours is there and as recorded. The user's files may have changed since."""
         return all(node.state == "sound" for node in self.nodes)
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether all of it is as recorded, the user's files that were looked at among them."""
+        return self.sound and not any(node.changed_sources for node in self.nodes)
+
 
 def trace(store_root: Path, reference: str = "champion", *, runs: Path = Path("runs"), deep: bool = False) -> Tree:
     """Walk back from a manifest or a registered version.
 
     Args:
-        store_root: the store, where a manifest is looked for when it is not where its reader saw it.
+        store_root: the store. A path in another one, or a version whose manifest is not in this one, is walked there.
         reference: path of a manifest or of a step's folder; an alias or a number of the registry's latest model; or
             `name@alias` or `name/number`.
         runs: the runs folder, which holds the local registry.
-        deep: check the sha256 of every file, not only its size.
+        deep: read every file and every picture and clip, not only their sizes.
 
     Raises:
         ConfigError: the reference names nothing.
-        DataError: the manifest to start from cannot be read.
+        DataError, DamagedError: the manifest to start from cannot be read.
     """
     path = Path(reference)
     if path.is_dir() or path.is_file():
         start = path / MANIFEST if path.is_dir() else path
         manifest = Store(store_root).load(start)
+        if start.absolute().parts[-3:-2] == (manifest.step,):
+            store_root = start.absolute().parents[2]
         roots = [InputRef(step=manifest.step, uri=str(start), digest=manifest.digest)]
         title = str(start)
     else:
         version = _registered(runs, reference)
         roots = registered_inputs(version)
+        if not any(_place(store_root, ref).exists() for ref in roots):
+            store_root = Path(roots[0].uri).parents[2]
         aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
         title = f"{version.name} version {version.version}{aliases}"
-    return Tree(title, tuple(_walk(Store(store_root), roots, deep)))
+    return Tree(title, tuple(_walk(Store(store_root), roots, deep)), deep)
 
 
 def render(tree: Tree) -> str:
     """The walk as text: one block per step, its inputs by short digest, then the user's files."""
     lines = [tree.title]
+    fine = "ok" if tree.deep else "ok (sizes)"
     for node in tree.nodes:
-        mark = "ok" if node.state == "sound" else node.state.upper()
+        mark = fine if node.state == "sound" else node.state.upper()
         lines.append(f"\n{node.step}  {node.digest[:12]}  {mark}{f': {node.detail}' if node.detail else ''}")
         if node.folder:
             lines.append(f"  in    {node.folder}")
@@ -91,17 +108,31 @@ def render(tree: Tree) -> str:
         for name, digest in node.inputs.items():
             step = names.get(digest, "?")
             lines.append(f"  from  {step} {digest[:12]}{f' as {name}' if name != step else ''}")
-        shown = sorted(node.sources, key=lambda file: file.uri not in node.changed_sources)[:SOURCES_SHOWN]
-        for file in shown:
-            changed = "  CHANGED SINCE" if file.uri in node.changed_sources else ""
-            lines.append(f"  read  {file.uri}  {file.sha256[:12]}{changed}")
-        if len(node.sources) > len(shown):
-            lines.append(f"  read  {len(node.sources) - len(shown)} more files")
+        recorded = {file.uri: file.sha256[:12] for file in node.sources}
+        every = [*node.changed_sources, *(uri for uri in recorded if uri not in node.changed_sources)]
+        for uri in every[:SOURCES_SHOWN]:
+            changed = "  CHANGED SINCE" if uri in node.changed_sources else ""
+            lines.append(f"  read  {uri}  {recorded.get(uri, '')}{changed}")
+        if len(every) > SOURCES_SHOWN:
+            lines.append(f"  read  {len(every) - SOURCES_SHOWN} more files")
+    return "\n".join([*lines, "", _verdict(tree)])
+
+
+def _verdict(tree: Tree) -> str:
+    """The last line: how much was looked at, how closely, and what came of it."""
     wrong = [node.step for node in tree.nodes if node.state != "sound"]
-    files = sum(len(node.sources) for node in tree.nodes)
-    verdict = f"broken at {', '.join(wrong)}" if wrong else "every digest agrees"
-    lines.append(f"\n{len(tree.nodes)} manifests, {files} source files: {verdict}")
-    return "\n".join(lines)
+    changed = sum(len(node.changed_sources) for node in tree.nodes)
+    counted = f"{len(tree.nodes)} manifests, {sum(len(node.sources) for node in tree.nodes)} source files"
+    if tree.deep:
+        counted += f", {sum(node.media for node in tree.nodes)} media files"
+        result = "every digest agrees"
+    else:
+        result = "every manifest's digest and every file's size agrees; --deep reads the files, and the media"
+    if changed:
+        result = f"{changed} of the user's files changed since"
+    if wrong:
+        result = f"broken at {', '.join(wrong)}"
+    return f"{counted}: {result}"
 
 
 def _registered(runs: Path, reference: str) -> Version:
@@ -142,37 +173,49 @@ def _walk(store: Store, roots: list[InputRef], deep: bool) -> list[Node]:
 
 
 def _visit(store: Store, ref: InputRef, deep: bool) -> tuple[Manifest | None, Node]:
+    path = _place(store.root, ref)
     try:
-        path = _located(store, ref)
         manifest = store.load(path)
-    except DataError as error:
-        return None, Node(ref.step, ref.digest, "missing", str(error))
-    if not Path(manifest.folder).exists():  # the store was moved
-        manifest = manifest.model_copy(update={"folder": str(path.parent)})
+    except NvilaError as error:
+        state: State = "damaged" if path.exists() else "missing"
+        return None, Node(ref.step, ref.digest, state, str(error))
     inputs = {name: one.digest for name, one in manifest.inputs.items()}
-    state: State = "sound"
-    detail = ""
+    state, detail, media = "sound", "", 0
+    changed = [file.uri for file in manifest.sources if _changed(file, deep)]
     if manifest.digest != ref.digest:
         state, detail = "altered", f"the manifest's digest is now {manifest.digest[:12]}"
-    elif wrong := manifest.verify(deep=deep):
-        state, detail = "damaged", f"files gone or changed: {', '.join(wrong[:5])}"
-    sources = tuple(manifest.sources)
-    changed = tuple(file.uri for file in sources if _changed(file))
-    return manifest, Node(manifest.step, ref.digest, state, detail, manifest.folder, inputs, sources, changed)
+    elif wrong := manifest.faults(deep=deep, fresh=deep):
+        state, detail = "damaged", "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:5])
+    elif deep:
+        media, others = changed_media(manifest)
+        changed += others
+    return manifest, Node(
+        manifest.step,
+        ref.digest,
+        state,
+        detail,
+        manifest.folder,
+        inputs,
+        tuple(manifest.sources),
+        tuple(changed),
+        media,
+    )
 
 
-def _located(store: Store, ref: InputRef) -> Path:
-    """Where the reader saw the manifest; after a move of the store, the same place under its new root."""
+def _place(store_root: Path, ref: InputRef) -> Path:
+    """A manifest's place in a store; of one that lies in none, where its reader saw it."""
     path = Path(ref.uri)
-    moved = store.root.joinpath(*path.parts[-3:])
-    return moved if not path.exists() and moved.exists() else path
+    return store_root.joinpath(*path.parts[-3:]) if path.parent.parent.name == ref.step else path
 
 
-def _changed(file: File) -> bool:
+def _changed(file: File, deep: bool) -> bool:
     path = Path(file.uri)
     if "://" in file.uri:
         return False
-    return not path.is_file() or path.stat().st_size != file.size_bytes or sha256_file(path) != file.sha256
+    try:
+        return path.stat().st_size != file.size_bytes or file_sha256(path, fresh=deep) != file.sha256
+    except OSError:
+        return True
 
 
 def _ordered(nodes: dict[str, Node], roots: list[str]) -> list[Node]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG, duration
 from nvila.components.report.step import Settings, render, run
@@ -123,6 +123,15 @@ def test_damaged_run_still_gets_a_page(make_run: MakeRun) -> None:
     assert "the status file is not JSON" in page(run_dir).text
 
 
+def test_a_file_changed_since_is_left_out_of_the_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves that nobody trained, drawn as if they were the run's."""
+    run_dir = make_run()
+    losses = Path(json.loads((run_dir / "steps" / "train-1.json").read_text())["manifest"]).parent / "loss.jsonl"
+    losses.write_text(losses.read_text().replace("1", "2"))
+    assert collect(run_dir).file("train-1", "loss.jsonl") is None
+    assert "left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_samples_without_a_score_do_not_break_the_page(make_run: MakeRun, score: float) -> None:
     """Pruning keeps them in its table; the report, and with it the whole run, failed on the first one."""
@@ -131,9 +140,11 @@ def test_samples_without_a_score_do_not_break_the_page(make_run: MakeRun, score:
 
     run_dir = make_run()
     manifest = Path(json.loads((run_dir / "steps" / "prune-image.json").read_text())["manifest"])
+    made = Manifest.load(manifest)
     rows = parquet.read_table(manifest.parent / "scores.parquet").to_pylist()
     table = pyarrow.Table.from_pylist([rows[0] | {"delta": score}, *rows])
     parquet.write_table(table, manifest.parent / "scores.parquet")
+    made.model_copy(update={"files": describe_files(manifest.parent, made.files)}).save(manifest)
     assert "DeltaLoss of shapes" in page(run_dir).text
 
 

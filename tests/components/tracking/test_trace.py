@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files, sha256_file
 from nvila.components.contracts.store import Store
@@ -50,7 +51,9 @@ def test_walk_names_each_step_once_and_ends_at_the_source_files(tmp_path: Path, 
     assert tree.sound
     text = render(tree)
     assert str(tmp_path / "sft.json") in text
-    assert "4 manifests, 1 source files: every digest agrees" in text
+    assert "4 manifests, 1 source files: every manifest's digest and every file's size agrees; --deep reads" in text
+    deep = render(trace(tmp_path / "store", line["quantize"].folder, deep=True))
+    assert "4 manifests, 1 source files, 0 media files: every digest agrees" in deep
 
 
 def test_missing_manifest_is_shown_where_it_is_missing(tmp_path: Path, line: dict[str, Manifest]) -> None:
@@ -85,8 +88,8 @@ def test_changed_source_is_shown_but_ours_is_sound(tmp_path: Path, line: dict[st
     """Users edit their data after a run; the walk says so without calling the store broken."""
     (tmp_path / "sft.json").write_text("[1]")
     tree = trace(tmp_path / "store", line["quantize"].folder)
-    assert tree.sound
-    assert "CHANGED SINCE" in render(tree)
+    assert tree.sound and not tree.unchanged
+    assert "CHANGED SINCE" in render(tree) and "1 of the user's files changed since" in render(tree)
 
 
 def test_moved_store_is_followed(tmp_path: Path, line: dict[str, Manifest]) -> None:
@@ -95,6 +98,54 @@ def test_moved_store_is_followed(tmp_path: Path, line: dict[str, Manifest]) -> N
     moved = Path(line["quantize"].folder.replace("/store/", "/elsewhere/"))
     tree = trace(tmp_path / "elsewhere", str(moved))
     assert [node.state for node in tree.nodes] == ["sound"] * 4
+
+
+@pytest.mark.parametrize("by", ["path", "alias"])
+def test_a_copied_store_is_held_against_its_own_files(
+    tmp_path: Path, tracked_run: Path, line: dict[str, Manifest], by: str
+) -> None:
+    """The copy on the new disk is damaged, and the walk says that all is well: it read the original."""
+    runs, copy = tracked_run.parent, tmp_path / "copy"
+    tags = lineage_tags({"model": line["quantize"]})
+    register_version(runs, "small", line["quantize"].digest, logged, description="card", tags=tags)
+    shutil.copytree(tmp_path / "store", copy)
+    Path(str(line["train"].folder).replace("/store/", "/copy/"), "data.bin").write_text("TRAIN")
+    Path(str(line["prune"].folder).replace("/store/", "/copy/"), "manifest.json").unlink()
+    given = ("store", line["quantize"].folder.replace("/store/", "/copy/")) if by == "path" else ("copy", "1")
+    tree = trace(tmp_path / given[0], given[1], runs=runs, deep=True)
+    assert {node.step: node.state for node in tree.nodes} == {
+        "quantize": "sound", "train": "damaged", "prune": "missing", "validate": "sound"
+    }  # fmt: skip
+    assert trace(tmp_path / "store", "1", runs=runs, deep=True).unchanged
+    assert trace(tmp_path / "nowhere", "1", runs=runs, deep=True).unchanged
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "gone", "a frame"])
+def test_deep_reads_the_pictures(tmp_path: Path, damage: str) -> None:
+    """A picture swapped after training is another data set; the walk ended at the annotation file."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    picture, clip = tmp_path / "a.png", tmp_path / "clip"
+    picture.write_text("picture")
+    clip.mkdir()
+    (clip / "0.png").write_text("frame")
+    folder = tmp_path / "store" / "validate" / "made"
+    folder.mkdir(parents=True)
+    digests = [medium_sha256(picture), "", medium_sha256(clip)]
+    row = {"root": str(tmp_path), "media": ["a.png", "b.png", "clip"], "media_sha256": digests}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "samples.parquet")
+    made = Manifest(step="validate", key="k" * 64, kind="dataset", files=describe_files(folder))
+    Store(tmp_path / "store").finish(folder, made)
+    assert "0 source files, 2 media files: every digest agrees" in render(trace(tmp_path, str(folder), deep=True))
+    if damage == "gone":
+        picture.unlink()
+    else:
+        (picture if damage == "other bytes" else clip / "0.png").write_text("PICTURE")
+    tree = trace(tmp_path, str(folder), deep=True)
+    assert tree.sound and not tree.unchanged
+    assert f"{clip if damage == 'a frame' else picture}    CHANGED SINCE" in render(tree)
+    assert trace(tmp_path, str(folder)).unchanged
 
 
 def test_champion_is_found_through_the_registry(tmp_path: Path, tracked_run: Path, line: dict[str, Manifest]) -> None:
