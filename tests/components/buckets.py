@@ -27,7 +27,8 @@ class Stored:
 
     def __post_init__(self) -> None:
         if not self.etag:
-            parts = [self.body[i : i + self.part_bytes] for i in range(0, len(self.body), self.part_bytes or 1)]
+            step = self.part_bytes or len(self.body) or 1
+            parts = [self.body[i : i + step] for i in range(0, len(self.body), step)]
             digests = b"".join(hashlib.md5(part).digest() for part in parts) if self.part_bytes else self.body
             self.etag = hashlib.md5(digests).hexdigest() + (f"-{len(parts)}" if self.part_bytes else "")
 

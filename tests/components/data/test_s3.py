@@ -185,6 +185,7 @@ def test_a_refusal_is_not_repeated(s3: Bucket, status: int, code: str) -> None:
 
 def test_no_credentials_and_no_endpoint(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are the user's to set, and no traceback says so."""
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it remembers credentials
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(DataError, match="Set AWS_ACCESS_KEY_ID"):
         fetch("s3://b/m")
