@@ -7,8 +7,14 @@ from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
 
+INSTEAD = "Give a local path; mount the bucket or volume and name the folder it is mounted on."
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """`s3://...`, also where pathlib has made `s3:/...` of it."""
+
+
+def is_address(value: str | Path) -> bool:
+    """Whether this is a URI and not a path."""
+    return bool(_SCHEME.match(str(value)))
 
 
 def local_folder(value: str | Path, where: str) -> Path:
@@ -21,11 +27,11 @@ def local_folder(value: str | Path, where: str) -> Path:
     Raises:
         ConfigError: it begins with a scheme.
     """
-    if _SCHEME.match(str(value)):
+    if is_address(value):
         raise ConfigError(
             "not a path on this machine",
             where=where,
-            value=str(value),
-            do="Give a local path; mount the bucket or volume and name the folder it is mounted on.",
+            value=re.sub(":/+", "://", str(value), count=1),
+            do=INSTEAD,
         )
     return Path(value)

@@ -54,4 +54,5 @@ def insist(attempt: Callable[[], T], passes: Callable[[Exception], bool], where:
 
 def said(error: BaseException) -> str:
     """The first line of an error, or its class where it has no words."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(error).replace(" (reached max retries: 0)", "")  # botocore counts its own, which are switched off
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)

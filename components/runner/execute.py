@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted
+from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import InputRef, Manifest, describe_files, write_atomic
+from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
@@ -51,11 +52,15 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read `NVILA_STORE` and `NVILA_RUN`."""
-        store = Path(os.environ.get(STORE_VARIABLE, "store")).absolute()
+        """Read `NVILA_STORE` and `NVILA_RUN`.
+
+        Raises:
+            ConfigError: one of them names no local folder.
+        """
+        store = local_folder(os.environ.get(STORE_VARIABLE, "store"), STORE_VARIABLE).absolute()
         # On a cluster the run's id is known inside the pod only, as another variable.
         run_dir = os.path.expandvars(os.environ.get(RUN_VARIABLE, "runs/adhoc"))
-        return cls(Store(store), Path(run_dir).absolute())
+        return cls(Store(store), local_folder(run_dir, RUN_VARIABLE).absolute())
 
 
 def execute(
@@ -148,6 +153,13 @@ def perform(
         try:
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
                 outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
+            if outcome.read is not None and outcome.read != external:
+                store.remove(step, key)  # it holds work on what the key does not say
+                raise Unreachable(
+                    "what the step reads was replaced while it worked",
+                    value=sorted(name for name in outcome.read if outcome.read[name] != (external or {}).get(name)),
+                    do="Run the same command again; it takes what is there now.",
+                )
         except Exception as error:
             if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)

@@ -153,7 +153,7 @@ def test_a_listing_is_asked_for_again(s3: Bucket, fault: Any) -> None:
     assert len(identity("s3://b/m")) == 3
     s3.faults["LIST m/"] = [fault, ...]
     for ask in (fetch, identity):
-        with pytest.raises(Unreachable, match="^s3://b/m: no success in 5 tries"):
+        with pytest.raises(Unreachable, match=r"^s3://b/m: no success in 5 tries"):
             ask("s3://b/m")
 
 
@@ -251,7 +251,7 @@ def test_every_kind_of_checksum_finds_a_changed_byte(s3: Bucket, more: Callable[
     """Objects over 8 MiB came without any check."""
     s3.put("m/llm/model.safetensors", BIG, **more(BIG))
     s3.faults["GET m/llm/model.safetensors"] = ["garbled", ...]
-    with pytest.raises(Unreachable, match="do not have the .* that the server names"):
+    with pytest.raises(Unreachable, match=r"do not have the .* that the server names"):
         fetch("s3://b/m")
     del s3.faults["GET m/llm/model.safetensors"]
     assert (fetch("s3://b/m") / "llm/model.safetensors").read_bytes() == BIG
