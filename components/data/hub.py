@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
-from nvila.components.contracts.manifest import sha256_file
+from nvila.components.contracts.manifest import sha256_file, write_atomic
 from nvila.components.contracts.progress import waiting_for
+from nvila.components.data import insist as limits
 from nvila.components.data import received
 from nvila.components.data.cache import VARIABLE, cache
 from nvila.components.data.insist import insist, said
@@ -52,14 +53,17 @@ def fetch(name: str) -> tuple[Path, dict[str, str]]:
     options: dict[str, Any] = {"cache_dir": _cache_dir(), "allow_patterns": list(WANTED)}
 
     def bring() -> Path:
-        # By the name and not by the commit: then the cache notes which commit the name is.
-        return _whole(Path(snapshot_download(repository, revision=revision, **options)))
+        # By the commit: the name may have become another one since. So the cache is told what the name is.
+        folder = _whole(Path(snapshot_download(repository, revision=commit, **options)))
+        if revision != commit:
+            write_atomic(folder.parents[1] / "refs" / (revision or "main"), commit)
+        return folder
 
     def stored() -> Path:
         return _whole(Path(snapshot_download(repository, revision=commit, **options, local_files_only=True)))
 
     folder = _from_hub(bring, stored, f"hf://{name}")[0] if online else _explained(stored, f"hf://{name}")
-    return folder, {"commit": folder.name}
+    return folder, {"commit": commit}
 
 
 def _commit(name: str) -> tuple[str, bool]:
@@ -82,6 +86,11 @@ def _commit(name: str) -> tuple[str, bool]:
 
 def _from_hub(ask: Callable[[], T], stored: Callable[[], T], uri: str) -> tuple[T, bool]:
     """What the hub says, else what the cache has, and whether it was the hub."""
+    from huggingface_hub import get_session
+
+    hooks = (client := get_session()).event_hooks
+    if _limited not in hooks["request"]:
+        client.event_hooks = hooks | {"request": [*hooks["request"], _limited]}
     try:
         return _explained(lambda: insist(ask, _passes, uri), uri), True
     except (DataError, Unreachable) as error:
@@ -91,6 +100,13 @@ def _from_hub(ask: Callable[[], T], stored: Callable[[], T], uri: str) -> tuple[
             raise error from None
         waiting_for(f"{uri}: taken from the cache as it is; {said(error.__cause__ or error)}")
         return found, False
+
+
+def _limited(request: Any) -> None:
+    """Give a request of the hub's client a limit where it has none: most of them would wait for ever."""
+    given = request.extensions.get("timeout", {})
+    default = dict.fromkeys(("read", "write", "pool"), limits.READ_SECONDS) | {"connect": limits.CONNECT_SECONDS}
+    request.extensions["timeout"] = default | {name: value for name, value in given.items() if value is not None}
 
 
 def _explained(attempt: Callable[[], T], uri: str) -> T:

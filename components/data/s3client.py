@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -82,8 +81,6 @@ def asked(attempt: Callable[[], T], where: str) -> T:
         raise DataError("the weights cannot be read from S3", where=where, value=said(error), do=do) from error
     except BotoCoreError as error:
         do = _CREDENTIALS if isinstance(error, NoCredentialsError | PartialCredentialsError) else None
-        if _unknown_host(error):
-            do = "No server has this name: check AWS_ENDPOINT_URL."
         raise DataError("the weights cannot be read from S3", where=where, value=said(error), do=do) from error
 
 
@@ -98,8 +95,8 @@ def passes(error: Exception) -> bool:
     if isinstance(error, exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return code_of(error) in _PASSING_CODES or status in (408, 425, 429) or (status >= 500 and status != 501)
-    if isinstance(error, exceptions.SSLError) or _unknown_host(error):
-        return False
+    if isinstance(error, exceptions.SSLError):
+        return False  # a certificate that is not trusted
     return isinstance(
         error,
         exceptions.HTTPClientError
@@ -117,13 +114,3 @@ def passes(error: Exception) -> bool:
 def code_of(error: Any) -> str:
     """The server's own word for a `ClientError`."""
     return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _unknown_host(error: BaseException) -> bool:
-    """Whether the name service knows no such host, rather than not answering itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, socket.gaierror):
-            return seen.errno == socket.EAI_NONAME
-        seen = seen.__cause__ or seen.__context__
-    return False
