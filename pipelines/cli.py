@@ -11,6 +11,7 @@ import typer.core
 
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.places import local_folder
 
 app = typer.Typer(
     help="NVILA: from a recipe to a validated, trained, quantized and served vision-language model.",
@@ -20,8 +21,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of the runs, the MLflow store and the endpoint's state.")]
-Store = Annotated[Path, typer.Option("--store", help="Folder of finished work, shared between runs.")]
+
+def _local(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
+    """Refuse the address of an object store where a path is meant: it would become a folder `s3:` here."""
+    name = option.opts[0] if option.param_type_name == "option" else (option.name or "").upper()
+    for value in given if isinstance(given, list | tuple) else [given] if given else []:
+        local_folder(value, name)
+    return given
+
+
+Runs = Annotated[
+    Path,
+    typer.Option("--runs", callback=_local, help="Folder of the runs, the MLflow store and the endpoint's state."),
+]
+Store = Annotated[Path, typer.Option("--store", callback=_local, help="Folder of finished work, shared between runs.")]
 
 
 @app.callback()
@@ -53,7 +66,7 @@ def run(
 
 @app.command(name="compile")
 def compile_(
-    out: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("lifecycle.yaml"),
+    out: Annotated[Path, typer.Argument(callback=_local, help="YAML file to write.")] = Path("lifecycle.yaml"),
     image: Annotated[str, typer.Option(help="Container image of the steps, pinned by digest if you can.")] = "",
     quantize_image: Annotated[
         str, typer.Option(help="Image of quantize, evaluate-quantized and rollout: the first one, and vLLM.")
@@ -138,9 +151,12 @@ def submit(
         str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines.", show_default=False)
     ] = "",
     token_file: Annotated[
-        Path | None, typer.Option(help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment.")
+        Path | None,
+        typer.Option(callback=_local, help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment."),
     ] = None,
-    ca_cert: Annotated[Path | None, typer.Option(help="PEM file to check the server's certificate with.")] = None,
+    ca_cert: Annotated[
+        Path | None, typer.Option(callback=_local, help="PEM file to check the server's certificate with.")
+    ] = None,
     namespace: Annotated[str | None, typer.Option(help="Your namespace, where the server has several users.")] = None,
     experiment: Annotated[str, typer.Option(help="Experiment that the run belongs to; made when missing.")] = "nvila",
     run_name: Annotated[str | None, typer.Option(help="Name of the run; recipe and time by default.")] = None,
@@ -198,14 +214,20 @@ def infer(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://, hf://id@revision, or `champion`.")],
     question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture, PDF or PDF#page=N; repeatable.")] = None,
-    video: Annotated[list[Path] | None, typer.Option("--video", help="Clip, or folder of frames; repeatable.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", callback=_local, help="Picture, PDF or PDF#page=N; repeatable.")
+    ] = None,
+    video: Annotated[
+        list[Path] | None, typer.Option("--video", callback=_local, help="Clip, or folder of frames; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     system: Annotated[str | None, typer.Option(help="System prompt; the model's own by default.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema that each answer keeps.")] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(callback=_local, help="File with a JSON schema that each answer keeps.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Ask a model about pictures and clips.
@@ -230,7 +252,7 @@ def infer(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
-    target: Annotated[Path, typer.Argument(help="New folder to write.")],
+    target: Annotated[Path, typer.Argument(callback=_local, help="New folder to write.")],
     to: Annotated[str, typer.Option("--to", help="Layout to write: native, vila, hf or serving.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default, bfloat16 for serving.")

@@ -98,6 +98,8 @@ def _message(finished: Finished, exit_code: int) -> str | None:
     """Why the run did not come through: the step's own words, else the last line of the log."""
     if exit_code == Exit.DONE:
         return None
+    if exit_code == Exit.PREEMPTED and (stopped := finished.failed) and stopped.record["exit_code"] == exit_code:
+        return f"{stopped.name} stopped: {stopped.record.get('message')}"
     if exit_code == Exit.PREEMPTED:
         return "stopped; the same command goes on from here"
     if finished.failed:

@@ -15,13 +15,13 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
-from nvila.components.data.fetch import fetch
+from nvila.components.data.fetch import fetch_version
 from nvila.components.model.config import ModelConfig, model_config
 from nvila.components.model.projector import build_projector
 
 
 def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:
-    """Write `folder` in the native layout and return what is worth showing of it.
+    """Write `folder` in the native layout and return what is worth showing of it: counts, and what was fetched.
 
     Args:
         settings: architecture; `base.vision_tower` and `base.llm` name the weights.
@@ -30,10 +30,12 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
 
     Raises:
         ConfigError: the weights are not a SigLIP tower and a Qwen2 decoder, or do not fit the architecture.
-        DataError: they cannot be fetched.
+        DataError: there are no such weights.
+        Unreachable: they cannot be fetched now.
     """
     base = settings.base
-    sources = {"vision_tower": fetch(str(base.vision_tower)), "llm": fetch(str(base.llm))}
+    fetched = {"vision_tower": fetch_version(str(base.vision_tower)), "llm": fetch_version(str(base.llm))}
+    sources = {part: folder for part, (folder, _) in fetched.items()}
     vision = _config(sources["vision_tower"], "siglip_vision_model", "model.base.vision_tower")
     llm = _config(sources["llm"], "qwen2", "model.base.llm")
     config = model_config(settings, vision, llm)
@@ -46,7 +48,10 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     write_atomic(folder / "vision_tower" / "config.json", json.dumps(vision, indent=2))
     _write_projector(config, seed, folder / "mm_projector")
     write_atomic(folder / "config.json", json.dumps(config.to_json(), indent=2))
-    return {"parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")}}
+    return {
+        "parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
+        "weights": {part: version for part, (_, version) in fetched.items()},
+    }
 
 
 _WANTED = {".safetensors", ".json", ".txt", ".jinja"}

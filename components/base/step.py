@@ -22,7 +22,7 @@ class Settings(Section):
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests of weights in local folders."""
+    """What the named weights are now: digests in a local folder, versions in a bucket, the commit on the hub."""
     base = settings["model"]["base"]
     return {part: identity(base[part]) for part in ("vision_tower", "llm")}
 
@@ -37,7 +37,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Raises:
         ConfigError: weights that do not fit the architecture.
-        DataError: no labels for a tower made from scratch.
+        DataError: no labels for a tower made from scratch, or there are no such weights.
+        Unreachable: the weights cannot be fetched now.
     """
     base = settings.model.base
     began = time.monotonic()
@@ -45,10 +46,16 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         from nvila.components.base.assemble import assemble
 
         values = assemble(settings.model, settings.seed, out / "model")
+        read = values["weights"]
     else:
         from nvila.components.base.scratch import make
 
         values = make(settings.model, settings.seed, inputs["samples"], out / "model")
+        read = None
     return Outcome(
-        kind="model", values=values, files=("model/**/*",), measured={"seconds": round(time.monotonic() - began, 1)}
+        kind="model",
+        values=values,
+        files=("model/**/*",),
+        read=read,
+        measured={"seconds": round(time.monotonic() - began, 1)},
     )

@@ -87,6 +87,12 @@ class Preempted(NvilaError):
     exit_code = Exit.PREEMPTED
 
 
+class Unreachable(NvilaError):
+    """Another service did not answer, or its content changed while it was read; the same command goes on later."""
+
+    exit_code = Exit.PREEMPTED
+
+
 def to_record(error: NvilaError) -> dict[str, Any]:
     """The error as JSON, for the process that waits for this one."""
     return {"error": type(error).__name__, "message": str(error), "exit_code": int(error.exit_code)}

@@ -14,4 +14,4 @@ class Exit(IntEnum):
     REJECTED = 3
     """A gate or the rollout policy said no; never retried, everything is kept, the report is written."""
     PREEMPTED = 75
-    """Stopped from outside; run the same command again and it resumes."""
+    """Stopped from outside, or by a service that is away; run the same command again and it resumes."""

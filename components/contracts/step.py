@@ -27,6 +27,9 @@ class Outcome:
     """The user's own files that were read."""
     files: tuple[str, ...] = ("**/*",)
     """Glob patterns, relative to the step's folder, of the files that belong to the output."""
+    read: Mapping[str, Any] | None = None
+    """Of a step whose `external` can change while it works: the same, of what was really read. None where the step
+    does not tell. Another value than the content key has means that the key is not of this work."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
     machine: Mapping[str, Any] = field(default_factory=dict)

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError
 from nvila.components.contracts.manifest import sha256_file
-from nvila.components.data.fetch import alone, cache, fetch
+from nvila.components.data import received
+from nvila.components.data.cache import alone, cache
+from nvila.components.data.fetch import fetch
+from nvila.components.data.received import Received
 
 USAGE = "usage: python -m nvila.components.data.warm FILE | --digests URI"
 
@@ -28,7 +31,7 @@ def warm(weights: Mapping[str, Mapping[str, str]]) -> None:
     """
     for uri, digests in weights.items():
         folder = fetch(uri)
-        with alone(f"verify {uri}"):
+        with alone(f"verify {uri}", uri):
             verify(uri, folder, digests)
         print(f"{uri}: {len(digests)} files verified in {folder}", flush=True)
 
@@ -42,27 +45,26 @@ def verify(uri: str, folder: Path, digests: Mapping[str, str]) -> None:
     if unnamed := sorted(set(_weights(folder)) - set(digests)):
         raise DataError("weights without a digest", where=uri, value=unnamed, do="Name the digest of every file.")
     note = cache() / "verified" / f"{sha256(uri.encode()).hexdigest()}.json"
-    known = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    known = received.read(note)
     seen = {}
     for name, digest in sorted(digests.items()):
         path = folder / name
         if not path.is_file():
             raise DataError("a named file is missing", where=uri, value=name)
-        state = [digest, path.stat().st_size, path.stat().st_mtime_ns]
-        if known.get(name) != state and (found := sha256_file(path)) != digest:
+        state = received.state_of(path)
+        now = Received(origin=digest, size_bytes=state[0], sha256=digest, state=state)
+        if known.get(name) != now and (found := sha256_file(path)) != digest:
             # Of a link, as the hub's cache has them, the file that it leads to.
             path.resolve().unlink()
+            path.unlink(missing_ok=True)
             raise DataError(
                 "a file has another digest; it has been removed",
                 where=f"{uri}: {name}",
                 value=found,
                 do=f"The list says {digest}.",
             )
-        seen[name] = state
-    note.parent.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(seen), encoding="utf-8")
-    partial.replace(note)
+        seen[name] = now
+    received.write(note, seen)
 
 
 def digests_of(uri: str) -> dict[str, str]:

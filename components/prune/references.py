@@ -16,7 +16,7 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.prune import Reference
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.data.fetch import fetch
+from nvila.components.data.fetch import fetch_version
 from nvila.components.data.mixture import draw
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import is_correct
@@ -45,7 +45,7 @@ class Work(Section):
     heldout_limit: int
     seed: int
     out: str
-    """Result file: losses per sample id, held-out accuracy per source."""
+    """Result file: losses per sample id, held-out accuracy per source, the version of a fetched checkpoint."""
 
 
 def work(job: Work) -> None:
@@ -54,8 +54,10 @@ def work(job: Work) -> None:
     torch.manual_seed(job.seed)
     what = job.name if job.fold is None else f"{job.name} reference, fold {job.fold}"
     samples = read_samples(Path(job.samples), split="sft", sources=job.sources)
+    weights: dict[str, str] = {}
     if job.reference.path:
-        model, tokenizer = load_native(fetch(job.reference.path), dtype="bfloat16", device=default_device())
+        folder, weights = fetch_version(job.reference.path)
+        model, tokenizer = load_native(folder, dtype="bfloat16", device=default_device())
         scored = samples
     else:
         model, tokenizer = load_native(Path(job.base))
@@ -72,7 +74,7 @@ def work(job: Work) -> None:
         train(model, Feed(tokenizer, model.config), others, job, what)
     feed = Feed(tokenizer, model.config)
     accuracy = _heldout_accuracy(model, tokenizer, feed, job, what)
-    result = {"accuracy": accuracy, "losses": _losses(model, feed, scored, what)}
+    result = {"accuracy": accuracy, "weights": weights, "losses": _losses(model, feed, scored, what)}
     write_atomic(Path(job.out), json.dumps(result))
 
 

@@ -34,7 +34,7 @@ class Settings(Section):
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests of reference checkpoints in local folders."""
+    """What the named reference checkpoints are now, as in `base`."""
     return {name: identity(settings["prune"][name]["path"]) for name in ("small", "large")}
 
 
@@ -82,6 +82,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         kind="dataset",
         values={"sources": _summary(rows, small["accuracy"], large["accuracy"]), "score": settings.prune.score},
         files=("scores.parquet", "histogram.png"),
+        read={"small": small["weights"], "large": large["weights"]},
         measured={"seconds": time.monotonic() - began, "samples": len(rows)},
     )
 
@@ -115,13 +116,19 @@ def _begin(parent: int) -> None:
 def _results(jobs: list[Any]) -> dict[str, Any]:
     """Losses of all folds together; accuracy is the mean over folds."""
     losses: dict[str, Any] = {}
+    weights: dict[str, str] = {}
     accuracy: dict[str, list[float]] = {}
     for job in jobs:
         result = json.loads(Path(job.out).read_text())
         losses |= result["losses"]
+        weights |= result["weights"]
         for source, value in result["accuracy"].items():
             accuracy.setdefault(source, []).append(value)
-    return {"losses": losses, "accuracy": {s: round(sum(v) / len(v), 4) for s, v in accuracy.items()}}
+    return {
+        "losses": losses,
+        "weights": weights,
+        "accuracy": {s: round(sum(v) / len(v), 4) for s, v in accuracy.items()},
+    }
 
 
 def _table(small: Mapping[str, Any], large: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:

@@ -16,12 +16,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted
+from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, write_atomic
 from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
-from nvila.components.contracts.manifest import AGAIN, MANIFEST, SUSPECT, InputRef, Manifest, describe_files
+from nvila.components.contracts.manifest import (
+    AGAIN,
+    MANIFEST,
+    SUSPECT,
+    InputRef,
+    Manifest,
+    describe_files,
+)
+from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
@@ -53,11 +61,15 @@ class Place:
 
     @classmethod
     def from_environment(cls) -> Place:
-        """Read `NVILA_STORE` and `NVILA_RUN`."""
-        store = Path(os.environ.get(STORE_VARIABLE, "store")).absolute()
+        """Read `NVILA_STORE` and `NVILA_RUN`.
+
+        Raises:
+            ConfigError: one of them names no local folder.
+        """
+        store = local_folder(os.environ.get(STORE_VARIABLE, "store"), STORE_VARIABLE).absolute()
         # On a cluster the run's id is known inside the pod only, as another variable.
         run_dir = os.path.expandvars(os.environ.get(RUN_VARIABLE, "runs/adhoc"))
-        return cls(Store(store), Path(run_dir).absolute())
+        return cls(Store(store), local_folder(run_dir, RUN_VARIABLE).absolute())
 
 
 def execute(
@@ -159,6 +171,13 @@ def perform(
                 compare(place.run_dir.parent, step, inputs)
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
                 outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
+            if outcome.read is not None and outcome.read != external:
+                store.remove(step, key)  # it holds work on what the key does not say
+                raise Unreachable(
+                    "what the step reads was replaced while it worked",
+                    value=sorted(name for name in outcome.read if outcome.read[name] != (external or {}).get(name)),
+                    do="Run the same command again; it takes what is there now.",
+                )
         except Exception as error:
             if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.recipe import slices
@@ -21,8 +21,8 @@ from nvila.components.runner.execute import ALWAYS, RUN_VARIABLE, STORE_VARIABLE
 from nvila.pipelines.steps import STEPS
 
 Verdict = Literal["hit", "miss", "unknown", "always"]
-"""`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet, so neither is its key.
-`always`: runs whatever is there."""
+"""`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet, or a service does not answer,
+so neither is its key. `always`: runs whatever is there."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
                 found[step] = "unknown"
             else:
                 inputs = {name: manifests[source] for name, source in node.inputs.items()}
-                manifest = _finished(Store(store), step, node.module, settings[step], inputs)
+                try:
+                    manifest = _finished(Store(store), step, node.module, settings[step], inputs)
+                except Unreachable:  # which it has said; other steps can be told of
+                    found[step] = "unknown"
+                    continue
                 found[step] = "hit" if manifest else "miss"
                 if manifest:
                     manifests[step] = manifest
@@ -96,6 +100,8 @@ def _finished(
     code = import_module(module)
     try:
         external = code.external(settings) if hasattr(code, "external") else None
+    except Unreachable:
+        raise
     except NvilaError:  # what it reads is not there (yet): demonstration data, say
         return None
     key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)

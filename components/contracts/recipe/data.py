@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from nvila.components.contracts.places import INSTEAD, is_address
 from nvila.components.contracts.recipe.section import Section
 
 SPLITS = ("sft", "captions", "heldout")
@@ -24,6 +25,13 @@ class Source(Section):
     """Build this demonstration source at `path` first when it is not there."""
     demo_scale: float = Field(default=1.0, gt=0, le=1)
     """Share of the full demonstration source to build (the micro recipe takes a few)."""
+
+    @field_validator("path")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        if is_address(value):
+            raise ValueError(f"not a path on this machine. {INSTEAD}")
+        return value
 
 
 class Validation(Section):

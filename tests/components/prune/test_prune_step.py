@@ -63,7 +63,7 @@ def results(out: Path, accuracy: dict[str, float], losses: dict[str, Callable[[s
     for name, loss in losses.items():
         for fold in (0, 1):
             found = {sample: loss(sample) for i, sample in enumerate(IDS) if i // 2 % 2 == fold}
-            content = {"accuracy": {"colours": accuracy[name]}, "losses": found}
+            content = {"accuracy": {"colours": accuracy[name]}, "weights": {}, "losses": found}
             (out / "references" / f"{name}-{fold}.json").write_text(json.dumps(content))
 
 

@@ -1,0 +1,38 @@
+"""The folder of downloads on this machine, and its locks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from nvila.components.contracts.places import local_folder
+from nvila.components.contracts.progress import waiting_for
+
+VARIABLE = "NVILA_CACHE"
+
+
+def cache() -> Path:
+    """Where downloads are kept.
+
+    Raises:
+        ConfigError: `NVILA_CACHE` names no local folder.
+    """
+    return local_folder(os.environ.get(VARIABLE) or "~/.cache/nvila", VARIABLE).expanduser()
+
+
+@contextmanager
+def alone(name: str, what: str = "") -> Iterator[None]:
+    """Hold the cache's lock of this name: two pods of a node would write the same partial files."""
+    path = cache() / "locks" / f"{sha256(name.encode()).hexdigest()}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting_for(f"{what or name}: another process is fetching it; waiting for that")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
