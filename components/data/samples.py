@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,8 @@ Role = Literal["human", "gpt"]
 SAMPLES_FILE = "samples.parquet"
 LABELS_FILE = "labels.parquet"
 _LIMITS = b"nvila.limits"
-"""Key in a table's metadata: what its media were allowed to be when they were looked at, so what decodes them allows."""
+"""Key in a table's metadata: what its media were allowed to be when `validate` looked at them."""
+_DEFAULT = Limits()
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Sample:
     """First human turn without media markers."""
     answer: str
     """First answer."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """What its media may be: those of the recipe, by which `validate` looked at them."""
 
     @property
@@ -72,7 +73,7 @@ class Label:
     box: tuple[float, float, float, float] | None
     """Left, top, right, bottom as fractions of width and height; None is the whole picture."""
     labels: tuple[str, ...]
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """As of a sample."""
 
     @property
@@ -146,17 +147,17 @@ def read_limits(path: Path) -> Limits:
 
     try:
         told = (pq.read_schema(path).metadata or {}).get(_LIMITS)
-        return Limits() if told is None else Limits(**json.loads(told))
+        return _DEFAULT if told is None else Limits(**json.loads(told))
     except (OSError, pyarrow.ArrowInvalid, ValueError, TypeError) as error:
         raise DataError("not a readable table", where=str(path), value=str(error)) from error
 
 
-def write_samples(path: Path, rows: list[dict[str, Any]], limits: Limits = Limits()) -> None:
+def write_samples(path: Path, rows: list[dict[str, Any]], limits: Limits = _DEFAULT) -> None:
     """Write rows with the columns of `sample_schema`, and what their media may be."""
     _write(path, rows, sample_schema(), limits)
 
 
-def write_labels(path: Path, rows: list[dict[str, Any]], limits: Limits = Limits()) -> None:
+def write_labels(path: Path, rows: list[dict[str, Any]], limits: Limits = _DEFAULT) -> None:
     """Write rows with the columns of `label_schema`, and what their media may be."""
     _write(path, rows, label_schema(), limits)
 
