@@ -84,6 +84,7 @@ def execute(
     status = _Status(place.run_dir, step)
     signal.signal(signal.SIGTERM, _preempted)
     try:
+        status.begin()
         _refuse_other_code()
         if slices is not None:
             every = Manifest.load(slices).values["slices"]
@@ -135,9 +136,7 @@ def perform(
             if finished := store.finished(step, key):
                 return finished, True
             if verdict := store.buried(step, key, place.run):
-                error = NvilaError(verdict[1])
-                error.exit_code = verdict[0]  # type: ignore[misc]
-                raise error
+                raise _again(*verdict)
             if (folder / MANIFEST).exists():
                 # Finished once, damaged since: nothing in the folder can be trusted, so nothing of it is resumed.
                 store.remove(step, key)
@@ -200,7 +199,26 @@ class _Status:
     def __init__(self, run_dir: Path, step: str) -> None:
         self._path = run_dir / "steps" / f"{step}.json"
         self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
+
+    def begin(self) -> None:
+        """Say that the step is running.
+
+        Raises:
+            NvilaError: on a cluster an earlier pod of this run has ended with exit code 2 or 3. That stays, though KFP
+                starts another; unlike a tombstone it needs no content key, which some errors come before. Where nobody
+                but a person starts a step again, the step looks again.
+        """
+        if on_cluster() and (verdict := self._verdict()):
+            raise _again(*verdict)
         write_atomic(self._path, json.dumps(self._record))
+
+    def _verdict(self) -> tuple[Exit, str] | None:
+        try:
+            record = json.loads(self._path.read_text(encoding="utf-8"))
+            code = Exit(record.get("exit_code", Exit.DONE))
+        except (OSError, ValueError, AttributeError):  # no pod before this one, or a file that a lost node left
+            return None
+        return (code, str(record.get("message"))) if code in (Exit.USER, Exit.REJECTED) else None
 
     def end(self, status: str, code: Exit, *, manifest: Manifest | None = None, message: str | None = None) -> None:
         ended = time.time()
@@ -233,6 +251,13 @@ def _scalars(manifest: Manifest) -> dict[str, float]:
     if manifest.kind != "metrics":
         return {}
     return {n: v for n, v in metrics(manifest.values).items() if n.count("/") < 3 and math.isfinite(v)}
+
+
+def _again(code: Exit, message: str) -> NvilaError:
+    """An earlier verdict of the same run."""
+    error = NvilaError(message)
+    error.exit_code = code  # type: ignore[misc]
+    return error
 
 
 def _verdict(code: Exit) -> str:
