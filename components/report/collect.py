@@ -11,6 +11,7 @@ from typing import Any
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
 
+CAME_THROUGH = ("done", "cached")
 ENDED_BADLY = ("rejected", "failed", "preempted")
 
 
@@ -59,9 +60,18 @@ class RunView:
 
     @property
     def trouble(self) -> StepView | None:
-        """The step that ended the run early."""
+        """The step that ended the run early.
+
+        Of several the first that had a reason of its own: one that was asked to stop may have been about to go on
+        elsewhere. Not `report`, which only tells of the others, unless it is the only one.
+        """
         bad = [view for view in self.steps.values() if view.status in ENDED_BADLY]
-        return min(bad, key=lambda view: view.ended or 0) if bad else None
+        return min(bad, key=lambda v: (v.name == "report", v.status == "preempted", v.ended or 0)) if bad else None
+
+    @property
+    def lost(self) -> StepView | None:
+        """A step that was killed before it could say how it ended."""
+        return next((view for view in self.steps.values() if view.status == "running"), None)
 
     @property
     def span(self) -> tuple[float, float]:
@@ -82,6 +92,8 @@ def _views(folder: Path) -> Iterator[StepView]:
         try:
             record = json.loads(path.read_text())
         except ValueError:
+            record = None
+        if not isinstance(record, dict):
             yield StepView(path.stem, "failed", message="the status file is not JSON")
             continue
         message = record.get("message") or ""
