@@ -98,7 +98,7 @@ def test_whatever_says_no_is_asked_once(place: Path, name: str, error: NvilaErro
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("oops"), NvilaError("no space"), Preempted("moved")])
 def test_what_may_go_better_is_tried_again(place: Path, error: Exception) -> None:
-    """A pod that was lost, or a disk that was full, is what retries are for."""
+    """A machine that was asked to stop, or a disk that was full, is what retries are for."""
     calls = hooks(sys.modules["nvila.trying"], "external", error)
     assert pod(place)[0] == pod(place)[0] != 0
     assert len(calls) == 2
