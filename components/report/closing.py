@@ -21,7 +21,7 @@ from nvila.components.runner.site import chosen
 from nvila.components.tracking.redact import redact
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
-_STOPPED, _FAILED = ("CANCELED", "CANCELLED"), ("FAILED", "ERROR", "SYSTEM_ERROR")
+_STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
 _OUTCOMES: dict[str, Outcome] = {"rejected": "rejected", "preempted": "stopped", "failed": "failed"}
 _MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
 

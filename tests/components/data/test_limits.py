@@ -134,10 +134,14 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     assert len(shown) == 12 and None not in shown  # the report
 
 
-def test_what_the_recipe_allows_reaches_vllm(tight: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_recipe_allows_reaches_vllm(
+    tight: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The questions to the quantized model are asked by another process, which knows no table."""
     from nvila.components.evaluate import quantized
-    from nvila.components.serve import batch
+    from nvila.components.model.checkpoint import read_config
+    from nvila.components.model.tokenizer import load_tokenizer
+    from nvila.components.serve import batch, worker
 
     out = validated(tmp_path, **ALLOWED)
     asked: list[Any] = []
@@ -148,6 +152,9 @@ def test_what_the_recipe_allows_reaches_vllm(tight: None, tmp_path: Path, monkey
     lines = [json.loads(json.dumps(asdict(request))) for request in asked]
     assert len(lines) == 12
     assert {Limits(**line["limits"]) for line in lines} == {Limits(20_000, 200_000, 60.0, 9)}
+    folder = small.model.dir("model")
+    tokenizer, config = load_tokenizer(folder / "llm"), read_config(folder)
+    assert all(worker._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
 
 
 @pytest.mark.parametrize(

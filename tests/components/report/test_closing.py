@@ -62,7 +62,7 @@ def test_the_step_that_ended_it_is_named(make_run: MakeRun, verdict: str, outcom
 
 @pytest.mark.parametrize(
     ("state", "outcome"),
-    [("CANCELLED", "stopped"), ("CANCELED", "stopped"), ("FAILED", "failed"), ("RUNNING", "failed")],
+    [("CANCELLED", "stopped"), ("CANCELING", "stopped"), ("FAILED", "failed"), ("RUNNING", "failed"), ("", "failed")],
 )
 def test_a_step_that_was_killed_has_left_no_word(make_run: MakeRun, state: str, outcome: str) -> None:
     """Its file still says `running`: that is no success, whatever KFP has noticed so far."""
