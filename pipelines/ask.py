@@ -83,7 +83,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
 
 
 def _media(question: Question, config: ModelConfig) -> list[Any]:
-    """The media, decoded: pictures, and lists of frames."""
+    """The media, decoded within the default `Limits`: pictures, and lists of frames."""
     from nvila.components.data.media import load_image, load_video_frames
     from nvila.components.data.pdf import is_pdf, load_pages
 

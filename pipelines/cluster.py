@@ -37,12 +37,14 @@ NAME = "nvila-lifecycle"
 SIZE_LIMIT_BYTES = 400 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
 RETRIES = 2
-"""For a pod that was lost. A wrong input or a refusal has left a tombstone in the store: its retry ends at once."""
+"""For a step that has failed. KFP sets no policy, so Argo's own holds, OnFailure: a pod whose container ended with an
+error is followed by another, one that was lost with its node is not. KFP cannot tell our exit codes apart, so it starts
+a pod after a wrong input or a refusal as well; that one ends at once with the verdict of the first."""
 RETRY_SECONDS = 90 * 24 * 3600
-"""From the first start of a step on. Later a lost pod is not replaced, and a replacement is killed when it is reached;
-so KFP's `backoff_max_duration`, which limits no pause, has to be longer than any step takes."""
+"""From the first start of a step on. Later no pod follows one that failed, and one that runs then is killed; so KFP's
+`backoff_max_duration`, which limits no pause, has to be longer than any step takes."""
 STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-"""Annotations of pods that wait for hours: autoscalers would move them to save a node, and each move is a lost pod."""
+"""Annotations of pods that wait for hours: autoscalers would move them to save a node, and a lost pod ends the run."""
 QUICK_SECONDS = 3600
 """Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
 QUICK = frozenset({"resolve", "preflight", "gate", "gate-quantized", "report"})

@@ -49,7 +49,8 @@ def build(place: Place = lambda task, step: None) -> GraphComponent:
 
         Args:
             recipe: micro, tiny, nvila-15b, nvila-8b, nvila-8b-reference, nvila-8b-video, nvila-lite-2b or
-                nvila-lite-8b; or the YAML text of your own recipe.
+                nvila-lite-8b; or the text of your own recipe: YAML, or JSON in one line, which is all that a field of
+                the UI's form takes.
             data_uri: folder that holds one folder per source of the recipe; a relative one begins at the shared volume.
                 Empty takes the recipe's own paths.
             model_name: name in the model registry; empty takes the recipe's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -22,10 +23,10 @@ from nvila.components.preflight import step as preflight
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.tracking.connect import load_client
-from nvila.pipelines.closing import short, show_closing
+from nvila.pipelines.closing import REPORT, short, show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
-from nvila.pipelines.summary import LOG, Finished, write_summary
+from nvila.pipelines.summary import KILLED, LOG, Finished, write_summary
 from nvila.pipelines.watch import Watch, read_states
 from nvila.pipelines.worker import ARGUMENTS, GRACE_SECONDS
 
@@ -54,6 +55,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
 
 def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
+    _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}", highlight=False)
     began = time.monotonic()
@@ -70,8 +72,8 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     finished = Finished.read(run_dir)
     exit_code = _exit_code(finished, code)
     summary = write_summary(finished, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
+    _write_report(run_dir)
     _close_tracking(run_dir, exit_code)
-    _point_latest(run_dir)
     show_closing(finished, summary, console)
     return exit_code
 
@@ -93,6 +95,7 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
         _Stop() as stop,
     ):
+        fcntl.flock(log, fcntl.LOCK_EX)  # until the last process of the run, which all have it open, is gone
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -100,18 +103,46 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
             watch.refresh()
             stop.pass_on(child)
             time.sleep(0.2)
-    return int(Exit.PREEMPTED) if stop.asked else child.returncode
+    # Asked too late, the run has come through all the same.
+    return int(Exit.PREEMPTED) if stop.asked and child.returncode else child.returncode
+
+
+def _last_alive(run_dir: Path) -> float | None:
+    """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
+    try:
+        with (run_dir / LOG).open("rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return os.fstat(log.fileno()).st_mtime
+    except OSError:  # somebody has it locked, or it was not begun by `nvila run`
+        return None
+
+
+def _write_report(run_dir: Path) -> None:
+    """The report, where the step that writes it was not reached: the run was stopped or killed."""
+    if (run_dir / REPORT).is_file():
+        return
+    from nvila.components.report.collect import collect
+    from nvila.components.report.step import render
+
+    try:
+        write_atomic(run_dir / REPORT, render(collect(run_dir)))
+    except Exception as problem:
+        print(f"no report: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
 
 
 def _close_tracking(run_dir: Path, code: Exit) -> None:
-    """End the parent run in MLflow. A tracking store that is down must not change how the run ended."""
+    """End the parent run in MLflow, and those of earlier runs that were killed and could not do it themselves.
+
+    A tracking store that is down must not change how the run ended.
+    """
+    from nvila.components.tracking.abandoned import close_abandoned
     from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
 
-    if not (run_dir / PARENT_FILE).is_file():  # no step was executed, or a parent that is not ours
-        return
     status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
     try:
-        close_pipeline_run(run_dir, status)
+        if (run_dir / PARENT_FILE).is_file():  # else no step was executed, or the parent is not ours
+            close_pipeline_run(run_dir, status)
+        close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
         print(f"the run in MLflow stays open: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
 
@@ -143,13 +174,15 @@ class _Stop:
 
 
 def _exit_code(finished: Finished, worker_code: int) -> Exit:
-    """That of the first step that did not come through; else the worker's own."""
+    """That of the first step that did not come through; else the worker's own. Done is only a run of which all are."""
     if worker_code == Exit.PREEMPTED:
         return Exit.PREEMPTED
     if finished.failed:
         return Exit(finished.failed.record["exit_code"])
-    if any(state.status == "running" for state in finished.states):
-        return Exit.FAULT  # a step was killed outright
+    if worker_code == Exit.DONE and not all(state.came_through for state in finished.states):
+        return Exit.FAULT
+    if any(state.status == KILLED for state in finished.states):
+        return Exit.FAULT
     return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
 
 

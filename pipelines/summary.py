@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from nvila.pipelines.watch import StepState, read_states
 SUMMARY = "summary.json"
 LOG = "log.txt"
 """In the run's folder: everything that KFP and the steps print."""
+KILLED = "killed"
+"""Status of a step that was running when its run ended: it was killed outright and left no word."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Finished:
     @classmethod
     def read(cls, run_dir: Path) -> Finished:
         """Load what the status files name."""
-        states = read_states(run_dir)
+        states = [replace(s, status=KILLED, seconds=0.0) if s.status == "running" else s for s in read_states(run_dir)]
         named = {s.name: s.record["manifest"] for s in states if s.record.get("manifest")}
         return cls(run_dir, states, {name: made for name, path in named.items() if (made := _load(path))})
 
@@ -104,6 +106,8 @@ def _message(finished: Finished, exit_code: int) -> str | None:
         return "stopped; the same command goes on from here"
     if finished.failed:
         return f"{finished.failed.name} {finished.failed.status}: {finished.failed.record.get('message')}"
+    if killed := next((state.name for state in finished.states if state.status == KILLED), None):
+        return f"{killed} was killed before it could say why; too little memory is the usual reason"
     log = finished.run_dir / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), None)

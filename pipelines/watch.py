@@ -24,6 +24,7 @@ _COLOUR = {
     "cached": "blue",
     "rejected": "yellow",
     "failed": "red",
+    "killed": "red",
     "preempted": "yellow",
 }
 
@@ -37,6 +38,11 @@ class StepState:
     seconds: float
     note: str
     record: dict[str, Any]
+
+    @property
+    def came_through(self) -> bool:
+        """Whether the step has done its work, or found it done."""
+        return self.status in ("done", "cached")
 
 
 def read_states(run_dir: Path) -> list[StepState]:

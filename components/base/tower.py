@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.progress import Progress, track
-from nvila.components.data.media import load_image, load_video_frame
+from nvila.components.data.media import Limits, load_image, load_video_frame
 from nvila.components.data.samples import Label, read_labels
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.preprocess import normalise
@@ -179,7 +179,7 @@ def _attribute(label: str) -> str:
 
 def _tile(record: Label, tile_pixels: int) -> np.ndarray:
     """The record's picture or frame, cut to its box and resized: uint8 (3, S, S)."""
-    picture = _picture(record.path, record.frame)
+    picture = _picture(record.path, record.frame, record.limits)
     if record.box is not None:
         left, top, right, bottom = record.box
         width, height = picture.size
@@ -189,6 +189,6 @@ def _tile(record: Label, tile_pixels: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _picture(path: Path, frame: int | None) -> Image.Image:
+def _picture(path: Path, frame: int | None, limits: Limits) -> Image.Image:
     """Records of one picture follow each other: it is decoded once."""
-    return load_image(path) if frame is None else load_video_frame(path, frame)
+    return load_image(path, limits) if frame is None else load_video_frame(path, frame, limits)

@@ -10,8 +10,8 @@ class Exit(IntEnum):
     FAULT = 1
     """A fault of ours or of the machine; may be retried within a budget."""
     USER = 2
-    """The user's input is wrong; never retried."""
+    """The user's input is wrong; a retry within the same run ends at once with the same."""
     REJECTED = 3
-    """A gate or the rollout policy said no; never retried, everything is kept, the report is written."""
+    """A gate or the rollout policy said no; a retry ends as above, everything is kept, the report is written."""
     PREEMPTED = 75
     """Stopped from outside, or by a service that is away; run the same command again and it resumes."""

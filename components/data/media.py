@@ -22,6 +22,8 @@ Problem = Literal["missing_file", "outside_source", "too_large", "too_long", "un
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow's other readers are not tried: some of them run helper programs."""
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+MOST_PIXELS = 2**31 - 1
+"""Of a picture or a frame: Pillow and FFmpeg count them in 32 bits."""
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
 """FFmpeg's other demuxers are not tried: playlists among them open further files and addresses."""
 
@@ -82,6 +84,9 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
     from PIL import Image, ImageOps
 
     _check_file(path, limits)
+    # Pillow refuses what has more than twice its own limit, here and in `crop`. It never shrinks: threads share it.
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, min(limits.max_pixels, MOST_PIXELS) // 2 + 1)
     with _decoding(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         _check_pixels(image.width, image.height, path, limits)
         image.load()
@@ -211,7 +216,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        if type(error).__name__ == "DecompressionBombError":  # Pillow's own limit, where ours is higher
+        if type(error).__name__ == "DecompressionBombError":  # before our own check sees the header
             raise MediaError("too_large", str(error), path) from error
         said = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {said}", path) from error
@@ -257,7 +262,7 @@ def _frame_files(folder: Path, limits: Limits) -> list[Path]:
 def _opened(path: Path, limits: Limits) -> Iterator[av.container.InputContainer]:
     import av
 
-    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file", "max_pixels": str(limits.max_pixels)}
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     with _decoding(path), av.open(f"file:{path.absolute()}", options=options) as container:
         if not container.streams.video:
             raise MediaError("undecodable", "the file holds no video", path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.data.media import inside
+from nvila.components.data.media import Limits, inside
 
 if TYPE_CHECKING:
     import pyarrow
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Role = Literal["human", "gpt"]
 SAMPLES_FILE = "samples.parquet"
 LABELS_FILE = "labels.parquet"
+_LIMITS = b"nvila.limits"
+"""Key in a table's metadata: what its media were allowed to be when `validate` looked at them."""
+_DEFAULT = Limits()
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Sample:
     """First human turn without media markers."""
     answer: str
     """First answer."""
+    limits: Limits = field(default_factory=Limits)
+    """What its media may be: those of the recipe, by which `validate` looked at them."""
 
     @property
     def paths(self) -> list[Path]:
@@ -68,6 +73,8 @@ class Label:
     box: tuple[float, float, float, float] | None
     """Left, top, right, bottom as fractions of width and height; None is the whole picture."""
     labels: tuple[str, ...]
+    limits: Limits = field(default_factory=Limits)
+    """As of a sample."""
 
     @property
     def path(self) -> Path:
@@ -94,8 +101,9 @@ def read_samples(
         DataError: the table cannot be read, or lacks some of `ids`.
     """
     wanted = None if ids is None else set(ids)
+    limits = read_limits(path)
     found = [
-        _sample(row)
+        _sample(row, limits)
         for row in _rows(path)
         if (split is None or row["split"] == split)
         and (sources is None or row["source"] in sources)
@@ -112,6 +120,7 @@ def read_labels(path: Path, *, sources: Collection[str] | None = None) -> list[L
     Raises:
         DataError: the table cannot be read.
     """
+    limits = read_limits(path)
     return [
         Label(
             row["source"],
@@ -120,20 +129,37 @@ def read_labels(path: Path, *, sources: Collection[str] | None = None) -> list[L
             row["frame"],
             None if row["box"] is None else tuple(row["box"]),
             tuple(row["labels"]),
+            limits,
         )
         for row in _rows(path)
         if sources is None or row["source"] in sources
     ]
 
 
-def write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of `sample_schema`."""
-    _write(path, rows, sample_schema())
+def read_limits(path: Path) -> Limits:
+    """What the media of a table may be; the default of a table that does not say it.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        told = (pq.read_schema(path).metadata or {}).get(_LIMITS)
+        return _DEFAULT if told is None else Limits(**json.loads(told))
+    except (OSError, pyarrow.ArrowInvalid, ValueError, TypeError) as error:
+        raise DataError("not a readable table", where=str(path), value=str(error)) from error
 
 
-def write_labels(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of `label_schema`."""
-    _write(path, rows, label_schema())
+def write_samples(path: Path, rows: list[dict[str, Any]], limits: Limits = _DEFAULT) -> None:
+    """Write rows with the columns of `sample_schema`, and what their media may be."""
+    _write(path, rows, sample_schema(), limits)
+
+
+def write_labels(path: Path, rows: list[dict[str, Any]], limits: Limits = _DEFAULT) -> None:
+    """Write rows with the columns of `label_schema`, and what their media may be."""
+    _write(path, rows, label_schema(), limits)
 
 
 def sample_schema() -> pyarrow.Schema:
@@ -169,7 +195,7 @@ def label_schema() -> pyarrow.Schema:
     )
 
 
-def _sample(row: Mapping[str, Any]) -> Sample:
+def _sample(row: Mapping[str, Any], limits: Limits) -> Sample:
     return Sample(
         id=row["id"],
         source=row["source"],
@@ -180,6 +206,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
         conversations=tuple(Turn(turn["from"], turn["value"]) for turn in json.loads(row["conversations"])),
         question=row["question"],
         answer=row["answer"],
+        limits=limits,
     )
 
 
@@ -193,8 +220,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise DataError("not a readable table", where=str(path), value=str(error)) from error
 
 
-def _write(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema, limits: Limits) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = schema.with_metadata({_LIMITS: json.dumps(asdict(limits))})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

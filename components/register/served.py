@@ -31,7 +31,7 @@ class Answerer:
         self.model.eval()
 
     def predict(self, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
-        """One answer per row.
+        """One answer per row; media keep the default `Limits`, as the model does not know its recipe's.
 
         Args:
             model_input: columns `question`, and `image` or `video` or both: a path, base64 text or a `data:` URL.

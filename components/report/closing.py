@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.files import read_json
-from nvila.components.report.collect import RunView, StepView, collect
+from nvila.components.report.collect import RunView, collect
+from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
 from nvila.components.runner.execute import Place, on_cluster
 from nvila.components.runner.site import chosen
 from nvila.components.tracking.redact import redact
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
-_STOPPED, _FAILED = ("CANCELED", "CANCELLED"), ("FAILED", "ERROR", "SYSTEM_ERROR")
+_STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
 _OUTCOMES: dict[str, Outcome] = {"rejected": "rejected", "preempted": "stopped", "failed": "failed"}
 _MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
 
@@ -39,7 +40,8 @@ def close(state: str, message: str | None) -> None:
     """Close the run that this process belongs to.
 
     Args:
-        state: what KFP says of the run: SUCCEEDED, FAILED, CANCELLED. Some versions do not know it yet at this point.
+        state: what KFP says of the run: SUCCEEDED, FAILED, CANCELLED. Some versions do not know it yet at this point
+            and say RUNNING or nothing.
         message: what KFP adds to that.
     """
     if not on_cluster():
@@ -54,15 +56,21 @@ def close(state: str, message: str | None) -> None:
 
 
 def ending(run: RunView, state: str, message: str | None) -> Ending:
-    """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says."""
+    """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says.
+
+    Only a run whose every step has come through is a success. A step that was killed has left the word `running`; one
+    that had not begun has left none, and nobody knows of a fault: the run was ended before its turn.
+    """
     if trouble := run.trouble:
         return Ending(_OUTCOMES[trouble.status], trouble.name, trouble.message)
-    lost: StepView | None = next((view for view in run.steps.values() if view.status == "running"), None)
-    if state.upper() in _STOPPED:
+    said, lost = (state or "").upper(), run.lost
+    if said in _STOPPED:
         return Ending("stopped", lost.name if lost else None, message)
-    if lost or state.upper() in _FAILED:
+    if lost or said in _FAILED:
         why = message or "a step's pod was lost or never started; the run's page in KFP says more"
         return Ending("failed", lost.name if lost else None, why)
+    if left := unfinished(run):
+        return Ending("stopped", None, f"the run was ended before {left[0]} began")
     return Ending("succeeded")
 
 

@@ -12,6 +12,7 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
 
+CAME_THROUGH = ("done", "cached")
 ENDED_BADLY = ("rejected", "failed", "preempted")
 
 
@@ -63,9 +64,18 @@ class RunView:
 
     @property
     def trouble(self) -> StepView | None:
-        """The step that ended the run early."""
+        """The step that ended the run early.
+
+        Of several the first that had a reason of its own: one that was asked to stop may have been about to go on
+        elsewhere. Not `report`, which only tells of the others, unless it is the only one.
+        """
         bad = [view for view in self.steps.values() if view.status in ENDED_BADLY]
-        return min(bad, key=lambda view: view.ended or 0) if bad else None
+        return min(bad, key=lambda v: (v.name == "report", v.status == "preempted", v.ended or 0)) if bad else None
+
+    @property
+    def lost(self) -> StepView | None:
+        """A step that was killed before it could say how it ended."""
+        return next((view for view in self.steps.values() if view.status == "running"), None)
 
     @property
     def span(self) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from nvila.components.report.collect import RunView, StepView
+from nvila.components.report.collect import CAME_THROUGH, RunView, StepView
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
@@ -13,9 +13,9 @@ DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
     ("resolve", 0, (), "recipe to slices"),
     ("preflight", 0, ("resolve",), "is everything there?"),
     ("validate", 0, ("preflight",), "data checked, spoilt records out"),
-    ("prune-image", 1, ("validate",), "DeltaLoss, image sources"),
-    ("prune-video", 2, ("validate",), "DeltaLoss, video sources"),
     ("base", 0, ("validate",), "first weights"),
+    ("prune-image", 1, ("base",), "DeltaLoss, image sources"),
+    ("prune-video", 2, ("base",), "DeltaLoss, video sources"),
     ("train-1", 0, ("base",), "projector initialisation"),
     ("train-2", 0, ("train-1",), "vision-encoder pre-training"),
     ("train-3", 0, ("train-2",), "token-processor pre-training"),
@@ -30,6 +30,11 @@ DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
     ("rollout", 0, ("register",), "serve, ask, promote"),
 )
 """Name, lane of the rail, what it follows, what it does. A page of its own cannot import the pipeline."""
+
+
+def unfinished(run: RunView) -> list[str]:
+    """Steps of the DAG that have not come through, in order."""
+    return [name for name, *_ in DAG if name not in run.steps or run.steps[name].status not in CAME_THROUGH]
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def rows(run: RunView) -> list[Row]:
         left = 100 * ((view.started or began) - began) / total
         width = 100 * (view.seconds or 0) / total
         time = "" if view.status == "not reached" else duration(view.seconds)
-        found.append(Row(name, abouts.get(name, ""), view.status, time, round(left, 2), round(max(width, 0.4), 2)))
+        found.append(Row(name, abouts.get(name, ""), _word(view), time, round(left, 2), round(max(width, 0.4), 2)))
     return found
 
 
@@ -85,12 +90,17 @@ def rail(run: RunView, count: int) -> str:
             else:  # a branch comes back right above its child
                 path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
             lines.append(f'<path class="edge" d="{path}"/>')
-        status = run.steps[name].status if name in run.steps else "not reached"
+        status = _word(run.steps[name]) if name in run.steps else "not reached"
         dots.append(f'<circle class="node {css(status)}" cx="{x}" cy="{y}" r="6"/>')
     return (
         f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(lines)}{''.join(dots)}</svg>"
     )
+
+
+def _word(view: StepView) -> str:
+    """The step's status; who still runs when the page is written does so no more."""
+    return "killed" if view.status == "running" else view.status
 
 
 def css(status: str) -> str:

@@ -15,6 +15,8 @@ from nvila.components.report.collect import RunView
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nvila.components.data.media import Limits
+
 RIGHT_PER_SOURCE, WRONG_PER_SOURCE = 3, 3
 CLIP_FRAMES = 6
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -43,12 +45,13 @@ def cards(run: RunView) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
     rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
     after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
+    limits = _limits(run)
     found = {}
     for source in run.values("evaluate").get("accuracy", {}):
         mine = [row for row in rows if row["source"] == source]
         chosen = _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)
-        found[source] = [_card(row, after.get(row["id"])) for row in chosen]
+        found[source] = [_card(row, after.get(row["id"]), limits) for row in chosen]
     return {source: some for source, some in found.items() if some}
 
 
@@ -67,11 +70,23 @@ def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
     return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
-def _card(row: Mapping[str, Any], quantized: str | None) -> Card:
+def _limits(run: RunView) -> Limits:
+    """What the run's media may be; a table that is gone or damaged says nothing of it."""
+    from nvila.components.data.media import Limits
+    from nvila.components.data.samples import SAMPLES_FILE, read_limits
+
+    samples = run.file("validate", SAMPLES_FILE)
+    try:
+        return read_limits(samples) if samples else Limits()
+    except DataError:
+        return Limits()
+
+
+def _card(row: Mapping[str, Any], quantized: str | None, limits: Limits) -> Card:
     media = list(row.get("media") or [])
     paths = [Path(row.get("root") or "", name) for name in media]
     clip = len(paths) == 1 and (paths[0].suffix.lower() in CLIP_SUFFIXES or paths[0].is_dir())
-    picture, small = _picture(paths, clip)
+    picture, small = _picture(paths, clip, limits)
     return Card(
         question=row["question"],
         answer=row["answer"],
@@ -84,12 +99,15 @@ def _card(row: Mapping[str, Any], quantized: str | None) -> Card:
     )
 
 
-def _picture(paths: list[Path], clip: bool) -> tuple[str | None, bool]:
+def _picture(paths: list[Path], clip: bool, limits: Limits) -> tuple[str | None, bool]:
     """Data URI of one picture or of a strip, and whether it is small enough to be shown pixel by pixel."""
     from nvila.components.data.media import load_image, load_video_frames
 
     try:
-        images = load_video_frames(paths[0], CLIP_FRAMES) if clip else [load_image(path) for path in paths]
+        if clip:
+            images = load_video_frames(paths[0], CLIP_FRAMES, limits)
+        else:
+            images = [load_image(path, limits) for path in paths]
     except (DataError, OSError):
         return None, False
     if not images:

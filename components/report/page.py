@@ -59,9 +59,12 @@ def verdict(run: RunView) -> dict[str, str]:
             "title": titles.get(bad.status, f"Failed in {bad.name}"),
             "text": redact_text(bad.message),
         }
+    if lost := run.lost:
+        text = "It left no word. Too little memory and a lost machine are the usual reasons."
+        return {"tone": "bad", "title": f"Killed in {lost.name}", "text": text}
+    if left := flow.unfinished(run):
+        return {"tone": "neutral", "title": "Not finished", "text": f"The run was ended before {left[0]} began."}
     rollout = run.values("rollout")
-    if not rollout:
-        return {"tone": "neutral", "title": "Not finished", "text": "The run has not reached rollout."}
     version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
     if rollout.get("endpoint"):
         return {"tone": "good", "title": f"{version} is serving", "text": str(rollout["endpoint"])}

@@ -19,10 +19,10 @@ SHIPPED = "nvila.pipelines.recipes"
 
 
 class Form(Section):
-    """The pipeline's parameters."""
+    """The pipeline's parameters. KFP's UI shows their names, and one line for each to write in."""
 
     recipe: str
-    """Name of a shipped recipe, or the YAML text of one."""
+    """Name of a shipped recipe, or the text of one: YAML, or in one line JSON, which is YAML too."""
     data_uri: str = ""
     """Folder with one folder per source; empty keeps the recipe's paths."""
     model_name: str = ""
@@ -106,12 +106,19 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         content = load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=where) from None
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=where, do=_one_line(text)) from None
     except RecursionError:
         raise ConfigError("nested too deeply", where=where) from None
     if not isinstance(content, dict):
-        raise ConfigError("a recipe is a mapping of sections", where=where, value=content)
+        raise ConfigError("a recipe is a mapping of sections", where=where, value=content, do=_one_line(text))
     return content
+
+
+def _one_line(text: str) -> str | None:
+    """What to do about a text that looks as if a form had taken its line breaks."""
+    if "\n" in text.strip():
+        return None
+    return "A form of one line takes a shipped recipe's name, or a recipe as JSON; `nvila submit FILE` takes YAML."
 
 
 class _Loader(yaml.SafeLoader):

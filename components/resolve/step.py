@@ -11,7 +11,7 @@ from typing import Any
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.step import Outcome
-from nvila.components.resolve.form import Form, fill_in, recipe_text
+from nvila.components.resolve.form import Form, fill_in, recipe_text, shipped
 
 Settings = Form
 ROOT_VARIABLE = "NVILA_ROOT"
@@ -20,9 +20,13 @@ that is the working directory."""
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Digest of the recipe's text, for a shipped recipe may change under its name; and where its paths begin."""
-    digest = hashlib.sha256(recipe_text(settings["recipe"]).encode()).hexdigest()
-    return {"recipe": digest, "root": os.environ.get(ROOT_VARIABLE, "")}
+    """Digest of the recipe's text, for a shipped recipe may change under its name; and where its paths begin.
+
+    A wrong name is left to `run`, as any other mistake in the form: then there is a key for its tombstone.
+    """
+    recipe = settings["recipe"]
+    text = recipe_text(recipe) if recipe in shipped() else recipe
+    return {"recipe": hashlib.sha256(text.encode()).hexdigest(), "root": os.environ.get(ROOT_VARIABLE, "")}
 
 
 def run(settings: Form, inputs: Mapping[str, Manifest], out: Path) -> Outcome:

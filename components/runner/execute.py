@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.files import discard, write_atomic
+from nvila.components.contracts.files import discard, read_json, write_atomic
 from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
@@ -98,6 +98,7 @@ def execute(
     status = _Status(place.run_dir, step)
     signal.signal(signal.SIGTERM, _preempted)
     try:
+        status.begin()
         _refuse_other_code()
         if slices is not None:
             every = Manifest.load(slices).values.get("slices")
@@ -154,9 +155,7 @@ def perform(
             if finished := store.finished(step, key, digests):
                 return finished, True
             if verdict := store.buried(step, key, place.run):
-                error = NvilaError(verdict[1])
-                error.exit_code = verdict[0]  # type: ignore[misc]
-                raise error
+                raise _again(*verdict)
             if os.path.lexists(folder / MANIFEST) or os.path.lexists(folder / SUSPECT):
                 # Finished once, damaged since: nothing in the folder can be trusted, so nothing of it is resumed.
                 store.remove(step, key)
@@ -231,7 +230,24 @@ class _Status:
     def __init__(self, run_dir: Path, step: str) -> None:
         self._path = run_dir / "steps" / f"{step}.json"
         self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
+
+    def begin(self) -> None:
+        """Say that the step is running.
+
+        Raises:
+            NvilaError: on a cluster an earlier pod of this run has ended with exit code 2 or 3. That stays, though KFP
+                starts another; unlike a tombstone it needs no content key, which some errors come before. Where nobody
+                but a person starts a step again, the step looks again.
+        """
+        if on_cluster() and (verdict := self._verdict()):
+            raise _again(*verdict)
         write_atomic(self._path, json.dumps(self._record))
+
+    def _verdict(self) -> tuple[Exit, str] | None:
+        record = read_json(self._path)  # empty: no pod before this one, or a file that a lost node left
+        if record.get("exit_code") not in (Exit.USER, Exit.REJECTED):
+            return None
+        return Exit(record["exit_code"]), str(record.get("message"))
 
     def end(
         self,
@@ -275,6 +291,13 @@ def _scalars(manifest: Manifest) -> dict[str, float]:
     if manifest.kind != "metrics":
         return {}
     return {n: v for n, v in metrics(manifest.values).items() if n.count("/") < 3 and math.isfinite(v)}
+
+
+def _again(code: Exit, message: str) -> NvilaError:
+    """An earlier verdict of the same run."""
+    error = NvilaError(message)
+    error.exit_code = code  # type: ignore[misc]
+    return error
 
 
 def _verdict(code: Exit) -> str:

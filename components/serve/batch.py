@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.manifest import digest_json, write_atomic
+from nvila.components.data.media import Limits
 from nvila.components.serve.environment import serve_python, serve_variables
 
 
@@ -30,6 +31,8 @@ class Request:
     kind: Literal["image", "video"]
     question: str
     """Media stand in front of it, or where it has `<image>` or `<vila/video>`."""
+    limits: Limits = field(default_factory=Limits)
+    """What the media may be."""
 
 
 def generate_with_vllm(

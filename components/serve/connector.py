@@ -26,7 +26,8 @@ from nvila.components.contracts.errors import DataError
 from nvila.components.data.media import Limits, load_image, load_video_frames
 
 LIMITS = Limits(max_bytes=64 * 2**20, max_seconds=600.0, max_frames=36_000)
-"""Tighter than for files of one's own: whoever may ask a question may send anything."""
+"""Tighter than for files of one's own: whoever may ask a question may send anything. They are those of the endpoint
+whatever the model's recipe allows of its data: the rollout counts a pinned prompt beyond them as an error."""
 
 
 class BoundedConnector(MediaConnector):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.progress import Progress
-from nvila.components.data.media import load_image, load_video_frames
+from nvila.components.data.media import Limits, load_image, load_video_frames
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, encode
 from nvila.components.model.tokenizer import load_tokenizer
@@ -93,13 +93,13 @@ def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dic
     Each medium is one marker here; the plugin expands it.
     """
     paths = [Path(path) for path in request["media"]]
-    turns = [Turn("human", request["question"])]
+    turns, limits = [Turn("human", request["question"])], Limits(**request["limits"])
     data: dict[str, Any]
     if request["kind"] == "video":
-        data = {"video": [load_video_frames(path, config.num_video_frames, fps=config.fps) for path in paths]}
+        data = {"video": [load_video_frames(path, config.num_video_frames, limits, fps=config.fps) for path in paths]}
         markers = [VIDEO_TOKEN] * len(paths)
     else:
-        data = {"image": [load_image(path) for path in paths]}
+        data = {"image": [load_image(path, limits) for path in paths]}
         markers = [IMAGE_TOKEN] * len(paths)
     ids = encode(tokenizer, turns, generate=True, markers=markers).input_ids
     return {"prompt_token_ids": ids, "multi_modal_data": data}

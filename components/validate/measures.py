@@ -11,6 +11,16 @@ from nvila.components.validate.annotations import Row
 from nvila.components.validate.probing import Finding, Medium, probe_all
 
 
+def media_limits(limits: Validation) -> Limits:
+    """What the recipe allows of a media file."""
+    return Limits(
+        max_pixels=limits.max_pixels,
+        max_bytes=limits.max_media_bytes,
+        max_seconds=limits.max_video_seconds,
+        max_frames=limits.max_video_frames,
+    )
+
+
 def look_at_media(
     sources: Sequence[Source], records: list[Row], labels: list[Row], limits: Validation
 ) -> dict[Medium, Finding]:
@@ -23,7 +33,7 @@ def look_at_media(
 
     findings = probe_all(
         [medium for row in (*records, *labels) for medium in named(row)],
-        Limits(limits.max_pixels, limits.max_media_bytes, limits.max_video_seconds, limits.max_video_frames),
+        media_limits(limits),
     )
     for row in (*records, *labels):
         found = [findings[medium] for medium in named(row)]

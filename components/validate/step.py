@@ -20,7 +20,7 @@ from nvila.components.validate.docs import page
 from nvila.components.validate.expectations import configuration
 from nvila.components.validate.judge import Result, judge, without
 from nvila.components.validate.listing import media_listing
-from nvila.components.validate.measures import look_at_media
+from nvila.components.validate.measures import look_at_media, media_limits
 from nvila.components.validate.probing import Finding, Medium
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -76,8 +76,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     results, quarantine = judge(sources, records, labels, limits)
     good, good_labels = without(records, quarantine), without(labels, quarantine)
     counts = _counts(sources, (*good, *good_labels))
-    write_samples(out / SAMPLES_FILE, [_sample(row) for row in good])
-    write_labels(out / LABELS_FILE, good_labels)
+    write_samples(out / SAMPLES_FILE, [_sample(row) for row in good], media_limits(limits))
+    write_labels(out / LABELS_FILE, good_labels, media_limits(limits))
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in quarantine.values()]
     write_atomic(out / QUARANTINE_FILE, "".join(lines))
     write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1, default=_plain) + "\n")

@@ -139,8 +139,8 @@ def answers(work: Work, job: Mapping[str, Any]) -> Path:
 def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
     """When this step is asked to stop, its job is deleted: nobody else would end it.
 
-    Not when this pod is only being moved (its node is drained, say): its successor attaches to the job. And not when
-    another run has attached meanwhile, to which the job belongs since.
+    Not when this pod is only being moved (its node is drained, say): a successor attaches to the job, or else the exit
+    task cancels it. And not when another run has attached meanwhile, to which the job belongs since.
     """
     try:
         yield

@@ -138,7 +138,7 @@ def test_every_pod_gets_the_volumes_and_the_sites_environment(pods: dict[str, An
         assert config["optional"] and secret["optional"], "a namespace without them could start no pod"
 
 
-def test_lost_pods_are_started_again(spec: dict[str, Any]) -> None:
+def test_failed_steps_are_started_again(spec: dict[str, Any]) -> None:
     """A node that is drained in the third night must not end the run, nor the pod that took its place."""
     policies = [task["retryPolicy"] for task in _tasks(spec).values() if "retryPolicy" in task]
     assert {int(policy["backoffMaxDuration"].removesuffix("s")) // 86400 for policy in policies} == {90}

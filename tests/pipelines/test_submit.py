@@ -287,7 +287,7 @@ def test_the_runs_result_is_the_exit_code(kfp: StandIn, end: dict[str, Any], cod
 
 
 def test_a_try_that_was_followed_by_another_is_no_verdict(kfp: StandIn) -> None:
-    """A lost pod is started again: what ends the run is its last try, and what failed first."""
+    """A failed step is started again: what ends the run is its last try, and what failed first."""
     again = "2026-11-22T10:01:00Z"
     end = _run(
         "FAILED",

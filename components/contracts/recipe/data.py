@@ -35,14 +35,18 @@ class Source(Section):
 
 
 class Validation(Section):
-    """Limits a record must keep; a record that breaks one is quarantined with the reason."""
+    """Limits a record must keep; a record that breaks one is quarantined with the reason.
 
-    min_side_pixels: int = 8
-    max_pixels: int = 50_000_000
-    max_media_bytes: int = 512 * 2**20
-    max_video_seconds: float = 3600.0
-    max_video_frames: int = 200_000
-    max_text_chars: int = 32_768
+    What the media may be goes with the tables of good records to every step that decodes them.
+    """
+
+    min_side_pixels: int = Field(default=8, ge=0)
+    max_pixels: int = Field(default=50_000_000, gt=0, lt=2**31)
+    """Decoders count pixels in 32 bits."""
+    max_media_bytes: int = Field(default=512 * 2**20, gt=0)
+    max_video_seconds: float = Field(default=3600.0, gt=0)
+    max_video_frames: int = Field(default=200_000, gt=0)
+    max_text_chars: int = Field(default=32_768, gt=0)
     max_quarantined_share: float = Field(default=0.05, ge=0, le=1)
     """More spoilt records than this share of a source stop the run: something is systematically wrong."""
     min_source_share: float = Field(default=0.01, ge=0, le=1)

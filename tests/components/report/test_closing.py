@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from nvila.components.report import closing
-from nvila.components.report.closing import close, ending, notice
+from nvila.components.report.closing import Ending, close, ending, notice
 from nvila.components.report.collect import collect
+from nvila.components.report.flow import DAG
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.runs import record_step
 
@@ -61,12 +62,73 @@ def test_the_step_that_ended_it_is_named(make_run: MakeRun, verdict: str, outcom
 
 @pytest.mark.parametrize(
     ("state", "outcome"),
-    [("CANCELLED", "stopped"), ("CANCELED", "stopped"), ("FAILED", "failed"), ("RUNNING", "failed")],
+    [("CANCELLED", "stopped"), ("CANCELING", "stopped"), ("FAILED", "failed"), ("RUNNING", "failed"), ("", "failed")],
 )
 def test_a_step_that_was_killed_has_left_no_word(make_run: MakeRun, state: str, outcome: str) -> None:
     """Its file still says `running`: that is no success, whatever KFP has noticed so far."""
     run = make_run(stop_at="train-4", verdict="running")
     assert (ending(collect(run), state, None).outcome, ending(collect(run), state, None).step) == (outcome, "train-4")
+
+
+@pytest.mark.parametrize("state", ["", None, "RUNNING", "SUCCEEDED"])
+def test_a_run_that_was_ended_between_two_steps(make_run: MakeRun, state: Any) -> None:
+    """Everything that began came through, so it was told as a success; the model was not even trained."""
+    run, names = make_run(), [name for name, *_ in DAG]
+    assert ending(collect(run), state, None) == Ending("succeeded")
+    for name in reversed(names):
+        (run / "steps" / f"{name}.json").unlink()
+        ended = ending(collect(run), state, None)
+        assert ended == Ending("stopped", None, f"the run was ended before {name} began")
+        assert notice(run, collect(run), ended)["outcome"] == "stopped"
+
+
+def test_every_branch_counts(make_run: MakeRun) -> None:
+    """Branches run beside each other: that the last step of the list has ended is not enough."""
+    run = make_run()
+    for name, *_ in DAG:
+        file = run / "steps" / f"{name}.json"
+        file.rename(run / name)
+        assert ending(collect(run), "", None).outcome == "stopped", name
+        (run / name).rename(file)
+
+
+def test_a_run_of_which_nothing_began(tmp_path: Path) -> None:
+    """Terminated while `resolve` waited for a node: there is not even a folder."""
+    assert ending(collect(tmp_path), "RUNNING", None).outcome == "stopped"
+
+
+@pytest.mark.parametrize(("state", "outcome"), [("CANCELLED", "stopped"), ("FAILED", "failed"), ("RUNNING", "stopped")])
+def test_a_step_that_waits_is_no_success(make_run: MakeRun, state: str, outcome: str) -> None:
+    """A step whose pod waits for a node has no status file, whatever those beside it say."""
+    run = make_run(stop_at="prune-image", verdict="cached")
+    ended = ending(collect(run), state, None)
+    assert (ended.outcome, ended.step) == (outcome, None)
+
+
+def test_the_step_with_a_reason_is_named(make_run: MakeRun) -> None:
+    """A pod that was moved waits for its next one; the branch beside it ends the run meanwhile."""
+    run = make_run(stop_at="prune-video", verdict="failed")
+    moved = json.loads((run / "steps" / "prune-image.json").read_text())
+    (run / "steps" / "prune-image.json").write_text(json.dumps(moved | {"status": "preempted", "exit_code": 75}))
+    ended = ending(collect(run), "FAILED", None)
+    assert (ended.outcome, ended.step) == ("failed", "prune-video")
+
+
+def test_a_report_that_fails_is_not_why_the_run_ended(make_run: MakeRun) -> None:
+    """It comes last, and would hide the step that people have to look at."""
+    run = make_run(stop_at="gate")
+    record = {"name": "report", "status": "failed", "started": 1.0, "ended": 2.0, "exit_code": 1, "message": "no room"}
+    (run / "steps" / "report.json").write_text(json.dumps(record))
+    assert ending(collect(run), "FAILED", None).step == "gate"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3"])
+def test_a_damaged_status_file_is_no_success(make_run: MakeRun, content: str) -> None:
+    """Closing a run reads what a lost node may have left."""
+    run = make_run()
+    (run / "steps" / "quantize.json").write_text(content)
+    ended = ending(collect(run), "SUCCEEDED", None)
+    assert (ended.outcome, ended.step) == ("failed", "quantize")
 
 
 def test_a_run_whose_pods_never_started_has_failed(tmp_path: Path) -> None:

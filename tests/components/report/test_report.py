@@ -12,6 +12,7 @@ from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG, duration
 from nvila.components.report.step import Settings, render, run
+from nvila.pipelines.docs import steps_table
 from nvila.pipelines.steps import STEPS
 
 MakeRun = Callable[..., Path]
@@ -111,6 +112,22 @@ def test_run_without_any_step(tmp_path: Path) -> None:
     assert "Not finished" in page(tmp_path).text
 
 
+@pytest.mark.parametrize(
+    ("last", "verdict", "said", "not_said"),
+    [
+        ("register", "done", ["Not finished", "ended before rollout began"], ["is registered", "is serving"]),
+        ("train-2", "running", ["Killed in train-2", "killed"], ["running", "Not finished"]),
+    ],
+)
+def test_a_run_that_was_ended_from_outside(
+    make_run: MakeRun, last: str, verdict: str, said: list[str], not_said: list[str]
+) -> None:
+    """A page must not call a run finished, or a step running, that somebody has killed."""
+    text = page(make_run(stop_at=last, verdict=verdict)).text
+    assert [words for words in said if words not in text] == []
+    assert [words for words in not_said if words in text] == []
+
+
 def test_damaged_run_still_gets_a_page(make_run: MakeRun) -> None:
     """A manifest or status file that is broken is shown; the report does not break with it."""
     run_dir = make_run()
@@ -168,9 +185,17 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
     assert (out / "report.html").read_text() == (run_dir / "report.html").read_text()
 
 
-def test_flow_names_every_step_of_the_pipeline(make_run: MakeRun) -> None:
-    """A step added to the pipeline and forgotten here would be missing from the picture until it ran."""
-    assert {name for name, *_ in DAG} | {"report"} == set(STEPS)
+def test_flow_names_every_step_of_the_pipeline() -> None:
+    """A step forgotten here would be missing from the picture until it ran, and from what a success needs."""
+    assert [*(name for name, *_ in DAG), "report"] == list(STEPS)
+
+
+def test_flow_shows_what_follows_what() -> None:
+    """The picture showed pruning beside `base`, which it waits for."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in steps_table().splitlines()[2:-1]]
+    assert [(f"`{name}`", set(parents)) for name, _, parents, _ in DAG] == [
+        (name, set(re.findall(r"`([^`]+)`", after))) for name, _, after, _ in cells
+    ]
 
 
 def test_step_unknown_to_the_picture_is_listed(make_run: MakeRun) -> None:

@@ -9,7 +9,7 @@ import yaml
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
 from nvila.components.resolve import step
-from nvila.components.resolve.form import Form, fill_in, recipe_text, shipped
+from nvila.components.resolve.form import Form, fill_in, parse_yaml, recipe_text, shipped
 
 TINY = recipe_text("tiny")
 
@@ -120,6 +120,14 @@ def test_what_is_no_recipe_is_explained(fields: dict[str, str], word: str) -> No
     """A typing error in the form must not end in a traceback."""
     message = _error(**fields)
     assert word in message and "\n" not in message
+
+
+def test_a_form_of_one_line_takes_a_recipe() -> None:
+    """KFP's form takes the line breaks out of a pasted YAML; what it does take is said, and works."""
+    for pasted in (TINY.replace("\n", " "), TINY.replace("\n", ""), "name: mine data: {}"):
+        assert "as JSON" in _error(recipe=pasted), pasted
+    assert "as JSON" not in _error(recipe="a: [1,\nb")
+    assert fill_in(Form(recipe=json.dumps(parse_yaml(TINY, "tiny")))) == fill_in(Form(recipe="tiny"))
 
 
 def test_a_name_that_looks_like_a_date_is_a_name() -> None:

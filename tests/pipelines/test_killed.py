@@ -1,0 +1,131 @@
+"""What is said of a run that was killed or stopped: by its own last words, and by the next run."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.manifest import Manifest
+from nvila.pipelines import local
+from nvila.pipelines.closing import show_closing
+from nvila.pipelines.local import _exit_code, _last_alive, _write_report
+from nvila.pipelines.steps import STEPS
+from nvila.pipelines.summary import Finished, write_summary
+
+HOLDER = """
+import fcntl, subprocess, sys, time
+log = open(sys.argv[1], "ab")
+fcntl.flock(log, fcntl.LOCK_EX)
+subprocess.Popen([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(float(input()))"], stdout=log)
+time.sleep(60)
+"""
+
+
+def left(run: Path, *done: str, running: str = "") -> Path:
+    """The folder of a run of which these steps are done, and one was running when it was killed."""
+    (run / "steps").mkdir(parents=True)
+    (run / "log.txt").write_text("the last line\n")
+    for name in (*done, *([running] if running else [])):
+        record: dict[str, Any] = {"name": name, "status": "running", "started": 100.0, "pid": 1}
+        if name != running:
+            manifest = run / "made" / f"{name}.json"
+            Manifest(step=name, key="k", kind="metrics", values={"decision": "promoted"}).save(manifest)
+            record |= {"status": "done", "ended": 101.0, "seconds": 1.0, "exit_code": 0, "manifest": str(manifest)}
+        (run / "steps" / f"{name}.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_killed_step_is_not_shown_as_running(tmp_path: Path) -> None:
+    """The table that is printed last, and summary.json, said `running`, with seconds that grew."""
+    run = left(tmp_path / "r", "resolve", "preflight", running="validate")
+    finished = Finished.read(run)
+    code = _exit_code(finished, 1)
+    summary = write_summary(finished, 1.0, 0, code)
+    assert (code, summary["decision"]) == (Exit.FAULT, "failed")
+    assert {s["name"]: s["status"] for s in summary["steps"]}["validate"] == "killed"
+    assert "validate was killed" in (summary["message"] or "")
+    out = io.StringIO()
+    show_closing(finished, summary, Console(file=out, width=140))
+    assert "running" not in out.getvalue() and "killed" in out.getvalue()
+
+
+@pytest.mark.parametrize("count", range(len(STEPS)))
+def test_only_a_whole_run_is_done(tmp_path: Path, count: int) -> None:
+    """A worker that ends with 0 before the last step has begun is no success, whatever made it end."""
+    finished = Finished.read(left(tmp_path / "r", *list(STEPS)[:count]))
+    assert _exit_code(finished, Exit.DONE) == Exit.FAULT
+    assert write_summary(finished, 1.0, 0, Exit.FAULT)["decision"] == "failed"
+
+
+def test_a_whole_run_is_done(tmp_path: Path) -> None:
+    """The counterpart."""
+    assert _exit_code(Finished.read(left(tmp_path / "r", *STEPS)), Exit.DONE) == Exit.DONE
+
+
+class _Asked:
+    """A stop that was asked for while the last step ended."""
+
+    asked = True
+
+    def __enter__(self) -> _Asked:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def pass_on(self, child: object) -> None: ...
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, 0), (1, 75), (75, 75)])
+def test_a_stop_that_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: int) -> None:
+    """The model is served and the alias moved: `preempted; run it again` would be wrong."""
+    monkeypatch.setattr(local, "_Stop", _Asked)
+    monkeypatch.setattr(local.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "python").chmod(0o755)
+    run = left(tmp_path / "runs" / "r")
+    assert local._watched(run, tmp_path / "store", Console(file=io.StringIO())) == said
+
+
+def test_a_run_lives_as_long_as_any_of_its_processes(tmp_path: Path) -> None:
+    """`nvila run` may be killed outright while a step goes on for a minute: the next run must not call it dead."""
+    run = left(tmp_path / "r")
+    assert _last_alive(run) == pytest.approx((run / "log.txt").stat().st_mtime)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run / "log.txt")], stdin=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while "1\n" not in (run / "log.txt").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _last_alive(run) is None
+    holder.kill()
+    holder.wait()
+    assert _last_alive(run) is None
+    assert holder.stdin
+    holder.stdin.write("0\n")
+    holder.stdin.close()
+    while _last_alive(run) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _last_alive(run) is not None
+
+
+def test_of_a_folder_without_log_nobody_knows(tmp_path: Path) -> None:
+    """Steps that were started by hand have none; their run must not be ended under them."""
+    assert _last_alive(tmp_path) is None
+
+
+def test_a_run_that_was_stopped_has_a_report(tmp_path: Path) -> None:
+    """The exit task was not reached; README promises the page whatever happens."""
+    run = left(tmp_path / "r", "resolve")
+    _write_report(run)
+    page = (run / "report.html").read_text()
+    assert "Not finished" in page and "ended before preflight began" in page
+    (run / "report.html").write_text("of the step")
+    _write_report(run)
+    assert (run / "report.html").read_text() == "of the step"
