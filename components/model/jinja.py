@@ -163,10 +163,7 @@ def named_template(name: str, folder: Path) -> str:
     return chat_template(TEMPLATES[name])
 
 
-_DO = (
-    f"Set `chat_template` in config.json to {', '.join(TEMPLATES)}, whichever the model was trained with; "
-    f"`{REFERENCE_NAME}` where it was none of them"
-)
+_DO = f"Set `chat_template` in config.json to the one of {', '.join(TEMPLATES)} that the model was trained with"
 _Talk = list[tuple[str, str]]
 _TALK: _Talk = [("user", "Why?"), ("assistant", "So."), ("user", "And now?"), ("assistant", "Not yet!")]
 

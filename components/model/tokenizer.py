@@ -156,10 +156,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None:
     """Write a tokenizer without the media markers: `tokenizer.json` and the files of the reference's layout.
 
-    Its chat template lies in a file, and in the settings for older readers.
+    The chat template is one of the settings: the transformers of the reference reads no file of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     content = _read(folder / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in MARKERS]
     _write(folder / "tokenizer.json", content)
@@ -169,8 +169,6 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None
     _write(folder / "added_tokens.json", {token["content"]: token["id"] for token in content["added_tokens"]})
     names = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token}
     _write(folder / "special_tokens_map.json", names)
-    template = written_template(tokenizer, literal_media=template_name(tokenizer) is None)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     decoder = {str(token["id"]): {name: token[name] for name in fields} for token in content["added_tokens"]}
     _write(
@@ -186,7 +184,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length_tokens,
             "padding_side": "right",
-            "chat_template": template,
+            "chat_template": written_template(tokenizer, literal_media=template_name(tokenizer) is None),
         },
     )
 
