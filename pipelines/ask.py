@@ -64,7 +64,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     media = _media(question, loaded.config)
     asked = [Turn("human", text) for text in question.texts]
     places = sum(count_literals(turn) for turn in asked)
-    if places > len(media):
+    if 0 < len(media) < places:  # without any, they are text
         raise ConfigError("the questions have more places for media than there are media", value=(places, len(media)))
     front, placed = split_media(asked, media)
     turns: list[Turn] = []
@@ -84,15 +84,13 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
 
 def _media(question: Question, config: ModelConfig) -> list[Any]:
     """The media, decoded within the default `Limits`: pictures, and lists of frames."""
-    from nvila.components.data.media import load_image, load_video_frames
     from nvila.components.data.pdf import is_pdf, load_pages
+    from nvila.components.model.media import load_medium
 
     media: list[Any] = []
     for kind, path in question.media:
-        if kind == "video":
-            media.append(load_video_frames(path, config.num_video_frames, fps=config.fps))
-        else:
-            media += load_pages(path) if is_pdf(path) else [load_image(path)]
+        pages = kind == "image" and is_pdf(path)
+        media += load_pages(path) if pages else [load_medium(path, kind, config)]
     return media
 
 

@@ -17,6 +17,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch_version
 from nvila.components.model.config import ModelConfig, model_config
+from nvila.components.model.jinja import REFERENCE_NAME
 from nvila.components.model.projector import build_projector
 
 
@@ -47,7 +48,8 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     # The tower of a whole SigLIP is a section of its configuration; a native checkpoint has it on top.
     write_atomic(folder / "vision_tower" / "config.json", json.dumps(vision, indent=2))
     _write_projector(config, seed, folder / "mm_projector")
-    write_atomic(folder / "config.json", json.dumps(config.to_json(), indent=2))
+    # A decoder's own chat template, with its own system prompt, is not what NVILA is trained in.
+    write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
     return {
         "parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
         "weights": {part: version for part, (_, version) in fetched.items()},

@@ -22,7 +22,7 @@ from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, 
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
-from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
+from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
 
 __all__ = ["DTYPES", "load_flat", "load_native", "load_part", "read_config", "read_tensors", "save_native"]
 
@@ -63,6 +63,7 @@ def write_native_files(config: ModelConfig, tokenizer: Any, folder: Path, dtype:
     for part in PARTS:
         (folder / part).mkdir(parents=True, exist_ok=True)
     time = list(time_token_ids(tokenizer))
+    content["chat_template"] = template_name(tokenizer)
     content |= {"num_time_tokens": len(time), "time_token_format": TIME_FORMAT, "time_token_ids": time}
     _write_json(folder / "config.json", content | {"model_dtype": dtype})
     _write_json(folder / "llm/config.json", llm)
@@ -87,7 +88,7 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
     folder = Path(folder)
     wanted = _dtype(dtype)
     config, folders = read_config(folder), part_folders(folder)
-    tokenizer = load_tokenizer(folders["llm"])
+    tokenizer = load_tokenizer(folders["llm"], folder)
     model = _empty(config, TokenIds.of(tokenizer, config.video_texts), wanted)
     for part in PARTS:
         load_part(getattr(model, part), folders[part], tower=part == "vision_tower", rows=model.tokens.vocabulary)

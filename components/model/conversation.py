@@ -1,6 +1,8 @@
 """Conversations to token ids and labels in a chat template, Qwen2's by default.
 
-Media stay single marker tokens here; `splice` puts their embeddings in place later.
+The one place where a prompt is written: training, `infer`, evaluation, batches and the pinned prompts come here, and
+the chat template in Jinja (`jinja`) says the same for the endpoint. Media stay single marker tokens; `splice` puts
+their embeddings in place later.
 """
 
 from __future__ import annotations
@@ -8,19 +10,47 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from itertools import groupby
+from typing import Any, Generic, Protocol, TypeVar
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.templates import QWEN2, Template
+from nvila.components.model.controls import (
+    CONTROLS,
+    IMAGE_TOKEN,
+    MARKERS,
+    SENTINEL_TOKEN,
+    VIDEO_TOKEN,
+    break_up,
+    control_strings,
+    mend,
+)
+from nvila.components.model.templates import QWEN2, Template, template_of
 
-IMAGE_TOKEN, VIDEO_TOKEN, SENTINEL_TOKEN = "<image>", "<vila/video>", "<vila/sentinel>"
-MARKERS = (SENTINEL_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN)
-"""Tokens added to a saved tokenizer at load time, in the order of their ids, which is the reference's."""
+__all__ = [
+    "IGNORED",
+    "IMAGE_TOKEN",
+    "MARKERS",
+    "SENTINEL_TOKEN",
+    "VIDEO_TOKEN",
+    "Encoded",
+    "Message",
+    "Part",
+    "Place",
+    "Turn",
+    "TurnLike",
+    "count_literals",
+    "encode",
+    "mend",
+    "messages_of",
+    "render",
+    "split_media",
+]
+
 IGNORED = -100
 """Label of a position that is not supervised."""
 
 T = TypeVar("T")
-_MARKER = re.compile(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})\n?")
+_LITERAL = re.compile(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})")
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
@@ -35,10 +65,29 @@ class TurnLike(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: role "human" or "gpt", and its text."""
+    """One turn in the form of a record: role "human" or "gpt", and its text, in which literals stand for media."""
 
     role: str
     text: str
+
+
+@dataclass(frozen=True)
+class Place(Generic[T]):
+    """Where a medium stands between the texts of a message."""
+
+    medium: T
+    """The medium, its file, or its marker."""
+
+
+Part = str | Place[T]
+
+
+@dataclass(frozen=True)
+class Message(Generic[T]):
+    """One turn taken apart: role "user" or "assistant", and texts and media in their order."""
+
+    role: str
+    parts: tuple[Part[T], ...]
 
 
 @dataclass(frozen=True)
@@ -57,16 +106,16 @@ def render(
     markers: Sequence[str] | None = None,
     template: Template = QWEN2,
 ) -> str:
-    """The conversation as one text.
+    """The conversation as one text, with `controls.CONTROLS` broken up in what was said.
 
     Args:
         turns: human and gpt turns.
         system: system prompt; None takes the template's own, "" gives an empty one.
         generate: end with the opening of the assistant's turn.
-        markers: what stands for each medium, see `place_media`.
+        markers: the text for each medium, see `messages_of`; None takes each literal in a human turn for one medium.
         template: the texts around the turns.
     """
-    return "".join(text for text, _ in _segments(turns, system, generate, markers, template))
+    return "".join(text for text, _ in _segments(turns, system, generate, markers, template, CONTROLS))
 
 
 def encode(
@@ -76,13 +125,15 @@ def encode(
     system: str | None = None,
     generate: bool = False,
     markers: Sequence[str] | None = None,
-    template: Template = QWEN2,
+    template: Template | None = None,
 ) -> Encoded:
     """Token ids and labels: every token of each answer and its end (`<|im_end|>`) is supervised, nothing else.
 
-    Arguments as of `render`. An answer is a segment of its own, so that its labels need no matching of rendered texts.
+    Arguments as of `render`; the template is by default the tokenizer's (`templates.template_of`), and its special
+    tokens are broken up too. An answer is a segment of its own, so that its labels need no matching of rendered texts.
     """
-    segments = list(_segments(turns, system, generate, markers, template))
+    template = template or template_of(tokenizer)
+    segments = list(_segments(turns, system, generate, markers, template, control_strings(tokenizer)))
     pieces = tokenizer([text for text, _ in segments], add_special_tokens=False)["input_ids"]
     input_ids: list[int] = []
     labels: list[int] = []
@@ -92,26 +143,36 @@ def encode(
     return Encoded(input_ids, labels)
 
 
-def place_media(turns: Iterable[TurnLike], markers: Sequence[str] | None) -> list[Turn]:
-    """Strip each turn and settle where media stand.
+def messages_of(turns: Sequence[TurnLike], media: Sequence[T]) -> list[Message[T]]:
+    """Take turns in the form of a record apart.
 
     Args:
-        turns: literal `<image>` and `<vila/video>` in human turns say where; a line break behind them is dropped.
-        markers: the text for each medium, in order. Literals beyond them are removed; where there are fewer literals
-            than media, the first media go to the front of the first human turn. None keeps each literal as one medium.
+        turns: literal `<image>` and `<vila/video>` in human turns say where media stand; any other is text.
+        media: the media in order, of any type. Where there are fewer literals, the first media come to the front of the
+            first human turn; literals beyond them are text.
 
-    Returns:
-        New turns without any other literal marker: user text cannot smuggle one in.
+    Raises:
+        DataError: media that have no place, or an unknown role.
     """
-    turns = list(turns)
-    front, left = split_media(turns, markers) if markers is not None else ([], None)
-    placed = [Turn(_role(turn), _place(turn, left)) for turn in turns]
+    front, placed = split_media(turns, media)
+    left = iter(placed)
+    messages: list[Message[T]] = []
+    for turn in turns:
+        role, text = _role(turn), turn.text
+        if role == "assistant":
+            messages.append(Message(role, (text,)))
+            continue
+        first, front = front, []
+        pieces = _LITERAL.split(text.strip() if first else text)
+        parts: list[Part[T]] = [Place(medium) for medium in first]
+        for index, piece in enumerate(pieces):
+            literal = index % 2 == 1
+            medium = next(left, None) if literal else None
+            parts.append(piece if medium is None else Place(medium))
+        messages.append(Message(role, tuple(parts)))
     if front:
-        first = next((i for i, turn in enumerate(placed) if turn.role == "user"), None)
-        if first is None:
-            raise DataError("media but no human turn to put them in", value=front)
-        placed[first] = Turn("user", "".join(front) + placed[first].text)
-    return placed
+        raise DataError("media but no human turn to put them in", value=front)
+    return messages
 
 
 def split_media(turns: Iterable[TurnLike], media: Sequence[T]) -> tuple[list[T], list[T]]:
@@ -122,18 +183,7 @@ def split_media(turns: Iterable[TurnLike], media: Sequence[T]) -> tuple[list[T],
 
 def count_literals(turn: TurnLike) -> int:
     """Places for media in a turn: only human turns have any."""
-    return len(_MARKER.findall(turn.text.replace(SENTINEL_TOKEN, ""))) if _role(turn) == "user" else 0
-
-
-def _place(turn: TurnLike, left: list[str] | None) -> str:
-    def swap(match: re.Match[str]) -> str:
-        if _role(turn) != "user":
-            return ""
-        if left is None:
-            return match.group(1)
-        return left.pop(0) if left else ""
-
-    return _MARKER.sub(swap, turn.text.replace(SENTINEL_TOKEN, "")).strip()
+    return len(_LITERAL.findall(turn.text)) if _role(turn) == "user" else 0
 
 
 def _role(turn: TurnLike) -> str:
@@ -144,18 +194,29 @@ def _role(turn: TurnLike) -> str:
 
 
 def _segments(
-    turns: Sequence[TurnLike], system: str | None, generate: bool, markers: Sequence[str] | None, template: Template
+    turns: Sequence[TurnLike],
+    system: str | None,
+    generate: bool,
+    markers: Sequence[str] | None,
+    template: Template,
+    controls: Sequence[str],
 ) -> Iterator[tuple[str, bool]]:
     """Texts of the template with whether they are supervised; an answer runs to its end token."""
-    prompt = template.system if system is None else system.strip()
-    text = f"{template.system_open}{prompt}{template.system_close}"
-    placed = place_media(turns, markers)
-    for index, turn in enumerate(placed):
-        if turn.role == "assistant":
-            last = index == len(placed) - 1 and not generate
-            yield text + template.answer_open, False
-            yield f"{template.answer_lead}{turn.text}{(last and template.last_end) or template.answer_end}", True
-            text = template.answer_close
-        else:
-            text += f"{template.user_open}{turn.text}{template.user_close}"
-    yield text + (template.answer_open if generate else ""), False
+    if markers is None:
+        markers = [literal for turn in turns if _role(turn) == "user" for literal in _LITERAL.findall(turn.text)]
+    bodies = [(message.role, _body(message, controls)) for message in messages_of(turns, markers)]
+    own = None if system is None else break_up(system, controls).strip()
+    yield from template.segments(bodies, system=own, generate=generate)
+
+
+def _body(message: Message[str], controls: Sequence[str]) -> str:
+    """The text of a message. Neighbouring texts are joined before they are broken up; a line break behind a medium
+    belongs to it."""
+    pieces: list[str] = []
+    for is_text, parts in groupby(message.parts, lambda part: isinstance(part, str)):
+        if not is_text:
+            pieces += [part.medium for part in parts if not isinstance(part, str)]
+            continue
+        text = "".join(part for part in parts if isinstance(part, str))
+        pieces.append(break_up(text.removeprefix("\n") if pieces else text, controls))
+    return "".join(pieces).strip()

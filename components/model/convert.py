@@ -19,9 +19,9 @@ from nvila.components.contracts.progress import track
 from nvila.components.model.checkpoint import SHARD_BYTES, generation_config, image_processor, write_native_files
 from nvila.components.model.layouts import LAYOUTS, TOWER, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.serving import chat_template, is_served, write_serving_files
+from nvila.components.model.serving import is_served, write_serving_files
 from nvila.components.model.tensorfile import CODES, FLOATING, Target, file_bytes, write_file
-from nvila.components.model.tokenizer import TokenIds, load_tokenizer
+from nvila.components.model.tokenizer import TokenIds, load_tokenizer, template_name, written_template
 from nvila.components.model.variants import empty_model
 
 PLAN = ".plan"
@@ -57,7 +57,7 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
     if target.exists():
         raise ConfigError("is there already", where=str(target), do="Name a new folder")
     checkpoint = open_checkpoint(source)
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
     tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
     skeleton = empty_model(checkpoint.config, tokens)
     _check(checkpoint, layout, skeleton)
@@ -207,17 +207,18 @@ def _write_rest(
             "tie_word_embeddings": bool(config.llm.get("tie_word_embeddings")),
         }
         tokenizer.save_pretrained(partial)
-        (partial / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+        (partial / "chat_template.jinja").write_text(written_template(tokenizer), encoding="utf-8")
         _write_json(partial / "generation_config.json", generation_config(tokenizer))
         _write_json(partial / "preprocessor_config.json", image_processor(config.tile_pixels))
         _write_json(partial / "config.json", content | named | {"model_dtype": str(dtype)})
     else:
-        if source in ("hf", "serving"):
-            tokenizer.chat_template = None  # belongs to the flat layouts; ours is `conversation`
         write_native_files(config, tokenizer, partial, str(dtype))
         if layout == "vila":
             native = json.loads((partial / "config.json").read_text(encoding="utf-8"))
             _write_json(partial / "config.json", vila_config(native))
+            if name := template_name(tokenizer):  # the remote code looks for the named file here
+                template = written_template(tokenizer, literal_media=True)
+                (partial / f"{name}.jinja").write_text(template, encoding="utf-8")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.data.media import load_image, load_video_frames
 from nvila.components.data.samples import Sample
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import Encoded
+from nvila.components.model.media import load_medium
 from nvila.components.model.preprocess import BlockSize, Kind, Medium, Visual
 from nvila.components.model.prompt import Prompt, make_prompt
 
@@ -56,10 +56,7 @@ class Feed:
 
     def media(self, sample: Sample) -> list[Medium]:
         """The sample's media, decoded: pictures, or the frames of a video."""
-        if sample.kind == "video":
-            frames, fps = self.config.num_video_frames, self.config.fps
-            return [load_video_frames(path, frames, sample.limits, fps=fps) for path in sample.paths]
-        return [load_image(path, sample.limits) for path in sample.paths]
+        return [load_medium(path, sample.kind, self.config, sample.limits) for path in sample.paths]
 
     def prompt(self, sample: Sample, *, tile_all: bool = False) -> Prompt:
         """The sample's conversation and its media as tiles (uint8: the model normalises them).

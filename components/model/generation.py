@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.controls import control_strings, mend, settled
 from nvila.components.model.splice import Spliced
 
 if TYPE_CHECKING:
@@ -80,20 +81,28 @@ def decode_steps(llm: Any, prompt: Spliced, sampling: Sampling) -> Iterator[torc
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """An answer's text as its tokens come; the pieces together are the stripped text of all tokens.
+def answer_text(tokenizer: Any, tokens: list[int]) -> str:
+    """The stripped text of an answer, without special tokens; control strings that it speaks of are whole again."""
+    return mend(tokenizer.decode(tokens, skip_special_tokens=True).strip(), control_strings(tokenizer))
 
-    Held back until more comes: white space, which may be the last, and characters of which only a part is there.
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """An answer's text as its tokens come; the pieces together are the `answer_text` of all tokens.
+
+    Held back until more comes: white space, which may be the last, characters of which only a part is there, and what
+    may become a broken-up control string.
     """
+    controls = control_strings(tokenizer)
     ids: list[int] = []
     sent = ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True).lstrip().rstrip("\ufffd").rstrip()
+        text = mend(settled(text, controls), controls)
         if len(text) > len(sent):
             yield text[len(sent) :]
             sent = text
-    if rest := tokenizer.decode(ids, skip_special_tokens=True).strip()[len(sent) :]:
+    if rest := answer_text(tokenizer, ids)[len(sent) :]:
         yield rest
 
 

@@ -17,7 +17,14 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig, with_vocabulary
 from nvila.components.model.conversation import IGNORED
-from nvila.components.model.generation import Sampling, decode_steps, decode_tokens, text_pieces, until_stop
+from nvila.components.model.generation import (
+    Sampling,
+    answer_text,
+    decode_steps,
+    decode_tokens,
+    text_pieces,
+    until_stop,
+)
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
@@ -196,7 +203,7 @@ class NVILA(nn.Module):
             schema: what the answers have to be as JSON; one that ends by itself is complete, one that is cut is not.
 
         Returns:
-            The answers without special tokens, stripped.
+            The answers without special tokens, stripped; control strings in their text are whole again.
 
         Raises:
             DataError: a prompt fills all positions of the decoder.
@@ -208,7 +215,7 @@ class NVILA(nn.Module):
         self.eval()
         tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
         self.train(was_training)
-        return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return [answer_text(tokenizer, row) for row in tokens]
 
     def stream(
         self,

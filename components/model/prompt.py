@@ -24,7 +24,7 @@ class Prompt:
     turns: Sequence[TurnLike]
     visuals: Sequence[Visual] = ()
     markers: Sequence[str] | None = None
-    """Text for each medium; None trusts the literal markers in the turns."""
+    """Text for each medium; None takes each literal in a human turn for one medium."""
     system: str | None = None
     """System prompt; None takes the template's own, "" none."""
 
@@ -45,7 +45,7 @@ def make_prompt(
     """Preprocess the media of one sample.
 
     Args:
-        turns: the conversation; see `conversation.place_media` for where media go.
+        turns: the conversation; see `conversation.messages_of` for where media go.
         media: pictures, or lists of frames for videos, in order.
         config: the architecture.
         tile_all: tile every picture of a multi-picture sample, as the reference does in training; False leaves them
@@ -63,5 +63,10 @@ def make_prompt(
             continue
         tiles = preprocess_image(medium, config, alone=alone, pixels=pixels)
         visuals += tiles
-        markers.append(f"{IMAGE_TOKEN}\n" * len(tiles) if config.vision_mode == "dynamic" and alone else IMAGE_TOKEN)
+        markers.append(picture_marker(config, alone, len(tiles)))
     return Prompt(turns, visuals, markers, system)
+
+
+def picture_marker(config: ModelConfig, alone: bool, tiles: int = 1) -> str:
+    """Text of a picture: as in the reference, each tile of dynamic tiling stands on a line of its own."""
+    return f"{IMAGE_TOKEN}\n" * tiles if config.vision_mode == "dynamic" and alone else IMAGE_TOKEN

@@ -18,13 +18,15 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.model.checkpoint import write_tensors
 from nvila.components.model.config import LINE_BREAK_AFTER
-from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
-from nvila.components.model.templates import SYSTEM
+from nvila.components.model.jinja import chat_template
+from nvila.components.model.tokenizer import written_template
 from nvila.components.model.tower import used_blocks
 
 if TYPE_CHECKING:
     from nvila.components.model.config import ModelConfig
     from nvila.components.model.nvila import NVILA
+
+__all__ = ["chat_template", "is_served", "serving_tensors", "write_serving", "write_serving_files"]
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 MODEL_TYPE = "nvila"
@@ -106,23 +108,12 @@ def write_serving_files(
     if quantization is not None:
         content["quantization_config"] = dict(quantization)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    template = written_template(tokenizer, tile_breaks=model.config.vision_mode == "dynamic")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(
         folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
     )
     _write_json(folder / "config.json", content)
-
-
-def chat_template() -> str:
-    """Jinja form of `conversation.render` for one text per message; it drops a line break behind a marker too."""
-    text = "m['content']"
-    for marker in (IMAGE_TOKEN, VIDEO_TOKEN):
-        text += f" | replace('{marker}\\n', '{marker}')"
-    return (
-        f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{SYSTEM}<|im_end|>\n{{% endif %}}"
-        f"{{% for m in messages %}}<|im_start|>{{{{ m['role'] }}}}\n{{{{ {text} | trim }}}}<|im_end|>\n{{% endfor %}}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
 
 
 def _sub_config(part: Any) -> dict[str, Any]:

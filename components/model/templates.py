@@ -1,7 +1,11 @@
-"""Chat templates as data: Qwen2's, which NVILA speaks, and those of older VILA models (`llava/conversation.py`)."""
+"""Chat templates as data: Qwen2's, which NVILA speaks, and those of older VILA models (`llava/conversation.py`).
+
+`jinja` writes one down for others, and finds out which one a checkpoint's own Jinja is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +17,8 @@ SYSTEM = "You are a helpful assistant"
 class Template:
     """The texts around the turns of a conversation."""
 
-    system: str
-    """Default system prompt; the empty one is the no-system variant."""
+    system: str | None
+    """Default system prompt; the empty one is the no-system variant, and None has no such turn unless one is given."""
     system_open: str
     system_close: str
     user_open: str
@@ -29,6 +33,28 @@ class Template:
     """Not supervised."""
     last_end: str = ""
     """In place of `answer_end` where the conversation ends; empty for the same."""
+
+    def segments(
+        self, bodies: Sequence[tuple[str, str]], *, system: str | None = None, generate: bool = False
+    ) -> Iterator[tuple[str, bool]]:
+        """Consecutive texts of a conversation with whether they are supervised.
+
+        Args:
+            bodies: role ("user" or "assistant") and text of each turn.
+            system: system prompt; None takes the default.
+            generate: end with the opening of an answer.
+        """
+        prompt = self.system if system is None else system
+        text = "" if prompt is None else f"{self.system_open}{prompt}{self.system_close}"
+        for index, (role, body) in enumerate(bodies):
+            if role == "assistant":
+                last = index == len(bodies) - 1 and not generate
+                yield text + self.answer_open, False
+                yield f"{self.answer_lead}{body}{(last and self.last_end) or self.answer_end}", True
+                text = self.answer_close
+            else:
+                text += f"{self.user_open}{body}{self.user_close}"
+        yield text + (self.answer_open if generate else ""), False
 
 
 QWEN2 = Template(
@@ -114,11 +140,29 @@ def template_for(model_name: str) -> Template:
     return TEMPLATES[found]
 
 
-def stop_tokens(tokenizer: Any, template: Template = QWEN2) -> frozenset[int]:
+def template_of(tokenizer: Any) -> Template:
+    """What a tokenizer's chat template says; Qwen2's for a tokenizer without one.
+
+    Raises:
+        ConfigError: a template that is none of `TEMPLATES`, with whatever default system prompt.
+    """
+    written = getattr(tokenizer, "chat_template", None)
+    if isinstance(written, dict):  # several by name
+        written = written.get("default")
+    if written is None:
+        return QWEN2
+    from nvila.components.model.jinja import read_template
+
+    return read_template(written, tokenizer.bos_token, tokenizer.eos_token)
+
+
+def stop_tokens(tokenizer: Any, template: Template | None = None) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's end of sequence, and what the template puts behind an answer.
 
-    With Qwen2's template and an instruct tokenizer that is `<|im_end|>` alone.
+    With Qwen2's template and an instruct tokenizer that is `<|im_end|>` alone. The template is by default the
+    tokenizer's.
     """
+    template = template or template_of(tokenizer)
     ends = [end for end in (template.answer_end, template.last_end) if end]
     pieces = tokenizer(ends, add_special_tokens=False)["input_ids"]
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []

@@ -15,12 +15,10 @@ from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.config import LINE_BREAK_AFTER
-from nvila.components.model.conversation import IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
-from nvila.components.model.templates import SYSTEM
+from nvila.components.model.controls import IMAGE_TOKEN, MARKERS, SPECIAL, VIDEO_TOKEN, control_strings
+from nvila.components.model.jinja import REFERENCE_NAME, chat_template, named_template
+from nvila.components.model.templates import QWEN2, SYSTEM, template_of
 from nvila.components.model.timetokens import time_token_ids
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
-"""Special tokens of a saved tokenizer, in the order of their ids behind the byte-pair vocabulary."""
 
 TEMPLATE = f"system\n{SYSTEM}\nuser\nassistant\n"
 """Words of the chat template."""
@@ -79,11 +77,16 @@ class TokenIds:
         )
 
 
-def load_tokenizer(folder: Path | str) -> Any:
+def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> Any:
     """A saved tokenizer with the media markers added behind its tokens. No code of the folder runs.
+
+    Args:
+        folder: where it lies.
+        checkpoint: folder whose config.json may name another chat template than the tokenizer's own (`chat_template`).
 
     Raises:
         DataError: the folder holds no readable tokenizer.
+        ConfigError: a chat template that is not known here (`templates.template_of`).
     """
     from transformers import AutoTokenizer, Qwen2Config
 
@@ -97,6 +100,12 @@ def load_tokenizer(folder: Path | str) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("the tokenizer cannot be read", where=str(folder), value=str(error)) from None
+    if checkpoint is not None and (name := _read(Path(checkpoint) / "config.json").get("chat_template")):
+        tokenizer.chat_template = named_template(str(name), Path(checkpoint))
+    try:
+        template_of(tokenizer)
+    except ConfigError as error:  # now, not at the first question
+        raise ConfigError(error.what, where=str(folder), value=error.value, do=error.do) from None
     return with_markers(tokenizer)
 
 
@@ -145,9 +154,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None:
-    """Write a tokenizer without the media markers: `tokenizer.json` and the files of the reference's layout."""
+    """Write a tokenizer without the media markers: `tokenizer.json` and the files of the reference's layout.
+
+    The chat template is one of the settings: the transformers of the reference reads no file of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
     content = _read(folder / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in MARKERS]
     _write(folder / "tokenizer.json", content)
@@ -172,8 +184,21 @@ def save_tokenizer(tokenizer: Any, folder: Path, max_length_tokens: int) -> None
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_length_tokens,
             "padding_side": "right",
+            "chat_template": written_template(tokenizer, literal_media=template_name(tokenizer) is None),
         },
     )
+
+
+def written_template(tokenizer: Any, *, tile_breaks: bool = False, literal_media: bool = False) -> str:
+    """The tokenizer's chat template as we write it, with all its control strings broken up; see `jinja`."""
+    return chat_template(
+        template_of(tokenizer), control_strings(tokenizer), tile_breaks=tile_breaks, literal_media=literal_media
+    )
+
+
+def template_name(tokenizer: Any) -> str | None:
+    """`chat_template` of a config.json: the reference's name, or None where it has to take the tokenizer's own."""
+    return REFERENCE_NAME if template_of(tokenizer) == QWEN2 else None
 
 
 def _read(path: Path) -> Any:

@@ -17,7 +17,9 @@ from nvila.components.contracts.errors import DataError
 if TYPE_CHECKING:
     import pandas
 
-MEDIA = ("image", "video")
+    from nvila.components.model.preprocess import Kind
+
+MEDIA: tuple[Kind, ...] = ("image", "video")
 MAX_NEW_TOKENS = 32
 
 
@@ -44,8 +46,8 @@ class Answerer:
         return [self._answer(row, limit) for row in model_input.to_dict("records")]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> str:
-        from nvila.components.data.media import load_image, load_video_frames
         from nvila.components.model.conversation import Turn
+        from nvila.components.model.media import load_medium
         from nvila.components.model.prompt import make_prompt
 
         config = self.model.config
@@ -54,10 +56,7 @@ class Answerer:
             for kind in MEDIA:
                 given = row.get(kind)
                 if isinstance(given, str) and given:
-                    path = _as_file(given, Path(scratch, kind))
-                    media.append(
-                        load_image(path) if kind == "image" else load_video_frames(path, config.num_video_frames)
-                    )
+                    media.append(load_medium(_as_file(given, Path(scratch, kind)), kind, config))
         prompt = make_prompt([Turn("human", str(row["question"]))], media, config)
         return self.model.generate(self.tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
 

@@ -6,7 +6,6 @@ import hashlib
 import time
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import RolloutError
@@ -14,6 +13,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import is_correct
+from nvila.components.model.conversation import Part, messages_of
 from nvila.components.rollout.policy import Observation
 from nvila.components.serve import server
 
@@ -23,15 +23,14 @@ class Pinned:
     """A question, what the evaluated model said, and the truth."""
 
     id: str
-    question: str
+    question: tuple[Part[server.File], ...]
+    """Texts and media in the record's order, as they were evaluated."""
     expected: str
     answer: str
-    image: Path | None
-    video: Path | None
 
 
 def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
-    """`count` prompts (or as many as there are) with one medium each, the sources in turn, by the digest of their id.
+    """`count` prompts (or as many as there are), the sources in turn, by the digest of their id.
 
     Args:
         metrics: of evaluate-quantized, with `predictions.parquet`.
@@ -40,9 +39,9 @@ def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
     """
     import pyarrow.parquet as parquet
 
-    columns = ["id", "source", "prediction", "answer", "media"]
+    columns = ["id", "source", "prediction", "answer"]
     rows = parquet.read_table(metrics.path("predictions.parquet", fresh=True), columns=columns).to_pylist()
-    rows = sorted((row for row in rows if len(row["media"]) == 1), key=lambda row: _order(row["id"]))
+    rows.sort(key=lambda row: _order(row["id"]))
     sources = sorted({row["source"] for row in rows})
     turns = zip_longest(*([row for row in rows if row["source"] == source] for source in sources))
     chosen = [row for turn in turns for row in turn if row is not None][:count]
@@ -59,15 +58,7 @@ def observe(
     began = time.monotonic()
     for prompt in track(prompts, f"pinned prompts to {url}"):
         try:
-            said = server.ask(
-                url,
-                model,
-                prompt.question,
-                image=prompt.image,
-                video=prompt.video,
-                max_tokens=max_tokens,
-                api_key=api_key,
-            )
+            said = server.ask(url, model, prompt.question, max_tokens=max_tokens, api_key=api_key)
         except RolloutError:
             errors += 1
             continue
@@ -82,6 +73,6 @@ def _order(name: str) -> str:
 
 
 def _pinned(row: dict[str, Any], sample: Sample) -> Pinned:
-    path = sample.paths[0]
-    image, video = (path, None) if sample.kind == "image" else (None, path)
-    return Pinned(row["id"], sample.question, row["prediction"], row["answer"], image, video)
+    files: list[server.File] = [(sample.kind, path) for path in sample.paths]
+    (message,) = messages_of(sample.conversations[:1], files)
+    return Pinned(row["id"], message.parts, row["prediction"], row["answer"])

@@ -30,7 +30,7 @@ class Request:
     """Paths of the media files."""
     kind: Literal["image", "video"]
     question: str
-    """Media stand in front of it, or where it has `<image>` or `<vila/video>`."""
+    """A human turn in the form of a record: media stand where it has literals, the first of too many in front."""
     limits: Limits = field(default_factory=Limits)
     """What the media may be."""
 

@@ -18,7 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
+from nvila.components.model.controls import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.components.model.preprocess import Kind, Visual
 from nvila.components.model.projector import build_projector
 from nvila.components.model.visual import encode_visuals
@@ -38,7 +38,7 @@ class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, S
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """The marker that the HTTP API puts in front of the question."""
+        """The marker of the HTTP API; where it stands says the chat template."""
         return {"image": IMAGE_TOKEN, "video": VIDEO_TOKEN}[modality]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

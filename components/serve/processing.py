@@ -31,7 +31,7 @@ from vllm.multimodal.processing import (
 )
 
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN
+from nvila.components.model.controls import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.components.model.preprocess import Kind, Visual, preprocess_image, preprocess_video
 from nvila.components.model.visual import token_count
 from nvila.components.serve.config import NVILAServingConfig
@@ -52,8 +52,8 @@ class NVILAProcessingInfo(BaseProcessingInfo):
         return ModelConfig.from_json(self.get_hf_config().nvila)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Any number of pictures, one clip."""
-        return {"image": None, "video": 1}
+        """Any number of either."""
+        return {"image": None, "video": None}
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
         """No processor of transformers is involved."""
@@ -128,8 +128,9 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
                 counts = item[f"{modality}_tokens"].data.flatten().tolist()
                 ids = [token] * counts[0]
                 if self.info.nvila.vision_mode == "dynamic" and alone and modality == "image":
-                    # Each tile of dynamic tiling stands on a line of its own, as in training (`prompt.make_prompt`).
-                    ids = [i for count in counts for i in (*[token] * count, hf_config.newline_token_id)]
+                    # Each tile of dynamic tiling stands on a line of its own (`prompt.picture_marker`). The break
+                    # behind the last one is the prompt's, which may end there.
+                    ids = [i for count in counts for i in (*[token] * count, hf_config.newline_token_id)][:-1]
                 return PromptUpdateDetails.select_token_id(ids, token)
 
             return PromptReplacement(modality=modality, target=[token], replacement=expand)

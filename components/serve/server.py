@@ -14,16 +14,22 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.model.controls import mend
+from nvila.components.model.conversation import Part, Place
 from nvila.components.serve.environment import serve_python, serve_variables
 from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
 
 ENGINE_OPTIONS = ("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log")
 """Small and quick to start; compiling pays only for larger models than a CPU serves."""
+
+File = tuple[Literal["image", "video"], Path]
+"""A picture or a clip."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def _group_alive(pid: int) -> bool:
 def ask(
     url: str,
     model: str,
-    question: str,
+    question: str | Sequence[Part[File]],
     *,
     image: Path | None = None,
     video: Path | None = None,
@@ -171,7 +177,9 @@ def ask(
     api_key: str | None = None,
     timeout_seconds: float = 120.0,
 ) -> str:
-    """The answer to one question about a picture, a clip, or nothing.
+    """The answer to one question about pictures, clips, or nothing; arguments as of `chat_request`.
+
+    Control strings that the answer speaks of are whole again.
 
     Raises:
         RolloutError: the server refused or did not answer.
@@ -184,7 +192,7 @@ def ask(
     try:
         with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
             content = json.load(answer)["choices"][0]["message"]["content"]
-            return str(content or "").strip()
+            return mend(str(content or "").strip())
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
         raise RolloutError(f"the server answered {error.code}: {detail}", where=url) from None
@@ -193,14 +201,31 @@ def ask(
 
 
 def chat_request(
-    model: str, question: str, *, image: Path | None = None, video: Path | None = None, max_tokens: int = 32
+    model: str,
+    question: str | Sequence[Part[File]],
+    *,
+    image: Path | None = None,
+    video: Path | None = None,
+    max_tokens: int = 32,
 ) -> dict[str, Any]:
-    """Body of a `/v1/chat/completions` request: media as data URLs, greedy."""
+    """Body of a `/v1/chat/completions` request: media as data URLs, greedy.
+
+    Args:
+        model: its served name.
+        question: texts and files in their order (`conversation.messages_of`), or one text. Texts stay text.
+        image: a picture in front of the question.
+        video: a clip in front of the question.
+        max_tokens: longest answer.
+    """
+    parts: list[Part[File]] = [question] if isinstance(question, str) else list(question)
+    given: list[tuple[Literal["image", "video"], Path | None]] = [("image", image), ("video", video)]
     content: list[dict[str, Any]] = []
-    for kind, path in (("image_url", image), ("video_url", video)):
-        if path is not None:
-            content.append({"type": kind, kind: {"url": _data_url(path)}})
-    content.append({"type": "text", "text": question})
+    for part in [*(Place((kind, path)) for kind, path in given if path is not None), *parts]:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        else:
+            kind, path = part.medium
+            content.append({"type": f"{kind}_url", f"{kind}_url": {"url": _data_url(path)}})
     return {
         "model": model,
         "messages": [{"role": "user", "content": content}],

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.progress import Progress
-from nvila.components.data.media import Limits, load_image, load_video_frames
+from nvila.components.data.media import Limits
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, encode
+from nvila.components.model.conversation import VIDEO_TOKEN, Turn, encode
+from nvila.components.model.generation import answer_text
+from nvila.components.model.media import load_medium
+from nvila.components.model.prompt import picture_marker
 from nvila.components.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,9 +82,8 @@ def answer_all(
             prompts = [_prompt(tokenizer, request, config) for request in chunk]
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
-            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            for request, text, ids in zip(chunk, texts, tokens, strict=True):
-                record = {"index": request["index"], "text": text.strip(), "tokens": ids}
+            for request, ids in zip(chunk, tokens, strict=True):
+                record = {"index": request["index"], "text": answer_text(tokenizer, ids), "tokens": ids}
                 sink.write(json.dumps(record, ensure_ascii=False) + "\n")
             sink.flush()
             progress.update(len(chunk))
@@ -92,17 +94,13 @@ def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dic
 
     Each medium is one marker here; the plugin expands it.
     """
-    paths = [Path(path) for path in request["media"]]
-    turns, limits = [Turn("human", request["question"])], Limits(**request["limits"])
-    data: dict[str, Any]
-    if request["kind"] == "video":
-        data = {"video": [load_video_frames(path, config.num_video_frames, limits, fps=config.fps) for path in paths]}
-        markers = [VIDEO_TOKEN] * len(paths)
-    else:
-        data = {"image": [load_image(path, limits) for path in paths]}
-        markers = [IMAGE_TOKEN] * len(paths)
-    ids = encode(tokenizer, turns, generate=True, markers=markers).input_ids
-    return {"prompt_token_ids": ids, "multi_modal_data": data}
+    kind, paths = request["kind"], [Path(path) for path in request["media"]]
+    marker = VIDEO_TOKEN if kind == "video" else picture_marker(config, alone=len(paths) == 1)
+    turns = [Turn("human", request["question"])]
+    ids = encode(tokenizer, turns, generate=True, markers=[marker] * len(paths)).input_ids
+    limits = Limits(**request["limits"])
+    media = [load_medium(path, kind, config, limits) for path in paths]
+    return {"prompt_token_ids": ids, "multi_modal_data": {kind: media}}
 
 
 def _finish_lines(path: Path) -> set[int]:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.conversation import Turn, encode, place_media, render
+from nvila.components.model.conversation import Message, Place, Turn, encode, messages_of, render
 from nvila.components.model.preprocess import preprocess_image
 from nvila.components.model.prompt import make_prompt
 
@@ -56,17 +56,30 @@ def test_each_medium_is_one_token(tokenizer: Any) -> None:
 
 
 def test_media_are_placed() -> None:
-    """Prevents users' interleaved prompts from breaking, and text from smuggling in markers."""
+    """Prevents users' interleaved prompts from breaking: literals say where media stand, as far as there are any."""
     turns = [Turn("human", "<image>\nA <image> or <image>? <vila/sentinel>"), Turn("gpt", "<image>yes")]
-    assert [t.text for t in place_media(turns, ["<image>", "<image>"])] == ["<image>A <image> or ?", "yes"]
-    plain = [Turn("human", "What?")]
-    assert place_media(plain, ["<image>\n<image>\n"])[0].text == "<image>\n<image>\nWhat?"
-    assert place_media([Turn("human", "<image>\nWhat?")], [])[0].text == "What?"
-    assert place_media([Turn("human", "<image>\nWhat?")], ["<vila/video>"])[0].text == "<vila/video>What?"
+    question, answer = messages_of(turns, ["first", "second"])
+    assert [part.medium if isinstance(part, Place) else part for part in question.parts] == [
+        "", "first", "\nA ", "second", " or ", "<image>", "? <vila/sentinel>",
+    ]  # fmt: skip
+    assert answer == Message("assistant", ("<image>yes",))
+    bare = Turn("human", " What?\n")
+    assert messages_of([bare], ["a", "b"]) == [Message("user", (Place("a"), Place("b"), "What?"))]
+    assert "user\n<image>\n<image>\nWhat?<|im_end|>" in render([bare], markers=["<image>\n<image>\n"])
+    behind = Turn("human", "<image>\nWhat?")
+    assert "user\n<vila/video>What?<|im_end|>" in render([behind], markers=["<vila/video>"])
+    assert "user\n<\u200bimage>\nWhat?<|im_end|>" in render([behind], markers=[])
     with pytest.raises(DataError):
-        place_media([Turn("gpt", "x")], ["<image>"])
+        render([Turn("gpt", "x")], markers=["<image>"])
     with pytest.raises(DataError, match="role"):
-        place_media([Turn("system", "x")], None)
+        render([Turn("system", "x")])
+
+
+def test_a_question_of_media_only_ends_behind_them() -> None:
+    """Prevents a line break behind the last tile where the reference, which strips the whole message, has none."""
+    for question in ("", "<image>", "<image>\n", "\n"):
+        text = render([Turn("human", question)], markers=["<image>\n" * 3])
+        assert "user\n<image>\n<image>\n<image><|im_end|>" in text
 
 
 def test_prompt_markers_match_visuals(configure: Any, picture: Any, tokenizer: Any) -> None:

@@ -48,7 +48,10 @@ def test_save_and_load(tokenizer: Any, tmp_path: Path) -> None:
     again = load_tokenizer(tmp_path / "a")
     save_tokenizer(again, tmp_path / "b", 256)
     for path in (tmp_path / "a").iterdir():
-        assert "<image>" not in path.read_text() and "vila/" not in path.read_text()
+        text = path.read_text()
+        if path.name == "tokenizer_config.json":  # whose chat template knows them
+            text = json.dumps(json.loads(text) | {"chat_template": None})
+        assert "<image>" not in text and "vila/" not in text
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     assert TokenIds.of(again) == TokenIds.of(tokenizer)
     for text in TEXTS:

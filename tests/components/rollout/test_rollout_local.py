@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(said).encode())
 HTTPServer((sys.argv[2], int(sys.argv[3])), Handler).serve_forever()
 """
-PROMPTS = [Pinned(f"d/heldout/{i}", f"question {i}", "7", "7", None, None) for i in range(4)]
+PROMPTS = [Pinned(f"d/heldout/{i}", (f"question {i}",), "7", "7") for i in range(4)]
 POLICY = Policy(pinned_prompts=4, deadline_seconds=10)
 GOOD = {f"question {i}": "7" for i in range(4)}
 BAD = {f"question {i}": "9" for i in range(4)}

@@ -8,6 +8,7 @@ import pytest
 
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
+from nvila.components.model.conversation import Place
 from nvila.components.rollout import local
 from nvila.components.rollout import step as rollout
 from nvila.components.rollout.endpoint import Endpoint
@@ -56,12 +57,17 @@ def settings(**rollout_options: Any) -> rollout.Settings:
     return rollout.Settings.model_validate({"rollout": rollout_options, "register": {"model_name": "small"}})
 
 
-def test_pinned_prompts_are_the_same_each_time_and_take_the_sources_in_turn(inputs: dict[str, Manifest]) -> None:
+def test_pinned_prompts_are_the_same_each_time_and_take_the_sources_in_turn(
+    inputs: dict[str, Manifest], tmp_path: Path
+) -> None:
     """A different draw each run would make the decision a matter of luck; one source alone would hide the others."""
-    chosen = choose(inputs["metrics"], inputs["samples"], 6)
+    chosen, root = choose(inputs["metrics"], inputs["samples"], 6), tmp_path
     assert chosen == choose(inputs["metrics"], inputs["samples"], 6)
     assert [p.id.partition("/")[0] for p in chosen] == ["clips", "digits"] * 3
-    assert all((p.video is None) == (p.image is not None) and p.expected == "7" for p in chosen)
+    assert {p.question for p in chosen} == {
+        ("", Place((kind, root / name)), "\nWhich?") for kind, name in (("video", "c.mp4"), ("image", "d.png"))
+    }
+    assert all(p.expected == "7" for p in chosen)
 
 
 def test_more_prompts_than_there_are(inputs: dict[str, Manifest]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from servable import picture, servable_model
+from transformers import AutoTokenizer, Qwen2Config
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.conversation import Turn, render
@@ -44,22 +45,21 @@ def test_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         load_quantized(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [("human", "<image>\nWhich digit?")],
-        [("human", " <vila/video>\nWhat? ")],
-        [("human", "Hello"), ("gpt", " yes"), ("human", "And now?")],
-    ],
-)
-def test_chat_template_renders_as_training_did(turns: list[tuple[str, str]], tmp_path: Path) -> None:
+def test_a_served_folder_carries_its_chat_template(tmp_path: Path) -> None:
     """A prompt that differs by one line break from those of training costs accuracy and is invisible."""
-    _, tokenizer = servable_model()
-    messages = [{"role": {"human": "user", "gpt": "assistant"}[role], "content": text} for role, text in turns]
-    rendered = tokenizer.apply_chat_template(
-        messages, chat_template=chat_template(), tokenize=False, add_generation_prompt=True
-    )
-    assert rendered == render([Turn(role, text) for role, text in turns], generate=True)
+    model, tokenizer = servable_model(vision_mode="dynamic", s2_scales=(28,))
+    write_serving(model, tokenizer, tmp_path)
+    its_tokenizer = AutoTokenizer.from_pretrained(tmp_path, config=Qwen2Config())
+    image = {"type": "image"}
+    for content, text, markers in (
+        ([image, {"type": "text", "text": "\nWhich?"}], "<image>\nWhich?", ["<image>\n"]),
+        ([image], "", ["<image>\n"]),
+        ([image, image, {"type": "text", "text": "Same?"}], "Same?", ["<image>"] * 2),
+        ("Which <image>?", "Which <image>?", []),
+    ):
+        asked = [{"role": "user", "content": content}]
+        rendered = its_tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert rendered == render([Turn("human", text)], markers=markers, generate=True)
 
 
 def test_own_system_prompt_replaces_the_default() -> None:
