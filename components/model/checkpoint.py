@@ -21,6 +21,7 @@ from nvila.components.model.device import use_flash_attention
 from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, read_json
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.rope import with_rope
 from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
 
@@ -231,7 +232,8 @@ def _vision_config(config: ModelConfig) -> dict[str, Any]:
 
 def _llm_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": TokenIds.of(tokenizer).end}
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config.llm, **ids}
+    llm = with_rope(config.llm, config.max_length_tokens)
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **llm, **ids}
 
 
 def generation_config(tokenizer: Any) -> dict[str, Any]:

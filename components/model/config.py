@@ -5,13 +5,16 @@ Sizes of the sub-models stay plain dictionaries in Hugging Face's own keys, so t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model import refusals
+from nvila.components.model.encoders import NAMESPACE, check_image_encoder, read_video_encoder
+from nvila.components.model.refusals import refuse
+from nvila.components.model.rope import with_rope
 
 VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
 NO_LIMIT = 10**9
@@ -53,6 +56,8 @@ class ModelConfig:
     """Frames per second taken from the beginning of a video; 0 spreads the frames evenly over all of it."""
     soft_ce_std: float = 1.0
     """Width, in token ids, of the target that a time token has in the loss."""
+    time_tokens: int = 0
+    """Time tokens that the checkpoint's vocabulary has, as its configuration says; 0 where it does not say."""
 
     def __post_init__(self) -> None:
         if self.vision_mode not in VISION_MODES:
@@ -70,6 +75,7 @@ class ModelConfig:
         layers = self.vision["num_hidden_layers"]
         if not -layers - 1 <= self.select_layer <= layers:
             raise ConfigError(f"the tower has {layers} layers", where="select_layer", value=self.select_layer)
+        with_rope(self.llm, self.max_length_tokens)  # refuses positions that are not computed
 
     def _check_s2(self) -> None:
         if any(scale % self.tile_pixels for scale in self.s2_scales) or sorted(set(self.s2_scales)) != list(
@@ -120,7 +126,7 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The reference's top-level `config.json`."""
         pooled = self.video_pool_sizes != ((1, 1, 1),) or bool(self.video_texts[2])
-        video = {"_target_": f"llava.model.encoders.{'TSP' if pooled else 'Basic'}VideoEncoder"}
+        video = {"_target_": f"{NAMESPACE}.{'TSP' if pooled else 'Basic'}VideoEncoder"}
         ends = {"start_tokens": None, "end_tokens": "\n"}
         start, end, sep = (text or None for text in self.video_texts)
         pools = {"pool_sizes": [list(p) for p in self.video_pool_sizes], "sep_tokens": sep} if pooled else {}
@@ -147,9 +153,10 @@ class ModelConfig:
             "mm_vision_select_feature": "cls_patch",
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
-            "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder", **ends},
+            "image_encoder": {"_target_": f"{NAMESPACE}.BasicImageEncoder", **ends},
             "video_encoder": {**video, **pools, "start_tokens": start, "end_tokens": end},
             "soft_ce_std": self.soft_ce_std,
+            **({"num_time_tokens": self.time_tokens} if self.time_tokens else {}),
             "llm_cfg": {
                 **self.llm,
                 "model_max_length": self.max_length_tokens,
@@ -169,46 +176,56 @@ class ModelConfig:
         Raises:
             ConfigError: a key is missing or asks for something that this model does not compute.
         """
+        refuse(content, refusals.CONFIG, where)
         try:
             llm, vision = dict(content["llm_cfg"]), dict(content["vision_tower_cfg"])
             projector = content["mm_projector_cfg"]["mm_projector_type"]
+            refuse(vision, refusals.TOWER, f"{where}: vision_tower_cfg")
+            refuse(llm, refusals.DECODER, f"{where}: llm_cfg")
             needed = [(vision, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")]
             for part, key in [*needed, (llm, "hidden_size"), (llm, "vocab_size")]:
                 part[key] = int(part[key])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError("incomplete model configuration", where=where, value=str(error)) from None
+        check_image_encoder(content.get("image_encoder"), where)
         mode = _mode(content, where)
-        feature = content.get("mm_vision_select_feature", "cls_patch")
-        if feature != "cls_patch":
+        side = vision["image_size"]
+        scales = _scales(content.get("s2_scales"), where) if mode in S2_MODES else (side,)
+        if content.get("vision_resolution") not in (None, -1, side):
             raise ConfigError(
-                "SigLIP has no class token to drop", where=f"{where}: mm_vision_select_feature", value=feature
+                f"the tower's positions are not stretched from {side} pixels",
+                where=f"{where}: vision_resolution",
+                value=content["vision_resolution"],
+                do="Use -1, or a tower of that image_size",
             )
-        _check_image_encoder(content.get("image_encoder"), where)
-        for key in ("min_tiles", "video_max_tiles"):
-            if int(content.get(key) or 1) != 1:
-                raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
-        fps = float(content.get("fps") or 0.0)
-        if not 0.0 <= fps < math.inf:
-            raise ConfigError("not a frame rate", where=f"{where}: fps", value=fps)
-        length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
-        length = length if length < NO_LIMIT else 8192
-        for runtime in ("model_max_length", "tokenizer_padding_side"):
+        if mode in S2_MODES and content.get("s2_max_split_size") not in (None, scales[0]):
+            raise ConfigError(
+                f"each tile has {scales[0]} pixels, the first scale",
+                where=f"{where}: s2_max_split_size",
+                value=content["s2_max_split_size"],
+            )
+        lengths = ("tokenizer_model_max_length", "model_max_length")
+        named = [_whole(llm, key, 0, f"{where}: llm_cfg", least=0) for key in lengths]
+        length = next((length for length in named if length), NO_LIMIT)
+        for runtime in (*lengths, "tokenizer_padding_side"):
             llm.pop(runtime, None)
+        pools, texts = read_video_encoder(content.get("video_encoder"), where)
         return cls(
             vision=vision,
             llm=llm,
             projector=projector,
             vision_mode=mode,
-            s2_scales=_scales(content.get("s2_scales"), where) if mode in S2_MODES else (int(vision["image_size"]),),
-            s2_output_scale=int(content.get("s2_resize_output_to_scale_idx", -1 if mode == "dynamic_s2" else 0)),
-            max_tiles=int(content.get("max_tiles") or 12),
-            select_layer=int(content.get("mm_vision_select_layer", -2)),
-            max_length_tokens=length,
-            num_video_frames=int(content.get("num_video_frames") or 8),
-            video_pool_sizes=_pool_sizes(content.get("video_encoder")),
-            video_texts=_video_texts(content.get("video_encoder")),
-            fps=fps,
-            soft_ce_std=float(content.get("soft_ce_std") or 1.0),
+            s2_scales=scales,
+            s2_output_scale=_whole(content, "s2_resize_output_to_scale_idx", 0, where),
+            max_tiles=_whole(content, "max_tiles", 12, where, least=1),
+            select_layer=_whole(content, "mm_vision_select_layer", -2, where),
+            max_length_tokens=length if length < NO_LIMIT else 8192,
+            num_video_frames=_whole(content, "num_video_frames", 8, where, least=1),
+            video_pool_sizes=pools,
+            video_texts=texts,
+            fps=_number(content, "fps", 0.0, where),
+            soft_ce_std=_number(content, "soft_ce_std", 1.0, where, above=True),
+            time_tokens=_whole(content, "num_time_tokens", 0, where, least=0),
         )
 
 
@@ -266,16 +283,22 @@ def with_vocabulary(config: ModelConfig, vocabulary: int) -> ModelConfig:
 
 
 def _mode(content: Mapping[str, Any], where: str) -> str:
-    if content.get("dynamic_s2"):
-        return "dynamic_s2"
+    """`dynamic_s2` and `s2` choose the tower, `image_aspect_ratio` how pictures are cut; only matching pairs pass."""
     ratio = content.get("image_aspect_ratio")
-    if content.get("s2") and ratio != "pad":
-        return "s2"
-    if ratio not in ("resize", "pad", "dynamic") or content.get("s2"):
+    if content.get("dynamic_s2"):
+        mode, fitting = "dynamic_s2", ("dynamic_s2",)
+    elif content.get("s2"):
+        mode, fitting = "s2", ("resize",)
+    else:
+        mode, fitting = str(ratio), ("resize", "pad", "dynamic")
+    if ratio not in fitting and (ratio is not None or mode not in S2_MODES):
         raise ConfigError(
-            "unsupported aspect mode", where=f"{where}: image_aspect_ratio", value=ratio, do=_one_of(VISION_MODES)
+            f"unsupported aspect mode{f' with {mode}' if mode in S2_MODES else ''}",
+            where=f"{where}: image_aspect_ratio",
+            value=ratio,
+            do=_one_of(fitting),
         )
-    return str(ratio)
+    return mode
 
 
 def _scales(value: Any, where: str) -> tuple[int, ...]:
@@ -287,30 +310,31 @@ def _scales(value: Any, where: str) -> tuple[int, ...]:
         raise ConfigError("not a list of scales", where=f"{where}: s2_scales", value=value) from None
 
 
-def _encoder(value: Any) -> dict[str, Any]:
-    """An encoder's settings: a dictionary, the same as a JSON string, or absent."""
-    return dict(json.loads(value) if isinstance(value, str) else (value or {}))
+def _whole(content: Mapping[str, Any], key: str, default: int, where: str, *, least: int | None = None) -> int:
+    """A whole number; `default` where the key is absent or null."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not float(value).is_integer():
+        raise ConfigError("not a whole number", where=f"{where}: {key}", value=value)
+    if least is not None and value < least:
+        raise ConfigError(f"below {least}", where=f"{where}: {key}", value=value)
+    return int(value)
 
 
-def _pool_sizes(encoder: Any) -> tuple[tuple[int, int, int], ...]:
-    return tuple((int(t), int(h), int(w)) for t, h, w in _encoder(encoder).get("pool_sizes") or [(1, 1, 1)])
-
-
-def _video_texts(encoder: Any) -> tuple[str, str, str]:
-    content = _encoder(encoder)
-    return (
-        content.get("start_tokens") or "",
-        content.get("end_tokens", LINE_BREAK_AFTER[1]) or "",
-        content.get("sep_tokens") or "",
-    )
-
-
-def _check_image_encoder(encoder: Any, where: str) -> None:
-    content = _encoder(encoder)
-    if content.get("start_tokens") or content.get("end_tokens", "\n") != "\n":
-        raise ConfigError(
-            "only a line break behind each picture is supported", where=f"{where}: image_encoder", value=content
-        )
+def _number(content: Mapping[str, Any], key: str, default: float, where: str, *, above: bool = False) -> float:
+    """A finite number that is not negative, or above 0; `default` where the key is absent or null."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value < math.inf
+        or (above and value == 0)
+    ):
+        raise ConfigError(f"not a number {'above' if above else 'from'} 0", where=f"{where}: {key}", value=value)
+    return float(value)
 
 
 def _one_of(values: Sequence[str]) -> str:
