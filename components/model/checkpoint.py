@@ -22,7 +22,7 @@ from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, 
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.rope import with_rope
-from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
+from nvila.components.model.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer
 
 __all__ = ["DTYPES", "load_flat", "load_native", "load_part", "read_config", "read_tensors", "save_native"]
@@ -191,6 +191,7 @@ def _empty(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
     """The modules without the cost of random weights. A decoder with more rows than tokens is built without them."""
     from transformers.initialization import no_init_weights
 
+    check_time_tokens(tokens.time, config.time_tokens)
     if config.llm["vocab_size"] < tokens.vocabulary:
         raise ConfigError(
             f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
