@@ -17,6 +17,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch
 from nvila.components.model.config import ModelConfig, model_config
+from nvila.components.model.layouts import read_native_config
 from nvila.components.model.projector import build_projector
 
 
@@ -46,6 +47,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     write_atomic(folder / "vision_tower" / "config.json", json.dumps(vision, indent=2))
     _write_projector(config, seed, folder / "mm_projector")
     write_atomic(folder / "config.json", json.dumps(config.to_json(), indent=2))
+    read_native_config(folder)  # refuses pictures that the tower was shown otherwise
     return {"parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")}}
 
 
