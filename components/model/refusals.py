@@ -73,7 +73,12 @@ TOWER = (
     _AUTOGAZE,
 )
 """`vision_tower_cfg`."""
-DECODER = (Rule("model_type", _is("qwen2"), "the decoder is not Qwen2", _OTHER),)
+_WINDOWS = "attention in windows, which the reference computes with one kind of attention only"
+DECODER = (
+    Rule("model_type", _is("qwen2"), "the decoder is not Qwen2", _OTHER),
+    Rule("use_sliding_window", _off, _WINDOWS, _OTHER),
+    Rule("layer_types", _free_of("sliding"), _WINDOWS, _OTHER),
+)
 """`llm_cfg`."""
 _PICTURES = "Pictures are prepared as NVILA's SigLIP was trained: correct the file, or use another checkpoint"
 PROCESSOR = (

@@ -60,10 +60,11 @@ def check_served(llm: Mapping[str, Any]) -> None:
     """Whether vLLM gives the decoder the same positions.
 
     Raises:
-        ConfigError: dynamic scaling, which vLLM applies to short sequences too.
+        ConfigError: dynamic scaling, whose positions end at `max_position_embeddings` in vLLM while prompts may be
+            longer by its factor.
     """
     if _scaling(llm).get("type") == "dynamic":
-        raise _refusal("vLLM does not compute dynamic scaling as the reference does", llm)
+        raise _refusal("vLLM takes longer prompts with dynamic scaling than it has positions for", llm)
 
 
 def _theta(llm: Mapping[str, Any]) -> float:

@@ -71,6 +71,8 @@ REFUSED = [
     ("vision_tower_cfg", {"num_channels": 1}),
     ("vision_tower_cfg", {"gazing_ratio": 0.5}),
     ("llm_cfg", {"model_type": "llama"}),
+    ("llm_cfg", {"use_sliding_window": True}),
+    ("llm_cfg", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("llm_cfg", {"tokenizer_model_max_length": "long"}),
 ]
 
@@ -151,6 +153,7 @@ def test_published_configurations_pass(configure: Any, mode: str) -> None:
     assert ModelConfig.from_json(content) == config
     assert ModelConfig.from_json(content | dict.fromkeys(NULLABLE)) == config
     tower = {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"], "num_channels": 3}
+    content["llm_cfg"] |= {"use_sliding_window": False, "sliding_window": 131072, "layer_types": ["full_attention"] * 2}
     content["vision_tower_cfg"] |= tower | {"num_image_tokens": 256, "projector_hidden_act": "gelu_fast"}
     assert ModelConfig.from_json(content | {"vision_resolution": 28}).vision_mode == mode
 

@@ -135,7 +135,7 @@ def test_what_is_refused(configure: Any, written: dict[str, Any], length: int) -
 
 
 def test_dynamic_scaling_is_not_served(tokenizer: Any, configure: Any, tmp_path: Path) -> None:
-    """Prevents a server whose short answers have other positions than the model that was evaluated."""
+    """Prevents a server that reads positions which it does not have: vLLM 0.32 keeps those of dynamic scaling short."""
     config = configure(llm={"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     save_native(init_model(config, tokenizer, 0), tokenizer, tmp_path / "native")
     with pytest.raises(ConfigError, match="vLLM"):
