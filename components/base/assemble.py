@@ -18,6 +18,7 @@ from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch_version
 from nvila.components.model.config import ModelConfig, model_config
 from nvila.components.model.jinja import REFERENCE_NAME
+from nvila.components.model.layouts import read_native_config
 from nvila.components.model.projector import build_projector
 
 
@@ -50,6 +51,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     _write_projector(config, seed, folder / "mm_projector")
     # A decoder's own chat template, with its own system prompt, is not what NVILA is trained in.
     write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
+    read_native_config(folder)  # refuses pictures that the tower was shown otherwise
     return {
         "parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
         "weights": {part: version for part, (_, version) in fetched.items()},

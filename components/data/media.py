@@ -158,14 +158,24 @@ def sample_indices(count: int, frames: int) -> list[int]:
 
 
 def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:
-    """From the number of frames to the places int(k / fps * rate), k = 0, 1, ... below `frames`, within the file."""
+    """From the number of frames to the places of `indices_at_rate` by the file's average frame rate."""
     with _opened(path, limits) as container:
         rate = float(container.streams.video[0].average_rate or 0)
     if not rate:
         raise MediaError("undecodable", "the file names no frame rate, and frames are wanted at one", path)
-    return lambda count: [
-        place for k in range(frames) if (place := int(k / fps * rate)) < count and k / fps < count / rate
-    ]
+    return partial(indices_at_rate, frames=frames, fps=fps, rate=rate)
+
+
+def indices_at_rate(count: int, frames: int, fps: float, rate: float) -> list[int]:
+    """Places of the frames shown at 0, 1 / fps, 2 / fps, ... seconds, at most `frames` of the `count` there are.
+
+    The arithmetic is that of the reference, int(t * rate) over numpy's arange(0, count / rate, 1 / fps), to the last
+    bit: k / fps instead of k * (1 / fps) names another frame in about one video of fifteen.
+    """
+    step = 1.0 / fps
+    number = max(1, min(frames, math.ceil(min(count / rate / step, frames)))) if count else 0
+    places = (int(k * step * rate) if k else 0 for k in range(number))
+    return [place for place in places if place < count]
 
 
 def probe(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()) -> Probe:

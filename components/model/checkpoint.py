@@ -21,7 +21,8 @@ from nvila.components.model.device import use_flash_attention
 from nvila.components.model.layouts import PARTS, part_folders, read_hf_config, read_json
 from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
-from nvila.components.model.timetokens import TIME_FORMAT, time_token_ids
+from nvila.components.model.rope import with_rope
+from nvila.components.model.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
 
 __all__ = ["DTYPES", "load_flat", "load_native", "load_part", "read_config", "read_tensors", "save_native"]
@@ -191,6 +192,7 @@ def _empty(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
     """The modules without the cost of random weights. A decoder with more rows than tokens is built without them."""
     from transformers.initialization import no_init_weights
 
+    check_time_tokens(tokens.time, config.time_tokens)
     if config.llm["vocab_size"] < tokens.vocabulary:
         raise ConfigError(
             f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
@@ -232,7 +234,8 @@ def _vision_config(config: ModelConfig) -> dict[str, Any]:
 
 def _llm_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": TokenIds.of(tokenizer).end}
-    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **config.llm, **ids}
+    llm = with_rope(config.llm, config.max_length_tokens)
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **llm, **ids}
 
 
 def generation_config(tokenizer: Any) -> dict[str, Any]:

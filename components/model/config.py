@@ -5,19 +5,14 @@ Sizes of the sub-models stay plain dictionaries in Hugging Face's own keys, so t
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
-
-VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
-NO_LIMIT = 10**9
-"""Tokenizers that know no longest input carry numbers above this."""
-S2_MODES = ("s2", "dynamic_s2")
-
+from nvila.components.model.encoders import NAMESPACE
+from nvila.components.model.fields import S2_MODES, VISION_MODES, config_fields
+from nvila.components.model.rope import with_rope
 
 LINE_BREAK_AFTER = ("", "\n", "")
 """A line break behind each frame and nothing else, as all published variants have it."""
@@ -53,11 +48,16 @@ class ModelConfig:
     """Frames per second taken from the beginning of a video; 0 spreads the frames evenly over all of it."""
     soft_ce_std: float = 1.0
     """Width, in token ids, of the target that a time token has in the loss."""
+    time_tokens: int = 0
+    """Time tokens that the checkpoint's vocabulary has, as its configuration says; 0 where it does not say."""
 
     def __post_init__(self) -> None:
         if self.vision_mode not in VISION_MODES:
             raise ConfigError(
-                "unknown vision mode", where="vision_mode", value=self.vision_mode, do=_one_of(VISION_MODES)
+                "unknown vision mode",
+                where="vision_mode",
+                value=self.vision_mode,
+                do=f"Use one of {', '.join(VISION_MODES)}",
             )
         if self.vision["image_size"] != self.tile_pixels:
             raise ConfigError(
@@ -70,6 +70,7 @@ class ModelConfig:
         layers = self.vision["num_hidden_layers"]
         if not -layers - 1 <= self.select_layer <= layers:
             raise ConfigError(f"the tower has {layers} layers", where="select_layer", value=self.select_layer)
+        with_rope(self.llm, self.max_length_tokens)  # refuses positions that are not computed
 
     def _check_s2(self) -> None:
         if any(scale % self.tile_pixels for scale in self.s2_scales) or sorted(set(self.s2_scales)) != list(
@@ -120,7 +121,7 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The reference's top-level `config.json`."""
         pooled = self.video_pool_sizes != ((1, 1, 1),) or bool(self.video_texts[2])
-        video = {"_target_": f"llava.model.encoders.{'TSP' if pooled else 'Basic'}VideoEncoder"}
+        video = {"_target_": f"{NAMESPACE}.{'TSP' if pooled else 'Basic'}VideoEncoder"}
         ends = {"start_tokens": None, "end_tokens": "\n"}
         start, end, sep = (text or None for text in self.video_texts)
         pools = {"pool_sizes": [list(p) for p in self.video_pool_sizes], "sep_tokens": sep} if pooled else {}
@@ -147,9 +148,10 @@ class ModelConfig:
             "mm_vision_select_feature": "cls_patch",
             "mm_use_im_start_end": False,
             "mm_use_im_patch_token": False,
-            "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder", **ends},
+            "image_encoder": {"_target_": f"{NAMESPACE}.BasicImageEncoder", **ends},
             "video_encoder": {**video, **pools, "start_tokens": start, "end_tokens": end},
             "soft_ce_std": self.soft_ce_std,
+            **({"num_time_tokens": self.time_tokens} if self.time_tokens else {}),
             "llm_cfg": {
                 **self.llm,
                 "model_max_length": self.max_length_tokens,
@@ -169,47 +171,7 @@ class ModelConfig:
         Raises:
             ConfigError: a key is missing or asks for something that this model does not compute.
         """
-        try:
-            llm, vision = dict(content["llm_cfg"]), dict(content["vision_tower_cfg"])
-            projector = content["mm_projector_cfg"]["mm_projector_type"]
-            needed = [(vision, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")]
-            for part, key in [*needed, (llm, "hidden_size"), (llm, "vocab_size")]:
-                part[key] = int(part[key])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError("incomplete model configuration", where=where, value=str(error)) from None
-        mode = _mode(content, where)
-        feature = content.get("mm_vision_select_feature", "cls_patch")
-        if feature != "cls_patch":
-            raise ConfigError(
-                "SigLIP has no class token to drop", where=f"{where}: mm_vision_select_feature", value=feature
-            )
-        _check_image_encoder(content.get("image_encoder"), where)
-        for key in ("min_tiles", "video_max_tiles"):
-            if int(content.get(key) or 1) != 1:
-                raise ConfigError("only 1 is supported", where=f"{where}: {key}", value=content[key])
-        fps = float(content.get("fps") or 0.0)
-        if not 0.0 <= fps < math.inf:
-            raise ConfigError("not a frame rate", where=f"{where}: fps", value=fps)
-        length = int(llm.pop("tokenizer_model_max_length", None) or llm.get("model_max_length") or 8192)
-        length = length if length < NO_LIMIT else 8192
-        for runtime in ("model_max_length", "tokenizer_padding_side"):
-            llm.pop(runtime, None)
-        return cls(
-            vision=vision,
-            llm=llm,
-            projector=projector,
-            vision_mode=mode,
-            s2_scales=_scales(content.get("s2_scales"), where) if mode in S2_MODES else (int(vision["image_size"]),),
-            s2_output_scale=int(content.get("s2_resize_output_to_scale_idx", -1 if mode == "dynamic_s2" else 0)),
-            max_tiles=int(content.get("max_tiles") or 12),
-            select_layer=int(content.get("mm_vision_select_layer", -2)),
-            max_length_tokens=length,
-            num_video_frames=int(content.get("num_video_frames") or 8),
-            video_pool_sizes=_pool_sizes(content.get("video_encoder")),
-            video_texts=_video_texts(content.get("video_encoder")),
-            fps=fps,
-            soft_ce_std=float(content.get("soft_ce_std") or 1.0),
-        )
+        return cls(**config_fields(content, where))
 
 
 class VideoSettings(Protocol):
@@ -263,55 +225,3 @@ def model_config(settings: Architecture, vision: Mapping[str, Any], llm: Mapping
 def with_vocabulary(config: ModelConfig, vocabulary: int) -> ModelConfig:
     """`config` for a tokenizer of `vocabulary` saved tokens."""
     return replace(config, llm={**config.llm, "vocab_size": vocabulary})
-
-
-def _mode(content: Mapping[str, Any], where: str) -> str:
-    if content.get("dynamic_s2"):
-        return "dynamic_s2"
-    ratio = content.get("image_aspect_ratio")
-    if content.get("s2") and ratio != "pad":
-        return "s2"
-    if ratio not in ("resize", "pad", "dynamic") or content.get("s2"):
-        raise ConfigError(
-            "unsupported aspect mode", where=f"{where}: image_aspect_ratio", value=ratio, do=_one_of(VISION_MODES)
-        )
-    return str(ratio)
-
-
-def _scales(value: Any, where: str) -> tuple[int, ...]:
-    """The scales, a comma list in one string or a list, sorted ascending."""
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        return tuple(sorted(int(part) for part in parts))
-    except (TypeError, ValueError):
-        raise ConfigError("not a list of scales", where=f"{where}: s2_scales", value=value) from None
-
-
-def _encoder(value: Any) -> dict[str, Any]:
-    """An encoder's settings: a dictionary, the same as a JSON string, or absent."""
-    return dict(json.loads(value) if isinstance(value, str) else (value or {}))
-
-
-def _pool_sizes(encoder: Any) -> tuple[tuple[int, int, int], ...]:
-    return tuple((int(t), int(h), int(w)) for t, h, w in _encoder(encoder).get("pool_sizes") or [(1, 1, 1)])
-
-
-def _video_texts(encoder: Any) -> tuple[str, str, str]:
-    content = _encoder(encoder)
-    return (
-        content.get("start_tokens") or "",
-        content.get("end_tokens", LINE_BREAK_AFTER[1]) or "",
-        content.get("sep_tokens") or "",
-    )
-
-
-def _check_image_encoder(encoder: Any, where: str) -> None:
-    content = _encoder(encoder)
-    if content.get("start_tokens") or content.get("end_tokens", "\n") != "\n":
-        raise ConfigError(
-            "only a line break behind each picture is supported", where=f"{where}: image_encoder", value=content
-        )
-
-
-def _one_of(values: Sequence[str]) -> str:
-    return f"Use one of {', '.join(values)}"

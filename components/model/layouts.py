@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model import refusals
 from nvila.components.model.config import ModelConfig
+from nvila.components.model.refusals import check_size, refuse
+from nvila.components.model.rope import with_rope
 from nvila.components.model.tensorfile import Stored, read_folder
 
 Layout = Literal["native", "vila", "hf", "serving"]
 LAYOUTS: tuple[Layout, ...] = ("native", "vila", "hf", "serving")
 PARTS = ("llm", "vision_tower", "mm_projector")
 TOWER = "vision_tower.vision_model."
+PROCESSOR = "preprocessor_config.json"
 HF_KINDS = {"nvila": ("dynamic_s2", "mlp_downsample"), "nvila_lite": ("dynamic", "mlp_downsample_3x3_fix")}
 """`model_type` of the flat layout: the vision mode and the projector that its readers build."""
 
@@ -120,7 +124,7 @@ def read_native_config(folder: Path | str) -> ModelConfig:
     content["llm_cfg"] = {**read_json(folders["llm"] / "config.json"), **limits}
     content["vision_tower_cfg"] = read_json(folders["vision_tower"] / "config.json")
     content["mm_projector_cfg"] = read_json(folders["mm_projector"] / "config.json")
-    return ModelConfig.from_json(content, where=str(folder / "config.json"))
+    return _read(content, folder / "config.json", folders["vision_tower"])
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -134,6 +138,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
         "image_aspect_ratio": mode,
         "dynamic_s2": mode == "dynamic_s2",
         "s2_scales": [side, 2 * side, 3 * side],
+        "s2_resize_output_to_scale_idx": -1,
         "mm_projector_cfg": {"mm_projector_type": projector},
     }
     length = content.get("tokenizer_model_max_length")
@@ -142,7 +147,17 @@ def read_hf_config(folder: Path) -> ModelConfig:
         length = read_json(settings).get("model_max_length")
     llm = {**_section(content, "text_config", folder), "tokenizer_model_max_length": length}
     merged = {**says, **content, "llm_cfg": llm, "vision_tower_cfg": vision}
-    return ModelConfig.from_json(merged, where=str(folder / "config.json"))
+    return _read(merged, folder / "config.json", folder)
+
+
+def _read(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
+    """The configuration read from `path`, checked against the `preprocessor_config.json` of the folder `pictures`."""
+    processor = pictures / PROCESSOR
+    settings = read_json(processor) if processor.is_file() else {}
+    refuse(settings, refusals.PROCESSOR, str(processor))
+    config = ModelConfig.from_json(content, where=str(path))
+    check_size(settings.get("size"), (config.tile_pixels, config.s2_scales[-1]), str(processor))
+    return config
 
 
 def hf_config(config: ModelConfig, image_token_id: int, video_token_id: int) -> dict[str, Any]:
@@ -171,7 +186,11 @@ def hf_config(config: ModelConfig, image_token_id: int, video_token_id: int) -> 
         "architectures": [name],
         "model_type": kind,
         "tokenizer_model_max_length": config.max_length_tokens,
-        "text_config": {"model_type": "qwen2", **config.llm, "vocab_size": llm["vocab_size"]},
+        "text_config": {
+            "model_type": "qwen2",
+            **with_rope(config.llm, config.max_length_tokens),
+            "vocab_size": llm["vocab_size"],
+        },
         "vision_config": {"model_type": "siglip_vision_model", **vision},
         "image_token_id": image_token_id,
         "video_token_id": video_token_id,

@@ -28,6 +28,7 @@ from nvila.components.model.generation import (
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.projector import Projector, build_projector
 from nvila.components.model.prompt import Prompt
+from nvila.components.model.rope import with_rope
 from nvila.components.model.splice import Spliced, splice
 from nvila.components.model.structured import JsonSchema
 from nvila.components.model.templates import stop_tokens
@@ -244,7 +245,7 @@ class NVILA(nn.Module):
         batch = collate(items, self.tokens.pad, side="left").to(self.device)
         spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
         length = spliced.embeds_BTH.shape[1]
-        most = max(self.llm.config.max_position_embeddings, self.config.max_length_tokens)  # see _long_context
+        most = max(self.llm.config.max_position_embeddings, self.config.max_length_tokens)  # see with_rope
         if length >= most:
             raise DataError(
                 f"the prompt is too long: the decoder has {most} positions",
@@ -309,7 +310,7 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
             f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
             where="llm_cfg: vocab_size",
         )
-    llm_config = Qwen2Config.from_dict(_long_context(config))
+    llm_config = Qwen2Config.from_dict(with_rope(config.llm, config.max_length_tokens))
     vision_config = SiglipVisionConfig.from_dict({"vision_use_head": False, **config.vision})
     try:
         llm = Qwen2ForCausalLM._from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
@@ -351,14 +352,3 @@ def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
         resized = build_model(replace(model.config, llm=llm), model.tokens)
     resized.vision_tower.load_state_dict(model.vision_tower.state_dict())
     return resized
-
-
-def _long_context(config: ModelConfig) -> dict[str, Any]:
-    """The decoder's configuration, its rotary positions stretched where sequences may outgrow them."""
-    llm = dict(config.llm)
-    limit = int(llm.get("max_position_embeddings", config.max_length_tokens))
-    if config.max_length_tokens <= limit:
-        return llm
-    factor = float(-(-config.max_length_tokens // limit))
-    theta = llm.pop("rope_theta", None) or (llm.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    return {**llm, "rope_parameters": {"rope_type": "linear", "factor": factor, "rope_theta": theta}}

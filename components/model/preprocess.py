@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.config import ModelConfig
@@ -35,7 +36,8 @@ class Visual:
 
     kind: Kind
     tiles: torch.Tensor
-    """(T, 3, S, S): float32 in [-1, 1], or the same as uint8 pixels, which take a quarter of the memory in a cache."""
+    """(T, 3, S, S): float32, or the same as uint8 pixels, which take a quarter of the memory in a cache. White is 1 and
+    black -1; the lower scales of plain S2 are interpolated, may go a little beyond, and are always float32."""
     block_size: BlockSize | None
     """(rows, columns) of the largest scale; None is one tile per picture or frame."""
 
@@ -64,7 +66,7 @@ def preprocess_image(
         image: the decoded picture, of any size and mode.
         config: gives vision mode, scales and the most tiles.
         alone: False leaves a picture of a multi-picture prompt untiled, as in the reference at inference.
-        pixels: leave the tiles uint8, for a cache.
+        pixels: leave the tiles uint8, for a cache; those of plain S2 are not whole numbers and stay float32.
 
     Returns:
         One Visual; with dynamic tiling one per tile, the thumbnail last.
@@ -110,11 +112,25 @@ def _dynamic_tiles(image: Image.Image, config: ModelConfig) -> torch.Tensor:
 def _s2_visual(image: Image.Image, config: ModelConfig) -> Visual:
     """All scales of one picture, ascending; the last is square in plain S2 and follows the picture in Dynamic-S2."""
     side = config.scale_tiles[-1]
-    columns, rows = side, side
-    if config.vision_mode == "dynamic_s2":
-        columns, rows = dynamic_s2_grid(*image.size, config.s2_scales, config.max_tiles)
+    if config.vision_mode == "s2":
+        return Visual("image", _interpolated(image, config), (side, side))
+    columns, rows = dynamic_s2_grid(*image.size, config.s2_scales, config.max_tiles)
     grids = [(tiles, tiles) for tiles in config.scale_tiles[:-1]] + [(columns, rows)]
     return Visual("image", _cut(image, grids, config.tile_pixels), (rows, columns))
+
+
+def _interpolated(image: Image.Image, config: ModelConfig) -> torch.Tensor:
+    """(T, 3, S, S) float32: the picture resized to the last scale, and that interpolated to each of the others.
+
+    Bicubic with torch's a = -0.75 and without a filter against aliasing, as the reference's `s2wrapper` does inside of
+    the tower; Dynamic-S2 resizes each scale from the picture.
+    """
+    largest = normalise(_cut(image, [(1, 1)], config.s2_scales[-1]))
+    side, tiles = config.tile_pixels, []
+    for scale, n in zip(config.s2_scales, config.scale_tiles, strict=True):
+        whole = largest if scale == config.s2_scales[-1] else F.interpolate(largest, size=scale, mode="bicubic")
+        tiles.append(whole.view(3, n, side, n, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side))
+    return torch.cat(tiles)
 
 
 def _cut(image: Image.Image, grids: Sequence[Grid], side: int) -> torch.Tensor:

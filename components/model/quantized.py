@@ -21,6 +21,7 @@ from nvila.components.model.checkpoint import read_tensors
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.serving import LLM, PROJECTOR, TOWER
+from nvila.components.model.timetokens import check_time_tokens
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer
 
 PER_INT32 = 8
@@ -40,7 +41,9 @@ def load_quantized(folder: Path | str, dtype: torch.dtype = torch.float32) -> tu
         raise DataError("not a serving folder", where=str(folder / "config.json")) from None
     tokenizer = load_tokenizer(folder)
     config = ModelConfig.from_json(content["nvila"], str(folder / "config.json"))
-    model = build_model(config, TokenIds.of(tokenizer, config.video_texts))
+    tokens = TokenIds.of(tokenizer, config.video_texts)
+    check_time_tokens(tokens.time, config.time_tokens)
+    model = build_model(config, tokens)
     tensors = read_tensors(folder)
     for group in (content.get("quantization_config") or {}).get("config_groups", {}).values():
         _dequantize_group(model, tensors, group, str(folder))

@@ -26,12 +26,21 @@ def tiles_per_unit(block_size: BlockSize | None, config: ModelConfig) -> int:
 
 
 def output_blocks(block_size: BlockSize | None, config: ModelConfig) -> BlockSize:
-    """(rows, columns) of tiles in the map that the projector sees."""
+    """(rows, columns) of tiles in the map of stacked features."""
     if block_size is None:
         return (1, 1)
     index = config.s2_output_scale % len(config.s2_scales)
     last = index == len(config.s2_scales) - 1
     return block_size if last else (config.scale_tiles[index], config.scale_tiles[index])
+
+
+def projector_blocks(block_size: BlockSize | None, config: ModelConfig) -> BlockSize:
+    """(rows, columns) of the blocks in which the projector sees that map: the tiles; plain S2 projects it whole.
+
+    Where space-to-channel cells do not divide a tile, a whole map has fewer of them: 16 instead of 36 for 12 x 12
+    features of tiles of 4 x 4 and cells of 3 x 3.
+    """
+    return (1, 1) if config.vision_mode == "s2" else output_blocks(block_size, config)
 
 
 def merge_chessboard(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -57,7 +66,7 @@ def merge_scales(features: torch.Tensor, block_size: BlockSize | None, config: M
         config: scales and the scale whose size the others are brought to (by area means, in float32).
 
     Returns:
-        (V * R * K, N, C * scales) with (R, K) = `output_blocks(block_size)`, channels in ascending scale order.
+        (V * R * K, M, C * scales) with (R, K) = `projector_blocks(block_size)`, channels in ascending scale order.
     """
     return torch.cat(list(merged_parts(features, block_size, config)))
 
@@ -74,7 +83,8 @@ def merged_parts(features: torch.Tensor, block_size: BlockSize | None, config: M
     rows, columns = output_blocks(block_size, config)
     grids = [(tiles, tiles) for tiles in config.scale_tiles[:-1]] + [block_size]
     values = rows * columns * n * c * repeats
-    step = rows if values <= AT_ONCE_VALUES else 1
+    blocks = projector_blocks(block_size, config)
+    step = rows if values <= AT_ONCE_VALUES or blocks == (1, 1) else 1
     for visuals in features.split(max(1, AT_ONCE_VALUES // values)):
         scales = visuals.split([r * k for r, k in grids], dim=1)
         maps = [
@@ -83,7 +93,7 @@ def merged_parts(features: torch.Tensor, block_size: BlockSize | None, config: M
         ]
         for row in range(0, rows, step):
             stacked = torch.cat([whole[:, row * side : (row + step) * side] for whole in maps], dim=-1)
-            yield split_chessboard(stacked, step, columns).reshape(-1, n, c * repeats)
+            yield split_chessboard(stacked, min(step, blocks[0]), blocks[1]).flatten(1, 2)
 
 
 def _area(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:

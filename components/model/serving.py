@@ -19,6 +19,7 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.model.checkpoint import write_tensors
 from nvila.components.model.config import LINE_BREAK_AFTER
 from nvila.components.model.jinja import chat_template
+from nvila.components.model.rope import check_served
 from nvila.components.model.tokenizer import written_template
 from nvila.components.model.tower import used_blocks
 
@@ -91,6 +92,7 @@ def write_serving_files(
         raise ConfigError(
             "the server puts only a line break behind each frame", where="video_texts", value=model.config.video_texts
         )
+    check_served(model.config.llm)
     folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     content: dict[str, Any] = {

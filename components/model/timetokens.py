@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from nvila.components.contracts.errors import ConfigError
 
 TIME_FORMAT = "<t{t}>"
-_TOKEN = re.compile(r"<t(\d+)>")
-_SECONDS = re.compile(r"<(\d+(?:\.\d+)?)>")
+_TOKEN = re.compile(r"<t(0|[1-9][0-9]{0,17})>")
+"""As `TIME_FORMAT` writes it: `<t07>` is text."""
+_SECONDS = re.compile(r"<(\d*\.\d+|\d+\.?)>")
 
 
 def time_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -71,22 +72,46 @@ def to_seconds(text: str, duration_seconds: float, number: int) -> str:
     Args:
         text: an answer.
         duration_seconds: of the video.
-        number: of time tokens; the last stands for the end.
+        number: of time tokens; the last stands for the end, and so does a single one.
     """
+    end = float(duration_seconds)
 
     def seconds(match: re.Match[str]) -> str:
         t = int(match[1])
-        at = round(t * duration_seconds / (number - 1), 2) if t < number and number > 1 else duration_seconds
-        return f"<{at}>"
+        return f"<{round(t * end / (number - 1) if t < number and number > 1 else end, 2)}>"
 
     return _TOKEN.sub(seconds, text)
 
 
 def to_time_tokens(text: str, duration_seconds: float, number: int) -> str:
-    """`<1.5>` in a question or training answer to the nearest time token; the inverse of `to_seconds`."""
+    """`<1.5>` in a question or training answer to the nearest time token, halves to even; the inverse of `to_seconds`.
+
+    Without time tokens the text stays as it is.
+    """
+    if number < 1:
+        return text
 
     def token(match: re.Match[str]) -> str:
         share = float(match[1]) / duration_seconds if duration_seconds else 0.0
-        return TIME_FORMAT.format(t=min(round(share * (number - 1)), number - 1))
+        return TIME_FORMAT.format(t=round(min(share, 1.0) * (number - 1)))
 
     return _SECONDS.sub(token, text)
+
+
+def check_time_tokens(tokens: Sequence[int], number: int) -> None:
+    """Whether the vocabulary has the time tokens that a configuration speaks of.
+
+    Args:
+        tokens: ids of those that it has.
+        number: `num_time_tokens`; 0 says nothing.
+
+    Raises:
+        ConfigError: it has fewer or more, so the seconds of an answer would be others.
+    """
+    if number and len(tokens) != number:
+        raise ConfigError(
+            f"the vocabulary has {len(tokens)} time tokens",
+            where="config.json: num_time_tokens",
+            value=number,
+            do="Use the tokenizer that the model was trained with, or correct the number",
+        )

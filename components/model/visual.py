@@ -14,7 +14,7 @@ from nvila.components.model.config import ModelConfig
 from nvila.components.model.pooling import temporal_pool
 from nvila.components.model.preprocess import BlockSize, Kind, Visual, normalise
 from nvila.components.model.projector import projected_side
-from nvila.components.model.s2 import merge_chessboard, merged_parts, output_blocks, tiles_per_unit
+from nvila.components.model.s2 import merge_chessboard, merged_parts, output_blocks, projector_blocks, tiles_per_unit
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
 """(T, 3, S, S) normalised tiles to (T, N, C) features."""
@@ -70,7 +70,7 @@ def encode_visuals(
     around = marks if marks is not None else VideoMarks(nothing, newline[None], nothing)
     encoded: dict[int, torch.Tensor] = {}
     for ((kind, block, _), members), part in zip(groups.items(), projected, strict=True):
-        tokens = _whole_map(part, output_blocks(block, config)).unflatten(0, (len(members), -1))
+        tokens = _whole_map(part, projector_blocks(block, config)).unflatten(0, (len(members), -1))
         sequences = _video(tokens, around, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
         encoded.update(zip(members, sequences.unbind(0), strict=True))
     return [encoded[i] for i in range(len(visuals))]
@@ -98,8 +98,9 @@ def token_count(
     kind: Kind, block_size: BlockSize | None, tiles: int, config: ModelConfig, marks: Lengths = (0, 1, 0)
 ) -> int:
     """Length of the embedding sequence of a visual of this shape, line breaks or `marks` included."""
-    rows, columns = output_blocks(block_size, config)
-    side = projected_side(config.projector, config.features_per_side)
+    rows, columns = projector_blocks(block_size, config)
+    tiles_per_side = output_blocks(block_size, config)[0] // rows
+    side = projected_side(config.projector, tiles_per_side * config.features_per_side)
     tokens = rows * columns * side * side
     if kind == "image":
         return tokens + 1

@@ -118,11 +118,12 @@ class ModelSettings(Section):
             needed = (self.s2_scales[-1] // self.tile_pixels) ** 2
             if self.vision_mode == "dynamic_s2" and self.max_tiles < needed:
                 raise ValueError(f"max_tiles {self.max_tiles} is less than the {needed} tiles of the last of s2_scales")
-            if "_3x3_" in self.projector and self.s2_output_scale % len(self.s2_scales):
+            single = self.vision_mode == "s2" or self.s2_output_scale % len(self.s2_scales) == 0
+            if "_3x3_" in self.projector and not single:
                 raise ValueError(
                     f"projector {self.projector} and vision_mode {self.vision_mode} cannot work together: "
                     "S2 blocks are projected one by one and a 3x3 cell would cross or pad their borders; "
-                    "use mlp_downsample, s2_output_scale 0, or vision_mode dynamic"
+                    "use mlp_downsample, s2_output_scale 0, or vision_mode s2 or dynamic"
                 )
         for pool in self.video.pool_sizes:
             if self.video.frames % pool[0]:

@@ -20,6 +20,7 @@ from nvila.components.data.demo.clips import encode
 from nvila.components.data.media import (
     Limits,
     MediaError,
+    indices_at_rate,
     inside,
     load_image,
     load_video_frames,
@@ -218,6 +219,22 @@ def test_frames_at_a_rate(tmp_path: Path, fps: float, most: int, expected: list[
     wanted = [int(time * rate) for time in times]
     assert expected is None or wanted == expected
     assert [level(frame) for frame in load_video_frames(path, most, fps=scaled)] == wanted
+
+
+def test_places_at_a_rate_are_numpy_s() -> None:
+    """Prevents frames that are off by one from the reference's int(t * rate) for t in arange(0, seconds, 1 / fps)."""
+    rng = np.random.default_rng(0)
+    rates = [24.0, 25.0, 30.0, 60.0, 30000 / 1001, 24000 / 1001, 10.0]
+    for _ in range(5000):
+        rate = float(rng.choice([*rates, rng.uniform(1, 120)]))
+        fps = float(rng.choice([0.1, 0.2, 0.3, 0.7, 1.0, 1.5, 3.0, 7.0, 10.0, 24.0, rate, rng.uniform(0.05, 60)]))
+        count, most = int(rng.integers(1, 3000)), int(rng.choice([1, 8, 64, 256]))
+        times = np.arange(0, count / rate, 1.0 / fps)[:most]
+        wanted = [place for time in times if (place := int(time * rate)) < count]
+        assert indices_at_rate(count, most, fps, rate) == wanted, (count, most, fps, rate)
+    assert indices_at_rate(0, 8, 2.0, 25.0) == []
+    assert indices_at_rate(3, 8, 1e-320, 25.0) == np.arange(0, 3 / 25, np.inf).tolist() == [0]
+    assert len(indices_at_rate(10**5, 8, 1e300, 25.0)) == 8
 
 
 def test_a_folder_of_frames(tmp_path: Path) -> None:

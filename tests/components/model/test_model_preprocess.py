@@ -39,12 +39,34 @@ def test_dynamic_s2_cuts_like_pillow(configure: Configure, width: int, height: i
     assert np.array_equal(visual.tiles.numpy(), np.stack(expected))
 
 
-def test_plain_s2_is_square(configure: Configure, picture: Picture) -> None:
-    """Prevents plain S2 from following the picture's shape."""
-    image = picture(80, 20)
-    (visual,) = preprocess_image(image, configure(vision_mode="s2"), pixels=True)
-    assert visual.block_size == (2, 2)
-    assert np.array_equal(visual.tiles.numpy(), np.stack([*crops(image, 1, 1, 28), *crops(image, 2, 2, 28)]))
+@pytest.mark.parametrize("scales", [(28, 56), (28, 56, 84), (28, 84)])
+@pytest.mark.parametrize("pixels", [False, True])
+def test_plain_s2_interpolates_the_largest_scale(
+    configure: Configure, picture: Picture, scales: tuple[int, ...], pixels: bool
+) -> None:
+    """Prevents lower scales that are resized from the picture, or filtered, where the reference interpolates."""
+    image, largest = picture(80, 20), scales[-1]
+    (visual,) = preprocess_image(image, configure(vision_mode="s2", s2_scales=scales), pixels=pixels)
+    whole = np.asarray(image.resize((largest, largest), Image.Resampling.BICUBIC), np.float64) / 127.5 - 1
+    expected = []
+    for scale in scales:
+        across = cubic(largest, scale)
+        made = np.einsum("ik,jl,klc->cij", across, across, whole)
+        expected += [made[:, y : y + 28, x : x + 28] for y in range(0, scale, 28) for x in range(0, scale, 28)]
+    assert visual.block_size == (largest // 28,) * 2 and visual.tiles.dtype == torch.float32
+    assert np.allclose(visual.tiles.numpy(), np.stack(expected), atol=1e-5)
+
+
+def cubic(size: int, target: int) -> np.ndarray:
+    """(target, size): Keys' kernel with a = -0.75 over four neighbours at half-pixel centres, the border repeated."""
+    made = np.zeros((target, size))
+    for i in range(target):
+        at = (i + 0.5) * size / target - 0.5
+        for k in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            x = abs(at - k)
+            near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (((x - 5) * x + 8) * x - 4)
+            made[i, min(max(k, 0), size - 1)] += near if x <= 1 else far
+    return made
 
 
 def test_dynamic_tiling_puts_the_thumbnail_last(configure: Configure, picture: Picture) -> None:

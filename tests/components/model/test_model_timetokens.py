@@ -94,3 +94,40 @@ def test_seconds_and_tokens() -> None:
     assert to_seconds("from <t0> to <t33>, <t99>, <t250>", 30.0, 100) == "from <0.0> to <10.0>, <30.0>, <30.0>"
     assert to_seconds("<t7>", 10.0, 100) == "<0.71>"
     assert to_time_tokens("from <0.0> to <10.0> and <45>", 30.0, 100) == "from <t0> to <t33> and <t99>"
+
+
+@pytest.mark.parametrize(
+    ("text", "duration", "number", "expected"),
+    [
+        ("<t99> <t100>", 12.3456, 100, "<12.35> <12.35>"),
+        ("<t1> <t2> <t250>", 2.675, 3, "<1.34> <2.67> <2.67>"),  # 2.675 is below its name
+        ("<t1>", 0.25, 3, "<0.12>"),  # halves go to even
+        ("<t1> <t2>", 30, 2, "<30.0> <30.0>"),
+        ("<t0> <t5>", 12.3456, 1, "<12.35> <12.35>"),
+        ("<t0>", 12.3456, 0, "<12.35>"),
+        ("<t0> <t7>", 0.0, 5, "<0.0> <0.0>"),
+        ("<t03> <t> <t-1> <T1> <t\u0663>", 10.0, 5, "<t03> <t> <t-1> <T1> <t\u0663>"),
+        ("<t" + "9" * 18 + ">", 10.0, 5, "<10.0>"),
+    ],
+)
+def test_seconds_are_rounded(text: str, duration: float, number: int, expected: str) -> None:
+    """Prevents a time behind the end with all the digits of the duration, and text that is no time token from turning
+    into one."""
+    assert to_seconds(text, duration, number) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "duration", "number", "expected"),
+    [
+        ("<.5> <1.> <2> <2.5>", 4.0, 5, "<t0> <t1> <t2> <t2>"),  # halves go to even
+        ("<1.5> <3.5>", 4.0, 5, "<t2> <t4>"),
+        ("<1>", 0.0, 5, "<t0>"),
+        ("<1> <9>", 4.0, 1, "<t0> <t0>"),
+        ("<1>", 4.0, 0, "<1>"),
+        ("<" + "9" * 400 + ">", 4.0, 5, "<t4>"),
+        ("<.> <1.2.3> <-1>", 4.0, 5, "<.> <1.2.3> <-1>"),
+    ],
+)
+def test_times_become_the_nearest_token(text: str, duration: float, number: int, expected: str) -> None:
+    """Prevents times that the reference reads from staying text, and tokens that are not in the vocabulary."""
+    assert to_time_tokens(text, duration, number) == expected

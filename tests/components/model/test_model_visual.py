@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,46 @@ def test_whole_picture_is_read_row_by_row(configure: Configure) -> None:
 
     (sequence,) = encode_visuals(lambda _: features, first_of_each_cell, NEWLINE, [visual], config)
     assert torch.equal(sequence[:-1, 0], by_place[::2, ::2].flatten())
+
+
+@pytest.mark.parametrize(
+    ("kind", "output", "tokens"),
+    [
+        ("mlp_downsample_3x3_s2", -1, 16),  # 12 x 12 features; tile by tile it would be 36
+        ("mlp_downsample_3x3_s2_new", 1, 9),
+        ("mlp_downsample_3x3_fix", 0, 4),
+        ("mlp_downsample", 1, 16),
+        ("identity", -1, 144),
+        ("mlp2x_gelu", 0, 16),
+    ],
+)
+def test_plain_s2_is_projected_whole(
+    configure: Configure, picture: Callable[..., Image.Image], kind: str, output: int, tokens: int
+) -> None:
+    """Prevents space-to-channel cells that are padded at the border of each tile: the reference folds the whole map."""
+    config = configure(
+        vision_mode="s2", tile=56, s2_scales=(56, 112, 168), s2_output_scale=output, projector=kind, max_tiles=1
+    )
+    seen = []
+
+    def projector(features: torch.Tensor) -> torch.Tensor:
+        seen.append(features.shape)
+        return build_projector(kind, 72, 72 if kind == "identity" else 8)(features)
+
+    newline = torch.zeros(72 if kind == "identity" else 8)
+    (visual,) = preprocess_image(picture(90, 70), config)
+    (sequence,) = encode_visuals(tower, projector, newline, [visual], config)
+    side = 4 * (1, 2, 3)[output]
+    assert seen == [(1, side * side, 72)]
+    assert len(sequence) == tokens + 1 == token_count("image", (3, 3), 14, config)
+    frames = preprocess_video([picture(40, 30, 1), picture(40, 30, 2)], config)
+    if kind != "identity":
+        (video,) = encode_visuals(tower, projector, newline, [frames], configure_pools(config))
+        assert len(video) == 2 * (tokens + 1)
+
+
+def configure_pools(config: ModelConfig) -> ModelConfig:
+    return replace(config, video_pool_sizes=((1, 1, 1),))
 
 
 def test_video_has_a_line_break_after_each_pooled_frame(
