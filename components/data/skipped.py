@@ -44,6 +44,11 @@ class Tally:
         self._quiet = quiet
         self._met: dict[str, Skipped] = {}
 
+    @property
+    def met(self) -> list[Skipped]:
+        """The records, in the order they were met."""
+        return list(self._met.values())
+
     def add(self, skipped: Iterable[Skipped]) -> None:
         """Count what was skipped.
 

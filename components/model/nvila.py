@@ -73,6 +73,11 @@ class NVILA(nn.Module):
         """Where the embeddings are."""
         return self.llm.get_input_embeddings().weight.device
 
+    @property
+    def positions(self) -> int:
+        """Most positions of a prompt with its answer."""
+        return int(max(self.llm.config.max_position_embeddings, self.config.max_length_tokens))  # see _long_context
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -243,10 +248,9 @@ class NVILA(nn.Module):
         batch = collate(items, self.tokens.pad, side="left").to(self.device)
         spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
         length = spliced.embeds_BTH.shape[1]
-        most = max(self.llm.config.max_position_embeddings, self.config.max_length_tokens)  # see _long_context
-        if length >= most:
+        if length >= self.positions:
             raise DataError(
-                f"the prompt is too long: the decoder has {most} positions",
+                f"the prompt is too long: the decoder has {self.positions} positions",
                 value=length,
                 do="Ask with less text, fewer media or fewer frames",
             )
