@@ -17,7 +17,9 @@ from nvila.components.model.nvila import init_model
 from nvila.components.model.tokenizer import train_tokenizer
 
 
-def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) -> dict[str, Any]:
+def make(
+    settings: ModelSettings, seed: int, samples: Manifest, folder: Path, max_skipped_share: float = 0.01
+) -> dict[str, Any]:
     """Make the model and save it to `folder`; returns what is worth showing of it."""
     # The matrices are too small to share: the tiny tower took 87 s on two threads and 70 s on one.
     torch.set_num_threads(1)
@@ -34,7 +36,7 @@ def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) ->
         settings, tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
     )
     model = init_model(config, tokenizer, seed)
-    records = read_label_records(samples.path("labels.parquet"), settings.tile_pixels)
+    records = read_label_records(samples.path("labels.parquet"), settings.tile_pixels, max_skipped_share)
     tower = train_tower(
         model, records, epochs=base.tower_epochs, learning_rate=base.learning_rate, batch=base.batch, seed=seed
     )
@@ -47,6 +49,7 @@ def make(settings: ModelSettings, seed: int, samples: Manifest, folder: Path) ->
         "vocabulary": len(tokenizer),
         "label_pictures": len(records.tiles),
         "labels": len(records.labels),
+        "skipped": records.skipped,
         "tower_label_accuracy": round(tower["accuracy"], 4),
         "tower_steps": int(tower["steps"]),
     }

@@ -19,6 +19,8 @@ class Settings(Section):
 
     model: ModelSettings
     seed: int
+    max_skipped_share: float = 0.01
+    """Of the label pictures."""
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Raises:
         ConfigError: weights that do not fit the architecture.
-        DataError: no labels for a tower made from scratch, or there are no such weights.
+        DataError: no labels for a tower made from scratch, too many of their pictures cannot be read, or there are no
+            such weights.
         Unreachable: the weights cannot be fetched now.
     """
     base = settings.model.base
@@ -50,7 +53,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     else:
         from nvila.components.base.scratch import make
 
-        values = make(settings.model, settings.seed, inputs["samples"], out / "model")
+        values = make(settings.model, settings.seed, inputs["samples"], out / "model", settings.max_skipped_share)
         read = None
     return Outcome(
         kind="model",

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress, track
 from nvila.components.data.media import Limits, load_image, load_video_frame
 from nvila.components.data.samples import Label, read_labels
+from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.preprocess import normalise
 
@@ -50,16 +52,19 @@ class LabelRecords:
     """float, (n,): how often a record is drawn. Sources count equally: a source with many boxes per picture would drown
     the others."""
     labels: list[str]
+    skipped: dict[str, Any]
+    """Pictures that could not be read: how many, and the first ones."""
 
 
-def read_label_records(table: Path, tile_pixels: int) -> LabelRecords:
+def read_label_records(table: Path, tile_pixels: int, max_skipped_share: float = 0.0) -> LabelRecords:
     """Decode and cut what `labels.parquet` names.
 
     A label is `attribute value` ("digit 3", "row 1 column 2: 7") or a bare value ("red"). A record denies the other
     values of each attribute it speaks of, and says nothing of the attributes it does not name.
 
     Raises:
-        DataError: the table is (nearly) empty, because no source brings labels.
+        DataError: the table is (nearly) empty, because no source brings labels; or more than this share of its pictures
+            cannot be read.
     """
     records = read_labels(table)
     if len(records) < MIN_RECORDS:
@@ -75,14 +80,22 @@ def read_label_records(table: Path, tile_pixels: int) -> LabelRecords:
     tiles = np.empty((len(records), 3, tile_pixels, tile_pixels), dtype=np.uint8)
     targets = np.zeros((len(records), len(labels)), dtype=bool)
     known = np.zeros_like(targets)
+    tally = Tally("label pictures", len({(record.source, record.media) for record in records}), max_skipped_share)
+    read = np.zeros(len(records), dtype=bool)
     for i, record in enumerate(track(records, "label pictures")):
-        tiles[i] = _tile(record, tile_pixels)
+        try:
+            tiles[i] = _tile(record, tile_pixels)
+        except DataError as error:
+            tally.add([Skipped.of(f"{record.source}/{record.media}", error)])
+            continue
+        read[i] = True
         for label in record.labels:
             targets[i, index[label]] = True
             known[i] |= attribute == _attribute(label)
-    of_source = Counter(record.source for record in records)
-    weights = torch.tensor([1.0 / of_source[record.source] for record in records])
-    return LabelRecords(torch.from_numpy(tiles), torch.from_numpy(targets), torch.from_numpy(known), weights, labels)
+    of_source = Counter(record.source for record, good in zip(records, read, strict=True) if good)
+    weights = torch.tensor([1.0 / of_source[r.source] for r, good in zip(records, read, strict=True) if good])
+    kept = [torch.from_numpy(array if read.all() else array[read]) for array in (tiles, targets, known)]
+    return LabelRecords(kept[0], kept[1], kept[2], weights, labels, tally.summary())
 
 
 def train_tower(
@@ -93,6 +106,9 @@ def train_tower(
     Returns:
         `accuracy`: share of attributes whose most likely value is right, on records held back from training;
         `steps`: optimizer steps taken.
+
+    Raises:
+        TrainingError: the loss or a weight is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(records.tiles), generator=generator)
@@ -114,12 +130,21 @@ def train_tower(
         targets, known = records.targets[chunk].float(), records.known[chunk].float()
         logits = head(model.features(tiles))
         loss = functional.binary_cross_entropy_with_logits(logits, targets, weight=known, reduction="sum") / batch
+        if not bool(loss.isfinite()):
+            raise _not_finite("the loss is not finite", step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         progress.update(1, f"loss {loss.item():.3f}" if step % 10 == 0 else "")
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise _not_finite("weights are not finite", total)
     return {"accuracy": _accuracy(model, head, records, held), "steps": float(total)}
+
+
+def _not_finite(what: str, step: int) -> TrainingError:
+    where = f"vision tower on labels, optimizer step {step}"
+    return TrainingError(what, where=where, do="Lower model.base.learning_rate")
 
 
 class _Head(nn.Module):

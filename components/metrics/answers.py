@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,8 +13,10 @@ from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.positions import positions
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.prompt import Prompt
+from nvila.components.model.tokenizer import TokenIds
 
 Show = Literal["own", "blank", "other"]
 
@@ -51,11 +54,32 @@ class Questions:
 def answers(
     model: NVILA, tokenizer: Any, prompts: Sequence[Prompt], *, batch: int, max_new_tokens: int, what: str
 ) -> list[str]:
-    """Greedy answers, in order; `what` names the work in the progress display."""
-    found: list[str] = []
+    """Greedy answers, in order; `what` names the work in the progress display.
+
+    A question that fills all positions of the decoder has none: its answer is empty, which is as wrong as it will be
+    once the model is served.
+    """
+    tokens = TokenIds.of(tokenizer, model.config.video_texts)
+    fitting = [
+        i
+        for i, prompt in enumerate(prompts)
+        if positions(prompt.encode(tokenizer, generate=True).input_ids, prompt.visuals, model.config, tokens)
+        < model.positions
+    ]
+    if len(fitting) < len(prompts):
+        print(
+            f"{what}: {len(prompts) - len(fitting)} of {len(prompts)} questions are too long for the decoder's "
+            f"{model.positions} positions and stay without an answer",
+            file=sys.stderr,
+            flush=True,
+        )
+    found = [""] * len(prompts)
     model.eval()
-    for start in track(range(0, len(prompts), batch), what):
-        found.extend(model.generate(tokenizer, list(prompts[start : start + batch]), max_new_tokens=max_new_tokens))
+    for start in track(range(0, len(fitting), batch), what):
+        some = fitting[start : start + batch]
+        said = model.generate(tokenizer, [prompts[i] for i in some], max_new_tokens=max_new_tokens)
+        for i, text in zip(some, said, strict=True):
+            found[i] = text
     return found
 
 

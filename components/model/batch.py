@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from nvila.components.data.skipped import Skipped
 from nvila.components.model.conversation import IGNORED, Encoded
 from nvila.components.model.preprocess import Visual
 
@@ -22,6 +23,10 @@ class Batch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
     visuals: list[Visual]
+    samples: tuple[str, ...] = ()
+    """Ids of the samples, row by row, where a feed made the batch; none where all of them were skipped."""
+    skipped: tuple[Skipped, ...] = ()
+    """Samples that were to be in the batch and cannot be used."""
 
     def forward_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `NVILA.forward`."""
@@ -34,17 +39,20 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; tiles follow when they are encoded."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.visuals)
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
+        return replace(self, **moved)
 
 
 def collate(items: Sequence[tuple[Encoded, Sequence[Visual]]], pad_id: int, side: Side = "right") -> Batch:
-    """Pad samples to the longest.
+    """Pad samples to the longest; without any, one row of padding with nothing supervised.
 
     Args:
         items: each sample's tokens and its visuals.
         pad_id: token id under the padding; the mask hides it.
         side: where the padding goes.
     """
+    if not items:
+        items = [(Encoded([pad_id], [IGNORED]), [])]
     length = max(len(encoded.input_ids) for encoded, _ in items)
     ids = torch.full((len(items), length), pad_id)
     labels = torch.full((len(items), length), IGNORED)

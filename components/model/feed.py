@@ -5,18 +5,22 @@ from __future__ import annotations
 import signal
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import DataError, NvilaError
 from nvila.components.data.samples import Sample
+from nvila.components.data.skipped import Skipped
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import Encoded
+from nvila.components.model.conversation import IGNORED, Encoded
 from nvila.components.model.media import load_medium
+from nvila.components.model.positions import positions
 from nvila.components.model.preprocess import BlockSize, Kind, Medium, Visual
 from nvila.components.model.prompt import Prompt, make_prompt
+from nvila.components.model.tokenizer import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,15 +75,27 @@ class Feed:
         return replace(prompt, turns=sample.conversations)
 
     def item(self, sample: Sample) -> Item:
-        """Token ids with labels, and visuals, of one training sample."""
+        """Token ids with labels, and visuals, of one training sample.
+
+        Raises:
+            DataError: a medium cannot be read (any more), or the length limit leaves nothing of the answer.
+        """
         prompt = self.prompt(sample, tile_all=True)
-        return prompt.encode(self.tokenizer), prompt.visuals
+        encoded = prompt.encode(self.tokenizer)
+        first = next((i for i, label in enumerate(encoded.labels) if label != IGNORED), None)
+        limit = self.config.max_length_tokens
+        if first is None or positions(encoded.input_ids[:first], prompt.visuals, self.config, self._tokens) >= limit:
+            raise DataError(f"no supervised token is left within max_length_tokens = {limit}")
+        return encoded, prompt.visuals
+
+    @cached_property
+    def _tokens(self) -> TokenIds:
+        return TokenIds.of(self.tokenizer, self.config.video_texts)
 
     def batches(self, samples: Sequence[Sample], batch: int, *, start: int = 0, workers: int = 1) -> Iterator[Batch]:
         """Consecutive batches of `samples`, the first `start` left out; `workers` processes prepare the next ones.
 
-        Raises:
-            DataError: a medium cannot be read (any more).
+        Samples that cannot be used are left out of their batch, which names them; it is not filled up from the next.
         """
         from torch.utils.data import DataLoader
 
@@ -97,11 +113,13 @@ class Feed:
                 raise made
             yield made.unpack()
 
-    def _collate(self, items: list[Item | NvilaError]) -> _Packed | NvilaError:
+    def _collate(self, items: list[tuple[str, Item] | Skipped | NvilaError]) -> _Packed | NvilaError:
         if error := next((item for item in items if isinstance(item, NvilaError)), None):
             return error
-        good = [item for item in items if not isinstance(item, NvilaError)]
-        return _Packed.of(collate(good, pad_id=self.tokenizer.pad_token_id))
+        good = [item for item in items if isinstance(item, tuple)]
+        batch = collate([item for _, item in good], pad_id=self.tokenizer.pad_token_id)
+        skipped = tuple(item for item in items if isinstance(item, Skipped))
+        return _Packed.of(replace(batch, samples=tuple(name for name, _ in good), skipped=skipped))
 
 
 def _outlast_signals(worker: int) -> None:
@@ -143,9 +161,12 @@ class _Items:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Item | NvilaError:
+    def __getitem__(self, index: int) -> tuple[str, Item] | Skipped | NvilaError:
         """An error of ours is handed over as a value: raised in a worker process its message would be a traceback."""
+        sample = self.samples[index]
         try:
-            return self.feed.item(self.samples[index])
+            return sample.id, self.feed.item(sample)
+        except DataError as error:
+            return Skipped.of(sample.id, error)
         except NvilaError as error:
             return error

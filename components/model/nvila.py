@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,11 +45,13 @@ class Output:
     """Result of a forward. B rows, T positions after splicing, V tokens."""
 
     loss: torch.Tensor | None
-    """Mean cross-entropy over supervised tokens, float32; None without labels."""
+    """Cross-entropy of the supervised tokens, their mean or their sum, float32; None without labels."""
     logits: torch.Tensor | None
     """(B, T, V); None where only the loss was asked for."""
     labels: torch.Tensor | None
     """(B, T) after splicing, not shifted: the prediction of position t stands at t - 1."""
+    supervised: int = 0
+    """Tokens that the loss is of."""
 
 
 class NVILA(nn.Module):
@@ -79,6 +81,11 @@ class NVILA(nn.Module):
         """Where the embeddings are."""
         return self.llm.get_input_embeddings().weight.device
 
+    @property
+    def positions(self) -> int:
+        """Most positions of a prompt with its answer."""
+        return int(max(self.llm.config.max_position_embeddings, self.config.max_length_tokens))  # see with_rope
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -87,6 +94,7 @@ class NVILA(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         full_logits: bool | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
     ) -> Output:
         """Loss and logits of a padded batch (either side).
 
@@ -97,9 +105,10 @@ class NVILA(nn.Module):
             labels: (B, L), -100 where unsupervised; with labels rows are cut to `max_length_tokens`.
             full_logits: compute logits at every position. By default only where there are no labels: training needs
                 them at supervised positions alone.
+            reduction: of the loss. A sum may be of nothing: it is 0, and its gradients are.
 
         Raises:
-            DataError: media and markers do not match, or nothing is supervised.
+            DataError: media and markers do not match, or the mean is to be taken and nothing is supervised.
         """
         spliced = self.prepare(input_ids, attention_mask, visuals, labels)
         hidden = self.hidden_states(spliced)
@@ -108,9 +117,11 @@ class NVILA(nn.Module):
         if spliced.labels_BT is None:
             return Output(None, logits, None)
         losses, _ = self._token_losses(hidden, spliced.labels_BT, soft=True)
+        if reduction == "sum":
+            return Output(losses.sum(), logits, spliced.labels_BT, len(losses))
         if not len(losses):
             raise DataError("no supervised token in the batch", do="Raise model.max_length_tokens or check the answers")
-        return Output(losses.mean(), logits, spliced.labels_BT)
+        return Output(losses.mean(), logits, spliced.labels_BT, len(losses))
 
     def prepare(
         self,
@@ -245,10 +256,9 @@ class NVILA(nn.Module):
         batch = collate(items, self.tokens.pad, side="left").to(self.device)
         spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
         length = spliced.embeds_BTH.shape[1]
-        most = max(self.llm.config.max_position_embeddings, self.config.max_length_tokens)  # see with_rope
-        if length >= most:
+        if length >= self.positions:
             raise DataError(
-                f"the prompt is too long: the decoder has {most} positions",
+                f"the prompt is too long: the decoder has {self.positions} positions",
                 value=length,
                 do="Ask with less text, fewer media or fewer frames",
             )

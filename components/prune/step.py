@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.children import die_with_parent
-from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.fetch import identity
+from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.prune.select import keep_top
 
 HELDOUT_QUESTIONS = 300
@@ -31,6 +32,7 @@ class Settings(Section):
     prune: PruneSettings
     sources: list[str]
     seed: int
+    max_skipped_share: float = 0.01
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,6 +51,10 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         inputs: `samples`, and `base` (tower and tokenizer of references that are trained here).
         out: gets `scores.parquet` (id, source, delta, loss_small, loss_large, answer_tokens, kept), `histogram.png`;
             finished references stay in `references/`, so that an interrupted step goes on with the next one.
+
+    Raises:
+        DataError: more samples cannot be used than `max_skipped_share` allows; fewer have no score, and do not stay.
+        TrainingError: a reference's loss is not finite.
     """
     from nvila.components.prune.references import Work
 
@@ -69,18 +75,29 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
                     sources=settings.sources,
                     heldout_limit=HELDOUT_QUESTIONS,
                     seed=settings.seed,
+                    max_skipped_share=settings.max_skipped_share,
                     out=str(out / "references" / f"{name}-{fold}.json"),
                 )
             )
     # The large ones first: a long job started last would leave the other core idle.
-    _make(sorted((job for job in jobs if not read_json(Path(job.out))), key=lambda job: job.name))
+    _make(sorted((job for job in jobs if fault(Path(job.out).parent, job.record)), key=lambda job: job.name))
     small, large = (_results([job for job in jobs if job.name == name]) for name in ("small", "large"))
-    rows = _table(small["losses"], large["losses"], settings)
+    # A sample may have a score under one reference only: their tokenizers and limits can differ.
+    skipped = {one.id: one for one in (*small["skipped"], *large["skipped"])}
+    known = len(small["losses"].keys() | large["losses"].keys() | skipped.keys())
+    tally = Tally("prune", known, settings.max_skipped_share, quiet=True)
+    tally.add(skipped.values())
+    scored = small["losses"].keys() & large["losses"].keys()
+    rows = _table({sample: small["losses"][sample] for sample in scored}, large["losses"], settings)
     _write(rows, out / "scores.parquet")
     _plot(rows, out / "histogram.png")
     return Outcome(
         kind="dataset",
-        values={"sources": _summary(rows, small["accuracy"], large["accuracy"]), "score": settings.prune.score},
+        values={
+            "sources": _summary(rows, small["accuracy"], large["accuracy"]),
+            "score": settings.prune.score,
+            "skipped": tally.summary(),
+        },
         files=("scores.parquet", "histogram.png"),
         read={"small": small["weights"], "large": large["weights"]},
         measured={"seconds": time.monotonic() - began, "samples": len(rows)},
@@ -114,21 +131,20 @@ def _begin(parent: int) -> None:
 
 
 def _results(jobs: list[Any]) -> dict[str, Any]:
-    """Losses of all folds together; accuracy is the mean over folds."""
+    """Losses and skipped samples of all folds together; accuracy is the mean over folds."""
     losses: dict[str, Any] = {}
     weights: dict[str, str] = {}
+    skipped: list[Skipped] = []
     accuracy: dict[str, list[float]] = {}
     for job in jobs:
         result = json.loads(Path(job.out).read_text())
         losses |= result["losses"]
         weights |= result["weights"]
+        skipped += [Skipped(**one) for one in result["skipped"]]
         for source, value in result["accuracy"].items():
             accuracy.setdefault(source, []).append(value)
-    return {
-        "losses": losses,
-        "weights": weights,
-        "accuracy": {s: round(sum(v) / len(v), 4) for s, v in accuracy.items()},
-    }
+    means = {source: round(sum(each) / len(each), 4) for source, each in accuracy.items()}
+    return {"losses": losses, "weights": weights, "skipped": skipped, "accuracy": means}
 
 
 def _table(small: Mapping[str, Any], large: Mapping[str, Any], settings: Settings) -> list[dict[str, Any]]:

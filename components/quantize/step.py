@@ -35,6 +35,7 @@ class Settings(Section):
 
     quantize: QuantizeSettings
     seed: int
+    max_skipped_share: float = 0.01
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
@@ -64,7 +65,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     before = sum(tensor.numel() for tensor in serving_tensors(model).values()) * torch.bfloat16.itemsize
 
     torch.manual_seed(settings.seed)
-    batches = _calibration(model, tokenizer, inputs["samples"], settings)
+    batches, skipped = _calibration(model, tokenizer, inputs["samples"], settings)
     packed: dict[str, torch.Tensor] = {}
     # The decoder first: its calibration runs the tower, which cannot run any more once it is packed.
     for group in track(groups(wanted)[::-1], "quantizing"):
@@ -84,21 +85,32 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             "method": wanted.method,
             "group_size": wanted.group_size,
             "calibration_samples": len(batches),
+            "skipped": skipped,
         },
         files=("model/*", MODULE_MAP),
         measured={"seconds": time.monotonic() - began},
     )
 
 
-def _calibration(model: NVILA, tokenizer: Any, samples: Manifest, settings: Settings) -> list[Batch]:
-    """Training samples, one to a batch."""
+def _calibration(
+    model: NVILA, tokenizer: Any, samples: Manifest, settings: Settings
+) -> tuple[list[Batch], dict[str, Any]]:
+    """Training samples, one to a batch, and what was skipped of them.
+
+    Raises:
+        DataError: too many of them cannot be used.
+    """
     from nvila.components.data.samples import read_samples
+    from nvila.components.data.skipped import Tally
     from nvila.components.model.feed import Feed
     from nvila.components.quantize.calibrate import choose_samples
 
     known = read_samples(samples.path("samples.parquet"), split="sft")
     chosen = choose_samples(known, settings.quantize.calibration_samples, settings.seed)
-    return list(Feed(tokenizer, model.config).batches(chosen, 1, workers=0))
+    tally = Tally("calibration", len(chosen), settings.max_skipped_share)
+    batches = list(Feed(tokenizer, model.config).batches(chosen, 1, workers=0))
+    tally.add(one for batch in batches for one in batch.skipped)
+    return [batch for batch in batches if batch.samples], tally.summary()
 
 
 def _quantize(

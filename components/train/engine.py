@@ -1,16 +1,22 @@
-"""DeepSpeed behind one file: start, step, save and resume. Nothing else of ours imports it."""
+"""DeepSpeed behind one file: start, step, save and resume. Nothing else of ours imports it.
+
+The loss of a global batch is over its supervised tokens, wherever they lie. Their number is known when the last of them
+has been through the model, so gradients of sums are gathered and divided then, as DeepSpeed divides by a loss scale.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvila.components.contracts.errors import TrainingError
-from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.sealed import digests, sync, write_record
+from nvila.components.train.checkpoints import RECORD, newest_sound, partial, publish, written_by
 from nvila.components.train.job import Run
 from nvila.components.train.schedule import warmup_cosine
 
@@ -18,8 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 BETAS = (0.9, 0.999)
-LATEST = "latest"
-"""File that names the newest whole checkpoint, as DeepSpeed calls it."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Engine:
     deepspeed: Any
     micro_batches: int
     """Forward passes per optimizer step and process."""
+    clip_norm: float | None = None
+    """For the one case in which DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
 
     @property
     def rank(self) -> int:
@@ -45,83 +52,118 @@ class Engine:
         """Learning rate of the next step."""
         return float(self.deepspeed.get_lr()[0])
 
-    def forward(self, **batch: Any) -> torch.Tensor:
-        """Loss of one micro batch (scalar)."""
-        return self.deepspeed(**batch).loss
+    def accumulate(self, **batch: Any) -> tuple[torch.Tensor, int]:
+        """Add the gradients of one micro batch to those of the global batch.
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients of one micro batch and step at the end of the global batch.
-
-        Raises:
-            TrainingError: the loss is not finite.
+        Returns:
+            The loss summed over the micro batch's supervised tokens, and their number.
         """
-        if not bool(loss.isfinite()):
-            raise TrainingError(
-                "the loss is not finite",
-                where=f"optimizer step {self.deepspeed.global_steps}",
-                value=float(loss),
-                do="Lower the stage's learning_rate or set clip_norm; the last checkpoint is kept.",
-            )
-        self.deepspeed.backward(loss)
-        self.deepspeed.step()
+        output = self.deepspeed(**batch, reduction="sum")
+        self.deepspeed.backward(output.loss, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+        return output.loss.detach(), output.supervised
 
-    def agree(self, *flags: bool) -> list[bool]:
-        """Each flag as any process has it: what all must do together (save, stop) is decided by all together."""
-        if self.world == 1:
-            return list(flags)
+    def step(self, supervised: int) -> bool:
+        """Divide the gradients of the global batch by its number of supervised tokens, and take the optimizer's step.
+
+        A batch without any moves the schedule on, and nothing else.
+
+        Returns:
+            Whether the gradients are finite; if not, the weights are as before.
+        """
+        # DeepSpeed has taken the mean over processes of what is a sum over them.
+        tokens = supervised / self.world if supervised else 1.0
+        optimizer, plain = self.deepspeed.optimizer, self._plain
+        finite = self._divide(tokens) if plain else True
+        if not plain:
+            optimizer.loss_scale = tokens
+        with self._update(finite and supervised > 0):
+            self.deepspeed.step()
+        if not plain:
+            optimizer.loss_scale = 1.0
+            finite = not optimizer.overflow
+        return finite
+
+    @property
+    def _plain(self) -> bool:
+        """Whether torch's own optimizer steps on the gradients of the parameters."""
+        return self.deepspeed.optimizer is self.deepspeed.basic_optimizer
+
+    def _divide(self, tokens: float) -> bool:
+        """Divide and clip the gradients of the parameters; whether they are finite."""
         import torch
 
-        joint = torch.tensor([int(flag) for flag in flags], device=self.deepspeed.device)
-        torch.distributed.all_reduce(joint, op=torch.distributed.ReduceOp.MAX)
-        return [bool(flag) for flag in joint.tolist()]
+        parameters = [p for group in self.deepspeed.optimizer.param_groups for p in group["params"]]
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+        return bool(norm.isfinite())
 
-    def state_dict(self) -> dict[str, torch.Tensor] | None:
-        """Whole tensors by the model's names on rank 0 where processes hold parts of them (ZeRO-3), else None.
+    @contextmanager
+    def _update(self, wanted: bool) -> Iterator[None]:
+        """If it is not wanted, the optimizer's step inside the context changes no weight, moment or count."""
+        if wanted:
+            yield
+            return
+        optimizer = self.deepspeed.basic_optimizer
+        step = optimizer.step
+        optimizer.step = lambda *_, **__: None
+        try:
+            yield
+        finally:
+            optimizer.step = step
 
-        Every process must call it.
-        """
-        if self.deepspeed.zero_optimization_stage() < 3:
-            return None
-        return self.deepspeed._zero3_consolidated_16bit_state_dict()
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over all processes, as every one of them must know it."""
+        if self.world == 1:
+            return list(numbers)
+        import torch
+
+        joint = torch.tensor(numbers, dtype=torch.float64, device=self.deepspeed.device)
+        torch.distributed.all_reduce(joint)
+        return [float(number) for number in joint.tolist()]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all processes, in the order of their ranks."""
+        if self.world == 1:
+            return items
+        import torch
+
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, items)
+        return [item for some in found for item in some]
 
     def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint that `resume` reads, then drop the one before it. Every process must call this.
-
-        DeepSpeed returns when the files of all processes are there; `latest` then moves by rename.
-        """
-        tag = f"step-{step}"
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        """Write a checkpoint that `resume` reads, and keep the one before it. Every process must call this."""
+        name = partial(step)
         if self.rank == 0:
-            write_atomic(folder / LATEST, tag)
-            for old in folder.glob("step-*"):
-                if old.name != tag:
-                    shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a save that was cut off
+        self.deepspeed.save_checkpoint(str(folder), tag=name, client_state={"step": step}, save_latest=False)
+        mine = written_by(folder / name, self.rank)
+        sync(mine, folder / name)
+        files = self.gather(list(digests(mine, folder / name).items()))
+        if self.rank == 0:
+            write_record(folder / name / RECORD, dict(files))
+            publish(folder, step)
+        self.total(0)  # nobody goes on, or ends, before it has its name
 
     def resume(self, folder: Path) -> int:
-        """Load the last checkpoint and return its step, or 0 where there is none.
-
-        Raises:
-            TrainingError: a checkpoint is named, but it is not there.
-        """
-        tag = self._last_saved(folder)
-        if tag is None:
+        """Load the newest sound checkpoint and return its step, or 0 where there is none."""
+        # As rank 0 sees it: another machine's view of a shared file system may be older.
+        name = self.gather([newest_sound(folder) if self.rank == 0 else None])[0]
+        if name is None:
             return 0
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise TrainingError(
-                "the last checkpoint is gone", where=str(folder / LATEST), do=f"Remove {folder} to begin anew."
-            )
+        _, state = self.deepspeed.load_checkpoint(str(folder), tag=name)
         return int(state["step"])
 
-    def _last_saved(self, folder: Path) -> str | None:
-        """What `latest` names, as rank 0 sees it: another machine's view of a shared file system may be older."""
-        latest = folder / LATEST
-        tag = [latest.read_text().strip() if self.rank == 0 and latest.exists() else None]
-        if self.world > 1:
-            import torch
-
-            torch.distributed.broadcast_object_list(tag, src=0, device=self.deepspeed.device)
-        return tag[0]
+    def not_finite(self) -> list[str]:
+        """Names of some weights that are not finite, on any process. Every process must call this."""
+        bad = [
+            name
+            for name, parameter in self.deepspeed.module.named_parameters()
+            if not bool(getattr(parameter, "ds_tensor", parameter).isfinite().all())
+        ]
+        return sorted(set(self.gather(bad[:3])))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's tensors by name, whole. Under ZeRO-3 every process must call this; only rank 0 gets them."""
@@ -151,10 +193,11 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    plain = run.precision == "fp32" and run.zero == 0
     config = {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
-        "gradient_clipping": stage.clip_norm or 0.0,
+        "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
         "zero_optimization": {"stage": run.zero},
         "bf16": {"enabled": run.precision != "fp32"},
         "steps_per_print": 1 << 30,
@@ -173,7 +216,11 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         ),
         config=config,
     )
-    return Engine(engine, engine.gradient_accumulation_steps())
+    if run.precision != "fp32" and run.zero == 0:
+        # DeepSpeed has made AdamW's moments by a step on gradients of zero, which counts as one, and decays.
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
+    return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm)
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

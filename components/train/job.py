@@ -8,6 +8,11 @@ from nvila.components.contracts.recipe.train import Precision, Stage
 VERDICT = "verdict.json"
 """Why the worker of rank 0 failed, for the process that launched it."""
 
+TRAINED = ("model/**/*", "loss.jsonl", "skipped.jsonl")
+"""Files of a trained stage."""
+RECORD = "trained.json"
+"""Their sizes and digests; without it they are not believed."""
+
 
 class Run(Section):
     """How the stage runs (the recipe's `train` section without the table)."""
@@ -16,6 +21,7 @@ class Run(Section):
     zero: int
     gpus: int
     checkpoint_seconds: float
+    max_skipped_share: float = 0.01
 
 
 class Job(Section):

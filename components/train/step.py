@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
-from nvila.components.train.job import Job, Run
+from nvila.components.data.skipped import Tally
+from nvila.components.train.account import read_skipped
+from nvila.components.train.job import RECORD, TRAINED, Job, Run
 from nvila.components.train.launch import launch
-from nvila.components.train.losses import read_losses
+from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
 
 
 class Settings(Section):
@@ -31,31 +35,36 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     Args:
         settings: the row, and how to run it.
         inputs: `model` (the stage before, or base), `samples`, and for pruned rows `kept_*` (score tables).
-        out: gets `model/` (native layout), `loss.jsonl`, `loss.png`.
+        out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`.
 
     Raises:
         TrainingError: a loss that is not finite, a worker that died.
+        DataError: more samples cannot be used than `max_skipped_share` allows.
         Preempted: asked to stop.
     """
     began = time.monotonic()
     _train(settings, inputs, out)
-    records = read_losses(out / "loss.jsonl")
+    records, skipped = read_losses(out / LOSSES), read_skipped(out / SKIPPED, sys.maxsize)
     steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     seconds = time.monotonic() - began
-    tail = [r["loss"] for r in records[-max(1, len(records) // 10) :]]
+    samples = steps * settings.stage.batch - len(skipped)
+    tally = Tally(f"stage {settings.stage.name}", len(skipped), 1, quiet=True)
+    tally.add(skipped)
+    tail = [r["loss"] for r in records[-max(1, len(records) // 10) :] if r["loss"] is not None]
     return Outcome(
         kind="model",
         values={
             "stage": settings.stage.model_dump(mode="json"),
             "precision": settings.run.precision,
             "steps": steps,
-            "samples": steps * settings.stage.batch,
-            "final_loss": round(sum(tail) / len(tail), 4),
+            "samples": samples,
+            "skipped": tally.summary(),
+            "final_loss": round(sum(tail) / len(tail), 4) if tail else None,
         },
-        files=("model/**/*", "loss.jsonl", "loss.png"),
-        measured={"seconds": seconds, "samples_per_second": steps * settings.stage.batch / seconds},
+        files=(*TRAINED, "loss.png"),
+        measured={"seconds": seconds, "samples_per_second": samples / seconds},
     )
 
 
@@ -65,7 +74,7 @@ def join(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
 
 
 def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
-    if (out / "model").exists() and read_losses(out / "loss.jsonl"):
+    if fault(out, out / RECORD) is None:
         return
     launch(
         Job(
@@ -85,6 +94,7 @@ def _plot(records: list[dict[str, Any]], name: str, path: Path) -> None:
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1)
+    known = [r for r in records if r["loss"] is not None]
+    axes.plot([r["step"] for r in known], [r["loss"] for r in known], linewidth=1)
     axes.set(title=f"Stage {name}", xlabel="optimizer step", ylabel="loss per supervised token")
     figure.savefig(path, dpi=100)

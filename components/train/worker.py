@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.progress import Progress
-from nvila.components.train.job import VERDICT, Job
+from nvila.components.contracts.sealed import seal
+from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
 
 if TYPE_CHECKING:
     from nvila.components.model.nvila import NVILA
@@ -39,15 +39,21 @@ def main(job_path: str) -> None:
 
 
 def train(job: Job, stop: StopRequest) -> None:
-    """The training loop."""
+    """The training loop.
+
+    Raises:
+        TrainingError: a loss, a gradient or a weight is not finite.
+        DataError: more samples cannot be used than `max_skipped_share` allows.
+        Preempted: asked to stop.
+    """
     import torch
 
-    from nvila.components.model.checkpoint import load_native, save_native
+    from nvila.components.model.checkpoint import load_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
+    from nvila.components.train.account import Account, Share
     from nvila.components.train.data import stage_samples
     from nvila.components.train.engine import start
-    from nvila.components.train.losses import LossLog
 
     torch.manual_seed(job.seed)
     out, stage = Path(job.out), job.stage
@@ -66,46 +72,43 @@ def train(job: Job, stop: StopRequest) -> None:
     engine = start(model, stage, job.run, total)
     use_flash_attention(model)  # now that the weights have the precision of the stage
     done = engine.resume(out / "checkpoints")
-    log = LossLog(out / "loss.jsonl", done) if engine.rank == 0 else None
-    mine = _share_of(samples[: total * stage.batch], stage.batch, engine.rank, engine.world)
+    samples = samples[: total * stage.batch]
+    account = Account(engine, job, [sample.id for sample in samples], done)
     feed = Feed(tokenizer, model.config)
-    progress = Progress(f"stage {stage.name}", total)
-    progress.update(done)
-    saved = time.monotonic()
-    losses: list[float] = []
-    tokens = 0
     micro = stage.batch // (engine.micro_batches * engine.world)
+    mine = _share_of(samples, stage.batch, engine.rank, engine.world)
+    saved = time.monotonic()
+    share = Share()
     for index, batch in enumerate(feed.batches(mine, micro, start=done * engine.micro_batches), 1):
-        learning_rate = engine.learning_rate
-        loss = engine.forward(**batch.to(device).forward_arguments())
-        engine.backward(loss)
-        losses.append(float(loss.detach()))
-        tokens += int(batch.attention_mask.sum())
+        share.add(batch, *engine.accumulate(**batch.to(device).forward_arguments()))
         if index % engine.micro_batches:
             continue
-        done += 1
-        mean = sum(losses) / len(losses)
-        if log:
-            log.write(step=done, loss=round(mean, 6), lr=learning_rate, tokens=tokens)
-            progress.update(1, f"loss {mean:.3f}")
-        losses.clear()
-        tokens = 0
-        if done == total:
+        stopping, due = account.step(share, stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
+        share = Share()
+        if account.done == total:
             break
-        stopping, due = engine.agree(stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
         if stopping or due:
-            engine.save(out / "checkpoints", done)
+            account.save(out / "checkpoints")
             saved = time.monotonic()
         if stopping:
-            raise Preempted(f"stage {stage.name} stopped after {done} of {total} steps; its checkpoint is kept")
+            raise Preempted(f"stage {stage.name} stopped after {account.done} of {total} steps; its checkpoint is kept")
+    account.check_weights()
     weights = engine.weights()
     if engine.rank == 0:
-        partial = out / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         model.config = config
-        save_native(model, tokenizer, partial, state_dict=weights)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        partial.rename(out / "model")
+        _save(model, tokenizer, weights, out)
+
+
+def _save(model: NVILA, tokenizer: Any, weights: dict[str, Any], out: Path) -> None:
+    """Write `out/model`, and last the record without which the next attempt does not believe it."""
+    from nvila.components.model.checkpoint import save_native
+
+    partial = out / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_native(model, tokenizer, partial, state_dict=weights)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    partial.rename(out / "model")
+    seal(out, out / RECORD, TRAINED)
 
 
 def set_trainable(model: NVILA, parts: list[Any]) -> None:

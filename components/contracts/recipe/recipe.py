@@ -98,7 +98,8 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     r = recipe.model_dump(mode="json", by_alias=True)
     image = [s["name"] for s in r["data"]["sources"] if s["kind"] == "image"]
     video = [s["name"] for s in r["data"]["sources"] if s["kind"] == "video"]
-    prune = {"prune": r["prune"], "seed": r["seed"]}
+    skips = {"max_skipped_share": r["train"]["max_skipped_share"]}
+    prune = {"prune": r["prune"], "seed": r["seed"]} | skips
     run = {k: v for k, v in r["train"].items() if k != "stages"}
     evaluate = {k: v for k, v in r["evaluate"].items() if k != "gate"}
     quantize = {k: v for k, v in r["quantize"].items() if k not in ("gate", "limit", "through_vllm")}
@@ -110,13 +111,13 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {
         "preflight": {"data": r["data"], "rollout": r["rollout"], "needs": r["needs"], "vllm": vllm},
         "validate": {"data": r["data"]},
-        "base": {"model": r["model"], "seed": r["seed"]},
+        "base": {"model": r["model"], "seed": r["seed"]} | skips,
         "prune-image": prune | {"sources": image},
         "prune-video": prune | {"sources": video},
         **stages,
         "evaluate": {"evaluate": evaluate, "seed": r["seed"]},
         "gate": {"gate": r["evaluate"]["gate"]},
-        "quantize": {"quantize": quantize, "seed": r["seed"]},
+        "quantize": {"quantize": quantize, "seed": r["seed"]} | skips,
         "evaluate-quantized": quantized,
         "gate-quantized": {"gate": r["quantize"]["gate"]},
         "register": {"register": r["register"]},

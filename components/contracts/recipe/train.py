@@ -61,6 +61,9 @@ class TrainSettings(Section):
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Longest time between two checkpoints of an unfinished stage."""
+    max_skipped_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
+    answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""
 
     @model_validator(mode="after")
     def _batches_are_whole(self) -> TrainSettings:

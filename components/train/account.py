@@ -1,0 +1,145 @@
+"""What a stage's optimizer steps were of: losses and tokens of all processes, samples left out, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvila.components.contracts.errors import TrainingError
+from nvila.components.contracts.progress import Progress
+from nvila.components.data.skipped import Skipped, Tally
+from nvila.components.train.job import Job
+from nvila.components.train.losses import LOSSES, SKIPPED, StepLog, read_log
+
+if TYPE_CHECKING:
+    import torch
+
+    from nvila.components.model.batch import Batch
+    from nvila.components.train.engine import Engine
+
+SUSPECTS = 10
+"""Samples that an error names."""
+
+
+@dataclass
+class Share:
+    """What one process has seen of a global batch."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """Of each micro batch, summed over its supervised tokens; left on the device until the step."""
+    samples: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    supervised: int = 0
+    tokens: int = 0
+
+    def add(self, batch: Batch, loss: torch.Tensor, supervised: int) -> None:
+        """Add a micro batch."""
+        self.losses.append(loss)
+        self.samples.append(batch.samples)
+        self.skipped += batch.skipped
+        self.supervised += supervised
+        self.tokens += int(batch.attention_mask.sum()) if batch.samples else 0
+
+    def suspects(self) -> list[str]:
+        """Samples of micro batches whose loss is not finite."""
+        micro = zip(self.samples, self.losses, strict=True)
+        return [sample for samples, loss in micro if not bool(loss.isfinite()) for sample in samples]
+
+
+class Account:
+    """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
+
+    def __init__(self, engine: Engine, job: Job, samples: list[str], done: int) -> None:
+        """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
+        out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
+        self.done, self.total = done, len(samples) // job.stage.batch
+        self._engine, self._samples, self._batch = engine, samples, job.stage.batch
+        self._tally = Tally(what, len(set(samples)), job.run.max_skipped_share, quiet=not first)
+        self._tally.add(read_skipped(out / SKIPPED, done))
+        engine.total(0)  # all have read what rank 0 now cuts
+        self._logs = [StepLog(out / name, done) for name in (LOSSES, SKIPPED)] if first else []
+        self._progress = Progress(what, self.total) if first else None
+        self._show(done)
+
+    def step(self, share: Share, *flags: bool) -> list[bool]:
+        """Take the step of a global batch, of which this process has seen `share`.
+
+        Returns:
+            Each flag as any process has it: what all must do together (save, stop) is decided by all together.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite; no weight has changed.
+            DataError: too many samples cannot be used.
+        """
+        engine, rate = self._engine, self._engine.learning_rate
+        own = sum(loss.item() for loss in share.losses)
+        seen = (own, share.supervised, share.tokens, len(share.skipped))
+        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags)
+        if skipped:
+            self._skip(engine.gather(share.skipped))
+        if not math.isfinite(loss):
+            suspects = [
+                one
+                for ids, micro in zip(share.samples, share.losses, strict=True)
+                if not micro.isfinite()
+                for one in ids
+            ]
+            raise self._not_finite("the loss is not finite", loss, engine.gather(suspects))
+        if not engine.step(int(supervised)):
+            batch = self._samples[self.done * self._batch : (self.done + 1) * self._batch]
+            raise self._not_finite("the gradients are not finite", None, batch)
+        self.done += 1
+        mean = loss / supervised if supervised else None
+        if self._logs:
+            self._logs[0].write(
+                step=self.done, loss=None if mean is None else round(mean, 6), lr=rate, tokens=int(tokens)
+            )
+        self._show(1, "no usable sample" if mean is None else f"loss {mean:.3f}")
+        return [flag > 0 for flag in joint]
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; the logs reach the disk before it.
+
+        Raises:
+            TrainingError: a weight is not finite.
+        """
+        self.check_weights()
+        for log in self._logs:
+            log.sync()
+        self._engine.save(folder, self.done)
+
+    def check_weights(self) -> None:
+        """What is not finite must not be written.
+
+        Raises:
+            TrainingError: a weight is not finite.
+        """
+        if names := self._engine.not_finite():
+            raise self._not_finite("weights are not finite", names[:3], [])
+
+    def _skip(self, skipped: list[Skipped]) -> None:
+        for one in skipped if self._logs else ():
+            self._logs[1].write(step=self.done + 1, **asdict(one))
+        self._tally.add(skipped)
+
+    def _show(self, steps: int, note: str = "") -> None:
+        if self._progress:
+            self._progress.update(steps, note)
+
+    def _not_finite(self, what: str, value: object, suspects: list[str]) -> TrainingError:
+        named = ", ".join(suspects[:SUSPECTS]) + (", ..." if len(suspects) > SUSPECTS else "")
+        return TrainingError(
+            what,
+            where=f"optimizer step {self.done}",
+            value=value,
+            do="Lower the stage's learning_rate or set clip_norm; the last checkpoint is kept"
+            + (f". Look at these samples: {named}" if named else ""),
+        )
+
+
+def read_skipped(path: Path, done: int) -> list[Skipped]:
+    """Samples that the first `done` steps of a stage left out."""
+    found = [record for record in read_log(path) if record["step"] <= done]
+    return [Skipped(str(record.get("id")), str(record.get("reason")), record.get("where")) for record in found]

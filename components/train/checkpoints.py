@@ -1,0 +1,73 @@
+"""The checkpoints of an unfinished stage: which are kept, and which are sound. Writing and loading is DeepSpeed's.
+
+`step-N/` is there only whole: written under another name, brought to the disk with a record of its files, renamed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.sealed import fault, sync
+
+LATEST = "latest"
+"""File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
+RECORD = "files.json"
+"""In each checkpoint: sizes and digests of its files."""
+KEPT = 2
+_WHOLE = re.compile(r"step-(\d+)")
+_OWNER = re.compile(r"zero_pp_rank_(\d+)_")
+
+
+def partial(step: int) -> str:
+    """Name of a checkpoint while it is written."""
+    return f"partial-step-{step}"
+
+
+def written_by(folder: Path, rank: int) -> list[Path]:
+    """Files of a checkpoint that this process has written; what belongs to no process is rank 0's."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    owners = [_OWNER.search(path.name) for path in files]
+    return [path for path, owner in zip(files, owners, strict=True) if (int(owner[1]) if owner else 0) == rank]
+
+
+def publish(folder: Path, step: int) -> None:
+    """Give a checkpoint that is on the disk its name, then drop all but the newest."""
+    whole = folder / f"step-{step}"
+    shutil.rmtree(whole, ignore_errors=True)
+    (folder / partial(step)).rename(whole)
+    sync([], folder)
+    write_atomic(folder / LATEST, whole.name)
+    newest = _by_step(folder)
+    for old in [path for path in folder.iterdir() if path.is_dir() and path not in newest[:KEPT]]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_sound(folder: Path) -> str | None:
+    """Name of the newest checkpoint whose files are as they were written; says where the work goes on, and why there.
+
+    A checkpoint that is not sound is removed, or it would stand in the way of those to come.
+    """
+    broken: list[str] = []
+    for path in _by_step(folder):
+        if (why := fault(path, path / RECORD)) is None:
+            _say(f"goes on from checkpoint {path.name}", broken)
+            return path.name
+        broken.append(f"{path.name} is not sound: {why}")
+        shutil.rmtree(path, ignore_errors=True)
+    if broken:
+        _say("no checkpoint is left, training starts anew", broken)
+    return None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """Checkpoints that have their name, the newest first."""
+    found = [(match, path) for path in folder.glob("step-*") if (match := _WHOLE.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: -int(pair[0][1]))]
+
+
+def _say(what: str, broken: list[str]) -> None:
+    print(what + (f" ({'; '.join(broken)})" if broken else ""), file=sys.stderr, flush=True)

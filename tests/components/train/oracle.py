@@ -1,0 +1,79 @@
+"""A stage in plain PyTorch, as written down: no DeepSpeed, no micro batches, no ranks. Run by test_arithmetic.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from nvila.components.train.job import Job
+
+
+def plain(job: Job) -> tuple[dict[str, Any], list[float]]:
+    """Weights by name (fp32 masters) and loss of each step: AdamW on the mean over all supervised tokens of a batch."""
+    import torch
+
+    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.feed import Feed
+    from nvila.components.train.data import stage_samples
+    from nvila.components.train.schedule import warmup_cosine
+    from nvila.components.train.worker import set_trainable
+
+    torch.manual_seed(job.seed)
+    stage, low = job.stage, job.run.precision == "bf16"
+    model, tokenizer = load_native(Path(job.model), dtype="bfloat16" if low else "float32")
+    set_trainable(model, stage.trainable)
+    model.prepare_for_training()
+    samples = stage_samples(stage, Path(job.samples), [], job.seed)
+    total = len(samples) // stage.batch
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: p.detach().float().clone() for name, p in learning.items()}
+    groups = [
+        {"params": [m for m in masters.values() if m.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [m for m in masters.values() if m.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    losses = []
+    for step in range(total):
+        for group in adam.param_groups:
+            group["lr"] = stage.learning_rate * warmup_cosine(step, total, stage.warmup_ratio)
+        rows = samples[step * stage.batch : (step + 1) * stage.batch]
+        sums = {name: torch.zeros_like(m) for name, m in masters.items()}
+        loss, tokens = 0.0, 0
+        for sample in rows:  # one by one, so that no padding and no order can matter
+            (batch,) = Feed(tokenizer, model.config).batches([sample], 1, workers=0)
+            if not batch.samples:
+                continue
+            n = int((batch.labels[:, 1:] != -100).sum())
+            out = model(**batch.forward_arguments()).loss * n
+            out.backward()
+            loss, tokens = loss + float(out.detach()), tokens + n
+            for name, parameter in learning.items():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad.float()
+                    parameter.grad = None
+        for name, master in masters.items():
+            master.grad = sums[name] / tokens
+        if stage.clip_norm:
+            torch.nn.utils.clip_grad_norm_(masters.values(), stage.clip_norm)
+        adam.step()
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(masters[name])
+        losses.append(loss / tokens)
+    return masters, losses
+
+
+def main() -> None:
+    """Train each job of a file of JSON lines; under torchrun's variables, as one of its ranks."""
+    from nvila.components.train.worker import train
+
+    class Never:
+        asked = False
+
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        train(Job.model_validate_json(line), Never())  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()
