@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.metrics.standing import headline
 from nvila.components.report.collect import RunView, StepView, collect
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
 from nvila.components.runner.execute import Place, on_cluster
@@ -74,7 +75,7 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
         source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
         for source, row in full.items()
     }
-    version = run.values("register")
+    version, measured = run.values("register"), headline(full, small)
     return dict(
         redact(
             {
@@ -84,6 +85,7 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
                 "message": ended.message,
                 "recipe": run.values("resolve").get("recipe", {}).get("name"),
                 "seconds": round(last - began, 1),
+                "headline": measured.text,
                 "accuracy": sources,
                 "registered": {key: version[key] for key in ("name", "version") if key in version} or None,
                 "links": _links(run_dir),
