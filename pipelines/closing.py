@@ -9,8 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.pipelines.summary import LOG, Finished
 from nvila.pipelines.watch import step_table
@@ -27,58 +29,55 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
     )
     _print_table(console, title, step_table(finished.states))
     if summary["accuracy"]:
+        found = finished.headline
+        colour = "green" if found.good and summary["exit_code"] == Exit.DONE else "yellow"
+        console.print(f"\n{visible(found.text)}", style=f"bold {colour}", markup=False, highlight=False)
+    if summary["accuracy"]:
         title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
         _print_table(console, title, _accuracy_table(summary["accuracy"]))
     if summary["stages"]:
         _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
     console.print()
     for label, value in _places(finished, summary):
-        console.print(f"{label:<12} {value}", markup=False, highlight=False, soft_wrap=True)
-    if summary["endpoint"]:
+        console.print(f"{label:<12} {visible(value)}", markup=False, highlight=False, soft_wrap=True)
+    if summary["endpoint"] and (example := curl_example(finished)):
         console.print("\nask the served model about a picture:")
-        console.print(curl_example(finished), markup=False, highlight=False, soft_wrap=True)
+        console.print(example, markup=False, highlight=False, soft_wrap=True)
     if summary["message"]:
-        console.print(f"\n{summary['message']}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{visible_lines(summary['message'])}", markup=False, highlight=False, soft_wrap=True)
 
 
-def curl_example(finished: Finished) -> str:
-    """A shell command that asks the endpoint a held-out question about its picture."""
+def curl_example(finished: Finished) -> str | None:
+    """A shell command that asks the endpoint a held-out question about its picture; None where no question has one.
+
+    Names and questions come from the user's data. The body stands in single quotes, in which a shell reads nothing, and
+    no quote is left in it; base64 writes nothing that a shell would split or read.
+    """
+    held_out = _held_out(finished)
+    if held_out is None:
+        return None
     served = finished.values("rollout")
-    picture, question = _held_out(finished)
+    picture, question = held_out
     kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
-    marker = "@PICTURE@"
-    body = {
-        "model": served["model"],
-        "temperature": 0,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{marker}"}},
-                    {"type": "text", "text": question},
-                ],
-            }
-        ],
-    }
-    text = json.dumps(body, separators=(",", ":"))
-    for special in '\\"$`':
-        text = text.replace(special, "\\" + special)
-    data = text.replace(marker, f"$(base64 -w0 '{short(picture)}')")
+    url = {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,"}}
+    content = [url, {"type": "text", "text": question}]
+    body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
+    text = json.dumps(body, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
+    before, comma, after = text.partition(";base64,")  # the first one: ours
+    data = f"'{before}{comma}'$(base64 -w0 -- {shell_word(short(picture))})'{after}'"
     key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
-    return (
-        f"curl -s {served['endpoint'].rstrip('/')}/v1/chat/completions "
-        f"{key}-H 'Content-Type: application/json' -d \"{data}\""
-    )
+    address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
+    return f"curl -s {address} {key}-H 'Content-Type: application/json' -d {data}"
 
 
-def _held_out(finished: Finished) -> tuple[Path, str]:
+def _held_out(finished: Finished) -> tuple[Path, str] | None:
     """A held-out picture and its question, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
 
     samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
-        raise NvilaError("no held-out sample has a single picture")
+        return None
     measured = finished.values("evaluate")["accuracy"]
     best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
     return best.root / best.media[0], best.question
@@ -90,7 +89,7 @@ def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, row in accuracy.items():
         table.add_row(
-            source,
+            Text(visible(source)),
             str(row["n"]),
             f"{row['majority']:.3f}",
             f"{_interval(row['question_only'], row['question_only_interval'])} {row['question_only_kind']}",
@@ -105,9 +104,9 @@ def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("after")
     for source in sources:
-        table.add_column(source, justify="right")
+        table.add_column(Text(visible(source)), justify="right")
     for stage, row in stages.items():
-        table.add_row(stage, *(f"{row[source]:.3f}" if source in row else "" for source in sources))
+        table.add_row(Text(visible(stage)), *(f"{row[source]:.3f}" if source in row else "" for source in sources))
     return table
 
 
@@ -128,7 +127,7 @@ def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]
 
 def _print_table(console: Console, title: str, table: Table) -> None:
     """The title on a line of its own: a table's own title wraps at the table's width."""
-    console.print(f"\n{title}", style="bold", highlight=False)
+    console.print(f"\n{visible(title)}", style="bold", markup=False, highlight=False)
     console.print(table)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.metrics.standing import Headline, headline
 from nvila.pipelines.watch import StepState, read_states
 
 SUMMARY = "summary.json"
@@ -38,6 +39,11 @@ class Finished:
     def values(self, step: str) -> dict[str, Any]:
         """Values of a step's manifest; empty where the step did not come through."""
         return self.manifests[step].values if step in self.manifests else {}
+
+    @property
+    def headline(self) -> Headline:
+        """What may be said of the model by what was measured."""
+        return headline(*(self.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized")))
 
     @property
     def failed(self) -> StepState | None:
@@ -68,6 +74,7 @@ def _load(path: str) -> Manifest | None:
 
 def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> dict[str, Any]:
     """Write the run's `summary.json` and return its content."""
+    found = finished.headline
     summary = {
         "run": finished.run_dir.name,
         "recipe": finished.values("resolve").get("recipe", {}).get("name"),
@@ -78,6 +85,7 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
             {"name": s.name, "status": s.status, "seconds": round(s.seconds, 3), "cached": s.status == "cached"}
             for s in finished.states
         ],
+        "headline": found.text,
         "accuracy": accuracy(finished),
         "stages": finished.values("evaluate").get("stages", {}),
         "endpoint": finished.values("rollout").get("endpoint"),

@@ -57,7 +57,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         kind="metrics",
         values={
             "accuracy": _compare(before, rows),
-            "same_answer": round(sum(r["prediction"] == r["prediction_full"] for r in rows) / len(rows), 4),
+            "same_answer": round(sum(is_correct(r["prediction"], r["prediction_full"]) for r in rows) / len(rows), 4),
             "through": "vllm" if settings.through_vllm else "torch",
             "max_new_tokens": settings.evaluate.max_new_tokens,
         },
@@ -72,7 +72,7 @@ def _first_of_each_source(rows: list[dict[str, Any]], limit: int | None) -> list
 
 
 def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per source: accuracy with interval, accuracy of the full model on the same questions, and the fall."""
+    """Per source: accuracy with interval, accuracy of the full model on the same questions, and the fall with noise."""
     found = {}
     for source in dict.fromkeys(row["source"] for row in before):
         full = [row["correct"] for row in before if row["source"] == source]

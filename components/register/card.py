@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.metrics.standing import headline
 
 
 def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
@@ -16,10 +17,12 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
         inputs: `model`, `metrics`, `full`, `samples`, as `register` gets them.
     """
     full, quantized = inputs["full"].values["accuracy"], inputs["metrics"].values["accuracy"]
+    said = headline(full, quantized).text
     parts = [
         f"# {name}",
         "A vision-language model after NVILA (scale then compress): question and picture or clip in, short answer out.",
         "## Accuracy",
+        f"**{said[0].upper()}{said[1:]}**",
         "Exact match on held-out questions with 95% intervals. *Without the picture* is the best score that any of the "
         "baselines reaches which do not see the right picture.",
         _table(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.files import read_json
+from nvila.components.metrics.standing import headline
 from nvila.components.report.collect import RunView, collect
 from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
@@ -82,7 +83,7 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
         source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
         for source, row in full.items()
     }
-    version = run.values("register")
+    version, measured = run.values("register"), headline(full, small)
     return dict(
         redact(
             {
@@ -92,6 +93,7 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
                 "message": ended.message,
                 "recipe": run.values("resolve").get("recipe", {}).get("name"),
                 "seconds": round(last - began, 1),
+                "headline": measured.text,
                 "accuracy": sources,
                 "registered": {key: version[key] for key in ("name", "version") if key in version} or None,
                 "links": _links(run_dir),

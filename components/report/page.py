@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
+from nvila.components.metrics.standing import above, change, headline, standing
 from nvila.components.report import charts, flow
 from nvila.components.report.collect import RunView
 from nvila.components.report.gallery import cards, table
@@ -66,9 +67,12 @@ def verdict(run: RunView) -> dict[str, str]:
         return {"tone": "neutral", "title": "Not finished", "text": f"The run was ended before {left[0]} began."}
     rollout = run.values("rollout")
     version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
-    if rollout.get("endpoint"):
-        return {"tone": "good", "title": f"{version} is serving", "text": str(rollout["endpoint"])}
-    return {"tone": "good", "title": f"{version} is registered", "text": f"Rollout: {rollout.get('decision', '')}"}
+    where = f"Rollout: {rollout.get('decision', '')}"
+    state, text = ("serving", str(rollout["endpoint"])) if rollout.get("endpoint") else ("registered", where)
+    found = headline(run.values("evaluate").get("accuracy", {}), run.values("evaluate-quantized").get("accuracy", {}))
+    if found.good:
+        return {"tone": "good", "title": f"{version} is {state}", "text": text}
+    return {"tone": "neutral", "title": f"{version} is {state}, but {found.text}", "text": text}
 
 
 def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
@@ -79,10 +83,17 @@ def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
     for source, measured in full.items():
         quantized = after.get(source)
         only = measured.get("question_only") or {}
-        change = quantized["accuracy"] - measured["accuracy"] if quantized else None
-        above = "low" in measured and "high" in only and measured["low"] > only["high"]
-        rows.append({"source": source, "full": measured, "only": only, "quantized": quantized, "change": change,
-                     "above": above})  # fmt: skip
+        rows.append(
+            {
+                "source": source,
+                "full": measured,
+                "only": only,
+                "quantized": quantized,
+                "change": change(measured, quantized) if quantized else None,
+                "above": above(measured, only),
+                "kept": standing(measured, quantized) == "learnt",
+            }
+        )
     return rows
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.text import visible
 from nvila.pipelines import closing
 from nvila.pipelines.local import _exit_code, _new_run, _point_latest
 from nvila.pipelines.memory import MemorySampler, pss_bytes
@@ -131,27 +132,76 @@ def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.Monkey
         assert part in out.getvalue(), part
 
 
-@pytest.mark.parametrize("question", ["Which digit is in row 2?", 'It\'s "5" $HOME `id` \\ back?'])
-def test_the_curl_command_works_by_copy_and_paste(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str
+def _measured(run_dir: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, quantized: float) -> str:
+    small = {"accuracy": quantized, "low": quantized - 0.02, "high": quantized + 0.02, "n": 1000}
+    full = ROW | {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
+    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {"digits": full}, "stages": {}})
+    monkeypatch.setitem(VALUES, "evaluate-quantized", {"accuracy": {"digits": small}})
+    monkeypatch.setattr(closing, "_held_out", lambda finished: None)
+    for name in ("evaluate", "evaluate-quantized"):
+        _write_step(run_dir, name, "done")
+    finished, out = Finished.read(run_dir), io.StringIO()
+    summary = write_summary(finished, 1.0, 0, 0)
+    closing.show_closing(finished, summary, Console(file=out, width=140, force_terminal=True, color_system="standard"))
+    assert summary["headline"] in out.getvalue()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "quantized", "said"),
+    [(0.7, 0.7, None), (0.35, 0.35, "not above its baseline: digits"), (0.8, 0.45, "lost by quantization: digits")],
+)
+def test_only_a_good_model_gets_a_green_headline(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, quantized: float, said: str | None
 ) -> None:
-    """The shell must hand over exactly the picture and the question, whatever characters they hold."""
-    picture = tmp_path / "some picture.png"
+    """The last line that people read must not call a broken model a success, whatever its gates let pass."""
+    shown = _measured(run_dir, monkeypatch, accuracy, quantized)
+    assert (said or "learnt") in shown
+    assert ("\x1b[1;32m" in shown) is (said is None) and ("\x1b[1;33m" in shown) is (said is not None)
+
+
+def test_a_run_without_pictures_ends_well(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example could not be made of clips alone, and its error was the end of a run that had come through."""
+    monkeypatch.setattr(closing, "_held_out", lambda finished: None)
+    finished, out = Finished.read(run_dir), io.StringIO()
+    closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
+    assert "curl" not in out.getvalue() and "http://127.0.0.1:8321" in out.getvalue()
+
+
+@pytest.mark.parametrize("name", [
+    "some picture.png", "a'$(touch ran)'.png", "`touch ran`.png", 'a"; touch ran; ".png', "a\ntouch ran\n.png",
+    "-n.png", "a\x1b[31m\\ '!touch.png", "a\u202egnp.exe", os.fsdecode(b"caf\xe9.png"), "a$IFS;touch ran&#|.png",
+    "\u200b.png",
+])  # fmt: skip
+@pytest.mark.parametrize("question", [
+    "Which digit is in row 2?", 'It\'s "5" $HOME `id` \\ back? !!', "'; touch ran; '\n$(touch ran)",
+    ";base64,@ \x1b[2J\x7f",
+])  # fmt: skip
+def test_the_curl_command_works_by_copy_and_paste(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str, name: str
+) -> None:
+    """The shell must hand over exactly the picture and the question, and run nothing that their texts say."""
+    picture = tmp_path / name
     picture.write_bytes(bytes(range(256)))
     monkeypatch.setattr(closing, "_held_out", lambda finished: (picture, question))
+    monkeypatch.setattr(closing, "short", lambda path: path.name)
     fake = tmp_path / "bin" / "curl"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
     command = closing.curl_example(Finished.read(run_dir))
-    ran = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert command is not None and visible(command) == command
+    ran = subprocess.run(
+        ["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     args = ran.stdout.split("\0")
     assert "http://127.0.0.1:8321/v1/chat/completions" in args
     body = json.loads(args[args.index("-d") + 1])
     image, text = body["messages"][0]["content"]
     assert text["text"] == question and body["model"] == "nvila-tiny"
     assert base64.b64decode(image["image_url"]["url"].partition(",")[2]) == bytes(range(256))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_latest_always_points_at_a_whole_run(tmp_path: Path) -> None:

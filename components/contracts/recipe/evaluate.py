@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from nvila.components.contracts.recipe.section import Section
+
+LEAST_QUESTIONS = 30
+"""With fewer questions an interval is wider than anything that a gate would ask."""
 
 
 class Gate(Section):
     """What a model must reach to go on; exit code 3 where it does not."""
 
-    min_accuracy: dict[str, float] = {}
+    min_accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
     """Least exact match per source."""
     above_question_only: bool = True
     """Each source's 95% interval must lie above that of its strongest question-only baseline."""
+    least_questions: int = Field(default=LEAST_QUESTIONS, ge=1)
+    """A source with fewer held-out questions is refused."""
 
 
 class EvaluateSettings(Section):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from nvila.components.contracts.recipe.evaluate import LEAST_QUESTIONS
 from nvila.components.contracts.recipe.section import Section
 
 
@@ -13,7 +14,9 @@ class QuantizeGate(Section):
     """How much accuracy quantization may cost."""
 
     max_loss: float = Field(default=0.03, ge=0, le=1)
-    """Largest fall of exact match per source, beyond the 95% noise band of the difference."""
+    """Largest fall of exact match per source: the 95% interval of the fall must end at or below it."""
+    least_questions: int = Field(default=LEAST_QUESTIONS, ge=1)
+    """A source with fewer questions is refused."""
 
 
 class QuantizeSettings(Section):

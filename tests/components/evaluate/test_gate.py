@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.evaluate.gate import Settings, objections, run
+from nvila.components.metrics import accuracy
 
 
 def _measured(accuracy: float, low: float, baseline_high: float) -> dict:
     question_only = {"kind": "blank picture", "accuracy": baseline_high - 0.02, "high": baseline_high}
-    return {"s": {"accuracy": accuracy, "low": low, "high": 1.0, "question_only": question_only}}
+    return {"s": {"accuracy": accuracy, "low": low, "high": 1.0, "n": 1000, "question_only": question_only}}
 
 
 @pytest.mark.parametrize(
@@ -24,11 +26,51 @@ def test_gate_asks_for_accuracy_and_for_pictures_that_matter(measured: dict, ref
     assert len(objections(Gate(min_accuracy={"s": 0.5}), measured)) == refused
 
 
-@pytest.mark.parametrize(("fall", "refused"), [(0.02, 0), (0.045, 0), (0.06, 1), (-0.1, 0)])
-def test_quantization_may_cost_its_share_and_the_noise(fall: float, refused: int) -> None:
-    """Prevents noise of a small test from refusing a good model, and a real loss from passing."""
-    measured = {"s": {"accuracy": 0.5, "fall": fall, "fall_noise": 0.02}}
+@pytest.mark.parametrize(
+    ("fall", "noise", "refused"),
+    [(0.02, 0.009, 0), (0.0, 0.03, 0), (0.02, 0.02, 1), (0.06, 0.0, 1), (-0.1, 0.02, 0), (math.nan, 0.0, 1)],
+)
+def test_quantization_must_be_shown_to_cost_little(fall: float, noise: float, refused: int) -> None:
+    """Noise must not help: a fall that few questions cannot tell from a large one does not pass."""
+    measured = {"s": {"accuracy": 0.5, "n": 1000, "fall": fall, "fall_noise": noise}}
     assert len(objections(QuantizeGate(max_loss=0.03), measured)) == refused
+
+
+def test_three_of_ten_lost_do_not_pass() -> None:
+    """The old gate let a fall of 0.30 through, as ten questions are so noisy."""
+    lost, noise = accuracy.fall([True] * 10, [False] * 3 + [True] * 7)
+    measured = {"s": {**accuracy.accuracy([True] * 7 + [False] * 3), "fall": lost, "fall_noise": noise}}
+    assert len(objections(QuantizeGate(max_loss=0.03), measured)) == 2
+    assert len(objections(QuantizeGate(max_loss=0.03, least_questions=10), measured)) == 1
+
+
+@pytest.mark.parametrize(
+    "gate", [Gate(), Gate(above_question_only=False, min_accuracy={"s": 0.0}), QuantizeGate(max_loss=1)]
+)
+@pytest.mark.parametrize("n", [0, 1, 29])
+def test_a_handful_of_questions_opens_no_gate(gate: Gate | QuantizeGate, n: int) -> None:
+    """One right answer of one is an accuracy of 1.000."""
+    lost, noise = accuracy.fall([True] * n, [True] * n)
+    baseline = accuracy.accuracy([False] * n)
+    measured = {"s": {**accuracy.accuracy([True] * n), "question_only": baseline, "fall": lost, "fall_noise": noise}}
+    assert any("too few" in reason for reason in objections(gate, measured))
+
+
+@pytest.mark.parametrize("gate", [Gate(above_question_only=False), Gate(), QuantizeGate()])
+def test_nothing_measured_is_nothing_shown(gate: Gate | QuantizeGate) -> None:
+    """A loop over no sources finds no fault."""
+    assert objections(gate, {}) == ["no source was measured"]
+
+
+def test_a_source_that_was_not_measured_is_named() -> None:
+    """It was a KeyError, which looks like a fault of ours."""
+    (reason,) = objections(Gate(min_accuracy={"t": 0.5}), _measured(0.8, 0.78, 0.7))
+    assert reason.startswith("t: was not measured")
+
+
+def test_a_number_that_is_none_passes_nothing() -> None:
+    """Every comparison with NaN is false, so a gate that asks `is it below` lets it through."""
+    assert len(objections(Gate(min_accuracy={"s": 0.5}), _measured(math.nan, math.nan, 0.7))) == 2
 
 
 def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:

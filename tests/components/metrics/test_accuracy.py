@@ -44,13 +44,69 @@ def test_no_questions_prove_nothing() -> None:
     assert accuracy([]) == {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
 
 
+def _fall(lost: int, won: int, n: int) -> tuple[float, float]:
+    before = [True] * lost + [False] * won + [True] * (n - lost - won)
+    return fall(before, [False] * lost + [True] * won + [True] * (n - lost - won))
+
+
 def test_fall_is_paired() -> None:
     """Prevents the noise band of two independent samples: the same questions vary together."""
-    before = [True] * 80 + [False] * 20
-    assert fall(before, before) == (0.0, 0.0)
-    lost, noise = fall(before, [False] * 5 + before[5:])
-    assert lost == pytest.approx(0.05)
-    assert noise == pytest.approx(1.959964 * math.sqrt((0.05 - 0.0025) / 100), abs=1e-6)
+    lost, noise = _fall(5, 0, 1000)
+    assert lost == pytest.approx(0.005)
+    assert 0.004 < noise < 0.01  # two samples of 1000 would give 0.02 and more
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "n", "at_most"), [(0, 0, 1200, 0.005), (5, 5, 1200, 0.008), (75, 75, 3000, 0.009)]
+)
+def test_agreement_says_something_but_not_everything(lost: int, won: int, n: int, at_most: float) -> None:
+    """Without a pair that differs the old interval was empty; and a good model of `tiny` must still pass."""
+    assert 0 < _fall(lost, won, n)[1] <= at_most
+    assert _fall(0, 0, 10)[1] > 0.3
+
+
+def test_no_questions_leave_every_fall_possible() -> None:
+    """It was a division by zero."""
+    assert fall([], []) == (0.0, 1.0)
+
+
+def test_everything_can_be_lost() -> None:
+    """The interval ends where a fall can end."""
+    assert sum(_fall(10, 0, 10)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("n", [3, 10, 30])
+def test_a_true_fall_is_rarely_above_the_interval(n: int) -> None:
+    """Too narrow at small n is what lets a harmed model pass. Every outcome is counted, so this is no simulation."""
+    ends = {(b, c): sum(_fall(b, c, n)) for b in range(n + 1) for c in range(n + 1 - b)}
+    ways = {(b, c): math.comb(n, b) * math.comb(n - b, c) for b, c in ends}
+    for p in (0.003, 0.02, 0.1, 0.3, 0.6, 0.9):
+        for q in (0.0, 0.001, 0.01, 0.1, 0.4):
+            if p + q <= 1:
+                held = sum(
+                    ways[b, c] * p**b * q**c * (1 - p - q) ** (n - b - c)
+                    for (b, c), end in ends.items()
+                    if end >= p - q - 1e-9
+                )
+                assert held > 0.97, (p, q, held)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("caf\u00e9", "cafe\u0301"), ("\u212b", "\u00e5"), ("<\u200bimage>", "<image>"), ("\u200b7 ", "7")],
+)
+def test_one_text_has_one_form(one: str, other: str) -> None:
+    """Unicode has two spellings of the same sign, and a guarded control string is still the same answer."""
+    assert is_correct(one, other) and is_correct(other, one)
+
+
+def test_the_baseline_counts_spellings_together() -> None:
+    """Split votes make the baseline weaker than it is, and the gate easier."""
+    train = [_sample(1, "caf\u00e9?", "Yes."), _sample(2, "cafe\u0301?", "yes"), _sample(3, "cafe\u0301?", "no")]
+    train += [_sample(4, "caf\u00e9?", "no "), _sample(5, "caf\u00e9?", "YES")]
+    known = QuestionOnly(train)
+    assert is_correct(known.answer(_sample(6, "caf\u00e9?", "")), "yes")
+    assert is_correct(known.majority("s"), "yes")
 
 
 def test_question_only_answers_by_question_text_then_majority() -> None:

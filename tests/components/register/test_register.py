@@ -10,6 +10,7 @@ import pytest
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import CHALLENGER, find, registered_inputs
@@ -41,6 +42,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
         made = client.get_model_version("small", "1")
         logged = client.get_logged_model(made.tags["nvila.logged_model"])
         history = {m.key: m for m in logged.metrics}
+    assert "**Learnt: every source is above its baseline" in made.description
     assert "- W4A16: 21 linear layers" in made.description
     assert "| digits | 4000 | 1000 |" in made.description
     assert "| digits | 1000 | 0.110 | 0.300 (0.270 to 0.330), blank picture |" in made.description
@@ -51,6 +53,14 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert {"MLmodel", "data/config.json", "data/model.safetensors"} <= stored
     assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
     assert not (out / "upload").exists()
+
+
+def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, Manifest]) -> None:
+    """Whoever picks a version in the registry reads nothing else."""
+    register_inputs["metrics"].values["accuracy"]["digits"] |= {"accuracy": 0.21, "low": 0.18, "high": 0.24}
+    assert "**Lost by quantization: digits**" in model_card("small", register_inputs)
+    register_inputs["full"].values["accuracy"]["digits"] |= {"low": 0.3}
+    assert "**Not above its baseline: digits**" in model_card("small", register_inputs)
 
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:

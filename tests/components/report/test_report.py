@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.report.closing import Ending, notice
 from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG, duration
+from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
 from nvila.pipelines.docs import steps_table
 from nvila.pipelines.steps import STEPS
@@ -97,6 +99,38 @@ def test_rejected_run_says_so_with_the_gates_words(make_run: MakeRun) -> None:
     assert "the gate says no: digits: exact match 0.31 is below 0.4" in seen.text
     assert "not reached" in seen.text
     assert "not measured" in seen.text
+
+
+HEADLINE = re.compile(r'<div class="headline (\w+)">\s*<h1>(.*?)</h1>', re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "quantized", "tone", "said"),
+    [(0.72, 0.71, "good", "is serving"), (0.3, 0.3, "neutral", "but not above its baseline: digits"),
+     (0.72, 0.22, "neutral", "but lost by quantization: digits"), (0.72, None, "neutral", "but not measured")],
+)  # fmt: skip
+def test_only_a_good_model_gets_a_green_headline(
+    make_run: MakeRun, accuracy: float, quantized: float | None, tone: str, said: str
+) -> None:
+    """Gates may ask for nothing; the page must not call a model good that guesses or that quantization broke."""
+    run = collect(make_run())
+    full, small = (run.values(step)["accuracy"] for step in ("evaluate", "evaluate-quantized"))
+    full["digits"] |= {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
+    if quantized is None:
+        del small["digits"]
+    else:
+        small["digits"] |= {"accuracy": quantized, "low": quantized - 0.02, "high": quantized + 0.02}
+    found = HEADLINE.search(render(run))
+    assert found and found[1] == tone and said in found[2]
+    assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, Ending("succeeded"))["headline"]
+
+
+def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
+    """With fewer questions for the quantized model, two accuracies differ for reasons other than quantization."""
+    run = collect(make_run())
+    run.values("evaluate-quantized")["accuracy"]["digits"] |= {"accuracy": 0.6, "full": 0.61}
+    (row,) = [row for row in accuracy_rows(run) if row["source"] == "digits"]
+    assert row["change"] == pytest.approx(-0.01)
 
 
 @pytest.mark.parametrize("step", [name for name, *_ in DAG])

@@ -1,0 +1,45 @@
+"""Text from outside made fit to be shown: nothing in it may steer a terminal, or run in a shell it is pasted into."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import unicodedata
+
+_JOINERS = "\u200c\u200d"
+"""Zero-width signs that writing needs: Persian and Indic words, emoji of several people."""
+
+
+def visible(text: str) -> str:
+    """`text` on one line, with what is no sign of writing as an escape (`\\x1b`, `\\n`, `\\u202e`).
+
+    Terminals obey control characters, and signs that turn the direction of writing make a text look like another one.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_visible, text))
+
+
+def visible_lines(text: str) -> str:
+    """Like `visible`, but line breaks and tabs stay."""
+    return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+
+
+def shell_word(text: str) -> str:
+    """`text` as one word of a shell's command line that shows what it is: control characters are escapes in it too.
+
+    Other shells than bash, ksh and zsh do not know the form that such a text needs.
+    """
+    if visible(text) == text:
+        return shlex.quote(text)
+    return f"$'{''.join(map(_in_ansi_quotes, text))}'"
+
+
+def _visible(character: str) -> str:
+    if character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _in_ansi_quotes(character: str) -> str:
+    if _visible(character) == character and character not in "\\'!":  # an interactive bash reads `!` almost anywhere
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
