@@ -104,7 +104,7 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits(), *, fps
         names = _frame_files(path, limits)
         return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
     _check_file(path, limits)
-    choose = _at_rate(path, frames, fps, limits) if fps else partial(sample_indices, frames=frames)
+    choose = _at_rate(path, frames, fps, limits) if fps > 0 else partial(sample_indices, frames=frames)
     sought = _seek(path, limits, choose)
     if sought is not None:
         return sought

@@ -105,7 +105,7 @@ def refuse(content: Mapping[str, Any], rules: Sequence[Rule], where: str) -> Non
     """
     for key, value in content.items():
         for rule in rules:
-            if value is not None and re.fullmatch(rule.keys, key) and not rule.computed(value):
+            if value is not None and re.fullmatch(rule.keys, key, re.IGNORECASE) and not rule.computed(value):
                 raise ConfigError(rule.what, where=f"{where}: {key}", value=value, do=rule.do)
 
 
