@@ -146,10 +146,11 @@ def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image
 
 
 def sample_indices(count: int, frames: int) -> list[int]:
-    """round(linspace(0, count - 1, frames)), halves to even as numpy rounds."""
+    """round(linspace(0, count - 1, frames)), halves to even, in numpy's own arithmetic: a step is rounded first."""
     if frames == 1:
         return [0]
-    return [round(index * (count - 1) / (frames - 1)) for index in range(frames)]
+    step = (count - 1) / (frames - 1)
+    return [*(round(index * step) for index in range(frames - 1)), count - 1]
 
 
 def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:
