@@ -109,7 +109,7 @@ def load_video_frames(path: Path, frames: int, limits: Limits = Limits(), *, fps
         names = _frame_files(path, limits)
         return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
     _check_file(path, limits)
-    choose = _at_rate(path, frames, fps, limits) if fps else partial(sample_indices, frames=frames)
+    choose = _at_rate(path, frames, fps, limits) if fps > 0 else partial(sample_indices, frames=frames)
     sought = _seek(path, limits, choose)
     if sought is not None:
         return sought
@@ -151,10 +151,11 @@ def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image
 
 
 def sample_indices(count: int, frames: int) -> list[int]:
-    """round(linspace(0, count - 1, frames)), halves to even as numpy rounds."""
+    """round(linspace(0, count - 1, frames)), halves to even, in numpy's own arithmetic: a step is rounded first."""
     if frames == 1:
         return [0]
-    return [round(index * (count - 1) / (frames - 1)) for index in range(frames)]
+    step = (count - 1) / (frames - 1)
+    return [*(round(index * step) for index in range(frames - 1)), count - 1]
 
 
 def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:

@@ -21,7 +21,6 @@ from nvila.components.model.layouts import LAYOUTS, TOWER, Checkpoint, Layout, h
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import is_served, write_serving_files
 from nvila.components.model.tensorfile import CODES, FLOATING, Target, file_bytes, write_file
-from nvila.components.model.timetokens import check_time_tokens
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, template_name, written_template
 from nvila.components.model.variants import empty_model
 
@@ -60,7 +59,6 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
     checkpoint = open_checkpoint(source)
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
     tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    check_time_tokens(tokens.time, checkpoint.config.time_tokens)
     skeleton = empty_model(checkpoint.config, tokens)
     _check(checkpoint, layout, skeleton)
     files = _files(checkpoint, layout, tokens.vocabulary, _code(dtype, layout))

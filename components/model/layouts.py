@@ -52,9 +52,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if layout in ("native", "vila"):
         folders = part_folders(folder)
         tensors = {f"{part}.{name}": t for part in PARTS for name, t in read_folder(folders[part]).items()}
-        return Checkpoint(folder, layout, read_native_config(folder), folders["llm"], _canonical(tensors))
-    config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
-    return Checkpoint(folder, layout, config, folder, _canonical(read_folder(folder)))
+        config, tokenizer = read_native_config(folder), folders["llm"]
+    else:
+        config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
+        tensors, tokenizer = read_folder(folder), folder
+    _check_vocabulary(config, tokenizer)
+    return Checkpoint(folder, layout, config, tokenizer, _canonical(tensors))
 
 
 def checkpoint_root(folder: Path) -> Path:
@@ -232,6 +235,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _serving_config(folder: Path) -> ModelConfig:
     content = read_json(folder / "config.json")
     return ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Path) -> None:
+    """The time tokens that the configuration speaks of are there; the tokenizer is not read where it names none."""
+    if config.time_tokens:
+        from nvila.components.model.timetokens import check_time_tokens, time_token_ids
+        from nvila.components.model.tokenizer import load_tokenizer
+
+        check_time_tokens(time_token_ids(load_tokenizer(tokenizer)), config.time_tokens)
 
 
 def _section(content: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:

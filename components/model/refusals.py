@@ -62,7 +62,6 @@ CONFIG = (
     Rule("mm_use_im_start_end", _off, "no tokens are put around a picture", "Set it to false"),
     Rule("mm_vision_select_feature", _is("cls_patch"), "SigLIP has no class token to drop", "Set it to cls_patch"),
     Rule("min_tiles|video_max_tiles", _is(0, 1), "only 1 is supported", "Set it to 1"),
-    Rule("chat_template", _is("qwen2"), "only Qwen2's template is known", "Set it to null"),
     Rule("time_token_format", _is("<t{t}>"), "time tokens have another name here", "Rename them to <t0>, <t1>, ..."),
 )
 """The top `config.json`."""
@@ -105,7 +104,7 @@ def refuse(content: Mapping[str, Any], rules: Sequence[Rule], where: str) -> Non
     """
     for key, value in content.items():
         for rule in rules:
-            if value is not None and re.fullmatch(rule.keys, key) and not rule.computed(value):
+            if value is not None and re.fullmatch(rule.keys, key, re.IGNORECASE) and not rule.computed(value):
                 raise ConfigError(rule.what, where=f"{where}: {key}", value=value, do=rule.do)
 
 

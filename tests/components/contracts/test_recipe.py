@@ -77,6 +77,13 @@ def test_a_missing_key_is_named(dotted: str) -> None:
         parse_recipe(without(dotted))
 
 
+def test_plain_s2_takes_cells_of_three() -> None:
+    """Plain S2 projects its map whole; only blocks that are projected one by one would pad cells at their borders."""
+    recipe = changed("model.vision_mode", "s2")
+    recipe["model"]["projector"] = "mlp_downsample_3x3_s2"
+    assert parse_recipe(recipe).model.projector == "mlp_downsample_3x3_s2"
+
+
 @pytest.mark.parametrize(
     ("dotted", "value", "message"),
     [

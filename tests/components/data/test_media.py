@@ -194,7 +194,9 @@ def test_paths_stay_inside_the_source(tmp_path: Path) -> None:
 
 def test_sampling_follows_the_specification() -> None:
     """Prevents training and serving from looking at other frames than the reference does."""
-    for count, frames in [(8, 8), (100, 8), (3, 8), (1, 4), (300, 256), (9, 1)]:
+    halves = [(30, 15), (116, 15), (226, 15), (252, 15), (254, 15)]  # a last bit decides where these round to
+    many = [(count, frames) for frames in (2, 7, 8, 29, 64, 256) for count in range(1, 400)]
+    for count, frames in [(8, 8), (100, 8), (3, 8), (1, 4), (300, 256), (9, 1), *halves, *many]:
         assert sample_indices(count, frames) == np.linspace(0, count - 1, frames).round().astype(int).tolist()
 
 
