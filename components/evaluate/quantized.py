@@ -90,7 +90,7 @@ def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[
 def _through_vllm(model: Path, samples: list[Sample], settings: Settings, out: Path) -> list[str]:
     from nvila.components.serve.batch import Request, generate_with_vllm
 
-    requests = [Request(media=[str(s.root / m) for m in s.media], kind=s.kind, question=s.question) for s in samples]
+    requests = [Request(media=[str(path) for path in s.paths], kind=s.kind, question=s.question) for s in samples]
     return generate_with_vllm(model, requests, max_new_tokens=settings.evaluate.max_new_tokens, work=out)
 
 
