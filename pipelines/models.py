@@ -61,7 +61,7 @@ def _registered(reference: str, runs: Path) -> Model:
             made = next((ref for ref in registered_inputs(version) if ref.step == QUANTIZE), None)
             if made is None:
                 raise ConfigError("this version was not registered by a run", where=version.uri)
-            manifest = Manifest.load(made.uri).model_copy(update={"folder": str(Path(made.uri).parent)})
+            manifest = Manifest.load(made.uri)
             if manifest.digest != made.digest:
                 raise DamagedError(
                     f"this is not the model that was registered as {version.uri}",

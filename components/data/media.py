@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import av.video.frame
     from PIL import Image
 
-Problem = Literal["missing_file", "outside_source", "too_large", "too_long", "undecodable"]
+Problem = Literal["missing_file", "outside_source", "too_large", "too_long", "undecodable", "changed"]
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Pillow's other readers are not tried: some of them run helper programs."""
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})

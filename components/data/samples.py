@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nvila.components.contracts.digests import is_sha256, medium_sha256
 from nvila.components.contracts.errors import DataError
-from nvila.components.data.media import Limits, inside
+from nvila.components.data.media import Limits, MediaError, inside
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,15 +52,18 @@ class Sample:
     """First answer."""
     limits: Limits = field(default_factory=Limits)
     """What its media may be: those of the recipe, by which `validate` looked at them."""
+    media_sha256: tuple[str | None, ...] = ()
+    """Digest of each medium as `validate` read it; what is no digest is not known."""
 
     @property
     def paths(self) -> list[Path]:
-        """Absolute paths of the media.
+        """Absolute paths of the media, whose bytes are those that were validated; for whoever opens them now.
 
         Raises:
-            MediaError: a path leaves the source's folder (something changed after validation).
+            MediaError: a path leaves the source's folder, or the bytes behind it are others than `validate` read.
         """
-        return [inside(self.root, name) for name in self.media]
+        paths = [inside(self.root, name) for name in self.media]
+        return [unchanged(path, sha256) for path, sha256 in zip_longest(paths, self.media_sha256[: len(paths)])]
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,34 @@ class Label:
     labels: tuple[str, ...]
     limits: Limits = field(default_factory=Limits)
     """As of a sample."""
+    media_sha256: str | None = None
+    """Digest of the picture or video as `validate` read it, where it is known."""
 
     @property
     def path(self) -> Path:
-        """Absolute path of the picture or video."""
-        return inside(self.root, self.media)
+        """Absolute path of the picture or video, whose bytes are those that were validated.
+
+        Raises:
+            MediaError: as for `Sample.paths`.
+        """
+        return unchanged(inside(self.root, self.media), self.media_sha256)
+
+
+def unchanged(path: Path, sha256: str | None) -> Path:
+    """The path of a medium, after a look at its bytes where a digest is given. What is gone is the decoder's to say.
+
+    Raises:
+        MediaError: other bytes, or unreadable ones.
+    """
+    if not is_sha256(sha256):
+        return path
+    try:
+        found = medium_sha256(path)
+    except OSError as error:
+        raise MediaError("undecodable", f"cannot be read: {error.strerror}", path) from error
+    if found is not None and found != sha256:
+        raise MediaError("changed", "the medium was changed after its validation; run again to validate it", path)
+    return path
 
 
 def read_samples(
@@ -130,6 +158,7 @@ def read_labels(path: Path, *, sources: Collection[str] | None = None) -> list[L
             None if row["box"] is None else tuple(row["box"]),
             tuple(row["labels"]),
             limits,
+            row.get("media_sha256"),
         )
         for row in _rows(path)
         if sources is None or row["source"] in sources
@@ -191,6 +220,7 @@ def label_schema() -> pyarrow.Schema:
             ("frame", pa.int64()),
             ("box", pa.list_(pa.float64())),
             ("labels", pa.list_(pa.string())),
+            ("media_sha256", pa.string()),
         ]
     )
 
@@ -207,6 +237,7 @@ def _sample(row: Mapping[str, Any], limits: Limits) -> Sample:
         question=row["question"],
         answer=row["answer"],
         limits=limits,
+        media_sha256=tuple(row.get("media_sha256") or ()),
     )
 
 

@@ -77,7 +77,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     good, good_labels = without(records, quarantine), without(labels, quarantine)
     counts = _counts(sources, (*good, *good_labels))
     write_samples(out / SAMPLES_FILE, [_sample(row) for row in good], media_limits(limits))
-    write_labels(out / LABELS_FILE, good_labels, media_limits(limits))
+    write_labels(
+        out / LABELS_FILE, [row | {"media_sha256": row["media_sha256"][0]} for row in good_labels], media_limits(limits)
+    )
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in quarantine.values()]
     write_atomic(out / QUARANTINE_FILE, "".join(lines))
     write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1, default=_plain) + "\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.media import MediaError
 from nvila.components.data.samples import Turn, read_labels, read_samples, write_labels, write_samples
@@ -78,3 +79,30 @@ def test_labels_round_trip(tmp_path: Path) -> None:
     assert (first.frame, first.box, first.labels) == (None, (0.0, 0.0, 0.5, 0.5), ("x",))
     assert (second.frame, second.box, second.labels) == (3, None, ("y", "z"))
     assert read_labels(table, sources=["b"]) == [second]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder of frames"])
+def test_a_medium_changed_after_validation_is_not_opened(tmp_path: Path, kind: str) -> None:
+    """A picture swapped between validation and training was trained on, under the name of the old one."""
+    path = tmp_path / "m"
+    if kind == "file":
+        path.write_text("picture")
+    else:
+        path.mkdir()
+        (path / "0.png").write_text("frame")
+    digest = medium_sha256(path)
+    known = [digest], ["x"], []
+    write_samples(
+        tmp_path / "s.parquet",
+        [row(f"a/sft/{n}", root=str(tmp_path), media=["m"], media_sha256=d) for n, d in enumerate(known)],
+    )
+    label = {"source": "a", "root": str(tmp_path), "media": "m", "frame": None, "box": None, "labels": ["x"]}
+    write_labels(tmp_path / "l.parquet", [label | {"media_sha256": digest}, label])
+    samples, labels = read_samples(tmp_path / "s.parquet"), read_labels(tmp_path / "l.parquet")
+    assert [s.paths for s in samples] == [[path]] * 3 and [each.path for each in labels] == [path] * 2
+    (path if kind == "file" else path / "0.png").write_text("another")
+    for look in (lambda: samples[0].paths, lambda: labels[0].path):
+        with pytest.raises(MediaError, match=f"{path}: the medium was changed") as error:
+            look()
+        assert error.value.problem == "changed"
+    assert samples[1].paths == samples[2].paths == [labels[1].path] == [path]  # nothing is known of them

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
@@ -71,6 +71,19 @@ def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_i
     assert again.values["version"] == "2"
     challenger = find(runs, "small", CHALLENGER)
     assert challenger is not None and challenger.version == "2"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_damaged_weights_are_not_registered(
+    runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest], again: bool
+) -> None:
+    """Registered once, the wrong weights are what each later rollout takes; also where the version is there already."""
+    if again:
+        run(SETTINGS, register_inputs, tmp_path)
+    path = Path(register_inputs["model"].folder, "model", "model.safetensors")
+    path.write_text("WEIGHTS")
+    with pytest.raises(DamagedError, match="safetensors"):
+        run(SETTINGS, register_inputs, tmp_path)
 
 
 def test_registered_model_loads_through_mlflow_and_answers(

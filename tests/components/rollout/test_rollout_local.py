@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import PreflightError, Rejected, RolloutError
+from nvila.components.contracts.errors import DamagedError, PreflightError, Rejected, RolloutError
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.rollout import Policy
 from nvila.components.rollout import endpoint as records
 from nvila.components.rollout import local
@@ -221,3 +223,53 @@ def test_old_version_returns_when_the_new_one_fails_at_the_address(
     with pytest.raises(RolloutError, match="no memory left"):
         roll(runs, wanted(runs, port, "2", GOOD))
     assert serving(runs).version == "1"
+
+
+def written(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wanted:
+    """A version whose folder a step wrote: its manifest lies beside it."""
+    folder = runs.parent / "store" / "quantize" / version
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "answers.json").write_text(json.dumps(answers))
+    made = Manifest(step="quantize", key=version * 64, kind="model", files=describe_files(folder))
+    made.save(folder / "manifest.json")
+    return Wanted("small", version, made.digest, folder / "model", "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("harm", ["a byte", "a file more", "the manifest", "another model"])
+def test_what_is_started_is_what_was_written(runs: Path, port: int, harm: str) -> None:
+    """A weight changed in place was served with exit code 0."""
+    target = written(runs, port, "1", GOOD)
+    if harm == "a byte":
+        path = target.model_dir / "answers.json"
+        path.write_text(path.read_text().replace("7", "8"))
+    elif harm == "a file more":
+        (target.model_dir / "model-00002.safetensors").touch()
+    elif harm == "the manifest":
+        (target.model_dir.parent / "manifest.json").write_text("")
+    else:
+        target = replace(target, digest="d" * 64)
+    with pytest.raises(DamagedError, match="quantize/1"):
+        roll(runs, target)
+    assert records.read(runs) is None
+
+
+def test_an_old_version_that_was_changed_does_not_come_back(runs: Path, port: int) -> None:
+    """The rollback is the one start that nobody watches: it must not bring back other weights."""
+    old = written(runs, port, "1", GOOD)
+    server.stop(roll(runs, old).endpoint.pid)
+    (old.model_dir / "answers.json").write_text(json.dumps(BAD))
+    with pytest.raises(DamagedError, match="quantize/1"):
+        roll(runs, written(runs, port, "2", BAD), POLICY.model_copy(update={"min_agreement": 0.9}))
+    recorded = records.read(runs)
+    assert recorded is None or not recorded.alive
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(30), b"\xff", b"[]", None])
+def test_a_torn_record_is_no_endpoint(runs: Path, content: bytes | None) -> None:
+    """A record that a crash left half ended every further rollout, `serve` and `stop`."""
+    path = runs / "serving" / "endpoint.json"
+    path.parent.mkdir(parents=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert records.read(runs) is None
+    records.forget(runs)
+    assert not path.exists()

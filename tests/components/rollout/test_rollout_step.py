@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import Rejected
+from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.model.conversation import Place
 from nvila.components.rollout import local
@@ -130,3 +130,24 @@ def test_target_none_starts_nothing(
     monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
     values = rollout.run(settings(target="none"), inputs, tmp_path).values
     assert (values["endpoint"], values["decision"]) == (None, "not asked for")
+
+
+@pytest.mark.parametrize("harm", ["flipped", "registered otherwise"])
+def test_other_bytes_than_were_registered_are_not_served(
+    tracked_run: Path, inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, harm: str
+) -> None:
+    """The store is a folder that many can write; the registry says which model was meant."""
+    monkeypatch.setattr(rollout, "reconcile", lambda *_: pytest.fail("it was served"))
+    model = inputs["model"]
+    with connected(tracked_run.parent) as client:
+        client.create_registered_model("small")
+        for _ in range(2):
+            digest = "d" * 64 if harm == "registered otherwise" else model.digest
+            client.create_model_version("small", source="file:///nowhere", tags={"nvila.digest": digest})
+    if harm == "flipped":
+        Path(model.folder, "model", "config.json").write_text("[]")
+        with pytest.raises(DamagedError, match=r"config\.json"):
+            rollout.run(settings(), inputs, tmp_path)
+    else:
+        with pytest.raises(Rejected, match="registered with another model"):
+            rollout.run(settings(), inputs, tmp_path)

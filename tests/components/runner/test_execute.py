@@ -317,3 +317,59 @@ def test_the_last_thing_is_done_however_the_step_ends(bench: Bench, do: str, cod
     seen: list[str] = []
     assert bench.run(do, at_end=lambda: seen.append(bench.status()["status"]))[0] == code
     assert len(seen) == 1 and seen[0] != "running"
+
+
+def test_a_damaged_input_stops_its_reader_and_is_made_again(bench: Bench) -> None:
+    """A flipped bit of equal size was trained on; found out, it must not end every further run at the same place."""
+    bench.run("work")
+    made = bench.root / "output" / "try.json"
+    step = importlib.import_module("nvila.trying.step")
+    genuine = step.run
+    reads = lambda settings, inputs, out: (inputs["data"].path("result.txt"), genuine(settings, inputs, out))[1]  # noqa: E731
+    (bench.folder() / "result.txt").write_text("1")
+    with bench.patch.context() as patch:
+        patch.setattr(step, "run", reads)
+        code, errors = bench.run("work", step="next", inputs={"data": str(made)})
+    assert code == 1 and "result.txt: damaged output of step try: its bytes" in errors
+    assert bench.status("next")["damaged"] is True and bench.status("next")["status"] == "failed"
+    code, errors = bench.run("work")
+    assert code == 0 and "try: damaged, to be done again: " in errors and "result.txt" in errors
+    assert bench.calls[-1] == [] and (bench.folder() / "result.txt").read_text() == "0"
+    assert bench.run("work", step="next", inputs={"data": str(made)})[0] == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tombstone.json"])
+@pytest.mark.parametrize("content", [b"", b"{", bytes(40), b"\xff\xfe", b"[]", None])
+@pytest.mark.parametrize("step", ["try", "register"])
+def test_a_torn_record_of_the_store_ends_no_run(bench: Bench, name: str, content: bytes | None, step: str) -> None:
+    """A machine that went down left an empty file, and each further run failed on it."""
+    bench.run("work" if name.startswith("manifest") else "reject", step=step)
+    (bench.folder(step) / name).unlink()
+    if content is None:
+        (bench.folder(step) / name).mkdir()
+    else:
+        (bench.folder(step) / name).write_bytes(content)
+    assert bench.run("work" if name.startswith("manifest") else "reject", step=step)[0] in (0, 3)
+    assert len(bench.calls) == 2
+
+
+def test_a_manifest_edited_by_hand_is_not_believed(bench: Bench) -> None:
+    """An accuracy of 0.99 written into the manifest went through the gate."""
+    bench.run("work")
+    path = bench.folder() / "manifest.json"
+    path.write_text(path.read_text().replace('"n": 1', '"n": 99'))
+    code, errors = bench.run("work")
+    assert code == 0 and "damaged or edited" in errors
+    assert Manifest.load(path).values == {"n": 1} and len(bench.calls) == 2
+
+
+def test_the_manifest_says_where_it_was_made_and_the_key_does_not(bench: Bench) -> None:
+    """Other threads round differently: one must see it, and nothing may be done again for it."""
+    bench.patch.setenv("OMP_NUM_THREADS", "3")
+    bench.run("work")
+    first = Manifest.load(bench.root / "output" / "try.json")
+    assert first.machine["threads"] == 3 and first.machine["cpu"]
+    assert first.model_copy(update={"machine": {}}).digest == first.digest
+    bench.patch.setenv("OMP_NUM_THREADS", "1")
+    bench.run("work", run="run-2")
+    assert len(bench.calls) == 1
