@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest, digest_json
+from nvila.components.contracts.places import is_address
 
 QUANTIZE = "quantize"
 """The step whose output is served."""
@@ -36,6 +37,9 @@ def find_model(reference: str, runs: Path) -> Model:
     Raises:
         ConfigError: neither.
     """
+    if is_address(reference):
+        do = f"Write it into a folder first: nvila convert {reference} FOLDER --to LAYOUT"
+        raise ConfigError("neither a folder here nor a registered model", value=reference, do=do)
     folder = Path(reference)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
