@@ -20,6 +20,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.preflight import step as preflight
+from nvila.components.preflight.checks import weights_problems
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.tracking.connect import load_client
@@ -42,6 +43,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
 
     Raises:
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
+        Unreachable: the place of weights does not answer; nor has anything been written.
     """
     text = read_recipe(recipe)
     laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
@@ -49,6 +51,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
     checked = fill_in(form, where=recipe)
     needs = preflight.Settings.model_validate(slices(checked)["preflight"])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
+    preflight.refuse(weights_problems(needs.weights))
     run_dir = _new_run(runs.absolute(), checked.name)
     return _run_checked(form, run_dir, store.absolute())
 

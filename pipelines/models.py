@@ -8,6 +8,7 @@ from pathlib import Path
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError
 from nvila.components.contracts.manifest import MANIFEST, Manifest, digest_json, written_by
+from nvila.components.contracts.places import is_address
 
 QUANTIZE = "quantize"
 """The step whose output is served."""
@@ -40,6 +41,9 @@ def find_model(reference: str, runs: Path) -> Model:
         ConfigError: neither.
         DamagedError: files or manifest are not what the step wrote, or not what was registered.
     """
+    if is_address(reference):
+        do = f"Write it into a folder first: nvila convert {reference} FOLDER --to LAYOUT"
+        raise ConfigError("neither a folder here nor a registered model", value=reference, do=do)
     folder = Path(reference)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.preflight import step as preflight
+from nvila.components.preflight.checks import weights_problems
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.pipelines.cluster import resources
 from nvila.pipelines.overrides import parse_overrides
@@ -72,6 +73,8 @@ class Plan:
     assumptions: Assumptions
     here: list[str]
     """What preflight would refuse on this machine."""
+    not_asked: list[str]
+    """Weights on the hub: whether they are there is found out by the run."""
     looked: str
     """Which cluster was looked at, or why none was."""
     findings: list[Finding] | None
@@ -126,7 +129,8 @@ def make_plan(
             for number, stage in enumerate(checked.train.stages, 1)
         ],
         assumptions=assumptions,
-        here=preflight.problems(needs, runs, store, demo_can_be_built=True),
+        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights),
+        not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
         looked=looked,
         findings=findings,
     )
@@ -202,6 +206,14 @@ def _stage(
     return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
 
 
+def _weights(weights: Iterable[str]) -> list[str]:
+    """What is wrong with weights that are not on the hub: a plan does without the internet."""
+    try:
+        return weights_problems(uri for uri in weights if not uri.startswith("hf://"))
+    except Unreachable as error:
+        return [str(error)]
+
+
 def as_json(plan: Plan) -> str:
     """For programs: bytes, hours and counts as numbers, null where not known."""
     content = asdict(plan) | {"refused": plan.refused}
@@ -274,6 +286,8 @@ def _notes(plan: Plan) -> list[str]:
     )
     if any(stage.samples is None for stage in plan.stages):
         lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")
+    if plan.not_asked:
+        lines.append(f"not looked at: {', '.join(plan.not_asked)}")
     if plan.parameters is None:
         lines.append("unknown: the sizes of the weights that model.base names")
     return lines

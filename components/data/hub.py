@@ -78,8 +78,8 @@ def _commit(name: str) -> tuple[str, bool]:
         return str(HfApi().repo_info(repository, revision=revision).sha)
 
     def noted() -> str:
-        options = {"cache_dir": _cache_dir(), "local_files_only": True}
-        return HfApi().resolve_revision(repository, revision=revision, **options).resolved
+        known = HfApi().resolve_revision(repository, revision=revision, cache_dir=_cache_dir(), local_files_only=True)
+        return known.resolved
 
     return _from_hub(ask, noted, f"hf://{name}")
 
@@ -87,6 +87,7 @@ def _commit(name: str) -> tuple[str, bool]:
 def _from_hub(ask: Callable[[], T], stored: Callable[[], T], uri: str) -> tuple[T, bool]:
     """What the hub says, else what the cache has, and whether it was the hub."""
     from huggingface_hub import get_session
+    from huggingface_hub.errors import RevisionResolutionError
 
     hooks = (client := get_session()).event_hooks
     if _limited not in hooks["request"]:
@@ -96,7 +97,7 @@ def _from_hub(ask: Callable[[], T], stored: Callable[[], T], uri: str) -> tuple[
     except (DataError, Unreachable) as error:
         try:
             found = stored()
-        except (OSError, _Damaged, *_unknown()):
+        except (OSError, _Damaged, RevisionResolutionError):
             raise error from None
         waiting_for(f"{uri}: taken from the cache as it is; {said(error.__cause__ or error)}")
         return found, False
@@ -112,13 +113,13 @@ def _limited(request: Any) -> None:
 def _explained(attempt: Callable[[], T], uri: str) -> T:
     """What `attempt` returns; an error of the client becomes one of ours."""
     import httpx
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
     try:
         return attempt()
     except HFValidationError as error:
         raise ConfigError("not a name on the hub", where=uri, do="Write hf://owner/name@revision.") from error
-    except (OSError, httpx.HTTPError, httpx.InvalidURL, _Damaged, *_unknown()) as error:
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, _Damaged, RevisionResolutionError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise NvilaError(
                 f"the cache cannot be written: {error.strerror}",
@@ -131,12 +132,6 @@ def _explained(attempt: Callable[[], T], uri: str) -> T:
             value=said(error),
             do="Check the name, HF_TOKEN and the network, or name a local folder.",
         ) from error
-
-
-def _unknown() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import RevisionResolutionError
-
-    return (RevisionResolutionError,)
 
 
 def _passes(error: Exception) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from nvila.components.contracts.errors import Unreachable
+from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.progress import waiting_for
 
 T = TypeVar("T")
@@ -30,26 +30,23 @@ def insist(attempt: Callable[[], T], passes: Callable[[Exception], bool], where:
     Raises:
         Unreachable: the last try failed as well.
     """
-    for tried in range(1, TRIES):
+    for tried in range(1, TRIES + 1):
         try:
             return attempt()
         except Exception as error:
-            if not passes(error):
+            if isinstance(error, NvilaError) or not passes(error):
                 raise
+            if tried == TRIES:
+                raise Unreachable(
+                    f"no success in {TRIES} tries",
+                    where=where,
+                    value=said(error),
+                    do="Nothing is lost: run the same command again when the service is back.",
+                ) from error
             pause = PAUSE_SECONDS * 2 ** (tried - 1) * random.uniform(0.5, 1.5)
             waiting_for(f"{where}: {said(error)}; try {tried + 1} of {TRIES} in {pause:.0f} s")
             time.sleep(pause)
-    try:
-        return attempt()
-    except Exception as error:
-        if not passes(error):
-            raise
-        raise Unreachable(
-            f"no success in {TRIES} tries",
-            where=where,
-            value=said(error),
-            do="Nothing is lost: run the same command again when the service is back.",
-        ) from error
+    raise AssertionError("TRIES is at least 1")
 
 
 def said(error: BaseException) -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 
+from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.recipe.data import Source
+from nvila.components.data.fetch import identity
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -100,6 +102,26 @@ def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False)
             f"data source {source.name}: {folder / n} is missing" for n in ANNOTATIONS if not (folder / n).is_file()
         ]
         problems += [p for n in ANNOTATIONS + OPTIONAL_ANNOTATIONS if (p := _list_problem(folder / n))]
+    return problems
+
+
+def weights_problems(weights: Iterable[str]) -> list[str]:
+    """Weights are there and may be read. Asks stores and the hub what they have; nothing is fetched.
+
+    Raises:
+        Unreachable: one of them does not answer, which is no fault of the recipe.
+    """
+    problems = []
+    for uri in dict.fromkeys(weights):
+        try:
+            if "://" in uri:
+                identity(uri)
+            elif not Path(uri).is_dir():
+                problems.append(f"{uri}: no such folder of weights")
+        except Unreachable:
+            raise
+        except NvilaError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -29,6 +29,8 @@ class Settings(Section):
     needs: Needs
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
+    weights: list[str] = []
+    """Where the recipe takes weights from: folders, `s3://` and `hf://`."""
 
 
 def prepare(settings: Settings) -> None:
@@ -46,9 +48,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Raises:
         PreflightError: every problem that was found, in one message.
+        Unreachable: the place of weights does not answer.
     """
     place = Place.from_environment()
     refuse(problems(settings, place.run_dir.parent, place.store.root))
+    refuse(checks.weights_problems(settings.weights))
     return Outcome(
         kind="report",
         values={"annotations": _annotation_digests(settings.data)},

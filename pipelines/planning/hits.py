@@ -21,8 +21,8 @@ from nvila.components.runner.execute import ALWAYS, RUN_VARIABLE, STORE_VARIABLE
 from nvila.pipelines.steps import STEPS
 
 Verdict = Literal["hit", "miss", "unknown", "always"]
-"""`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet, or a service is away, so
-neither is its key. `always`: runs whatever is there."""
+"""`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet or do not answer, so neither
+is its key. `always`: runs whatever is there."""
 
 
 @dataclass(frozen=True)

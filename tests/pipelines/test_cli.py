@@ -117,6 +117,43 @@ def test_wrong_input_is_one_line_and_exit_code_2(nvila: Nvila, args: tuple[str, 
     assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("nvila: ")
 
 
+@pytest.mark.parametrize("scheme", ["s3", "hf", "file"])
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("run", "micro", "--store"), "--store"),
+        (("run", "micro", "--runs"), "--runs"),
+        (("plan", "micro", "--store"), "--store"),
+        (("infer", "champion", "What is this?", "--image"), "--image"),
+        (("trace", "--store"), "--store"),
+        (("stop", "--runs"), "--runs"),
+        (("compile",), "OUT"),
+        (("convert", ".", "--to", "hf"), "TARGET"),
+    ],
+)
+def test_an_address_is_not_taken_for_a_path(
+    args: tuple[str, ...], named: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--store s3://bucket` quietly made a folder `s3:` here, and the bucket stayed empty."""
+    from typer.testing import CliRunner
+
+    from nvila.components.contracts.errors import ConfigError
+    from nvila.pipelines.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, [*args, f"{scheme}://bucket/place"])
+    assert isinstance(ended.exception, ConfigError), ended.output
+    message = f"{named}: not a path on this machine (got '{scheme}://bucket/place'). Give a local path"
+    assert str(ended.exception).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_at_an_address_is_refused(nvila: Nvila, tmp_path: Path) -> None:
+    """The demonstration data would be built in a folder `s3:`."""
+    line = _refused(nvila, tmp_path, "micro", "-o", "data.sources.0.path=s3://bucket/data")
+    assert "data.sources.0.path: not a path on this machine" in line
+
+
 def test_developers_can_ask_for_the_traceback(nvila: Nvila) -> None:
     """One line is too little to mend the platform itself."""
     ended = nvila("--traceback", "run", "no-such-recipe")

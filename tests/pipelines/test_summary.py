@@ -101,6 +101,14 @@ def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> Non
     assert _exit_code(Finished.read(run_dir), Exit.PREEMPTED) == Exit.PREEMPTED
 
 
+def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
+    """`stopped` alone reads as if somebody had stopped it, and does not say whom to call."""
+    _write_step(run_dir, "base", "preempted", started=50.0, code=75)
+    finished = Finished.read(run_dir)
+    assert _exit_code(finished, 1) == Exit.PREEMPTED
+    assert write_summary(finished, 1.0, 0, 75)["message"] == "base stopped: because"
+
+
 def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
     """A step killed by the kernel leaves `running` behind: that is no success."""
     (run_dir / "steps" / "train-3.json").write_text(json.dumps({"name": "train-3", "status": "running", "started": 1}))

@@ -106,10 +106,18 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     stages = {
         f"train-{i}": {"stage": stage, "run": run, "seed": r["seed"]} for i, stage in enumerate(r["train"]["stages"], 1)
     }
+    base = r["model"]["base"]
+    weights = [base["vision_tower"], base["llm"], r["prune"]["small"]["path"], r["prune"]["large"]["path"]]
     vllm = recipe.quantize.through_vllm or recipe.rollout.target == "local"
     quantized = {"evaluate": evaluate, "limit": r["quantize"]["limit"], "through_vllm": r["quantize"]["through_vllm"]}
     return {
-        "preflight": {"data": r["data"], "rollout": r["rollout"], "needs": r["needs"], "vllm": vllm},
+        "preflight": {
+            "data": r["data"],
+            "rollout": r["rollout"],
+            "needs": r["needs"],
+            "vllm": vllm,
+            "weights": [uri for uri in weights if uri],
+        },
         "validate": {"data": r["data"]},
         "base": {"model": r["model"], "seed": r["seed"]} | skips,
         "prune-image": prune | {"sources": image},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from buckets import Bucket
 
 from nvila.components.base import step
 from nvila.components.base.assemble import assemble
@@ -252,3 +253,20 @@ def test_a_missing_folder_of_weights_is_the_users_error(tmp_path: Path) -> None:
         step.external(given.model_dump(mode="json"))
     with pytest.raises(DataError, match="nowhere: no such folder of weights"):
         step.run(given, dict[str, Manifest](), tmp_path)
+
+
+def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_path: Path, s3: Bucket) -> None:
+    """The name of a bucket says nothing of its content: training would be skipped with the old weights."""
+    for name in ("tower", "qwen2"):
+        for file in (published / name).iterdir():
+            s3.put(f"{name}/{file.name}", file.read_bytes())
+    given = step.Settings(model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0)
+    before = step.external(given.model_dump(mode="json"))
+    made = step.run(given, dict[str, Manifest](), tmp_path)
+    assert made.read == before and made.values["weights"] == before
+    changed = bytearray(s3.objects["tower/model.safetensors"].body)
+    changed[-1] ^= 1
+    s3.put("tower/model.safetensors", bytes(changed))
+    after = step.external(given.model_dump(mode="json"))
+    assert after["llm"] == before["llm"] and after["vision_tower"] != before["vision_tower"]
+    assert step.run(given, dict[str, Manifest](), tmp_path / "again").read == after

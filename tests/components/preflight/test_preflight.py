@@ -10,11 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from buckets import Bucket
 
-from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.preflight import checks, step
+from nvila.components.preflight.checks import weights_problems
 from nvila.components.preflight.port import our_servers, port_problem
 
 RECORD = [{"id": "1", "image": "a.png", "conversations": []}]
@@ -193,3 +195,14 @@ def test_a_pod_is_not_asked_for_what_other_pods_have(
     message = str(caught.value)
     assert all(word in message for word in ("needs.disk_bytes", "rollout.target", "give none"))
     assert "memory" not in message and "in use" not in message
+
+
+def test_weights_that_are_not_there_are_found_before_anything_long(s3: Bucket, tmp_path: Path) -> None:
+    """Else validation runs for hours and `base` then says that the bucket has another name."""
+    assert weights_problems(["s3://b/m", "s3://b/m", str(tmp_path)]) == []
+    assert s3.asked == ["LIST m/"]
+    found = weights_problems(["s3://other/m", "s3://b/none", str(tmp_path / "nowhere")])
+    assert [line.partition(": ")[0] for line in found] == ["s3://other/m", "s3://b/none", str(tmp_path / "nowhere")]
+    s3.faults["LIST m/"] = [503, ...]
+    with pytest.raises(Unreachable, match="s3://b/m: no success"):
+        weights_problems(["s3://b/m"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from buckets import Bucket
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
@@ -210,6 +211,21 @@ def test_a_reference_checkpoint_belongs_to_the_key(small: Any, tmp_path: Path) -
     assert before["large"] == {} and "llm/model.safetensors" in before["small"]
     (path / "llm" / "config.json").write_text("{}")
     assert step.external(given) != before
+
+
+def test_a_reference_in_a_bucket_belongs_to_the_key(small: Any, tmp_path: Path, s3: Bucket, here: list[Any]) -> None:
+    """Nor does the name of a bucket say which references these are; what was read is told beside the scores."""
+    folder = small.model.dir("model")
+    for file in folder.rglob("*"):
+        if file.is_file():
+            s3.put(f"m/{file.relative_to(folder).as_posix()}", file.read_bytes())
+    place = {"path": "s3://b/m"}
+    given = settings(small=place, large=place)
+    before = step.external(given.model_dump(mode="json"))
+    made = step.run(given, {"samples": small.samples, "base": small.model}, tmp_path)
+    assert made.read == before and "llm/model.safetensors" in before["small"]
+    s3.put("m/config.json", s3.objects["m/config.json"].body + b" ")
+    assert step.external(given.model_dump(mode="json")) != before
 
 
 POOL = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -373,3 +374,43 @@ def test_the_manifest_says_where_it_was_made_and_the_key_does_not(bench: Bench) 
     bench.patch.setenv("OMP_NUM_THREADS", "1")
     bench.run("work", run="run-2")
     assert len(bench.calls) == 1
+
+
+def test_a_service_that_is_away_leaves_no_verdict(bench: Bench) -> None:
+    """Exit code 2 and a tombstone would bury the step for somebody's maintenance."""
+    from nvila.components.contracts.errors import Unreachable
+
+    step, away = importlib.import_module("nvila.trying.step"), [True]
+    work = step.run
+
+    def run(settings: Any, inputs: Any, out: Path) -> Any:
+        if away:
+            raise Unreachable("no success in 5 tries", where="s3://bucket/key")
+        return work(settings, inputs, out)
+
+    bench.patch.setattr(step, "run", run)
+    assert bench.run("work")[0] == 75
+    assert (bench.status()["status"], bench.status()["exit_code"]) == ("preempted", 75)
+    assert bench.status()["message"].startswith("s3://bucket/key: no success")
+    assert not list(bench.root.rglob("tombstone.json"))
+    away.clear()
+    assert bench.run("work")[0] == 0, "the same command goes on"
+
+
+def test_work_on_something_else_than_the_key_says_is_not_kept(bench: Bench) -> None:
+    """Weights that are replaced between key and download would be found under the old ones' key for ever."""
+    step, weights = importlib.import_module("nvila.trying.step"), bench.root / "weights"
+    weights.write_text("old")
+    work = step.run
+
+    def run(settings: Any, inputs: Any, out: Path) -> Any:
+        if settings.do == "replace":
+            weights.write_text("new")
+        return dataclasses.replace(work(settings, inputs, out), read={"weights": weights.read_text()})
+
+    bench.patch.setattr(step, "external", lambda settings: {"weights": weights.read_text()}, raising=False)
+    bench.patch.setattr(step, "run", run)
+    code, errors = bench.run("replace")
+    assert code == 75 and "replaced while it worked (got ['weights'])" in errors
+    assert not list((bench.root / "store").rglob("result.txt"))
+    assert bench.run("replace")[0] == 0

@@ -1,0 +1,33 @@
+"""What is a path on this machine and what is an address of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.places import local_folder
+from nvila.components.data.cache import cache
+from nvila.components.runner.execute import Place
+
+
+@pytest.mark.parametrize("path", ["store", "/data/store", "./s3:/x", "~/store", "a:b/c", "/mnt/s3://x", "C:/x"])
+def test_paths_are_paths(path: str) -> None:
+    """A folder with a colon in its name is somebody's folder."""
+    assert local_folder(path, "--store") == Path(path)
+
+
+@pytest.mark.parametrize("address", ["s3://b/x", "S3://b", "hf://a/b@c", "gs://b", "file:///x", Path("s3://b/x")])
+def test_addresses_are_refused(address: str | Path) -> None:
+    """pathlib takes one slash away; the address is still to be known by what is left."""
+    with pytest.raises(ConfigError, match=r"^--store: not a path on this machine \(got '\w+://"):
+        local_folder(address, "--store")
+
+
+@pytest.mark.parametrize("variable", ["NVILA_STORE", "NVILA_RUN", "NVILA_CACHE"])
+def test_variables_are_held_to_the_same(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod's variable is set by another hand than the command line."""
+    monkeypatch.setenv(variable, "s3://bucket/place")
+    with pytest.raises(ConfigError, match=f"{variable}: not a path"):
+        cache() if variable == "NVILA_CACHE" else Place.from_environment()
