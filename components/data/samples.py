@@ -225,7 +225,7 @@ def label_schema() -> pyarrow.Schema:
     )
 
 
-def _sample(row: Mapping[str, Any], limits: Limits) -> Sample:
+def _sample(row: Mapping[str, Any], limits: Limits = _DEFAULT) -> Sample:
     return Sample(
         id=row["id"],
         source=row["source"],
