@@ -15,6 +15,7 @@ from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError
 from nvila.components.contracts.manifest import sha256_file
+from nvila.components.tracking.redact import tell
 
 DIGEST = "sha256"
 """Name of the object's metadata with the digest of the dump."""
@@ -72,5 +73,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except NvilaError as error:
-        print(f"backup: {error}", file=sys.stderr)
+        print(tell(f"backup: {error}"), file=sys.stderr)
         raise SystemExit(int(error.exit_code)) from None

@@ -12,6 +12,8 @@ import typer.core
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.places import local_folder
+from nvila.components.contracts.text import visible_lines
+from nvila.components.tracking.redact import tell
 
 app = typer.Typer(
     help="NVILA: from a recipe to a validated, trained, quantized and served vision-language model.",
@@ -246,7 +248,7 @@ def infer(
     for piece in answer(
         model, Question(question, media, system), Answering(max_new_tokens, options, json_schema), runs
     ):
-        typer.echo(piece, nl=False)
+        typer.echo(visible_lines(piece) if sys.stdout.isatty() else piece, nl=False)
 
 
 @app.command()
@@ -264,7 +266,7 @@ def convert(
     """
     from nvila.pipelines.checkpoints import convert as run_conversion
 
-    typer.echo(run_conversion(source, target, to, dtype))
+    typer.echo(tell(run_conversion(source, target, to, dtype)))
 
 
 @app.command()
@@ -277,7 +279,7 @@ def inspect(
     """
     from nvila.pipelines.checkpoints import inspect as look
 
-    typer.echo(look(source))
+    typer.echo(tell(look(source)))
 
 
 @app.command()
@@ -305,7 +307,7 @@ def stop(runs: Runs = Path("runs")) -> None:
     from nvila.pipelines.endpoint import stop as end
 
     stopped = end(runs)
-    typer.echo(f"stopped {', '.join(stopped)}" if stopped else "no endpoint was running")
+    typer.echo(tell(f"stopped {', '.join(stopped)}") if stopped else "no endpoint was running")
 
 
 @app.command()
@@ -328,7 +330,7 @@ def trace(
     from nvila.components.tracking.trace import trace as walk
 
     tree = walk(store.absolute(), model, runs=runs.absolute(), deep=deep)
-    typer.echo(render(tree))
+    typer.echo(tell(render(tree)))
     raise typer.Exit(int(Exit.DONE if tree.unchanged else Exit.FAULT))
 
 
@@ -339,7 +341,7 @@ def main() -> None:
     except NvilaError as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"nvila: {error}", file=sys.stderr)
+        print(tell(f"nvila: {error}"), file=sys.stderr)
         raise SystemExit(int(error.exit_code)) from None
     except KeyboardInterrupt:
         raise SystemExit(int(Exit.PREEMPTED)) from None

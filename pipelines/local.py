@@ -19,11 +19,13 @@ from rich.console import Console
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.text import visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.tracking.connect import load_client
+from nvila.components.tracking.redact import tell
 from nvila.pipelines.closing import REPORT, short, show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
@@ -60,7 +62,8 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}", highlight=False)
+    where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
+    console.print(where, markup=False, highlight=False)
     began = time.monotonic()
     sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
     sampler.start()
@@ -147,7 +150,8 @@ def _close_tracking(run_dir: Path, code: Exit) -> None:
             close_pipeline_run(run_dir, status)
         close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
-        print(f"the run in MLflow stays open: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        why = tell(f"{type(problem).__name__}: {problem}")
+        print(f"the run in MLflow stays open: {why}", file=sys.stderr, flush=True)
 
 
 class _Stop:

@@ -18,6 +18,7 @@ from nvila.components.contracts.recipe.train import Stage
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.tracking.redact import tell
 from nvila.pipelines.cluster import resources
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.planning import cost
@@ -228,7 +229,7 @@ def show(plan: Plan, console: Console) -> None:
     """For a person."""
     console.print(_steps(plan), _memory(plan))
     for line in (*_notes(plan), "", *_refusals(plan)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(tell(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def exit_code(plan: Plan) -> Exit:

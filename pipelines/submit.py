@@ -19,6 +19,7 @@ from rich.console import Console
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe, shipped
+from nvila.components.tracking.redact import tell
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.server import Conflict, Server, patiently, plain
 from nvila.pipelines.steps import STEPS
@@ -87,7 +88,7 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
                     f"a pipeline {NAME} is there, but not yours to see: {error}", where="--namespace", value=namespace
                 ) from None
     if found := _version(server, pipeline.pipeline_id, name):
-        console.print(f"{NAME}: version {name} is there already", highlight=False)
+        console.print(f"{NAME}: version {name} is there already", markup=False, highlight=False)
         return found
     with TemporaryDirectory() as folder:
         file = Path(folder, f"{name}.yaml")
@@ -98,7 +99,7 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
             made = _version(server, pipeline.pipeline_id, name)
             if made is None:
                 raise
-    console.print(f"{NAME}: version {name} uploaded", highlight=False)
+    console.print(f"{NAME}: version {name} uploaded", markup=False, highlight=False)
     return made
 
 
@@ -149,7 +150,7 @@ def submit(
         )
     )
     where = server.run_url(started.run_id)
-    console.print(f"run {started.display_name}: {where}", markup=False, highlight=False, soft_wrap=True)
+    console.print(tell(f"run {started.display_name}: {where}"), markup=False, highlight=False, soft_wrap=True)
     return _wait(server, started, console) if wait else int(Exit.DONE)
 
 
@@ -187,34 +188,34 @@ def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
     """Show the steps until the run has ended; Ctrl-C asks what to do with it."""
     url = server.run_url(started.run_id)
 
-    def tell(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def say(line: str) -> None:
+        console.print(tell(line), markup=False, highlight=False, soft_wrap=True)
 
     while True:
         try:
-            run = _follow(server, started, console, tell)
+            run = _follow(server, started, console, say)
             break
         except KeyboardInterrupt:
             answer = _asked()
         if answer == "c":
             server.terminate(started.run_id)
-            tell("cancelled; what is finished stays in the store, and the next run takes it from there")
+            say("cancelled; what is finished stays in the store, and the next run takes it from there")
             return int(Exit.PREEMPTED)
         if answer == "l":
-            tell(f"the run goes on: {url}")
+            say(f"the run goes on: {url}")
             return int(Exit.PREEMPTED)
     reasons = [f": {task.display_name}: {_reason(task)}" for task in _failed(run)[:1]]
-    tell(f"{(run.state or 'unknown').lower()}{''.join(reasons)} ({url})")
+    say(f"{(run.state or 'unknown').lower()}{''.join(reasons)} ({url})")
     return int(exit_code(run))
 
 
-def _follow(server: Server, started: V2beta1Run, console: Console, tell: Callable[[str], None]) -> V2beta1Run:
+def _follow(server: Server, started: V2beta1Run, console: Console, say: Callable[[str], None]) -> V2beta1Run:
     """The run once it has ended."""
     run = started
     with Watch(started.display_name or started.run_id, lambda: states(run), console) as watch:
         while run.state not in _ENDED:
             _pause(POLL_SECONDS, watch.refresh)
-            run = patiently(lambda: server.run(started.run_id), PATIENCE_SECONDS, tell, POLL_SECONDS)
+            run = patiently(lambda: server.run(started.run_id), PATIENCE_SECONDS, say, POLL_SECONDS)
     return run
 
 

@@ -12,6 +12,7 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.metrics.standing import Headline, headline
+from nvila.components.tracking.redact import redact_text
 from nvila.pipelines.watch import StepState, read_states
 
 SUMMARY = "summary.json"
@@ -113,12 +114,12 @@ def _message(finished: Finished, exit_code: int) -> str | None:
     if exit_code == Exit.PREEMPTED:
         return "stopped; the same command goes on from here"
     if finished.failed:
-        return f"{finished.failed.name} {finished.failed.status}: {finished.failed.record.get('message')}"
+        return redact_text(f"{finished.failed.name} {finished.failed.status}: {finished.failed.record.get('message')}")
     if killed := next((state.name for state in finished.states if state.status == KILLED), None):
         return f"{killed} was killed before it could say why; too little memory is the usual reason"
     log = finished.run_dir / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+    return next((redact_text(line.strip()) for line in reversed(lines) if line.strip()), None)
 
 
 def accuracy(finished: Finished) -> dict[str, dict[str, Any]]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts.text import visible
 from nvila.pipelines.steps import STEPS
 
 PROGRESS_EVERY_SECONDS = 15.0
@@ -77,7 +77,7 @@ class Watch:
         """Read the states and show what is new."""
         states = self._read()
         if self._live:
-            self._live.update(Group(Text(self._title()), step_table(states)))
+            self._live.update(Group(Text(visible(self._title())), step_table(states)))
         else:
             self._lines(states)
 
@@ -96,7 +96,7 @@ class Watch:
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        self._console.print(f"[{time.time() - self._began:6.0f} s] {line}", markup=False, highlight=False)
+        self._console.print(f"[{time.time() - self._began:6.0f} s] {visible(line)}", markup=False, highlight=False)
 
 
 def step_table(states: list[StepState]) -> Table:
@@ -109,7 +109,7 @@ def step_table(states: list[StepState]) -> Table:
     for state in states:
         colour = _COLOUR.get(state.status, "dim")
         seconds = "" if state.status == "waiting" else f"{state.seconds:.1f}"
-        table.add_row(state.name, f"[{colour}]{state.status}[/]", seconds, escape(state.note))
+        table.add_row(visible(state.name), Text(visible(state.status), colour), seconds, Text(visible(state.note)))
     return table
 
 

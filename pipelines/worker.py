@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.exits import Exit
+from nvila.components.tracking.redact import tell
 
 ARGUMENTS = "arguments.json"
 """In the run's folder: the pipeline's arguments."""
@@ -39,7 +40,7 @@ def main(run_dir: Path) -> int:
     try:
         build()(**arguments)
     except RuntimeError as error:  # KFP's way to say that a task failed
-        print(error, flush=True)
+        print(tell(str(error)), flush=True)
         return 1
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nvila.components.contracts.files import write_atomic
+from nvila.components.contracts.text import visible
 
 T = TypeVar("T")
 PROGRESS_FILE = "NVILA_PROGRESS_FILE"
@@ -40,12 +41,13 @@ class Progress:
         if last or now - self._printed > 20:
             self._printed = now
             of = f"/{self.total}" if self.total is not None else ""
-            print(f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]", file=sys.stderr, flush=True)
+            line = f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]"
+            print(visible(line), file=sys.stderr, flush=True)
 
 
 def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
     if file := os.environ.get(PROGRESS_FILE):
         write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError
 from nvila.components.contracts.manifest import sha256_file
+from nvila.components.contracts.text import visible, visible_lines
 from nvila.components.data import received
 from nvila.components.data.cache import alone, cache
 from nvila.components.data.fetch import fetch
@@ -33,7 +34,7 @@ def warm(weights: Mapping[str, Mapping[str, str]]) -> None:
         folder = fetch(uri)
         with alone(f"verify {uri}", uri):
             verify(uri, folder, digests)
-        print(f"{uri}: {len(digests)} files verified in {folder}", flush=True)
+        print(visible(f"{uri}: {len(digests)} files verified in {folder}"), flush=True)
 
 
 def verify(uri: str, folder: Path, digests: Mapping[str, str]) -> None:
@@ -97,5 +98,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except NvilaError as error:
-        print(f"warm: {error}", file=sys.stderr)
+        print(visible_lines(f"warm: {error}"), file=sys.stderr)
         raise SystemExit(int(error.exit_code)) from None

@@ -19,7 +19,7 @@ from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
 from nvila.components.runner.execute import Place, on_cluster
 from nvila.components.runner.site import chosen
-from nvila.components.tracking.redact import redact
+from nvila.components.tracking.redact import redact, tell
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
 _STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
@@ -135,4 +135,4 @@ def _try(consequence: str, do: Callable[..., None], *arguments: Any) -> None:
     try:
         do(*arguments)
     except Exception as problem:
-        print(f"{consequence}: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        print(tell(f"{consequence}: {type(problem).__name__}: {problem}"), file=sys.stderr, flush=True)

@@ -12,7 +12,6 @@ from nvila.components.report import charts, flow
 from nvila.components.report.collect import RunView
 from nvila.components.report.gallery import cards, table
 from nvila.components.tracking.flatten import parameters
-from nvila.components.tracking.redact import redact_text
 
 STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
 QUARANTINE_ROWS = 60
@@ -58,7 +57,7 @@ def verdict(run: RunView) -> dict[str, str]:
         return {
             "tone": "neutral" if bad.status == "preempted" else "bad",
             "title": titles.get(bad.status, f"Failed in {bad.name}"),
-            "text": redact_text(bad.message),
+            "text": bad.message,
         }
     if lost := run.lost:
         text = "It left no word. Too little memory and a lost machine are the usual reasons."
@@ -201,7 +200,7 @@ def _lineage(run: RunView) -> list[dict[str, Any]]:
 def _sources(run: RunView) -> list[dict[str, Any]]:
     """The user's files, without those beyond the first hundred."""
     found = {file.uri: file for view in run.steps.values() if view.manifest for file in view.manifest.sources}
-    return [{"uri": redact_text(f.uri), "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
+    return [{"uri": f.uri, "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
 
 
 def _settings(run: RunView) -> dict[str, dict[str, str]]:

@@ -13,6 +13,7 @@ from nvila.components.report.collect import RunView, collect
 from nvila.components.report.flow import css, duration
 from nvila.components.report.page import context
 from nvila.components.runner.execute import Place
+from nvila.components.tracking.redact import tell
 
 PAGE = "report.html"
 HERE = Path(__file__).parent
@@ -31,12 +32,20 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
 
 def render(run: RunView) -> str:
-    """The page. Every text from outside is escaped; the page may load nothing and run nothing (its own CSP says so)."""
+    """The page. Every text from outside is escaped and without secrets or signs that turn the direction of writing.
+
+    The page may load nothing and run nothing (its own CSP says so).
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=lambda value: tell(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
         "percent": lambda value: f"{100 * value:.1f}%",
@@ -44,7 +53,7 @@ def render(run: RunView) -> str:
         "duration": duration,
         "bytes": _bytes,
         "css": css,
-        "svg": Markup,
+        "ours": Markup,
     }
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return environment.get_template("page.html").render(style=style, **context(run))

@@ -36,6 +36,7 @@ from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.site import Work, do
 from nvila.components.tracking.flatten import metrics
+from nvila.components.tracking.redact import redact_text, tell
 
 RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
@@ -121,7 +122,7 @@ def execute(
         status.end("preempted", Exit.PREEMPTED, message="interrupted")
         _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
     except Exception as error:
-        traceback.print_exc()
+        print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
         status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
     finally:
@@ -221,7 +222,8 @@ def _track(
     try:
         record_step(place.run_dir, step, settings, inputs, manifest, began, time.time(), error, measured)
     except Exception as problem:
-        print(f"{step}: not tracked in MLflow: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        why = tell(f"{type(problem).__name__}: {problem}")
+        print(f"{step}: not tracked in MLflow: {why}", file=sys.stderr, flush=True)
 
 
 class _Status:
@@ -267,7 +269,7 @@ class _Status:
             "seconds": round(ended - self._record["started"], 3),
             "exit_code": int(code),
             "manifest": f"{manifest.folder}/{MANIFEST}" if manifest else None,
-            "message": message,
+            "message": redact_text(message) if message else message,
         }
         if damaged:
             self._record["damaged"] = True
@@ -309,6 +311,6 @@ def _preempted(signum: int, frame: object) -> NoReturn:
 
 
 def _leave(code: Exit, message: str) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    print(tell(message), file=sys.stderr, flush=True)
     sys.stdout.flush()
     raise SystemExit(int(code))

@@ -21,6 +21,7 @@ from nvila.components.contracts.progress import progress_to
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
 from nvila.components.runner.site import machine
+from nvila.components.tracking.redact import tell
 
 NODE_VARIABLE = "PET_NODE_RANK"
 """Environment variable: number of this node, set by Kubeflow Trainer; unset on a single machine."""
@@ -39,7 +40,7 @@ def main(path: Path) -> Exit:
     except KeyboardInterrupt:
         return _end(folder, node, Preempted("interrupted"))
     except Exception as error:
-        traceback.print_exc()
+        print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
         return _end(folder, node, NvilaError(f"{type(error).__name__}: {error}"))
 
 
@@ -63,7 +64,7 @@ def _work(assignment: Assignment, node: int, folder: Path) -> None:
 
 def _end(folder: Path, node: int, error: NvilaError) -> Exit:
     write_verdict(folder, node, error)
-    print(f"node {node}: {error}", file=sys.stderr, flush=True)
+    print(tell(f"node {node}: {error}"), file=sys.stderr, flush=True)
     return Exit(error.exit_code)
 
 

@@ -16,7 +16,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.tracking.connect import connected, experiment_id, tracking_uri
 from nvila.components.tracking.datasets import dataset_inputs
 from nvila.components.tracking.flatten import batches, metrics, parameters
-from nvila.components.tracking.redact import redact_text
+from nvila.components.tracking.redact import redact, redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -168,7 +168,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _log_files(client: MlflowClient, run: str, manifest: Manifest) -> None:
     folder = Path(manifest.folder)
-    client.log_artifact(run, str(folder / "manifest.json"))
+    shown = redact(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))  # its values may be settings
+    client.log_text(run, json.dumps(shown, indent=1), "manifest.json")
     for name in manifest.files:
         path = folder / name
         if path.suffix in _SHOWN and path.is_file():

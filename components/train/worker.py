@@ -16,6 +16,7 @@ from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.sealed import seal
+from nvila.components.tracking.redact import tell
 from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def main(job_path: str) -> None:
         if not verdict.exists():  # the first process to fail knows why; the others only lost it
             record = {"error": type(error).__name__, "message": str(error), "exit_code": int(error.exit_code)}
             write_atomic(verdict, json.dumps(record))
-        print(error, file=sys.stderr, flush=True)
+        print(tell(str(error)), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
 

@@ -19,6 +19,7 @@ from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import folder_of, hand_over, read_outcome
 from nvila.components.runner.site import Work
+from nvila.components.tracking.redact import tell
 from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, RUN_LABEL, Nodes, job_name, label, train_job
 from nvila.infra.launch.state import COMPLETE, FAILED, condition, finished, is_running, why_waiting
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 def say(work: Work, text: str) -> None:
     """A line in the step's log."""
-    print(f"{work.step}: {text}", file=sys.stderr, flush=True)
+    print(tell(f"{work.step}: {text}"), file=sys.stderr, flush=True)
 
 
 def obtain(cluster: Cluster, work: Work, nodes: Nodes, outcome_seconds: float) -> Job:

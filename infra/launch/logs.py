@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from nvila.components.tracking.redact import tell
 from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.requests import broken
 from nvila.infra.launch.state import first_pod, items
@@ -56,7 +57,7 @@ class LogCopy:
     def _copy(self, pod: str, place: Place) -> None:
         with self._cluster.log(pod, place.since, SILENCE_SECONDS) as lines:
             for text in place.fresh(lines):
-                self._out.write(text + "\n")
+                self._out.write(tell(text) + "\n")
                 self._out.flush()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvila.components.contracts.errors import ConfigError, NvilaError, PreflightError
+from nvila.components.tracking.redact import tell
 
 T = TypeVar("T")
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -172,7 +173,7 @@ class Requests:
             ) from None
 
     def _say(self, text: str) -> None:
-        print(f"API server {self.host}: {text}", file=sys.stderr, flush=True)
+        print(tell(f"API server {self.host}: {text}"), file=sys.stderr, flush=True)
 
 
 def broken() -> tuple[type[Exception], ...]:

@@ -212,6 +212,31 @@ def test_the_curl_command_works_by_copy_and_paste(
     assert not (tmp_path / "ran").exists()
 
 
+HOSTILE = "[red]\x1b[31m\r\u202e[/x]"
+
+
+def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source names, notes and messages come from recipes, data, servers: no escape or markup of them counts."""
+    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {HOSTILE: ROW}, "stages": {"base": {HOSTILE: 0.1}}})
+    monkeypatch.setitem(VALUES, "rollout", {"endpoint": HOSTILE, "model": HOSTILE, "decision": HOSTILE})
+    monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / f"{HOSTILE}.png", HOSTILE))
+    for name in ("evaluate", "rollout"):
+        _write_step(run_dir, name, "done")
+    _write_step(run_dir, "report", "failed", code=1)
+    path = run_dir / "steps" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"message": f"{HOSTILE} password=hunter2"}))
+    finished, out = Finished.read(run_dir), io.StringIO()
+    console = Console(file=out, width=400)
+    with Watch(HOSTILE, lambda: finished.states, console) as watch:
+        watch.refresh()
+    summary = write_summary(finished, 1.0, 0, 1)
+    closing.show_closing(finished, summary | {"decision": HOSTILE, "run": HOSTILE}, console)
+    shown = out.getvalue()
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert shown.count(visible(HOSTILE)) >= 8
+    assert "hunter2" not in json.dumps(summary)
+
+
 def test_latest_always_points_at_a_whole_run(tmp_path: Path) -> None:
     """Replaced in one step, also over an older link; two runs in one second do not share a folder."""
     first, second = _new_run(tmp_path, "tiny"), _new_run(tmp_path, "tiny")

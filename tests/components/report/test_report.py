@@ -133,6 +133,13 @@ def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
     assert row["change"] == pytest.approx(-0.01)
 
 
+def test_no_text_looks_like_another_or_gives_a_secret_away(make_run: MakeRun) -> None:
+    """The report is mailed around; a name that turns the direction of writing reads like another one."""
+    html = render(collect(make_run(text="abc\u202egnp.exe\x1b[31m token=hunter2hunter2 hf_" + "a1" * 17)))
+    assert "\u202e" not in html and "\x1b" not in html and "\\u202e" in html
+    assert "hunter2" not in html and "a1a1a1" not in html
+
+
 @pytest.mark.parametrize("step", [name for name, *_ in DAG])
 @pytest.mark.parametrize("verdict", ["failed", "preempted"])
 def test_any_step_may_be_the_last(make_run: MakeRun, step: str, verdict: str) -> None:
