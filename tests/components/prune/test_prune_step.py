@@ -17,6 +17,7 @@ from buckets import Bucket
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.sealed import seal
 from nvila.components.prune import step
 
 TINY: dict[str, Any] = {
@@ -64,8 +65,10 @@ def results(out: Path, accuracy: dict[str, float], losses: dict[str, Callable[[s
     for name, loss in losses.items():
         for fold in (0, 1):
             found = {sample: loss(sample) for i, sample in enumerate(IDS) if i // 2 % 2 == fold}
-            content = {"accuracy": {"colours": accuracy[name]}, "weights": {}, "losses": found}
+            content = {"accuracy": {"colours": accuracy[name]}, "weights": {}, "losses": found, "skipped": []}
             (out / "references" / f"{name}-{fold}.json").write_text(json.dumps(content))
+            sealed = out / "references" / f"{name}-{fold}.sealed.json"
+            seal(out / "references", sealed, [f"{name}-{fold}.json"])
 
 
 @pytest.mark.parametrize("score", ["sum", "mean"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from nvila.components.train.engine import LATEST, Engine
+from nvila.components.contracts.sealed import seal
+from nvila.components.train.checkpoints import RECORD
+from nvila.components.train.engine import Engine
 
 
 class Loaded(SimpleNamespace):
@@ -31,7 +33,10 @@ def test_processes_resume_where_the_first_says(tmp_path: Path) -> None:
     views = [tmp_path / "first", tmp_path / "second"]
     for view in views:
         view.mkdir()
-    (views[0] / LATEST).write_text("step-7")
+    checkpoint = views[0] / "step-7"
+    checkpoint.mkdir()
+    (checkpoint / "states.pt").write_bytes(b"0")
+    seal(checkpoint, checkpoint / RECORD)
     torch.multiprocessing.start_processes(
         _resume, ([str(v) for v in views], str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="fork"
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.sealed import seal
 from nvila.components.train import step
+from nvila.components.train.job import RECORD, TRAINED
 from nvila.components.train.losses import read_losses
 
 ROW: dict[str, Any] = {
@@ -29,7 +33,9 @@ import json, signal, sys
 from pathlib import Path
 from nvila.components.contracts.errors import Preempted
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.sealed import seal
 from nvila.components.train import step
+from nvila.components.train.job import RECORD, TRAINED
 settings, model, samples, out = sys.argv[1:]
 inputs = {"model": Manifest.model_validate_json(model), "samples": Manifest.model_validate_json(samples)}
 try:
@@ -72,6 +78,7 @@ def test_a_stage_is_stopped_and_ends_on_the_second_call(small: Any, tmp_path: Pa
     assert set(describe_files(tmp_path, outcome.files)) == {
         "loss.jsonl",
         "loss.png",
+        "skipped.jsonl",
         "model/config.json",
         "model/llm/added_tokens.json",
         "model/llm/config.json",
@@ -93,9 +100,10 @@ def test_a_stage_is_stopped_and_ends_on_the_second_call(small: Any, tmp_path: Pa
 
 def finished(out: Path, small: Any) -> None:
     """A folder as of a stage that ended, just before its manifest."""
-    (out / "model").symlink_to(small.model.dir("model"))
+    shutil.copytree(small.model.dir("model"), out / "model")
     rows = [json.dumps({"step": n, "loss": 2.0 - n / 100, "lr": 0.1, "tokens": 9}) for n in range(1, STEPS + 1)]
     (out / "loss.jsonl").write_text("\n".join(rows) + "\n")
+    seal(out, out / RECORD, TRAINED)
 
 
 def test_a_stage_killed_before_its_manifest_is_not_trained_again(
@@ -107,6 +115,30 @@ def test_a_stage_killed_before_its_manifest_is_not_trained_again(
     first = step.run(settings(), inputs(small), tmp_path).values
     assert first["steps"] == STEPS
     assert step.run(settings(), inputs(small), tmp_path).values == first
+
+
+def _torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_torn, _flipped, Path.unlink])
+@pytest.mark.parametrize("name", ["model/llm/model.safetensors", RECORD])
+def test_a_model_that_is_not_as_it_was_written_is_made_again(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Path], None]
+) -> None:
+    """After a power cut the folder of a finished model may hold files of zeros; the next stage trained on them."""
+    finished(tmp_path, small)
+    damage(tmp_path / name)
+    launched: list[Any] = []
+    monkeypatch.setattr(step, "launch", launched.append)
+    step.run(settings(), inputs(small), tmp_path)
+    assert len(launched) == 1
 
 
 def test_a_lost_loss_log_is_made_again(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +160,7 @@ def test_a_lost_loss_log_is_made_again(small: Any, tmp_path: Path, monkeypatch: 
 def test_score_tables_reach_the_job(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pruned stage whose tables are lost on the way trains on nothing, or on everything."""
     finished(tmp_path, small)
-    (tmp_path / "model").unlink()
+    shutil.rmtree(tmp_path / "model")
     tables = {}
     for name in ("kept_video", "kept_image"):
         (tmp_path / name).mkdir()

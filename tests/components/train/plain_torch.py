@@ -9,8 +9,8 @@ from typing import Any
 from nvila.components.train.job import Job
 
 
-def plain(job: Job) -> tuple[dict[str, Any], list[float]]:
-    """Weights by name (fp32 masters) and loss of each step: AdamW on the mean over all supervised tokens of a batch."""
+def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
+    """Weights (fp32 masters), and loss and tokens of each step: AdamW on the mean over a batch's supervised tokens."""
     import torch
 
     from nvila.components.model.checkpoint import load_native
@@ -33,13 +33,13 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float]]:
         {"params": [m for m in masters.values() if m.ndim <= 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-    losses = []
+    losses, lengths = [], []
     for step in range(total):
         for group in adam.param_groups:
             group["lr"] = stage.learning_rate * warmup_cosine(step, total, stage.warmup_ratio)
         rows = samples[step * stage.batch : (step + 1) * stage.batch]
         sums = {name: torch.zeros_like(m) for name, m in masters.items()}
-        loss, tokens = 0.0, 0
+        loss, tokens, length = 0.0, 0, 0
         for sample in rows:  # one by one, so that no padding and no order can matter
             (batch,) = Feed(tokenizer, model.config).batches([sample], 1, workers=0)
             if not batch.samples:
@@ -47,7 +47,7 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float]]:
             n = int((batch.labels[:, 1:] != -100).sum())
             out = model(**batch.forward_arguments()).loss * n
             out.backward()
-            loss, tokens = loss + float(out.detach()), tokens + n
+            loss, tokens, length = loss + float(out.detach()), tokens + n, length + batch.input_ids.numel()
             for name, parameter in learning.items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad.float()
@@ -61,7 +61,8 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float]]:
             for name, parameter in learning.items():
                 parameter.copy_(masters[name])
         losses.append(loss / tokens)
-    return masters, losses
+        lengths.append(length)
+    return masters, losses, lengths
 
 
 def main() -> None:

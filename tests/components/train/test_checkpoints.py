@@ -1,0 +1,110 @@
+"""Which checkpoint an interrupted stage goes on from when the machine has damaged some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_worker import Stop, changed_parts, losses, weights
+
+from nvila.components.contracts.errors import Preempted
+from nvila.components.train.checkpoints import RECORD
+from nvila.components.train.job import Job
+from nvila.components.train.losses import StepLog, read_losses
+from nvila.components.train.worker import train
+
+MakeJob = Callable[..., Job]
+
+
+def _largest(checkpoint: Path) -> Path:
+    return max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _tear(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a flipped bit": lambda at: _flip(_largest(at / "step-4")),
+    "a torn file": lambda at: _tear(_largest(at / "step-4")),
+    "a file of zeros": lambda at: _zero(_largest(at / "step-4")),
+    "a missing file": lambda at: _largest(at / "step-4").unlink(),
+    "a torn record": lambda at: _tear(at / "step-4" / RECORD),
+    "a missing record": lambda at: (at / "step-4" / RECORD).unlink(),
+    "no files": lambda at: [path.unlink() for path in (at / "step-4").iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def straight() -> dict[str, Any]:
+    """The stage without an interruption, made once."""
+    return {}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("damage", [*DAMAGE, "latest is empty", "latest is noise", "both"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(
+    make_job: MakeJob, straight: dict[str, Any], capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """A stage that fails at every start, or goes on from zeros, because of the last thing before a power cut."""
+    if not straight:
+        whole = make_job("straight")
+        train(whole, Stop())
+        straight.update(losses=losses(whole), weights=weights(whole.out))
+    job = make_job("damaged", run={"checkpoint_seconds": 0.0})
+    with pytest.raises(Preempted):
+        train(job, Stop(after=4))
+    at = Path(job.out, "checkpoints")
+    said = {"latest is empty": "step-4\n", "latest is noise": "step-4\n", "both": "training starts anew"}
+    if damage == "both":
+        for name in ("step-3", "step-4"):
+            _flip(_largest(at / name))
+    elif damage in DAMAGE:
+        DAMAGE[damage](at)
+    else:
+        (at / "latest").write_bytes(b"" if "empty" in damage else b"\xff\x00step-9")
+    capsys.readouterr()
+    train(job, Stop())
+    lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line]
+    assert len(lines) == 1 and said.get(damage, "from checkpoint step-3 (step-4 is not sound") in f"{lines[0]}\n"
+    assert losses(job) == straight["losses"]
+    assert not changed_parts(straight["weights"], weights(job.out))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_save_that_was_cut_off_is_not_in_the_way(make_job: MakeJob) -> None:
+    """Half a checkpoint under the name of a whole one is the one that would be loaded."""
+    job = make_job("a", run={"checkpoint_seconds": 0.0})
+    with pytest.raises(Preempted):
+        train(job, Stop(after=2))
+    at = Path(job.out, "checkpoints")
+    (at / "step-2").rename(at / "partial-step-3")
+    (at / "partial-step-3" / RECORD).unlink()
+    train(job, Stop())
+    assert [step for step, _ in losses(job)] == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in at.iterdir()) == ["latest", "step-4", "step-5"]
+
+
+def test_a_log_is_cut_to_the_step_that_is_resumed(tmp_path: Path) -> None:
+    """Steps that are done again would be there twice; a line that is torn or noise must not take others along."""
+    path = tmp_path / "loss.jsonl"
+    good = ['{"step": 1, "loss": 3.5}', '{"step": 2, "loss": null}', '{"step": 3, "loss": 2.5}']
+    noise = ["\0\0\0", '{"step": "2", "loss": 1}', "[1]", '{"step": 2, "note": "\u2028 \x85"}', '{"step": 4, "lo']
+    path.write_text("\n".join([good[0], *noise[:4], *good[1:], noise[4]]), encoding="utf-8")
+    assert [record["step"] for record in read_losses(path)] == [1, 2, 3]
+    log = StepLog(path, 2)
+    log.write(step=3, loss=2.0)
+    log.sync()
+    assert [(record["step"], record["loss"]) for record in read_losses(path)] == [(1, 3.5), (2, None), (3, 2.0)]
