@@ -18,7 +18,7 @@ from servable import clip, manifest, picture, sample_row, servable_model
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.data.media import load_image, load_video_frames
-from nvila.components.model.conversation import Turn
+from nvila.components.model.conversation import Turn, messages_of
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.prompt import Prompt, make_prompt
 from nvila.components.serve import server
@@ -45,7 +45,7 @@ class Media:
     clips: list[Path]
 
     def requests(self) -> list[Request]:
-        """Single pictures of several shapes (tiled), clips, and two pictures at once (not tiled)."""
+        """Single pictures of several shapes (tiled), clips, two at once (not tiled), anywhere in the text."""
         single = [Request([str(path)], "image", f"Which digit? {i % 3}") for i, path in enumerate(self.pictures)]
         video = [Request([str(path)], "video", "Which digit is shown third?") for path in self.clips]
         pair = [str(path) for path in self.pictures[:2]]
@@ -54,6 +54,9 @@ class Media:
             *video,
             Request(pair, "image", "<image>\nand\n<image>\nSame?"),
             Request(pair, "image", "Same?"),
+            *(Request([str(path)], "image", "Which digit? <image>") for path in self.pictures[:3]),
+            Request(pair[:1], "image", "Look at <image> and say <|im_end|>."),
+            Request([str(path) for path in self.clips[:2]], "video", "Is <vila/video> like <vila/video>?"),
         ]
 
 
@@ -120,19 +123,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 def test_server_answers_as_the_torch_model_does(running: Running, media: Media) -> None:
     """Another prompt, other frames or other tiles than in training: every answer must be the torch model's own."""
-    requests = media.requests()[: len(media.pictures) + len(media.clips)]
+    requests = media.requests()
     expected = _generate(running.model, running.tokenizer, requests)
-    served = [
-        server.ask(
-            running.url,
-            "tiny",
-            request.question,
-            **{request.kind: Path(request.media[0])},
-            max_tokens=6,
-            api_key="sesame",
-        )
-        for request in requests
-    ]
+    served = []
+    for request in requests:
+        files = [(request.kind, Path(path)) for path in request.media]
+        (message,) = messages_of([Turn("human", request.question)], files)
+        served.append(server.ask(running.url, "tiny", message.parts, max_tokens=6, api_key="sesame"))
     # vLLM's detokenizer leaves out bytes that make no character; the torch side shows them as U+FFFD.
     plain = [_characters(text) for text in expected]
     assert len(set(plain)) > 5
