@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.carried import carried_keys
 
 VISION_MODES = ("resize", "pad", "dynamic", "s2", "dynamic_s2")
 NO_LIMIT = 10**9
@@ -53,6 +54,10 @@ class ModelConfig:
     """Frames per second taken from the beginning of a video; 0 spreads the frames evenly over all of it."""
     soft_ce_std: float = 1.0
     """Width, in token ids, of the target that a time token has in the loss."""
+    carried: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Top-level keys of `config.json` that decide nothing here: they go where the model goes."""
+    generation: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The checkpoint's `generation_config.json`, carried likewise; empty where there is none."""
 
     def __post_init__(self) -> None:
         if self.vision_mode not in VISION_MODES:
@@ -158,6 +163,7 @@ class ModelConfig:
             },
             "vision_tower_cfg": dict(self.vision),
             "mm_projector_cfg": {"mm_projector_type": self.projector, "model_type": "v2l_projector"},
+            **self.carried,
         }
 
     @classmethod
@@ -209,6 +215,7 @@ class ModelConfig:
             video_texts=_video_texts(content.get("video_encoder")),
             fps=fps,
             soft_ce_std=float(content.get("soft_ce_std") or 1.0),
+            carried=carried_keys(content),
         )
 
 
