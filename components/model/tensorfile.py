@@ -99,20 +99,20 @@ def read_header(path: Path) -> dict[str, Stored]:
                 raise ValueError("no header")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(path, entry, 8 + length, size) for name, entry in header.items()}
+        return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError:
         raise DataError("weights are missing", where=str(path), do="Only safetensors are read") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise DataError("not a safetensors file", where=str(path), value=str(error)) from None
 
 
-def _stored(path: Path, entry: dict, begin: int, size: int) -> Stored:
+def _stored(path: Path, name: str, entry: dict, begin: int, size: int) -> Stored:
     start, end = entry["data_offsets"]
     stored = Stored(path, begin + start, entry["dtype"], tuple(int(length) for length in entry["shape"]))
     if stored.code not in DTYPES:
-        raise ValueError(f"unknown dtype {stored.code}")
+        raise ValueError(f"{name} has the unknown dtype {stored.code}")
     if start < 0 or min(stored.shape, default=0) < 0 or end - start != stored.bytes or begin + end > size:
-        raise ValueError("a tensor lies outside of the file")
+        raise ValueError(f"{name} lies outside of the file")
     return stored
 
 
