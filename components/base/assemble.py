@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvila.components.contracts.errors import ConfigError
@@ -18,6 +17,7 @@ from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch
 from nvila.components.model.config import ModelConfig, model_config
 from nvila.components.model.projector import build_projector
+from nvila.components.model.shards import read_folder
 
 
 def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
 
     Raises:
         ConfigError: the weights are not a SigLIP tower and a Qwen2 decoder, or do not fit the architecture.
-        DataError: they cannot be fetched.
+        DataError: they cannot be fetched, or a file of them is broken, missing or superfluous.
     """
     base = settings.base
     sources = {"vision_tower": fetch(str(base.vision_tower)), "llm": fetch(str(base.llm))}
@@ -76,12 +76,4 @@ def _write_projector(config: ModelConfig, seed: int, folder: Path) -> None:
 
 def _count(folder: Path) -> int:
     """Parameters in a folder of safetensors, from the headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total
+    return sum(stored.elements for stored in read_folder(folder).values())
