@@ -8,7 +8,7 @@ from typing import Any
 _OF_THE_MODEL = """
 hidden_size mm_hidden_size image_aspect_ratio s2 dynamic_s2 s2_scales s2_max_split_size s2_resize_output_to_scale_idx
 min_tiles max_tiles video_max_tiles num_video_frames fps mm_vision_select_layer image_encoder video_encoder soft_ce_std
-llm_cfg vision_tower_cfg mm_projector_cfg num_time_tokens time_token_format time_token_ids model_dtype
+llm_cfg vision_tower_cfg mm_projector_cfg num_time_tokens time_token_format time_token_ids model_dtype chat_template
 """
 _OF_A_LAYOUT = """
 architectures model_type auto_map text_config vision_config image_token_id video_token_id newline_token_id nvila

@@ -251,6 +251,17 @@ def test_a_head_that_repeats_the_embeddings(saved: Path, tmp_path: Path) -> None
     assert HEAD not in load_file(tmp_path / "converted" / LLM)
 
 
+def test_rows_are_those_of_the_tokenizer_or_more(untied: Path) -> None:
+    """Prevents a vocabulary cut short in the embeddings or in the head; padding behind it is dropped."""
+    tensors = load_file(untied / LLM)
+    for name in (EMBEDDINGS, HEAD):
+        change(untied / LLM, **{name: tensors[name][:-5]})
+        refused(untied, "another shape")
+        change(untied / LLM, **{name: torch.cat([tensors[name], torch.full((3, 32), torch.nan)])})
+    llm = load_native(untied)[0].llm.state_dict()
+    assert torch.equal(llm[EMBEDDINGS], tensors[EMBEDDINGS]) and torch.equal(llm[HEAD], tensors[HEAD])
+
+
 def test_a_head_that_is_nowhere(untied: Path, tmp_path: Path) -> None:
     """Prevents random logits: an untied model without its output layer is refused in each form."""
     write_serving(*load_native(untied), tmp_path / "served", dtype=torch.float32)
@@ -283,6 +294,10 @@ def test_what_is_saved_is_whole(model: NVILA, tokenizer: Any, tmp_path: Path) ->
     ):
         with pytest.raises(DataError, match=match):
             save_native(model, tokenizer, tmp_path, state_dict=wrong)
+    save_native(
+        model, tokenizer, tmp_path, state_dict=dict(model.named_parameters())
+    )  # ZeRO-3: a tied head has no name
+    assert torch.equal(load_native(tmp_path)[0].llm.lm_head.weight, state["llm.lm_head.weight"])
 
 
 def test_a_served_model_is_not_saved_as_a_whole_one(saved: Path, tmp_path: Path) -> None:
