@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvila.components.contracts.errors import ConfigError
@@ -20,6 +19,7 @@ from nvila.components.model.config import ModelConfig, model_config
 from nvila.components.model.jinja import REFERENCE_NAME
 from nvila.components.model.layouts import read_native_config
 from nvila.components.model.projector import build_projector
+from nvila.components.model.shards import read_folder
 
 
 def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
 
     Raises:
         ConfigError: the weights are not a SigLIP tower and a Qwen2 decoder, or do not fit the architecture.
-        DataError: there are no such weights.
+        DataError: there are no such weights, or a file of them is broken, missing or superfluous.
         Unreachable: they cannot be fetched now.
     """
     base = settings.base
@@ -85,12 +85,4 @@ def _write_projector(config: ModelConfig, seed: int, folder: Path) -> None:
 
 def _count(folder: Path) -> int:
     """Parameters in a folder of safetensors, from the headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total
+    return sum(stored.elements for stored in read_folder(folder).values())

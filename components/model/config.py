@@ -6,10 +6,11 @@ Sizes of the sub-models stay plain dictionaries in Hugging Face's own keys, so t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.carried import carried_keys
 from nvila.components.model.encoders import NAMESPACE
 from nvila.components.model.fields import S2_MODES, VISION_MODES, config_fields
 from nvila.components.model.rope import with_rope
@@ -50,6 +51,10 @@ class ModelConfig:
     """Width, in token ids, of the target that a time token has in the loss."""
     time_tokens: int = 0
     """Time tokens that the checkpoint's vocabulary has, as its configuration says; 0 where it does not say."""
+    carried: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Top-level keys of `config.json` that decide nothing here: they go where the model goes."""
+    generation: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The checkpoint's `generation_config.json`, carried likewise; empty where there is none."""
 
     def __post_init__(self) -> None:
         if self.vision_mode not in VISION_MODES:
@@ -160,6 +165,7 @@ class ModelConfig:
             },
             "vision_tower_cfg": dict(self.vision),
             "mm_projector_cfg": {"mm_projector_type": self.projector, "model_type": "v2l_projector"},
+            **self.carried,
         }
 
     @classmethod
@@ -171,7 +177,7 @@ class ModelConfig:
         Raises:
             ConfigError: a key is missing or asks for something that this model does not compute.
         """
-        return cls(**config_fields(content, where))
+        return cls(**config_fields(content, where), carried=carried_keys(content))
 
 
 class VideoSettings(Protocol):

@@ -17,16 +17,17 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.model.checkpoint import SHARD_BYTES, generation_config, image_processor, write_native_files
-from nvila.components.model.layouts import LAYOUTS, TOWER, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
+from nvila.components.model.layouts import LAYOUTS, PARTS, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import is_served, write_serving_files
-from nvila.components.model.tensorfile import CODES, FLOATING, Target, file_bytes, write_file
+from nvila.components.model.tensorfile import CODES, Stored, Target, file_bytes, write_file
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, template_name, written_template
+from nvila.components.model.tower import drop_unused
 from nvila.components.model.variants import empty_model
+from nvila.components.model.weights import TOWER, check, settle_head, tied, wanted
 
 PLAN = ".plan"
 """In an unfinished folder: digest of what is being converted."""
-_ROWS = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,23 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
 
     Raises:
         ConfigError: no such layout or dtype, `target` exists, or the model has no place in the layout.
-        DataError: the source is broken, incomplete or quantized.
+        DataError: the source is broken, incomplete or quantized, or a value is not finite or too large for `dtype`.
     """
     if layout not in LAYOUTS:
         raise ConfigError("no such layout", where="--to", value=layout, do=f"Use one of {', '.join(LAYOUTS)}")
     if target.exists():
         raise ConfigError("is there already", where=str(target), do="Name a new folder")
-    checkpoint = open_checkpoint(source)
+    code = _code(dtype, layout)
+    checkpoint, where = open_checkpoint(source), str(source)
+    _require_convertible(checkpoint, layout)
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
     tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    skeleton = empty_model(checkpoint.config, tokens)
-    _check(checkpoint, layout, skeleton)
-    files = _files(checkpoint, layout, tokens.vocabulary, _code(dtype, layout))
+    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    skeleton = empty_model(config, tokens)
+    if checkpoint.layout == "serving":
+        drop_unused(skeleton.vision_tower, config.select_layer)
+    check(tensors, skeleton, where)
+    files = _files(tensors, skeleton, layout, code)
     partial = target.with_name(target.name + ".partial")
     _start(partial, _plan(files, layout))
     for name, targets in track(list(files.items()), "files"):
@@ -87,10 +93,9 @@ def _code(dtype: str | None, layout: str) -> str | None:
     return wanted[dtype]
 
 
-def _check(checkpoint: Checkpoint, layout: str, model: NVILA) -> None:
-    """Every tensor of the model is there in its shape, and nothing else but what loading ignores too."""
-    where, found = str(checkpoint.folder), checkpoint.tensors
-    if any(tensor.code not in FLOATING for tensor in found.values()):
+def _require_convertible(checkpoint: Checkpoint, layout: str) -> None:
+    where = str(checkpoint.folder)
+    if any(name.endswith(".weight_scale") for name in checkpoint.tensors):
         raise DataError("a quantized checkpoint cannot be converted", where=where, do="Use the one it was made from")
     if checkpoint.layout == "serving" and layout != "serving":
         raise DataError(
@@ -98,41 +103,19 @@ def _check(checkpoint: Checkpoint, layout: str, model: NVILA) -> None:
             where=where,
             do="Use the checkpoint that it was made from",
         )
-    wanted = {name.replace("vision_tower.", TOWER, 1): t.shape for name, t in model.state_dict().items()}
-    optional = {"llm.lm_head.weight"} if checkpoint.config.llm.get("tie_word_embeddings") else set()
-    if checkpoint.layout == "serving":
-        optional |= {name for name in wanted if name.startswith(TOWER)}
-    missing = sorted(wanted.keys() - found.keys() - optional)
-    extra = sorted(name for name in found.keys() - wanted.keys() if not name.startswith(f"{TOWER}head."))
-    if missing or extra:
-        what = "tensors are missing" if missing else "tensors that the model does not have"
-        raise DataError(what, where=where, value=(missing or extra)[:5], do="Check the checkpoint's config.json")
-    for name, shape in wanted.items():
-        has = found[name].shape if name in found else shape
-        if has[1:] != shape[1:] or (has[:1] < shape[:1] if name in _ROWS else has != shape):
-            raise DataError(
-                f"{name} has another shape than the configuration says", where=where, value=f"{has} for {tuple(shape)}"
-            )
 
 
-def _files(checkpoint: Checkpoint, layout: str, vocabulary: int, code: str | None) -> dict[str, list[Target]]:
+def _files(tensors: Mapping[str, Stored], model: NVILA, layout: str, code: str | None) -> dict[str, list[Target]]:
     """What goes into which file of the result."""
-    tied = bool(checkpoint.config.llm.get("tie_word_embeddings"))
-    groups: dict[str, list[Target]] = {}
-    for name, stored in checkpoint.tensors.items():
-        if name.startswith(f"{TOWER}head.") or (tied and name == "llm.lm_head.weight"):
+    flat = layout in ("hf", "serving")
+    groups: dict[str, list[Target]] = {part: [] for part in ([""] if flat else PARTS)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted(model).items()}
+    for name, stored in tensors.items():
+        tower = name.startswith(TOWER)
+        if layout == "serving" and tower and not is_served(name.removeprefix("vision_tower."), model.config):
             continue
-        if (
-            layout == "serving"
-            and name.startswith(TOWER)
-            and not is_served(name.removeprefix("vision_tower."), checkpoint.config)
-        ):
-            continue
-        shape = (min(stored.shape[0], vocabulary), *stored.shape[1:]) if name in _ROWS else stored.shape
-        folder, written = (
-            ("", name) if layout in ("hf", "serving") else (name.partition(".")[0], name.partition(".")[2])
-        )
-        groups.setdefault(folder, []).append(Target(written, stored, code or stored.code, shape))
+        folder, written = ("", name) if flat else (name.partition(".")[0], name.partition(".")[2])
+        groups[folder].append(Target(written, stored, code or stored.code, shapes[name]))
     return {path: part for folder, targets in groups.items() for path, part in _shards(folder, targets).items()}
 
 
@@ -199,16 +182,16 @@ def _write_rest(
     largest = max((target for targets in files.values() for target in targets), key=lambda t: math.prod(t.shape))
     dtype = next(dtype for dtype, code in CODES.items() if code == largest.code)
     if layout == "serving":
-        write_serving_files(model, tokenizer, partial, dtype)
+        write_serving_files(model, tokenizer, partial, dtype, config=config)
     elif layout == "hf":
         content = hf_config(config, tokens.image, tokens.video)
         named = {
             "dtype": str(dtype).removeprefix("torch."),
-            "tie_word_embeddings": bool(config.llm.get("tie_word_embeddings")),
+            "tie_word_embeddings": tied(config),
         }
         tokenizer.save_pretrained(partial)
         (partial / "chat_template.jinja").write_text(written_template(tokenizer), encoding="utf-8")
-        _write_json(partial / "generation_config.json", generation_config(tokenizer))
+        _write_json(partial / "generation_config.json", config.generation or generation_config(tokenizer))
         _write_json(partial / "preprocessor_config.json", image_processor(config.tile_pixels))
         _write_json(partial / "config.json", content | named | {"model_dtype": str(dtype)})
     else:

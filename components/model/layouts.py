@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,13 @@ from nvila.components.model import refusals
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.refusals import check_size, refuse
 from nvila.components.model.rope import with_rope
-from nvila.components.model.tensorfile import Stored, read_folder
+from nvila.components.model.shards import SINGLE, read_folder, require_nothing_beside
+from nvila.components.model.tensorfile import Stored
+from nvila.components.model.weights import canonical
 
 Layout = Literal["native", "vila", "hf", "serving"]
 LAYOUTS: tuple[Layout, ...] = ("native", "vila", "hf", "serving")
 PARTS = ("llm", "vision_tower", "mm_projector")
-TOWER = "vision_tower.vision_model."
 PROCESSOR = "preprocessor_config.json"
 HF_KINDS = {"nvila": ("dynamic_s2", "mlp_downsample"), "nvila_lite": ("dynamic", "mlp_downsample_3x3_fix")}
 """`model_type` of the flat layout: the vision mode and the projector that its readers build."""
@@ -37,7 +38,8 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Path
     tensors: dict[str, Stored]
-    """By `llm.*`, `vision_tower.vision_model.*` and `mm_projector.layers.*`, whatever the files call them."""
+    """By `llm.*`, `vision_tower.vision_model.*` and `mm_projector.layers.*`, whatever the files call them; what no
+    NVILA computes is left out."""
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
@@ -50,14 +52,24 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     folder = checkpoint_root(Path(folder))
     layout = recognise(folder)
     if layout in ("native", "vila"):
-        folders = part_folders(folder)
-        tensors = {f"{part}.{name}": t for part in PARTS for name, t in read_folder(folders[part]).items()}
-        config, tokenizer = read_native_config(folder), folders["llm"]
+        folders, config = part_folders(folder), read_native_config(folder)
+        tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
+        if folder not in folders.values():
+            require_nothing_beside(folder, [])
+        tokenizer = folders["llm"]
     else:
         config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
         tensors, tokenizer = read_folder(folder), folder
     _check_vocabulary(config, tokenizer)
-    return Checkpoint(folder, layout, config, tokenizer, _canonical(tensors))
+    return Checkpoint(folder, layout, config, tokenizer, canonical(tensors, config.projector, str(folder)))
+
+
+def _part(folder: Path, part: str, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors of a part; the identity has none, and need not have a file."""
+    if part == "mm_projector" and config.projector == "identity" and not (folder / SINGLE).exists():
+        require_nothing_beside(folder, [])
+        return {}
+    return read_folder(folder)
 
 
 def checkpoint_root(folder: Path) -> Path:
@@ -127,7 +139,7 @@ def read_native_config(folder: Path | str) -> ModelConfig:
     content["llm_cfg"] = {**read_json(folders["llm"] / "config.json"), **limits}
     content["vision_tower_cfg"] = read_json(folders["vision_tower"] / "config.json")
     content["mm_projector_cfg"] = read_json(folders["mm_projector"] / "config.json")
-    return _read(content, folder / "config.json", folders["vision_tower"])
+    return _with_generation(_read(content, folder / "config.json", folders["vision_tower"]), folders["llm"])
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -149,8 +161,9 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if length is None and settings.is_file():
         length = read_json(settings).get("model_max_length")
     llm = {**_section(content, "text_config", folder), "tokenizer_model_max_length": length}
+    llm.setdefault("tie_word_embeddings", bool(content.get("tie_word_embeddings")))  # may stand at the top alone
     merged = {**says, **content, "llm_cfg": llm, "vision_tower_cfg": vision}
-    return _read(merged, folder / "config.json", folder)
+    return _with_generation(_read(merged, folder / "config.json", folder), folder)
 
 
 def _read(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
@@ -225,7 +238,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(
             "not there", where=str(path), do="A checkpoint has llm/, vision_tower/ and mm_projector/, or is flat"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError("not readable JSON", where=str(path), value=str(error)) from None
     if not isinstance(content, dict):
         raise DataError("not a JSON object", where=str(path))
@@ -234,7 +247,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _serving_config(folder: Path) -> ModelConfig:
     content = read_json(folder / "config.json")
-    return ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
+    config = ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
+    return _with_generation(config, folder)
+
+
+def _with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The settings of generation beside the decoder are carried; our own `generate` is asked for each."""
+    path = folder / "generation_config.json"
+    return replace(config, generation=read_json(path)) if path.is_file() else config
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: Path) -> None:
@@ -251,16 +271,3 @@ def _section(content: Mapping[str, Any], name: str, folder: Path) -> dict[str, A
     if not isinstance(section, dict):
         raise DataError("not a JSON object", where=f"{folder / 'config.json'}: {name}")
     return dict(section)
-
-
-def _canonical(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """One form of the tower's names: files of transformers 5 have no `vision_model.`; a text tower is left out."""
-    prefixed = any(name.startswith(TOWER) for name in tensors)
-    found: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("vision_tower.") and not name.startswith(TOWER):
-            if prefixed:
-                continue
-            name = TOWER + name.removeprefix("vision_tower.")
-        found[name] = tensor
-    return found

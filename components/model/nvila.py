@@ -321,7 +321,7 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
             where="llm_cfg: vocab_size",
         )
     llm_config = Qwen2Config.from_dict(with_rope(config.llm, config.max_length_tokens))
-    vision_config = SiglipVisionConfig.from_dict({"vision_use_head": False, **config.vision})
+    vision_config = SiglipVisionConfig.from_dict({**config.vision, "vision_use_head": False})  # never computed
     try:
         llm = Qwen2ForCausalLM._from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
         tower = SiglipVisionModel._from_config(vision_config, dtype=dtype, attn_implementation="sdpa")

@@ -55,7 +55,7 @@ def projected_side(kind: str, side: int) -> int:
 class Projector(nn.Module):
     """(B, N, D) tower features to (B, projected_side ** 2, H) decoder embeddings."""
 
-    def __init__(self, layers: nn.Sequential, downsample: int) -> None:
+    def __init__(self, layers: nn.Module, downsample: int) -> None:
         super().__init__()
         self.layers = layers
         self.downsample = downsample
@@ -104,8 +104,10 @@ def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
         layers = [nn.Linear(d, h)]
         for _ in range(int(mlp[1]) - 1):
             layers += [nn.GELU(), nn.Linear(h, h)]
-    elif k == 1:
-        layers = [nn.Linear(d, h)] if kind == "linear" else []
+    elif kind == "linear":
+        return Projector(nn.Linear(d, h), k)  # `layers.weight` in the reference's files, without a number
+    elif kind == "identity":
+        layers = []
     else:
         layers = _downsampling(k, _widths(kind, d, h))
     return Projector(nn.Sequential(*layers), k)

@@ -6,9 +6,7 @@ needs compressed-tensors: the two packed formats are a few lines each.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.checkpoint import read_tensors
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.nvila import NVILA, build_model
-from nvila.components.model.serving import LLM, PROJECTOR, TOWER
-from nvila.components.model.timetokens import check_time_tokens
+from nvila.components.model.checkpoint import unfilled_model
+from nvila.components.model.layouts import open_checkpoint, read_json, recognise
+from nvila.components.model.nvila import NVILA
+from nvila.components.model.serving import LLM, TOWER
+from nvila.components.model.tensorfile import read_tensor
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer
+from nvila.components.model.tower import drop_unused
+from nvila.components.model.weights import Source, check, fill, settle_head, wanted
 
 PER_INT32 = 8
 """4-bit values in one packed int32, the first in the lowest bits, each stored as value + 8."""
@@ -31,54 +31,83 @@ PER_INT32 = 8
 def load_quantized(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[NVILA, Any]:
     """The model of a serving folder, quantized or not, in evaluation mode, with its tokenizer.
 
+    It has no tower blocks above the selected layer, since the folder has no weights for them.
+
     Raises:
-        DataError: a file or tensor is missing, or a quantization format is not known here.
+        DataError: a file or tensor is missing or broken, or a quantization format is not known here.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file() or recognise(folder) != "serving":
+        raise DataError("not a serving folder", where=str(folder / "config.json"))
+    checkpoint, where = open_checkpoint(folder), str(folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    config, stored = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    tensors: dict[str, Source] = {**stored}
+    model = unfilled_model(config, tokens, dtype)
+    drop_unused(model.vision_tower, config.select_layer)
+    for group in _groups(folder):
+        _dequantize_group(model, tensors, group, where)
+    check(tensors, model, where, says="tensors do not match the model")
+    fill(model, tensors, where)
+    return model.eval(), tokenizer
+
+
+def _groups(folder: Path) -> list[tuple[str, list[str]]]:
+    """Format and patterns of each quantization scheme."""
+    path = folder / "config.json"
+    quantization = read_json(path).get("quantization_config") or {}
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError("not a serving folder", where=str(folder / "config.json")) from None
-    tokenizer = load_tokenizer(folder)
-    config = ModelConfig.from_json(content["nvila"], str(folder / "config.json"))
-    tokens = TokenIds.of(tokenizer, config.video_texts)
-    check_time_tokens(tokens.time, config.time_tokens)
-    model = build_model(config, tokens)
-    tensors = read_tensors(folder)
-    for group in (content.get("quantization_config") or {}).get("config_groups", {}).values():
-        _dequantize_group(model, tensors, group, str(folder))
-    for prefix, part in ((TOWER, model.vision_tower), (LLM, model.llm), (PROJECTOR, model.mm_projector)):
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        missing, extra = part.load_state_dict(own, strict=False)
-        # The tower's unused blocks and a tied lm_head are not stored.
-        if part is not model.vision_tower:
-            missing = [name for name in missing if name != "lm_head.weight"]
-        else:
-            missing = [name for name in missing if not name.startswith(("encoder.layers.", "post_layernorm"))]
-        if missing or extra:
-            raise DataError("tensors do not match the model", where=str(folder), value=sorted([*missing, *extra])[:5])
-    model.llm.tie_weights()
-    return model.to(dtype).eval(), tokenizer
+        groups = quantization.get("config_groups", {}).values()
+        return [
+            (str(group["format"]), [str(target).removeprefix("re:") for target in group["targets"]]) for group in groups
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError("not a quantization", where=f"{path}: quantization_config", value=str(error)) from None
 
 
-def _dequantize_group(model: NVILA, tensors: dict[str, torch.Tensor], group: Mapping[str, Any], where: str) -> None:
-    """Turn the packed tensors of one scheme into float weights, in place; W8A8 modules are exchanged."""
-    form = group["format"]
-    patterns = [target.removeprefix("re:") for target in group["targets"]]
+def _dequantize_group(model: NVILA, tensors: dict[str, Source], group: tuple[str, list[str]], where: str) -> None:
+    """Exchange the packed tensors of one scheme for float weights, in place; W8A8 modules round their inputs then."""
+    form, patterns = group
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted(model).items()}
     names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith(".weight_scale")})
     for name in names:
         if not any(re.match(pattern, name) for pattern in patterns):
             continue
-        scale = tensors.pop(f"{name}.weight_scale").float()
-        if form == "pack-quantized":
-            zero = tensors.pop(f"{name}.weight_zero_point", None)
-            shape = tensors.pop(f"{name}.weight_shape").tolist()
-            tensors[f"{name}.weight"] = unpack_w4(tensors.pop(f"{name}.weight_packed"), scale, zero, shape)
-        elif form == "int-quantized":
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() * scale
-            _round_inputs(model, name)
-        else:
+        if form not in ("pack-quantized", "int-quantized"):
             raise DataError("unknown quantization format", where=where, value=form)
+        try:
+            weight = (_packed if form == "pack-quantized" else _int8)(tensors, name)
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"the quantized tensors of {name} do not fit together", where=where, value=str(error)
+            ) from None
+        if tuple(weight.shape) != shapes.get(f"{name}.weight"):
+            raise DataError(
+                f"{name} has another shape than the configuration says", where=where, value=tuple(weight.shape)
+            )
+        tensors[f"{name}.weight"] = weight
+        if form == "int-quantized":
+            _round_inputs(model, name)
+
+
+def _packed(tensors: dict[str, Source], name: str) -> torch.Tensor:
+    scale, packed = _take(tensors, f"{name}.weight_scale").float(), _take(tensors, f"{name}.weight_packed", torch.int32)
+    zero = _take(tensors, f"{name}.weight_zero_point", torch.int32) if f"{name}.weight_zero_point" in tensors else None
+    return unpack_w4(packed, scale, zero, _take(tensors, f"{name}.weight_shape").tolist())
+
+
+def _int8(tensors: dict[str, Source], name: str) -> torch.Tensor:
+    weight = _take(tensors, f"{name}.weight", torch.int8).float()
+    return weight * _take(tensors, f"{name}.weight_scale").float()
+
+
+def _take(tensors: dict[str, Source], name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    source = tensors.pop(name)
+    tensor = source if isinstance(source, torch.Tensor) else read_tensor(source, name)
+    if dtype not in (None, tensor.dtype):
+        raise ValueError(f"{name} is {tensor.dtype} instead of {dtype}")
+    return tensor
 
 
 def unpack_w4(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, shape: list[int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ from nvila.components.model.jinja import chat_template
 from nvila.components.model.rope import check_served
 from nvila.components.model.tokenizer import written_template
 from nvila.components.model.tower import used_blocks
+from nvila.components.model.weights import HEAD, TOWER, canonical, settle_head, tied, untied
 
 if TYPE_CHECKING:
     from nvila.components.model.config import ModelConfig
@@ -31,20 +32,19 @@ __all__ = ["chat_template", "is_served", "serving_tensors", "write_serving", "wr
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 MODEL_TYPE = "nvila"
-TOWER, LLM, PROJECTOR = "vision_tower.vision_model.", "llm.", "mm_projector."
+LLM, PROJECTOR = "llm.", "mm_projector."
 
 
 def serving_tensors(model: NVILA, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """The model's tensors by their serving names, floating-point ones in `dtype`."""
-    tensors = {PROJECTOR + name: tensor for name, tensor in model.mm_projector.state_dict().items()}
-    for name, tensor in model.vision_tower.state_dict().items():
-        if is_served(name, model.config):
-            tensors[TOWER + name.removeprefix("vision_model.")] = tensor
-    tied = bool(model.config.llm.get("tie_word_embeddings"))
-    for name, tensor in model.llm.state_dict().items():
-        if not (tied and name == "lm_head.weight"):
-            tensors[LLM + name] = tensor
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    found = canonical(model.state_dict(), "", "the model")
+    _, tensors = settle_head(model.config, found, model.tokens.vocabulary, "the model")
+    served = {name: t for name, t in tensors.items() if not name.startswith(TOWER) or _is_served(name, model.config)}
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in served.items()}
+
+
+def _is_served(name: str, config: ModelConfig) -> bool:
+    return is_served(name.removeprefix("vision_tower."), config)
 
 
 def is_served(tower_name: str, config: ModelConfig) -> bool:
@@ -80,14 +80,25 @@ def write_serving(
     folder.mkdir(parents=True, exist_ok=True)
     stored = serving_tensors(model, dtype) if tensors is None else tensors
     write_tensors(stored, folder)
-    write_serving_files(model, tokenizer, folder, dtype, quantization)
+    config = model.config if HEAD not in stored else untied(model.config)
+    write_serving_files(model, tokenizer, folder, dtype, quantization, config=config)
     return sum(tensor.nbytes for tensor in stored.values())
 
 
 def write_serving_files(
-    model: NVILA, tokenizer: Any, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+    model: NVILA,
+    tokenizer: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    config: ModelConfig,
 ) -> None:
-    """Everything of a serving folder but the weights; the model may be on the meta device."""
+    """Everything of a serving folder but the weights; the model may be on the meta device.
+
+    `config` is the model's, untied where its output layer is stored. Keys that are only carried stay below `nvila`,
+    where vLLM does not take them for its own; of the generation's settings, the tokens that end and pad are ours.
+    """
     if model.config.video_texts != LINE_BREAK_AFTER:
         raise ConfigError(
             "the server puts only a line break behind each frame", where="video_texts", value=model.config.video_texts
@@ -95,26 +106,26 @@ def write_serving_files(
     check_served(model.config.llm)
     folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
+    tie = {"tie_word_embeddings": tied(config)}
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
         **computed,
-        "text_config": _sub_config(model.llm) | computed,
+        "text_config": _sub_config(model.llm) | computed | tie,
         "vision_config": _sub_config(model.vision_tower) | computed,
-        "nvila": model.config.to_json(),
+        "nvila": config.to_json(),
         "image_token_id": ids.image,
         "video_token_id": ids.video,
         "newline_token_id": ids.newline,
-        "tie_word_embeddings": bool(model.config.llm.get("tie_word_embeddings")),
+        **tie,
     }
     if quantization is not None:
         content["quantization_config"] = dict(quantization)
     tokenizer.save_pretrained(folder)
     template = written_template(tokenizer, tile_breaks=model.config.vision_mode == "dynamic")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    _write_json(
-        folder / "generation_config.json", {"eos_token_id": ids.end, "pad_token_id": ids.pad, "do_sample": False}
-    )
+    ends = {"eos_token_id": ids.end, "pad_token_id": ids.pad}
+    _write_json(folder / "generation_config.json", {"do_sample": False, **config.generation, **ends})
     _write_json(folder / "config.json", content)
 
 

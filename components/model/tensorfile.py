@@ -1,7 +1,7 @@
 """Safetensors files read and written piece by piece, so that no tensor is ever whole in memory.
 
-The format (8 bytes of header length, a JSON header, the raw tensors) is simple enough to handle here; loading a model
-goes through the safetensors library instead (`checkpoint`). Used by `convert` and `describe`.
+The format (8 bytes of header length, a JSON header, the raw tensors) is simple enough to handle here; the safetensors
+library says first whether a file is one. No value that is not finite passes, in or out.
 """
 
 from __future__ import annotations
@@ -87,53 +87,92 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         DataError: missing, not safetensors, or a tensor that does not lie inside the file.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         size = path.stat().st_size
+        with safe_open(path, framework="pt"):
+            pass  # overlaps, gaps, bytes behind the last tensor
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
                 raise ValueError("no header")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(path, entry, 8 + length, size) for name, entry in header.items()}
+        return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError:
         raise DataError("weights are missing", where=str(path), do="Only safetensors are read") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise DataError("not a safetensors file", where=str(path), value=str(error)) from None
 
 
-def _stored(path: Path, entry: dict, begin: int, size: int) -> Stored:
+def _stored(path: Path, name: str, entry: dict, begin: int, size: int) -> Stored:
     start, end = entry["data_offsets"]
     stored = Stored(path, begin + start, entry["dtype"], tuple(int(length) for length in entry["shape"]))
     if stored.code not in DTYPES:
-        raise ValueError(f"unknown dtype {stored.code}")
+        raise ValueError(f"{name} has the unknown dtype {stored.code}")
     if start < 0 or min(stored.shape, default=0) < 0 or end - start != stored.bytes or begin + end > size:
-        raise ValueError("a tensor lies outside of the file")
+        raise ValueError(f"{name} lies outside of the file")
     return stored
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError("not an index of shards", where=str(index), value=str(error)) from None
-    found: dict[str, Stored] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise DataError("an index that leads out of its folder", where=str(index), value=name)
-        found |= read_header(folder / name)
-    return found
+def values(stored: Stored, name: str, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The first `count` values of a tensor of floats, flat, in pieces of at most `PIECE_ELEMENTS`, as `dtype`.
+
+    Raises:
+        DataError: one is NaN or infinite, or too large for `dtype`; or the file ends early.
+    """
+    for raw in _pieces(stored, count):
+        read = torch.frombuffer(raw, dtype=DTYPES[stored.code])
+        piece = read.to(dtype)
+        if not is_finite(piece):
+            if is_finite(read):
+                raise DataError(f"{name} has values too large for {dtype}", where=str(stored.path), do=_WIDER)
+            raise DataError(f"{name} has values that are NaN or infinite", where=str(stored.path), do=_BROKEN)
+        yield piece
+
+
+_WIDER = "Use bfloat16 or float32"
+_BROKEN = "The checkpoint is damaged, or its training diverged: use another"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity.
+
+    The extremes tell, since NaN is handed on to both: nothing can overflow, and 23 GB/s of bfloat16 go through one core
+    (0.8 GB/s through `torch.isfinite`).
+    """
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def read_tensor(stored: Stored, name: str) -> torch.Tensor:
+    """A whole tensor of any dtype.
+
+    Raises:
+        DataError: a value of a tensor of floats is not finite, or the file ends early.
+    """
+    whole = torch.empty(stored.elements, dtype=DTYPES[stored.code])
+    if stored.code in FLOATING:
+        pieces = values(stored, name, stored.elements, whole.dtype)
+    else:
+        pieces = (torch.frombuffer(raw, dtype=whole.dtype) for raw in _pieces(stored, stored.elements))
+    put(whole, pieces)
+    return whole.view(stored.shape)
+
+
+def put(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
+    """Fill a flat tensor from pieces that together are as long."""
+    at = 0
+    for piece in pieces:
+        flat[at : at + len(piece)] = piece
+        at += len(piece)
 
 
 def write_file(path: Path, targets: Iterable[Target]) -> None:
     """Write one file, copying each tensor in pieces; it appears under its name when it is whole.
 
     Raises:
-        DataError: a source ends early.
+        DataError: a source ends early, or holds a value that is not finite or does not fit the new dtype.
     """
     targets = list(targets)
     partial = path.with_name(path.name + ".partial")
@@ -141,8 +180,8 @@ def write_file(path: Path, targets: Iterable[Target]) -> None:
         header = _header(targets)
         out.write(len(header).to_bytes(8, "little") + header)
         for target in targets:
-            for piece in _pieces(target):
-                out.write(piece)
+            for piece in values(target.source, target.name, math.prod(target.shape), DTYPES[target.code]):
+                out.write(piece.view(torch.uint8).numpy().data)
     partial.rename(path)
 
 
@@ -163,21 +202,12 @@ def _header(targets: list[Target]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _pieces(target: Target) -> Iterator[bytearray]:
-    """The bytes of a tensor, its dtype changed on the way."""
-    source, left = target.source, math.prod(target.shape)
-    same = source.code == target.code
-    with source.path.open("rb") as file:
-        file.seek(source.start)
-        while left:
-            count = min(left, PIECE_ELEMENTS)
-            raw = _read(file, count * width(source.code))
-            left -= count
-            if same:
-                yield raw
-                continue
-            values = torch.frombuffer(raw, dtype=DTYPES[source.code]).to(DTYPES[target.code])
-            yield bytearray(values.view(torch.uint8).numpy().tobytes())
+def _pieces(stored: Stored, count: int) -> Iterator[bytearray]:
+    """The bytes of the first `count` values."""
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        for begin in range(0, count, PIECE_ELEMENTS):
+            yield _read(file, min(PIECE_ELEMENTS, count - begin) * width(stored.code))
 
 
 def _read(file: IO[bytes], size: int) -> bytearray:

@@ -12,13 +12,18 @@ def used_blocks(layers: int, select_layer: int) -> int:
     return select_layer if select_layer >= 0 else layers + 1 + select_layer
 
 
+def drop_unused(tower: Any, select_layer: int) -> None:
+    """Take away what no feature needs: a serving folder has no weights for it."""
+    del tower.encoder.layers[used_blocks(tower.config.num_hidden_layers, select_layer) :]
+    del tower.post_layernorm
+
+
 def tower_features(tower: Any, tiles: torch.Tensor, select_layer: int) -> torch.Tensor:
     """(T, 3, S, S) tiles to (T, N, C) features of a `SiglipVisionModel`.
 
     No layer norm follows: the blocks above and `post_layernorm` get no gradient, as in the reference.
     """
     hidden = tower.embeddings(tiles)
-    blocks = tower.encoder.layers
-    for block in blocks[: used_blocks(len(blocks), select_layer)]:
+    for block in tower.encoder.layers[: used_blocks(tower.config.num_hidden_layers, select_layer)]:
         hidden = block(hidden, None)
     return hidden

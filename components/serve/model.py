@@ -6,7 +6,7 @@ only the two big stacks are vLLM's, so that its attention, its parallel layers a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from nvila.components.contracts.errors import DataError
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.controls import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.components.model.preprocess import Kind, Visual
 from nvila.components.model.projector import build_projector
 from nvila.components.model.visual import encode_visuals
+from nvila.components.model.weights import require_finite
 from nvila.components.serve.config import NVILAServingConfig
 from nvila.components.serve.processing import MODALITIES, NVILADummyInputs, NVILAProcessingInfo, NVILAProcessor
 from nvila.components.serve.tower import build_tower
@@ -103,8 +105,28 @@ class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, S
         return self.llm.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Read the safetensors of the serving folder; names need no mapping."""
-        return AutoWeightsLoader(self).load_weights(weights)
+        """Read the safetensors of the serving folder; names need no mapping.
+
+        vLLM itself looks for missing weights in plain checkpoints only, and at no value.
+
+        Raises:
+            DataError: a weight is missing or not finite.
+        """
+        loaded = AutoWeightsLoader(self).load_weights(_finite(weights))
+        needed = {name for name, _ in self.named_parameters() if name.endswith(_STORED)}
+        if missing := sorted(needed - loaded):
+            raise DataError("tensors do not match the model", where="the serving folder", value=missing[:5])
+        return loaded
+
+
+_STORED = (".weight", ".bias", ".weight_scale", ".weight_packed")
+"""Ends of the parameters that a serving folder has to fill; others are made by vLLM's kernels."""
+
+
+def _finite(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        require_finite(tensor, name, "the serving folder")
+        yield name, tensor
 
 
 def _visuals(kind: Kind, tiles: torch.Tensor, block: torch.Tensor) -> list[Visual]:

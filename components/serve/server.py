@@ -25,8 +25,15 @@ from nvila.components.model.conversation import Part, Place
 from nvila.components.serve.environment import serve_python, serve_variables
 from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
 
-ENGINE_OPTIONS = ("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log")
-"""Small and quick to start; compiling pays only for larger models than a CPU serves."""
+ENGINE_OPTIONS = (
+    *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
+    *("--generation-config", "vllm"),
+)
+"""Small and quick to start; compiling pays only for larger models than a CPU serves.
+
+What a request does not say has vLLM's neutral value, not that of the folder's `generation_config.json`: a penalty of
+repetitions would give other answers than those that were evaluated. The tokens that end an answer are still read there.
+"""
 
 File = tuple[Literal["image", "video"], Path]
 """A picture or a clip."""

@@ -208,6 +208,17 @@ def test_published_weights_arrive_unchanged(published: Path, tmp_path: Path, tow
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") is not None
 
 
+def test_published_weights_with_an_adapter_are_refused(published: Path, tmp_path: Path) -> None:
+    """A fine-tune whose adapter was never merged would be trained on as the model below it."""
+    import shutil
+
+    shutil.copytree(published / "qwen2", tmp_path / "tuned")
+    (tmp_path / "tuned" / "adapter_config.json").write_text("{}")
+    base = {"vision_tower": str(published / "tower"), "llm": str(tmp_path / "tuned")}
+    with pytest.raises(DataError, match=r"adapter.*left out"):
+        step.run(step.Settings(model=settings(base=base), seed=0), {}, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("tower", "llm", "changes", "message"),
     [

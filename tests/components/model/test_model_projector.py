@@ -44,7 +44,7 @@ def test_token_counts_of_the_real_tower() -> None:
 @pytest.mark.parametrize(
     ("kind", "shapes", "downsample"),
     [
-        ("linear", {0: (8, 4)}, 1),
+        ("linear", {"": (8, 4)}, 1),
         ("identity", {}, 1),
         ("mlp1x_gelu", {0: (8, 4)}, 1),
         ("mlp2x_gelu", {0: (8, 4), 2: (8, 8)}, 1),
@@ -65,12 +65,15 @@ def test_token_counts_of_the_real_tower() -> None:
         ),
     ],
 )
-def test_names_and_shapes_of_published_weights(kind: str, shapes: dict[int, tuple[int, ...]], downsample: int) -> None:
+def test_names_and_shapes_of_published_weights(
+    kind: str, shapes: dict[int | str, tuple[int, ...]], downsample: int
+) -> None:
     """Prevents state-dict names under which published projectors would not load."""
     projector = build_projector(kind, 8 if kind == "identity" else 4, 8)
     weights = {name: tuple(t.shape) for name, t in projector.state_dict().items() if name.endswith("weight")}
-    assert weights == {f"layers.{i}.weight": shape for i, shape in shapes.items()}
-    assert {f"layers.{i}.bias" for i in shapes} <= projector.state_dict().keys()
+    names = {f"layers.{i}" if i != "" else "layers": shape for i, shape in shapes.items()}
+    assert weights == {f"{name}.weight": shape for name, shape in names.items()}
+    assert {f"{name}.bias" for name in names} <= projector.state_dict().keys()
     assert projector.downsample == downsample
 
 

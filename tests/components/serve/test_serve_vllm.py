@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from servable import clip, manifest, picture, sample_row, servable_model
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
@@ -90,6 +91,12 @@ def test_quantized_checkpoint_in_vllm_answers_as_in_torch(media: Media, tmp_path
     assert len(set(expected)) > 5, "answers must differ for the comparison to mean anything"
     # bf16 kernels add up in another order; on random weights the two best tokens are often close.
     assert _agreement(served, expected) >= 0.8
+
+    # vLLM looks for missing weights in plain checkpoints only.
+    file = tmp_path / "q" / "model" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if name != "llm.model.norm.weight"}, file)
+    with pytest.raises(RolloutError, match=r"tensors do not match the model.*llm\.model\.norm\.weight"):
+        generate_with_vllm(tmp_path / "q" / "model", media.requests()[:1], max_new_tokens=6, work=tmp_path / "less")
 
 
 @dataclass(frozen=True)
