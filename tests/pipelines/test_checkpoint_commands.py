@@ -114,6 +114,8 @@ def test_infer_over_a_document_in_json(toy: Path, tmp_path: Path) -> None:
     assert isinstance(missing.exception, DataError) and "3 of 2" in str(missing.exception)
     places = CliRunner().invoke(app, [*asked, "<image> <image> <image>?"])
     assert isinstance(places.exception, ConfigError) and "more places" in str(places.exception)
+    text = CliRunner().invoke(app, ["infer", str(toy / "model"), "What is <image> in HTML?", "--max-new-tokens", "4"])
+    assert text.exit_code == 0  # nothing is shown, so it is text
     schema.write_text('{"type": "row"}')
     wrong = CliRunner().invoke(app, asked)
     assert isinstance(wrong.exception, ConfigError) and "row" in str(wrong.exception)

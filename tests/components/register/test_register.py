@@ -6,7 +6,9 @@ import sys
 import types
 from pathlib import Path
 
+import pandas
 import pytest
+import torch
 
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
@@ -90,7 +92,6 @@ def test_registered_model_loads_through_mlflow_and_answers(
     runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The registered artifact must be usable by MLflow alone: our loader gets the checkpoint, rows become answers."""
-    import pandas
     from PIL import Image
 
     seen: list[tuple[Path, int]] = []
@@ -132,3 +133,31 @@ def test_registered_model_loads_through_mlflow_and_answers(
         model.predict(pandas.DataFrame({"question": ["red?"], "image": ["/no/such/file.png"]}))
     with pytest.raises(MlflowException, match="question"):
         model.predict(pandas.DataFrame({"image": [picture]}))
+
+
+def test_the_registered_model_sees_the_frames_that_training_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents clips that are sampled at another rate than in training, and media that move to the front."""
+    from servable import clip, servable_model
+
+    from nvila.components.data.media import load_video_frames
+    from nvila.components.model.conversation import Turn
+    from nvila.components.model.prompt import Prompt, make_prompt
+    from nvila.components.model.serving import write_serving
+    from nvila.components.register.served import Answerer
+
+    model, tokenizer = servable_model(fps=4.0)
+    write_serving(model, tokenizer, tmp_path / "model")
+    path, question = clip(tmp_path / "clip.mp4", 1), "Which <vila/video> digit?"
+    seen: list[Prompt] = []
+    served = Answerer(tmp_path / "model")
+    monkeypatch.setattr(served.model, "generate", lambda tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
+    assert served.predict(pandas.DataFrame({"question": [question], "video": [str(path)]})) == ["four"]
+    expected, other = (
+        make_prompt([Turn("human", question)], [load_video_frames(path, 4, fps=fps)], model.config)
+        for fps in (4.0, 0.0)
+    )
+    assert seen[0].encode(tokenizer, generate=True) == expected.encode(tokenizer, generate=True)
+    assert torch.equal(seen[0].visuals[0].tiles, expected.visuals[0].tiles)
+    assert not torch.equal(expected.visuals[0].tiles, other.visuals[0].tiles)

@@ -140,7 +140,8 @@ def test_server_answers_as_the_torch_model_does(running: Running, media: Media) 
     # vLLM's detokenizer leaves out bytes that make no character; the torch side shows them as U+FFFD.
     plain = [_characters(text) for text in expected]
     assert len(set(plain)) > 5
-    assert _agreement([_characters(text) for text in served], plain) >= 0.95
+    # The server narrows float32 to bfloat16; that prompts are equal is tested in test_serve_prompts.
+    assert _agreement([_characters(text) for text in served], plain) >= 0.9
 
 
 def test_answers_in_json(running: Running, media: Media) -> None:
