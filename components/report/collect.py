@@ -91,7 +91,7 @@ def _views(folder: Path) -> Iterator[StepView]:
     for path in folder.glob("*.json"):
         try:
             record = json.loads(path.read_text())
-        except ValueError:
+        except (OSError, ValueError):
             record = None
         if not isinstance(record, dict):
             yield StepView(path.stem, "failed", message="the status file is not JSON")
