@@ -97,11 +97,11 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = [sys.executable, "-m", "nvila.pipelines.worker", str(run_dir), str(os.getpid())]
     with (
-        (run_dir / LOG).open("ab") as log,
+        (run_dir / LOG).open("a+b") as log,
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
         _Stop() as stop,
     ):
-        fcntl.flock(log, fcntl.LOCK_EX)  # until the last process of the run, which all have it open, is gone
+        fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -116,8 +116,8 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
 def _last_alive(run_dir: Path) -> float | None:
     """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
     try:
-        with (run_dir / LOG).open("rb") as log:
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with (run_dir / LOG).open("r+b") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return os.fstat(log.fileno()).st_mtime
     except OSError:  # somebody has it locked, or it was not begun by `nvila run`
         return None

@@ -48,9 +48,9 @@ def close(state: str, message: str | None) -> None:
     if not on_cluster():
         return
     run_dir = Place.from_environment().run_dir
+    _try("jobs of this run may go on", _cancel_jobs, run_dir)
     run = collect(run_dir)
     ended = ending(run, state, message)
-    _try("jobs of this run may go on", _cancel_jobs, run_dir)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
     if url := os.environ.get(URL_VARIABLE, "").strip():
         _try("the webhook was not told", _notify, url, run_dir, run, ended)

@@ -23,8 +23,8 @@ from nvila.pipelines.summary import Finished, write_summary
 
 HOLDER = """
 import fcntl, subprocess, sys, time
-log = open(sys.argv[1], "ab")
-fcntl.flock(log, fcntl.LOCK_EX)
+log = open(sys.argv[1], "a+b")
+fcntl.flock(log, fcntl.LOCK_SH)
 subprocess.Popen([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(float(input()))"], stdout=log)
 time.sleep(60)
 """
