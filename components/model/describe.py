@@ -16,6 +16,7 @@ from nvila.components.model.tensorfile import FLOATING, Stored
 from nvila.components.model.tiling import candidate_grids
 from nvila.components.model.variants import variant_of
 from nvila.components.model.visual import Lengths, token_count
+from nvila.components.model.weights import HEAD, tied
 
 GROUP = 128
 """Weights that share a scale and a zero point in W4A16, as in llm-awq."""
@@ -47,6 +48,8 @@ class Description:
     stored_bytes: int
     schemes: dict[str, int]
     """Quantized Linears by scheme; empty for plain weights."""
+    output_layer: str
+    """Whether it is the embeddings."""
 
 
 def describe(folder: Path | str) -> Description:
@@ -74,6 +77,7 @@ def describe(folder: Path | str) -> Description:
         w4a16_bytes=round(packed * W4_BYTES) + 2 * (total - packed),
         stored_bytes=sum(tensor.bytes for tensor in tensors.values()),
         schemes=schemes,
+        output_layer=_output_layer(config, HEAD in tensors),
     )
 
 
@@ -109,11 +113,13 @@ def render(description: Description) -> str:
         ("vision", f"{config.vision_mode}, {scales} pixels, at most {config.max_tiles} tiles"),
         ("projector", config.projector),
         *((part, f"{count:,} parameters") for part, count in description.parameters.items()),
+        ("output layer", description.output_layer),
         ("all", f"{sum(description.parameters.values()):,} parameters"),
         ("picture alone", f"{tokens[0]} to {tokens[1]} tokens" if tokens[0] != tokens[1] else f"{tokens[0]} tokens"),
         ("picture among others", f"{description.one_tile_tokens} tokens"),
         (f"video of {config.num_video_frames} frames", f"{description.video_tokens} tokens"),
         *((f"quantized to {scheme}", f"{count} Linears") for scheme, count in description.schemes.items()),
+        *(("asked to sample with", text) for text in [_sampling(config)] if text),
         ("weights as stored", f"{description.stored_bytes / 1e9:.2f} GB"),
         ("weights in bf16", f"{description.bf16_bytes / 1e9:.2f} GB"),
         ("weights in W4A16", f"{description.w4a16_bytes / 1e9:.2f} GB (decoder blocks in 4 bits, the rest bf16)"),
@@ -144,6 +150,18 @@ def _weights(tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, int],
         else:
             raise ConfigError("a quantization that is not known here", where=where, value=f"{name}: {tensor.code}")
     return weights, dict(schemes)
+
+
+def _output_layer(config: ModelConfig, stored: bool) -> str:
+    if not tied(config):
+        return "its own" if stored else "missing"
+    return "stored, though said to be the embeddings: loading compares them" if stored else "the embeddings"
+
+
+def _sampling(config: ModelConfig) -> str:
+    """What the checkpoint's `generation_config.json` asks readers for that sample; ours do as they are told."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    return ", ".join(f"{name} {config.generation[name]}" for name in names if name in config.generation)
 
 
 def _mark_lengths(config: ModelConfig, tokenizer: Path) -> Lengths:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.checkpoint import load_native, save_native
 from nvila.components.model.convert import convert
+from nvila.components.model.describe import describe, render
 from nvila.components.model.loading import load
 from nvila.components.model.nvila import NVILA, init_model
 
@@ -96,6 +97,10 @@ def test_there_and_back_again(projector: str, tied: bool, tokenizer: Any, config
         assert TOP.items() <= read(tmp_path / layout / "config.json").items()
     convert(first, tmp_path / "serving", "serving", dtype="float32")
     same_weights(model, tmp_path / "serving")
+    for layout in ("first", "serving"):
+        shown = render(describe(tmp_path / layout))
+        assert "temperature 0.7, top_p 0.8, top_k 20, repetition_penalty 1.05" in shown
+        assert describe(tmp_path / layout).output_layer == ("the embeddings" if tied else "its own")
 
 
 def test_a_serving_folder_carries_them_where_vllm_does_not_look(tokenizer: Any, configure: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.checkpoint import load_native, save_native
 from nvila.components.model.convert import convert
+from nvila.components.model.describe import describe, render
 from nvila.components.model.loading import load
 from nvila.components.model.nvila import NVILA, init_model
 from nvila.components.model.quantized import load_quantized
@@ -226,6 +227,7 @@ def test_a_head_of_its_own_is_kept(untied: Path, tmp_path: Path, capfd: pytest.C
     model, tokenizer = load_native(untied)
     assert torch.equal(model.llm.lm_head.weight, head) and model.config.llm["tie_word_embeddings"] is False
     assert "kept, and untied" in capfd.readouterr().err
+    assert "though said to be the embeddings" in render(describe(untied))
     save_native(model, tokenizer, tmp_path / "again")
     write_serving(model, tokenizer, tmp_path / "written", dtype=torch.float32)
     for layout in ("native", "vila", "hf", "serving"):
@@ -235,6 +237,7 @@ def test_a_head_of_its_own_is_kept(untied: Path, tmp_path: Path, capfd: pytest.C
         again = load(tmp_path / name)[0]
         assert torch.equal(again.llm.lm_head.weight, head), name
         assert not capfd.readouterr().err, "what is written says what it holds"
+        assert describe(tmp_path / name).output_layer == "its own"
     for name in ("written", "serving", "hf"):
         content = json.loads((tmp_path / name / "config.json").read_text())
         assert content["tie_word_embeddings"] is content["text_config"]["tie_word_embeddings"] is False
@@ -267,6 +270,7 @@ def test_a_head_that_is_nowhere(untied: Path, tmp_path: Path) -> None:
     write_serving(*load_native(untied), tmp_path / "served", dtype=torch.float32)
     change(untied / LLM, lm_head__weight=None)
     refused(untied, r"missing.*lm_head")
+    assert describe(untied).output_layer == "missing"
     change(tmp_path / "served/model.safetensors", llm__lm_head__weight=None)
     with pytest.raises(DataError, match=r"do not match the model.*lm_head"):
         load_quantized(tmp_path / "served")
