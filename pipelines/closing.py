@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,32 @@ def curl_example(finished: Finished) -> str | None:
     if held_out is None:
         return None
     served = finished.values("rollout")
-    picture, question = held_out
+    picture, parts = held_out
     kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
-    url = {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,"}}
-    content = [url, {"type": "text", "text": question}]
+    url = {"url": f"data:image/{kind};base64,"}
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": url}
+        for part in parts
+    ]
     body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
-    text = json.dumps(body, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
-    before, comma, after = text.partition(";base64,")  # the first one: ours
-    data = f"'{before}{comma}'$(base64 -w0 -- {shell_word(short(picture))})'{after}'"
+    text = _quoted(body)
+    before, after = text.split(_quoted(url), 1)  # its quotes are escaped wherever a question says the same
+    opening, closing = _quoted(url)[:-2], _quoted(url)[-2:]
+    data = f"'{before}{opening}'$(base64 -w0 -- {shell_word(short(picture))})'{closing}{after}'"
     key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
     address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
     return f"curl -s {address} {key}-H 'Content-Type: application/json' -d {data}"
 
 
-def _held_out(finished: Finished) -> tuple[Path, str] | None:
-    """A held-out picture and its question, from the source that the model answers best."""
+def _quoted(content: Any) -> str:
+    """JSON that may stand in a shell's single quotes."""
+    return json.dumps(content, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
+
+
+def _held_out(finished: Finished) -> tuple[Path, Sequence[Any]] | None:
+    """A held-out picture and its question in parts, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
+    from nvila.components.model.conversation import messages_of
 
     samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
@@ -80,7 +91,8 @@ def _held_out(finished: Finished) -> tuple[Path, str] | None:
         return None
     measured = finished.values("evaluate")["accuracy"]
     best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
-    return best.root / best.media[0], best.question
+    picture = best.root / best.media[0]
+    return picture, messages_of(best.conversations[:1], [picture])[0].parts
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
