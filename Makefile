@@ -81,9 +81,9 @@ docs: $(MAIN) ## Write the README's tables anew from the code
 env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files
 
 .PHONY: clean
-clean: ## Stop the endpoint; remove data, store, runs and caches
-	if [ -x $(BIN)/nvila ]; then $(BIN)/nvila stop; fi
-	rm -rf data store runs build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis lifecycle.yaml
+clean: .typing ## Stop the endpoint; remove demonstration data, store, runs and caches, nothing of yours
+	PYTHONPATH=.typing $(PYTHON) -m nvila.pipelines.clean
+	rm -rf build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis lifecycle.yaml
 	find components pipelines infra tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch alone and first: it brings what its build for this machine requires (CUDA libraries on one machine, nothing on

@@ -52,7 +52,8 @@ _HEADER = re.compile(
     r"(?:(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate|AWS4-HMAC-SHA256)\s+)?)(?P<value>[^\s\"'\\]+)",
     re.IGNORECASE,
 )
-_BEARER = re.compile(r"(?P<name>\b(?:Bearer|Basic)\s+)(?P<value>[A-Za-z0-9._~+/=-]{6,})", re.IGNORECASE)
+_BEARER = re.compile(r"(?P<name>\b(?i:Bearer|Basic)\s+)(?=\S*[0-9=_]|\S+[A-Z]|\S{20})(?P<value>[A-Za-z0-9._~+/=-]{6,})")
+"""With a digit or a capital in it, or long: `basic settings` are none."""
 _COOKIE = re.compile(r"(?P<name>\b(?:Set-)?Cookie\\?[\"']?\s*[:=]\s*\\?[\"']?)(?P<value>[^\r\n\"'\\]+)", re.IGNORECASE)
 _LOGIN = re.compile(r"(?P<name>\blogin\s+\S+\s+password\s+)(?P<value>\S+)")
 """A line of `.netrc`."""

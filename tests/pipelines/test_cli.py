@@ -1,5 +1,6 @@
 """The command line: help, wrong input, exit codes."""
 
+import io
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ import yaml
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.resolve.form import recipe_text
+from nvila.pipelines import ask, cli
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
@@ -35,6 +37,24 @@ def test_help_is_immediate(nvila: Nvila) -> None:
         seconds.append(time.monotonic() - began)
         assert all(command in shown for command in COMMANDS)
     assert min(seconds) < 1.0
+
+
+def test_an_error_steers_no_terminal_and_holds_no_password(nvila: Nvila) -> None:
+    """It quotes what was given: a path with an escape in it, or with a password."""
+    shown = nvila("inspect", "/no/such/password=hunter2/\x1b[2J\u202e")
+    assert shown.returncode != 0
+    assert shown.stderr.isascii() and "\x1b" not in shown.stderr and "hunter2" not in shown.stderr
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_answers_are_made_safe_for_a_terminal_only(monkeypatch: pytest.MonkeyPatch, tty: bool) -> None:
+    """A model repeats what it was shown; a program that reads the answer wants it as it is."""
+    monkeypatch.setattr(ask, "infer", lambda *given: iter(["a\x1b[31", "m\n", "b\n"]))
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: tty)
+    monkeypatch.setattr("sys.stdout", out)
+    cli.app(["infer", "champion", "what?"], standalone_mode=False)
+    assert out.getvalue() == ("a\\x1b[31m\nb\n" if tty else "a\x1b[31m\nb\n")
 
 
 def _micro(tmp_path: Path, **sections: dict) -> str:

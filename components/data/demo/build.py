@@ -13,9 +13,8 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.data.demo.draft import Draft
+from nvila.components.data.stamp import STAMP, as_built, content_digest, read_stamp
 
-STAMP = "SOURCE.json"
-"""File in a source's folder that says which builder made it, with which parameters, and what is spoilt in it."""
 SEED = 20
 VERSION = 1
 """Raise it when a builder writes something else, so that older folders are built again."""
@@ -24,8 +23,8 @@ VERSION = 1
 def ensure(source: Source) -> None:
     """Make sure that `source.path` holds the demonstration source; do nothing where `source.demo` is None.
 
-    A folder with the right stamp is left alone; one that this function made with other parameters is replaced. An
-    interrupted build leaves nothing at `source.path`.
+    A folder with the right stamp is left alone; one that this function made with other parameters is replaced while it
+    is as it was built. An interrupted build leaves nothing at `source.path`.
 
     Raises:
         ConfigError: something that this function did not make lies at `source.path`.
@@ -34,19 +33,18 @@ def ensure(source: Source) -> None:
         return
     place = Path(source.path).absolute()
     wanted = {"demo": source.demo, "scale": source.demo_scale, "seed": SEED, "version": VERSION}
-    if _made_with(place) == wanted:
+    if read_stamp(place).get("parameters") == wanted:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     with (place.parent / f".{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        made_with = _made_with(place)
-        if made_with == wanted:  # another process built it while this one waited
+        if read_stamp(place).get("parameters") == wanted:  # another process built it while this one waited
             return
-        if made_with is None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())) and not as_built(place):
             raise ConfigError(
                 f"data source {source.name!r} asks for the demo {source.demo!r}, but other files lie here",
                 where=str(place),
-                do="Give another path, or leave out `demo` to use the folder as it is.",
+                do="Give another path, leave out `demo` to use the folder as it is, or move it away.",
             )
         _build(place, wanted)
 
@@ -58,7 +56,8 @@ def _build(place: Path, parameters: dict[str, Any]) -> None:
     draft = Draft(fresh, SEED)
     import_module(f"nvila.components.data.demo.{parameters['demo']}").build(draft, parameters["scale"])
     counts = draft.write()
-    stamp = {"parameters": parameters, "records": counts, "spoilt": draft.spoilt}
+    content = content_digest(fresh)
+    stamp = {"parameters": parameters, "records": counts, "spoilt": draft.spoilt, "content": content}
     write_atomic(fresh / STAMP, json.dumps(stamp, indent=1) + "\n")
     if place.exists():
         old = place.parent / f".{place.name}.old"
@@ -68,12 +67,3 @@ def _build(place: Path, parameters: dict[str, Any]) -> None:
         shutil.rmtree(old)
     else:
         fresh.rename(place)
-
-
-def _made_with(place: Path) -> dict[str, Any] | None:
-    """Parameters in the stamp, or None where there is none of ours."""
-    try:
-        stamp = json.loads((place / STAMP).read_text(encoding="utf-8"))
-        return dict(stamp["parameters"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

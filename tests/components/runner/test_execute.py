@@ -42,6 +42,8 @@ def run(settings, inputs, out):
     Progress("trying", 3).update(1)
     if settings.do == "wrong data":
         raise DataError("unreadable", where="a.json")
+    if settings.do == "secret":
+        raise RuntimeError("s3 password=hunter2 \\x1b[2J")
     if settings.do == "reject":
         raise Rejected("too bad")
     if settings.do == "fault":
@@ -248,6 +250,13 @@ def test_a_verdict_is_not_asked_for_twice_in_a_run(bench: Bench, do: str, calls_
     assert len(bench.calls) == calls_in_one_run
     bench.run(do, run="run-2")
     assert len(bench.calls) == calls_in_one_run + 1
+
+
+def test_what_a_step_says_at_its_end_holds_no_secret(bench: Bench) -> None:
+    """The status file goes into the report and the summary, and what is printed into the log that people read."""
+    code, said = bench.run("secret")
+    assert code == 1 and "Traceback" in said and "hunter2" not in said and "\x1b" not in said
+    assert bench.status()["message"] == "RuntimeError: s3 password=[redacted] \x1b[2J"
 
 
 def test_a_preempted_step_resumes_in_its_folder(bench: Bench) -> None:

@@ -19,7 +19,8 @@ def manifest(folder: Path, step: str = "train-1", **fields: Any) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     files = describe_files(folder)
     (folder / "manifest.json").write_text("{}")
-    return Manifest(step=step, key="k" * 64, kind="dataset", files=files, folder=str(folder), **fields)
+    known = {"kind": "dataset"} | fields
+    return Manifest(step=step, key="k" * 64, files=files, folder=str(folder), **known)
 
 
 def record(run: Path, step: str = "train-1", **options: Any) -> None:
@@ -65,6 +66,19 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
         pictures = {f.path for f in client.list_artifacts(child.info.run_id, "plots")}
     assert [(m.step, m.value) for m in curve] == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert names == {"manifest.json", "plots"} and pictures == {"plots/loss.png"}
+
+
+def test_the_logged_manifest_holds_no_secret(tracked_run: Path, tmp_path: Path) -> None:
+    """The manifest of `resolve` is the recipe; everybody who sees the tracking server may read its files."""
+    folder = tmp_path / "store"
+    made = manifest(folder, values={"slices": {"base": {"api_key": SECRET, "max_new_tokens": 8}}}, kind="slices")
+    made.save(folder / "manifest.json")
+    record(tracked_run, "resolve", manifest=made)
+    (child,) = children(tracked_run)
+    with connected(tracked_run.parent) as client:
+        logged = Path(client.download_artifacts(child.info.run_id, "manifest.json", str(tmp_path))).read_text()
+    assert json.loads(logged)["values"] == {"slices": {"base": {"api_key": "[redacted]", "max_new_tokens": 8}}}
+    assert json.loads(logged)["key"] == "k" * 64
 
 
 def test_failed_step_is_a_failed_child_with_its_message(tracked_run: Path) -> None:
