@@ -94,10 +94,7 @@ def test_a_medium_changed_after_validation_is_not_opened(tmp_path: Path, kind: s
     known = [digest], ["x"], []
     write_samples(
         tmp_path / "s.parquet",
-        [
-            row(f"a/sft/{n}", root=str(tmp_path), media=["m"], media_sha256=d)
-            for n, d in enumerate(([digest], ["x"], []))
-        ],
+        [row(f"a/sft/{n}", root=str(tmp_path), media=["m"], media_sha256=d) for n, d in enumerate(known)],
     )
     label = {"source": "a", "root": str(tmp_path), "media": "m", "frame": None, "box": None, "labels": ["x"]}
     write_labels(tmp_path / "l.parquet", [label | {"media_sha256": digest}, label])
