@@ -14,7 +14,7 @@ from nvila.components.base.assemble import assemble
 from nvila.components.base.scratch import make
 from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
 from nvila.components.model.checkpoint import load_native
@@ -137,7 +137,7 @@ def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -
         row["conversations"] = talk
     write_samples(tmp_path / "samples.parquet", rows)
     (tmp_path / "labels.parquet").write_bytes(small.samples.path("labels.parquet").read_bytes())
-    other = small.samples.model_copy(update={"folder": str(tmp_path)})
+    other = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     values = [make(settings(), 0, samples, tmp_path / name) for name, samples in (("a", small.samples), ("b", other))]
     assert values[0] == values[1]
     towers = [load_native(tmp_path / name)[0].vision_tower.state_dict() for name in "ab"]
