@@ -136,7 +136,8 @@ def test_the_quantized_model_is_compared_question_by_question(
     given = quantized.Settings.model_validate({"evaluate": TASKS, "limit": limit, "through_vllm": False})
     manifests = {"samples": small.samples, "metrics": evaluated[1], "model": small.model}
     outcome = quantized.run(given, manifests, tmp_path)
-    rows = rows_of(evaluated[1].model_copy(update={"folder": str(tmp_path)}))
+    made = {"folder": str(tmp_path), "files": describe_files(tmp_path, outcome.files)}
+    rows = rows_of(evaluated[1].model_copy(update=made))
     kept = [row for source in ("colours", "clips") for row in [r for r in full if r["source"] == source][:limit]]
     assert [row["id"] for row in rows] == [row["id"] for row in kept]
     assert [row["prediction_full"] for row in rows] == [row["prediction"] for row in kept]

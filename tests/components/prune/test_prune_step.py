@@ -16,7 +16,7 @@ import pytest
 from buckets import Bucket
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.sealed import seal
 from nvila.components.prune import step
 
@@ -186,7 +186,7 @@ def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[Any
 
     rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
     write_samples(tmp_path / "samples.parquet", [row for row in rows if row["media"] == ["sft-0.png"]])
-    alone = small.samples.model_copy(update={"folder": str(tmp_path)})
+    alone = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     with pytest.raises(DataError, match="all fall into one fold"):
         step.run(settings(), {"samples": alone, "base": small.model}, tmp_path)
 
