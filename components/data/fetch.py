@@ -25,7 +25,8 @@ def fetch(uri: str) -> Path:
         Unreachable: the service does not answer, or sends other bytes than it says.
         NvilaError: the cache cannot be written.
     """
-    return fetch_version(uri)[0]
+    service, name = _door(uri)
+    return _folder(uri) if service is None else Path(service.fetch(name)[0])
 
 
 def fetch_version(uri: str) -> tuple[Path, dict[str, str]]:

@@ -34,7 +34,9 @@ def insist(attempt: Callable[[], T], passes: Callable[[Exception], bool], where:
         try:
             return attempt()
         except Exception as error:
-            if isinstance(error, NvilaError) or not passes(error):
+            if ours := _ours(error):
+                raise ours from None
+            if not passes(error):
                 raise
             if tried == TRIES:
                 raise Unreachable(
@@ -47,6 +49,14 @@ def insist(attempt: Callable[[], T], passes: Callable[[Exception], bool], where:
             waiting_for(f"{where}: {said(error)}; try {tried + 1} of {TRIES} in {pause:.0f} s")
             time.sleep(pause)
     raise AssertionError("TRIES is at least 1")
+
+
+def _ours(error: BaseException) -> NvilaError | None:
+    """The error of ours that is at the bottom: botocore wraps what a signal handler raises while it waits."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, NvilaError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 def said(error: BaseException) -> str:

@@ -47,7 +47,7 @@ class Place:
     @property
     def folder(self) -> Path:
         """Where its files are kept. Two stores may have buckets of one name: the endpoint is a part of it."""
-        named = "\n".join((self.client.meta.endpoint_url, self.client.meta.region_name or "", self.bucket, self.prefix))
+        named = "\n".join((self.client.meta.endpoint_url, self.bucket, self.prefix))
         last = re.sub(r"[^A-Za-z0-9._-]", "_", (self.prefix.rstrip("/") or self.bucket).rpartition("/")[2])[:60]
         return cache() / "s3" / f"{sha256(named.encode()).hexdigest()[:16]}-{last}"
 
@@ -91,22 +91,22 @@ def fetch(name: str) -> tuple[Path, dict[str, str]]:
     place = Place.of(name)
     folder = place.folder
     book, partials = folder.with_suffix(folder.suffix + ".json"), folder.with_suffix(folder.suffix + ".partial")
-    with alone(str(folder), place.uri):
-        objects = place.objects()
-        targets = {name: _inside(folder, name) for name in objects}
-        try:
+    try:
+        with alone(str(folder), place.uri):
+            objects = place.objects()
+            targets = {name: _inside(folder, name) for name in objects}
             _keep_only(folder, set(targets.values()))
             record = {name: was for name, was in received.read(book).items() if name in objects}
             for name, item in track(sorted(objects.items()), f"files of {place.uri}"):
                 record[name] = _bring(place, item, targets[name], record.get(name), partials)
                 received.write(book, record)
             shutil.rmtree(partials, ignore_errors=True)
-        except OSError as error:
-            raise NvilaError(
-                f"the cache cannot be written: {error.strerror or error}",
-                where=str(error.filename or folder),
-                do="Free space there, or name another disk in NVILA_CACHE; the same command goes on.",
-            ) from error
+    except OSError as error:
+        raise NvilaError(
+            f"the cache cannot be written: {error.strerror or error}",
+            where=str(error.filename or folder),
+            do="Free space there, or name another disk in NVILA_CACHE; the same command goes on.",
+        ) from error
     return folder, {name: item.version for name, item in sorted(objects.items())}
 
 

@@ -23,16 +23,17 @@ class Object:
     key: str
     size_bytes: int
     etag: str
+    modified: str
 
     @classmethod
     def of(cls, item: Mapping[str, Any]) -> Object:
         """From an entry of `ListObjectsV2`."""
-        return cls(item["Key"], int(item["Size"]), bare(item.get("ETag")))
+        return cls(item["Key"], int(item["Size"]), bare(item.get("ETag")), str(item.get("LastModified", "")))
 
     @property
     def version(self) -> str:
         """Changes whenever the bytes do."""
-        return f"{self.etag} {self.size_bytes}"
+        return f"{self.etag or self.modified} {self.size_bytes}"
 
 
 class _Damaged(Exception):
@@ -57,8 +58,8 @@ def download(client: Any, bucket: str, item: Object, partial: Path) -> str:
     def fetch() -> str:
         known = facts(ask(ChecksumMode="ENABLED"), bucket)
         sizes = part_sizes(known, lambda number: int(ask(PartNumber=number)["ContentLength"])) if known.parts else None
-        if not known.verifiable:
-            partial.unlink(missing_ok=True)
+        if not known.verifiable or (known.parts and sizes is None):
+            partial.unlink(missing_ok=True)  # nothing might show that its beginning is of something else
         return insist(
             lambda: _try(client, bucket, item, partial, known, sizes),
             lambda error: isinstance(error, _Damaged) or passes(error),

@@ -65,3 +65,10 @@ def test_identity_is_of_the_bytes_that_count(tmp_path: Path) -> None:
     (tmp_path / "a" / "x.safetensors").write_bytes(b"2")
     assert identity(str(tmp_path)) != first
     assert identity(None) == {}
+
+
+def test_a_folder_is_used_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nvila infer FOLDER` must not read 16 GB to answer a question."""
+    (tmp_path / "x.safetensors").write_bytes(b"1")
+    monkeypatch.setattr("nvila.components.data.fetch.sha256_file", None)
+    assert fetch(str(tmp_path)) == tmp_path

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from buckets import Bucket, served, sha256_header
 
-from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
+from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Preempted, Unreachable
 from nvila.components.data import insist, received
 from nvila.components.data.fetch import fetch, fetch_version, identity
 
@@ -291,3 +293,40 @@ def test_an_empty_object(s3: Bucket) -> None:
     """A tokenizer's empty merges.txt is a file too."""
     s3.put("m/llm/merges.txt", b"")
     assert (fetch("s3://b/m") / "llm/merges.txt").read_bytes() == b""
+
+
+def test_two_processes_share_one_download(s3: Bucket) -> None:
+    """Two pods of a node would write one partial file, and fetch everything twice."""
+    s3.put("m/llm/model.safetensors", BODY)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(fetch, ["s3://b/m", "s3://b/m/"]))
+    assert folders[0] == folders[1] and len(s3.downloads()) == 3
+    assert (folders[0] / "llm/model.safetensors").read_bytes() == BODY
+
+
+def test_a_stop_is_not_taken_for_a_fault(s3: Bucket) -> None:
+    """A step that is asked to stop while it downloads ends then, and not after five tries."""
+
+    def stop() -> str:
+        signal.raise_signal(signal.SIGUSR1)
+        return "silent"
+
+    def asked_to_stop(number: int, frame: object) -> None:
+        raise Preempted("asked to stop")
+
+    before = signal.signal(signal.SIGUSR1, asked_to_stop)
+    try:
+        s3.faults["GET m/config.json"] = [stop, ...]
+        with pytest.raises(Preempted):
+            fetch("s3://b/m")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert s3.downloads() == ["m/config.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is the first thing that is written, and a traceback would be the first that is seen."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NVILA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NvilaError, match=r"file.*the cache cannot be written: Not a directory"):
+        fetch("s3://b/m")

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -157,3 +158,17 @@ def test_needs_are_read_off_the_recipe() -> None:
     content = small.model_dump(by_alias=True)
     content["prune"]["small"]["path"] = "s3://bucket/small"
     assert Need.of(Recipe.model_validate(content)).s3
+
+
+def test_a_store_that_is_away_is_not_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan would promise work that the store of results may have; or end without a word of the other steps."""
+    from nvila.components.base import step
+    from nvila.components.contracts.errors import Unreachable
+    from nvila.pipelines.planning import hits
+
+    def external(settings: Any) -> dict[str, Any]:
+        raise Unreachable("no success in 5 tries", where="s3://b/m")
+
+    monkeypatch.setattr(step, "external", external)
+    monkeypatch.setattr(hits, "nodes", lambda: {"base": hits.Node("nvila.components.base.step", {})})
+    assert hits.verdicts(Form(recipe="micro"), tmp_path / "store", tmp_path / "runs") == {"base": "unknown"}
