@@ -132,6 +132,26 @@ def test_int8_inputs_are_rounded_per_token() -> None:
     assert not torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_calibration_leaves_out_what_cannot_be_read(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    """One picture that is gone ended the step, behind all training."""
+    import pyarrow.parquet as parquet
+
+    from nvila.components.contracts.manifest import describe_files
+    from nvila.components.data.samples import write_samples
+    from nvila.components.model.checkpoint import load_native
+    from nvila.components.quantize.step import Settings, _calibration
+
+    rows = parquet.read_table(inputs["samples"].path("samples.parquet")).to_pylist()
+    gone = next(row for row in rows if row["split"] == "sft")
+    write_samples(tmp_path / "samples.parquet", [row | {"media": ["gone.png"]} if row is gone else row for row in rows])
+    samples = Manifest(step="validate", key="k", kind="dataset", files=describe_files(tmp_path), folder=str(tmp_path))
+    model, tokenizer = load_native(inputs["model"].dir("model"))
+    given = {"quantize": {"group_size": 32, "calibration_samples": 10}, "seed": 0}
+    batches, skipped = _calibration(model, tokenizer, samples, Settings.model_validate(given))
+    assert len(batches) == 9 and skipped["records"] == 1
+    assert gone["id"] in skipped["first"][0] and "gone.png" in skipped["first"][0]
+
+
 @pytest.fixture
 def ask(quantized: Quantized) -> Callable[[Any, Any], torch.Tensor]:
     """Last logits of a question about each of two pictures."""
