@@ -10,11 +10,12 @@ import torch
 from servable import QUESTION
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.model.checkpoint import load_native, read_tensors
 from nvila.components.model.conversation import Turn
 from nvila.components.model.describe import describe, render
 from nvila.components.model.quantized import DynamicInt8Linear, load_quantized, unpack_w4
-from nvila.components.quantize.step import Settings, run
+from nvila.components.quantize.step import Settings, _calibration, run
 
 if TYPE_CHECKING:
     from conftest import Quantized
@@ -136,10 +137,7 @@ def test_calibration_leaves_out_what_cannot_be_read(inputs: dict[str, Manifest],
     """One picture that is gone ended the step, behind all training."""
     import pyarrow.parquet as parquet
 
-    from nvila.components.contracts.manifest import describe_files
     from nvila.components.data.samples import write_samples
-    from nvila.components.model.checkpoint import load_native
-    from nvila.components.quantize.step import Settings, _calibration
 
     rows = parquet.read_table(inputs["samples"].path("samples.parquet")).to_pylist()
     gone = next(row for row in rows if row["split"] == "sft")
