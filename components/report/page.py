@@ -103,7 +103,9 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
-        points = [(float(r["step"]), float(r["loss"])) for r in _json_lines(path.read_text()) if "loss" in r]
+        points = [
+            (float(r["step"]), float(r["loss"])) for r in _json_lines(path.read_text()) if r.get("loss") is not None
+        ]
         if not points:
             continue
         smooth = _smoothed(points)

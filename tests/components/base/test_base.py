@@ -85,6 +85,23 @@ def test_a_record_shows_its_box_or_its_frame(halves: Path) -> None:
     assert colours == [[255, 0, 0], [0, 0, 255], [255, 0, 0], [0, 0, 255]]
 
 
+def test_a_label_picture_that_is_gone_is_left_out_and_named(halves: Path) -> None:
+    """One picture of many that was damaged after validation ended the step; without the share, all of them may be."""
+    from PIL import Image
+
+    for n in range(20):
+        Image.new("RGB", (28, 28), (n, 0, 0)).save(halves / f"{n}.png")
+    rows = [label(halves, f"{n}.png", [f"colour {n % 2}"]) for n in range(20) for _ in range(2)]
+    write_labels(halves / "labels.parquet", rows)
+    (halves / "7.png").unlink()
+    records = read_label_records(halves / "labels.parquet", 28, 0.05)
+    assert len(records.tiles) == len(records.targets) == len(records.known) == len(records.weights) == 38
+    assert sorted(set(records.tiles[:, 0, 0, 0].tolist())) == [n for n in range(20) if n != 7]
+    assert records.skipped["records"] == 1 and "7.png" in records.skipped["first"][0]
+    with pytest.raises(DataError, match=r"1 of 20 records .*7\.png"):
+        read_label_records(halves / "labels.parquet", 28, 0.0)
+
+
 def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     """A tower that learns nothing makes every later stage a language model without eyes. Chance is 0.25."""
     from PIL import Image

@@ -91,3 +91,20 @@ def test_answers_keep_their_order_in_any_batch(small: Any, prepared: Callable[[s
     one, many = (answers(model, tokenizer, prompts, batch=b, max_new_tokens=3, what="test") for b in (1, 5))
     assert one == many
     assert len(one) == 16
+
+
+def test_a_question_too_long_for_the_decoder_is_unanswered(
+    small: Any, prepared: Callable[[str], Questions], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One long question among ten thousand ended the evaluation; cut short it would be another question."""
+    from dataclasses import replace
+
+    from nvila.components.data.samples import Turn
+
+    model, tokenizer = load_native(small.model.dir("model"))
+    prompts = prepared("colours").prompts("own", 3)
+    long = replace(prompts[1], turns=[Turn("human", "<image>\n" + "word " * 300)])
+    how: dict[str, Any] = {"batch": 2, "max_new_tokens": 2, "what": "final"}
+    said = answers(model, tokenizer, [prompts[0], long, *prompts[1:]], **how)
+    assert said == [said[0], "", *answers(model, tokenizer, prompts, **how)[1:]]
+    assert "final: 1 of 4 questions are too long for the decoder's 256 positions" in capsys.readouterr().err

@@ -231,6 +231,52 @@ def test_a_reference_in_a_bucket_belongs_to_the_key(small: Any, tmp_path: Path, 
     assert step.external(given.model_dump(mode="json")) != before
 
 
+@pytest.fixture
+def damaged(small: Any, tmp_path: Path) -> Manifest:
+    """The samples with a picture of two questions gone."""
+    import shutil
+
+    import pyarrow.parquet as parquet
+
+    from nvila.components.data.samples import write_samples
+
+    root = tmp_path / "damaged"
+    shutil.copytree(small.root, root)
+    (root / "sft-3.png").unlink()
+    rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
+    write_samples(root / "tables" / "samples.parquet", [row | {"root": str(root)} for row in rows])
+    files = describe_files(root / "tables", ["samples.parquet"])
+    return Manifest(step="validate", key="k", kind="dataset", files=files, folder=str(root / "tables"))
+
+
+def test_unusable_samples_have_no_score_and_do_not_stay(
+    small: Any, tmp_path: Path, here: list[Any], damaged: Manifest
+) -> None:
+    """One damaged picture ended hours of scoring; with a score of 0 it would be kept before distracting samples."""
+    given = {"samples": damaged, "base": small.model}
+    allowed = settings().model_copy(update={"max_skipped_share": 0.1})
+    outcome = step.run(allowed, given, tmp_path)
+    assert sorted(table(tmp_path)) == sorted(set(IDS) - {"colours/sft/3-a", "colours/sft/3-b"})
+    assert outcome.values["skipped"]["records"] == 2
+    assert all("sft-3.png" in one for one in outcome.values["skipped"]["first"])
+    assert outcome.values["sources"]["colours"]["n"] == 22
+    with pytest.raises(DataError, match=r"2 of 24 records .*sft-3\.png"):
+        step.run(settings(), given, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:40]), Path.unlink])
+@pytest.mark.parametrize("name", ["large-0.json", "large-0.sealed.json"])
+def test_a_result_that_is_not_as_it_was_written_is_made_again(
+    small: Any, tmp_path: Path, here: list[Any], name: str, damage: Callable[[Path], Any]
+) -> None:
+    """A torn result crashed every later attempt."""
+    zero: dict[str, Callable[[str], tuple[float, int]]] = {size: lambda i: (0.0, 4) for size in ("small", "large")}
+    results(tmp_path, {"small": 0.25, "large": 0.5}, zero)
+    damage(tmp_path / "references" / name)
+    step.run(settings(), inputs(small), tmp_path)
+    assert here == [("large", 0)]
+
+
 POOL = """
 import signal, sys
 from pathlib import Path

@@ -10,11 +10,12 @@ import torch
 from servable import QUESTION
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.model.checkpoint import load_native, read_tensors
 from nvila.components.model.conversation import Turn
 from nvila.components.model.describe import describe, render
 from nvila.components.model.quantized import DynamicInt8Linear, load_quantized, unpack_w4
-from nvila.components.quantize.step import Settings, run
+from nvila.components.quantize.step import Settings, _calibration, run
 
 if TYPE_CHECKING:
     from conftest import Quantized
@@ -130,6 +131,23 @@ def test_int8_inputs_are_rounded_per_token() -> None:
     together = layer(torch.cat([x, 100 * x]))[:3]
     assert torch.equal(layer(x), together)
     assert not torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_calibration_leaves_out_what_cannot_be_read(inputs: dict[str, Manifest], tmp_path: Path) -> None:
+    """One picture that is gone ended the step, behind all training."""
+    import pyarrow.parquet as parquet
+
+    from nvila.components.data.samples import write_samples
+
+    rows = parquet.read_table(inputs["samples"].path("samples.parquet")).to_pylist()
+    gone = next(row for row in rows if row["split"] == "sft")
+    write_samples(tmp_path / "samples.parquet", [row | {"media": ["gone.png"]} if row is gone else row for row in rows])
+    samples = Manifest(step="validate", key="k", kind="dataset", files=describe_files(tmp_path), folder=str(tmp_path))
+    model, tokenizer = load_native(inputs["model"].dir("model"))
+    given = {"quantize": {"group_size": 32, "calibration_samples": 10}, "seed": 0}
+    batches, skipped = _calibration(model, tokenizer, samples, Settings.model_validate(given))
+    assert len(batches) == 9 and skipped["records"] == 1
+    assert gone["id"] in skipped["first"][0] and "gone.png" in skipped["first"][0]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,31 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
 
 
 def main() -> None:
-    """Train each job of a file of JSON lines; under torchrun's variables, as one of its ranks."""
+    """Train each job of a file of JSON lines, under torchrun's variables as one of its ranks.
+
+    An error of ours is written beside the job. In the stage `nan` the last rank's losses are not numbers.
+    """
+    from nvila.components.contracts.errors import NvilaError
+    from nvila.components.train.engine import Engine
     from nvila.components.train.worker import train
 
     class Never:
         asked = False
 
+    accumulate, rank = Engine.accumulate, int(os.environ["RANK"])
+
+    def spoil(engine: Engine, **batch: Any) -> tuple[Any, int]:
+        loss, supervised = accumulate(engine, **batch)
+        return loss * float("nan"), supervised
+
     for line in Path(sys.argv[1]).read_text().splitlines():
-        train(Job.model_validate_json(line), Never())  # type: ignore[arg-type]
+        job = Job.model_validate_json(line)
+        spoilt = job.stage.name == "nan" and rank == job.run.gpus - 1
+        Engine.accumulate = spoil if spoilt else accumulate  # type: ignore[method-assign]
+        try:
+            train(job, Never())  # type: ignore[arg-type]
+        except NvilaError as error:
+            Path(job.out, f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

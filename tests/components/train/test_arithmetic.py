@@ -115,6 +115,22 @@ def test_two_processes_train_the_same_weights(make_job: MakeJob, samples: str, w
         check(job, wanted)
 
 
+@pytest.mark.slow
+def test_processes_end_together(make_job: MakeJob, samples: str) -> None:
+    """What one process meets concerns all: another would wait for it in a collective until its time is up."""
+    run = {"gpus": 2}
+    first = make_job("skipped", stage=STAGE | {"max_length_tokens": 60}, samples=samples, run=run)
+    second = make_job("nan", stage=STAGE | {"name": "nan", "micro_batch": 1}, samples=samples, run=run | {"zero": 3})
+    none = make_job("none", stage=STAGE | {"max_length_tokens": 8}, samples=samples, run=run)
+    two_ranks([none, second, first])
+    words = {job.out: [Path(job.out, f"error-{rank}") for rank in (0, 1)] for job in (none, second, first)}
+    said = {out: [path.read_text() for path in paths if path.exists()] for out, paths in words.items()}
+    assert said[first.out] == [] and len(read_losses(Path(first.out, "loss.jsonl"))) == 4
+    assert said[none.out][0] == said[none.out][1] and "of 8 records cannot be used, 1 may" in said[none.out][0]
+    assert said[second.out][0] == said[second.out][1] and said[second.out][0].count("s/sft/") == 4
+    assert "optimizer step 0: the loss is not finite" in said[second.out][0]
+
+
 def two_ranks(jobs: list[Job]) -> None:
     """Train jobs one after the other by two processes that torchrun could have started."""
     listing = Path(jobs[0].out).parent / "jobs.jsonl"
