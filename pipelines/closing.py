@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +53,18 @@ def curl_example(finished: Finished) -> str | None:
     Names and questions come from the user's data. The body stands in single quotes, in which a shell reads nothing, and
     no quote is left in it; base64 writes nothing that a shell would split or read.
     """
+    from nvila.components.model.conversation import Turn, messages_of
+
     held_out = _held_out(finished)
     if held_out is None:
         return None
     served = finished.values("rollout")
-    picture, parts = held_out
+    picture, question = held_out
     kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
     url = {"url": f"data:image/{kind};base64,"}
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": url}
-        for part in parts
+        for part in messages_of([Turn("human", question)], [picture])[0].parts
     ]
     body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
     text = _quoted(body)
@@ -80,10 +81,9 @@ def _quoted(content: Any) -> str:
     return json.dumps(content, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
 
 
-def _held_out(finished: Finished) -> tuple[Path, Sequence[Any]] | None:
-    """A held-out picture and its question in parts, from the source that the model answers best."""
+def _held_out(finished: Finished) -> tuple[Path, str] | None:
+    """A held-out picture and its question as the record has it, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
-    from nvila.components.model.conversation import messages_of
 
     samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
@@ -91,8 +91,7 @@ def _held_out(finished: Finished) -> tuple[Path, Sequence[Any]] | None:
         return None
     measured = finished.values("evaluate")["accuracy"]
     best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
-    picture = best.root / best.media[0]
-    return picture, messages_of(best.conversations[:1], [picture])[0].parts
+    return best.root / best.media[0], best.conversations[0].text
 
 
 def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
