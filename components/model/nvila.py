@@ -217,7 +217,9 @@ class NVILA(nn.Module):
         """
         if not prompts:
             return []
-        sampling = self._sampling(tokenizer, max_new_tokens, temperature, seed, top_p, schema)
+        sampling = Sampling(
+            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
+        )
         was_training = self.training
         self.eval()
         tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
@@ -240,13 +242,12 @@ class NVILA(nn.Module):
         The model must be in evaluation mode. Arguments as of `generate`.
         """
         assert not self.training, "streaming would leave the mode changed while the caller does something else"
-        sampling = self._sampling(tokenizer, max_new_tokens, temperature, seed, top_p, schema)
+        sampling = Sampling(
+            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
+        )
         with torch.no_grad():
             opening = self._opening(tokenizer, [prompt])
         yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))
-
-    def _sampling(self, tokenizer: Any, max_new_tokens: int, *options: Any) -> Sampling:
-        return Sampling(max_new_tokens, stop_tokens(tokenizer), *options, positions=self.config.positions)
 
     def _opening(self, tokenizer: Any, prompts: Sequence[Prompt]) -> Spliced:
         """The decoder's input that asks for answers, left-padded."""

@@ -86,7 +86,7 @@ def test_a_prompt_beyond_the_decoder_is_refused(model: NVILA, tokenizer: Any) ->
 
 
 def test_an_answer_ends_where_the_positions_do(model: NVILA, tokenizer: Any) -> None:
-    """Prevents other answers in evaluation than at the endpoint, which stops there; rows of a batch end on their own."""
+    """Prevents other answers in evaluation than at the endpoint, which stops there; each row of a batch has its end."""
     most = model.config.positions
     short, long = (make_prompt([Turn("human", "9" * n)], [], model.config) for n in (1, most - 25))
     left = most - len(long.encode(tokenizer, generate=True).input_ids)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from servable import clip, picture, servable_model
 
 from nvila.components.contracts.errors import PreflightError
@@ -49,8 +50,8 @@ def _missing() -> bool:
 @pytest.mark.skipif(_missing(), reason="needs the serving environment")
 def test_vllm_makes_our_prompts_of_chat_requests_and_of_batches(tmp_path: Path) -> None:
     """Prevents answers to another question than the evaluated one: a picture moved to the front, a line break too many,
-    a text that became a control token, at the endpoint or in evaluate-quantized; and other limits of its length, whether
-    training's is below the decoder's or stretches it."""
+    a text that became a control token, at the endpoint or in evaluate-quantized; and other limits of its length,
+    whether training's is below the decoder's or stretches it."""
     media = {
         "image": [picture(tmp_path / "wide.png", 1, (90, 30)), picture(tmp_path / "b.png", 2)],
         "video": [clip(tmp_path / f"{i}.mp4", i) for i in range(2)],
@@ -61,7 +62,7 @@ def test_vllm_makes_our_prompts_of_chat_requests_and_of_batches(tmp_path: Path) 
         model, tokenizer = servable_model(vision_mode=mode, s2_scales=scales, max_length_tokens=trained)
         tokenizer.model_max_length = trained  # as of a checkpoint
         most[mode] = model.config.positions
-        write_serving_files(model, tokenizer, tmp_path / mode, next(model.parameters()).dtype)
+        write_serving_files(model, tokenizer, tmp_path / mode, torch.float32, config=model.config)
         cases, expected[mode] = [], []
         for question, kind, count in CASES:
             turns, paths = [Turn("human", question)], media[kind][:count]
