@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from nvila.components.data.samples import Sample
+from nvila.components.model.controls import BREAK
 
 Z95 = 1.959964
-ZERO_WIDTH_SPACE = "\u200b"
 
 
 class Accuracy(TypedDict):
@@ -29,7 +29,7 @@ def normal_form(answer: str) -> str:
     One sign has several spellings ("é" as one character, or as "e" with an accent); the zero-width space that keeps a
     control string in a text from being read as one is no part of the answer.
     """
-    composed = unicodedata.normalize("NFC", answer.replace(ZERO_WIDTH_SPACE, ""))
+    composed = unicodedata.normalize("NFC", answer.replace(BREAK, ""))
     return unicodedata.normalize("NFC", composed.strip().rstrip(".").lower())
 
 

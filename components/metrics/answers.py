@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.positions import positions
+from nvila.components.model.positions import leaves_room, say_unanswered
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.prompt import Prompt
 from nvila.components.model.tokenizer import TokenIds
@@ -56,23 +55,12 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in order; `what` names the work in the progress display.
 
-    A question that fills all positions of the decoder has none: its answer is empty, which is as wrong as it will be
-    once the model is served.
+    A question that fills all positions of the decoder has none (`positions.leaves_room`): its answer is empty, which is
+    as wrong as it will be once the model is served.
     """
     tokens = TokenIds.of(tokenizer, model.config.video_texts)
-    fitting = [
-        i
-        for i, prompt in enumerate(prompts)
-        if positions(prompt.encode(tokenizer, generate=True).input_ids, prompt.visuals, model.config, tokens)
-        < model.positions
-    ]
-    if len(fitting) < len(prompts):
-        print(
-            f"{what}: {len(prompts) - len(fitting)} of {len(prompts)} questions are too long for the decoder's "
-            f"{model.positions} positions and stay without an answer",
-            file=sys.stderr,
-            flush=True,
-        )
+    fitting = [i for i, prompt in enumerate(prompts) if leaves_room(prompt, tokenizer, model.config, tokens)]
+    say_unanswered(what, len(prompts) - len(fitting), len(prompts), model.config)
     found = [""] * len(prompts)
     model.eval()
     for start in track(range(0, len(fitting), batch), what):

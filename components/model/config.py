@@ -13,7 +13,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.carried import carried_keys
 from nvila.components.model.encoders import NAMESPACE
 from nvila.components.model.fields import S2_MODES, VISION_MODES, config_fields
-from nvila.components.model.rope import with_rope
+from nvila.components.model.rope import most_positions, with_rope
 
 LINE_BREAK_AFTER = ("", "\n", "")
 """A line break behind each frame and nothing else, as all published variants have it."""
@@ -76,6 +76,11 @@ class ModelConfig:
         if not -layers - 1 <= self.select_layer <= layers:
             raise ConfigError(f"the tower has {layers} layers", where="select_layer", value=self.select_layer)
         with_rope(self.llm, self.max_length_tokens)  # refuses positions that are not computed
+
+    @property
+    def positions(self) -> int:
+        """Most positions of a prompt with its answer."""
+        return most_positions(self.llm, self.max_length_tokens)
 
     def _check_s2(self) -> None:
         if any(scale % self.tile_pixels for scale in self.s2_scales) or sorted(set(self.s2_scales)) != list(

@@ -29,6 +29,8 @@ class Sampling:
     """Draw from the likeliest tokens that together have this probability."""
     schema: JsonSchema | None = None
     """What the answers have to be; one that `max_new_tokens` cuts is only the beginning of it."""
+    positions: int | None = None
+    """Most of a prompt with its answer: a row ends there, as in vLLM. None is no end."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
@@ -48,7 +50,8 @@ def decode_tokens(llm: Any, prompt: Spliced, sampling: Sampling) -> list[list[in
     produced = list(decode_steps(llm, prompt, sampling))
     if not produced:
         return [[] for _ in range(len(prompt.embeds_BTH))]
-    return [_until_stop(row, sampling.stop) for row in torch.stack(produced, dim=1).tolist()]
+    rooms, rows = _room(prompt, sampling).tolist(), torch.stack(produced, dim=1).tolist()
+    return [_until_stop(row[:room], sampling.stop) for row, room in zip(rows, rooms, strict=True)]
 
 
 @torch.no_grad()
@@ -63,8 +66,9 @@ def decode_steps(llm: Any, prompt: Spliced, sampling: Sampling) -> Iterator[torc
     mask, position = prompt.attention_mask_BT, prompt.position_ids_BT
     step: dict[str, torch.Tensor] = {"inputs_embeds": prompt.embeds_BTH}
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    room = _room(prompt, sampling)
     allowed = None if sampling.schema is None else sampling.schema.begin(rows)
-    for _ in range(sampling.max_new_tokens):
+    for made in range(1, sampling.max_new_tokens + 1):
         hidden = llm.model(
             **step, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -73,12 +77,19 @@ def decode_steps(llm: Any, prompt: Spliced, sampling: Sampling) -> Iterator[torc
         yield token
         if allowed is not None:
             allowed.accept(token)
-        ended |= torch.isin(token, stop)
+        ended |= torch.isin(token, stop) | (room <= made)
         if bool(ended.all()):
             return
         step = {"input_ids": token[:, None]}
         position = position[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+
+
+def _room(prompt: Spliced, sampling: Sampling) -> torch.Tensor:
+    """(B,) most tokens of each answer."""
+    taken = prompt.attention_mask_BT.sum(dim=1)
+    most = torch.full_like(taken, sampling.max_new_tokens)
+    return most if sampling.positions is None else torch.minimum(most, sampling.positions - taken)
 
 
 def answer_text(tokenizer: Any, tokens: list[int]) -> str:

@@ -81,11 +81,6 @@ class NVILA(nn.Module):
         """Where the embeddings are."""
         return self.llm.get_input_embeddings().weight.device
 
-    @property
-    def positions(self) -> int:
-        """Most positions of a prompt with its answer."""
-        return int(max(self.llm.config.max_position_embeddings, self.config.max_length_tokens))  # see with_rope
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -208,7 +203,7 @@ class NVILA(nn.Module):
         Args:
             tokenizer: the model's.
             prompts: conversations ending with a human turn.
-            max_new_tokens: most tokens per answer.
+            max_new_tokens: most tokens per answer; one also ends where the decoder's positions do.
             temperature: 0 takes the likeliest token; above, samples with `seed`.
             top_p: sample from the likeliest tokens that together have this probability.
             seed: each prompt draws from its own generator, seeded by this and its place in the batch.
@@ -222,7 +217,9 @@ class NVILA(nn.Module):
         """
         if not prompts:
             return []
-        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema)
+        sampling = Sampling(
+            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
+        )
         was_training = self.training
         self.eval()
         tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
@@ -245,7 +242,9 @@ class NVILA(nn.Module):
         The model must be in evaluation mode. Arguments as of `generate`.
         """
         assert not self.training, "streaming would leave the mode changed while the caller does something else"
-        sampling = Sampling(max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema)
+        sampling = Sampling(
+            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
+        )
         with torch.no_grad():
             opening = self._opening(tokenizer, [prompt])
         yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))
@@ -256,9 +255,9 @@ class NVILA(nn.Module):
         batch = collate(items, self.tokens.pad, side="left").to(self.device)
         spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
         length = spliced.embeds_BTH.shape[1]
-        if length >= self.positions:
+        if length >= self.config.positions:
             raise DataError(
-                f"the prompt is too long: the decoder has {self.positions} positions",
+                f"the prompt is too long: the decoder has {self.config.positions} positions",
                 value=length,
                 do="Ask with less text, fewer media or fewer frames",
             )

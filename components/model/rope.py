@@ -56,6 +56,16 @@ def with_rope(llm: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {**kept, "rope_scaling": scaling} if scaling else kept
 
 
+def most_positions(llm: Mapping[str, Any], length: int) -> int:
+    """Positions that a decoder settled by `with_rope` has: as many as in vLLM, where linear scaling alone makes more.
+
+    Arguments as of `with_rope`.
+    """
+    scaling = with_rope(llm, length).get("rope_scaling", {})
+    factor = scaling["factor"] if scaling.get("type") == "linear" else 1.0
+    return int(int(llm.get("max_position_embeddings") or POSITIONS) * factor)
+
+
 def check_served(llm: Mapping[str, Any]) -> None:
     """Whether vLLM gives the decoder the same positions.
 

@@ -122,6 +122,9 @@ def write_serving_files(
     if quantization is not None:
         content["quantization_config"] = dict(quantization)
     tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # vLLM takes no longer prompts than this, whatever the decoder has positions for; it is the limit of training.
+    _write_json(folder / "tokenizer_config.json", settings | {"model_max_length": model.config.positions})
     template = written_template(tokenizer, tile_breaks=model.config.vision_mode == "dynamic")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     ends = {"eos_token_id": ids.end, "pad_token_id": ids.pad}

@@ -30,7 +30,7 @@ class Pinned:
 
 
 def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
-    """`count` prompts (or as many as there are), the sources in turn, by the digest of their id.
+    """`count` prompts (or as many as were answered), the sources in turn, by the digest of their id.
 
     Args:
         metrics: of evaluate-quantized, with `predictions.parquet`.
@@ -41,6 +41,7 @@ def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
 
     columns = ["id", "source", "prediction", "answer"]
     rows = parquet.read_table(metrics.path("predictions.parquet", fresh=True), columns=columns).to_pylist()
+    rows = [row for row in rows if row["prediction"]]  # a question too long for the model has none, and no server's
     rows.sort(key=lambda row: _order(row["id"]))
     sources = sorted({row["source"] for row in rows})
     turns = zip_longest(*([row for row in rows if row["source"] == source] for source in sources))

@@ -13,13 +13,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.data.media import Limits
 from nvila.components.serve.environment import serve_python, serve_variables
+
+if TYPE_CHECKING:
+    from nvila.components.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Request:
 def generate_with_vllm(
     model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int = 1
 ) -> list[str]:
-    """Greedy answers, in the order of `requests`.
+    """Greedy answers, in the order of `requests`; a question that is too long for the model (`positions.leaves_room`)
+    has an empty one.
 
     Args:
         model_dir: serving folder (`model.serving`).
@@ -58,7 +62,7 @@ def generate_with_vllm(
     wanted = [asdict(request) for request in requests]
     key = digest_json({"model": _identity(model_dir), "requests": wanted, "max_new_tokens": max_new_tokens})[:16]
     asked, answered, log = (work / f"vllm-{key}.{end}" for end in ("requests.jsonl", "answers.jsonl", "log"))
-    answers = _read_answers(answered)
+    answers = read_answers(answered)
     if len(answers) < len(requests):
         write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
         command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
@@ -67,7 +71,7 @@ def generate_with_vllm(
         variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
         with log.open("w") as sink:
             done = subprocess.run(command, env=variables, stdout=sink, stderr=subprocess.STDOUT, check=False)
-        answers = _read_answers(answered)
+        answers = read_answers(answered)
         if done.returncode or len(answers) < len(requests):
             raise RolloutError(
                 f"vLLM answered {len(answers)} of {len(requests)} requests and ended with code {done.returncode}: "
@@ -75,7 +79,12 @@ def generate_with_vllm(
                 where=str(log),
                 do="Run again: the answers so far are kept.",
             )
-    return [answers[index] for index in range(len(requests))]
+    unanswered = sum(text is None for text in answers.values())
+    if unanswered:
+        from nvila.components.model.positions import say_unanswered
+
+        say_unanswered("vLLM", unanswered, len(requests), served_config(model_dir))
+    return [answers[index] or "" for index in range(len(requests))]
 
 
 def _identity(model_dir: Path) -> dict[str, str]:
@@ -83,17 +92,32 @@ def _identity(model_dir: Path) -> dict[str, str]:
     return {path.name: sha256 for path, sha256 in sha256_of(sorted(filter(Path.is_file, model_dir.iterdir()))).items()}
 
 
-def _read_answers(path: Path) -> dict[int, str]:
-    """Answers so far; a last line cut off by a kill is dropped."""
-    answers = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            answers[record["index"]] = record["text"]
+def answer_line(path: Path, index: int, text: str | None) -> str:
+    """A line of the answers file at `path`, sealed: an answer, or None for a question that is too long."""
+    said = {"index": index, "text": text}
+    return json.dumps(said | {"sha256": digest_json([path.name, said])}) + "\n"
+
+
+def read_answers(path: Path) -> dict[int, str | None]:
+    """Answers so far, by the index of their request; lines that are torn, damaged or of another file are none."""
+    answers: dict[int, str | None] = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            index, text = record["index"], record["text"]
+            sound = answer_line(path, index, text).encode() == line + b"\n"
+        except (ValueError, LookupError, TypeError):
+            continue
+        if sound:
+            answers[index] = text
     return answers
+
+
+def served_config(model_dir: Path) -> ModelConfig:
+    """The architecture of a serving folder."""
+    from nvila.components.model.config import ModelConfig
+
+    return ModelConfig.from_json(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"])
 
 
 def _last_lines(log: Path, count: int = 12) -> str:

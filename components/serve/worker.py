@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.media import Limits
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import VIDEO_TOKEN, Turn, encode
+from nvila.components.model.describe import image_tokens, video_tokens
 from nvila.components.model.generation import answer_text
 from nvila.components.model.media import load_medium
-from nvila.components.model.prompt import picture_marker
-from nvila.components.model.tokenizer import load_tokenizer
+from nvila.components.model.positions import leaves_room
+from nvila.components.model.prompt import make_prompt, picture_marker
+from nvila.components.model.tokenizer import TokenIds, load_tokenizer
+from nvila.components.serve.batch import answer_line, read_answers, served_config
 
 if TYPE_CHECKING:
     from nvila.components.serve import plugin  # noqa: F401 - loaded by vLLM, so part of the content key
@@ -36,7 +40,9 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     requests = [json.loads(line) for line in args.requests.read_text(encoding="utf-8").splitlines()]
-    done = _finish_lines(args.answers)
+    done = read_answers(args.answers)
+    # Without what an interrupted attempt left torn, so that appending goes on at a line's start.
+    write_atomic(args.answers, "".join(answer_line(args.answers, index, text) for index, text in done.items()))
     left = [request for request in requests if request["index"] not in done]
     progress = Progress("vLLM answers", len(requests))
     progress.update(len(done), "starting vLLM")
@@ -70,21 +76,23 @@ def start_engine(model: Path) -> Any:
 def answer_all(
     engine: Any, model: Path, requests: list[dict[str, Any]], answers: Path, max_new_tokens: int, progress: Progress
 ) -> None:
-    """Append {"index", "text"} lines to `answers`."""
+    """Append a line for each request to `answers`."""
     from vllm import SamplingParams
 
     tokenizer = load_tokenizer(model)
-    config = ModelConfig.from_json(json.loads((model / "config.json").read_text(encoding="utf-8"))["nvila"])
+    config = served_config(model)
+    tokens = TokenIds.of(tokenizer, config.video_texts)
     # Decoded by the tokenizer that the torch model uses: vLLM's own detokenizer withholds unfinished characters.
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
     with answers.open("a", encoding="utf-8") as sink:
         for chunk in _chunks(requests, CHUNK):
-            prompts = [_prompt(tokenizer, request, config) for request in chunk]
-            outputs = engine.generate(prompts, sampling, use_tqdm=False)
-            tokens = [list(output.outputs[0].token_ids) for output in outputs]
-            for request, ids in zip(chunk, tokens, strict=True):
-                record = {"index": request["index"], "text": answer_text(tokenizer, ids), "tokens": ids}
-                sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            found: dict[int, str | None] = {request["index"]: None for request in chunk}
+            prompts = {request["index"]: _prompt(tokenizer, request, config) for request in chunk}
+            fitting = [r["index"] for r in chunk if _fits(prompts[r["index"]], r, tokenizer, config, tokens)]
+            outputs = engine.generate([prompts[index] for index in fitting], sampling, use_tqdm=False)
+            for index, output in zip(fitting, outputs, strict=True):
+                found[index] = answer_text(tokenizer, list(output.outputs[0].token_ids))
+            sink.write("".join(answer_line(answers, index, text) for index, text in found.items()))
             sink.flush()
             progress.update(len(chunk))
 
@@ -103,15 +111,14 @@ def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dic
     return {"prompt_token_ids": ids, "multi_modal_data": {kind: media}}
 
 
-def _finish_lines(path: Path) -> set[int]:
-    """Indices answered so far; a line cut off by a kill is removed, so that appending goes on at a line's start."""
-    if not path.is_file():
-        return set()
-    whole = path.read_text(encoding="utf-8")
-    kept = whole[: whole.rfind("\n") + 1]
-    if kept != whole:
-        path.write_text(kept, encoding="utf-8")
-    return {json.loads(line)["index"] for line in kept.splitlines()}
+def _fits(prompt: dict[str, Any], request: dict[str, Any], tokenizer: Any, config: ModelConfig, ids: TokenIds) -> bool:
+    """Whether the torch model would answer this too. Media are cut only where the longest could be too long."""
+    (media,) = prompt["multi_modal_data"].values()
+    longest = video_tokens(config) if request["kind"] == "video" else image_tokens(config)[1]
+    if len(prompt["prompt_token_ids"]) + longest * len(media) < config.positions:
+        return True
+    asked = make_prompt([Turn("human", request["question"])], media, config, pixels=True)
+    return leaves_room(asked, tokenizer, config, ids)
 
 
 def _chunks(items: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

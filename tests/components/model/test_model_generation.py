@@ -85,6 +85,20 @@ def test_a_prompt_beyond_the_decoder_is_refused(model: NVILA, tokenizer: Any) ->
         model.generate(tokenizer, [prompt], 4)
 
 
+def test_an_answer_ends_where_the_positions_do(model: NVILA, tokenizer: Any) -> None:
+    """Prevents other answers in evaluation than at the endpoint, which stops there; each row of a batch has its end."""
+    most = model.config.positions
+    short, long = (make_prompt([Turn("human", "9" * n)], [], model.config) for n in (1, most - 25))
+    left = most - len(long.encode(tokenizer, generate=True).input_ids)
+    assert 0 < left < 25
+    whole, cut = (model.generate(tokenizer, [prompt], 40, temperature=5.0) for prompt in (short, long))
+    assert model.generate(tokenizer, [short, long], 40)[0] == model.generate(tokenizer, [short], 40)[0]
+    assert (
+        model.generate(tokenizer, [long], left, temperature=5.0) == cut != model.generate(tokenizer, [long], left - 1)
+    )
+    assert whole and "".join(model.stream(tokenizer, long, 40, temperature=5.0)) == cut[0]
+
+
 def test_media_without_a_place_come_first(configure: Any, picture: Picture) -> None:
     """Prevents tiles of one picture from standing where another belongs when only some have a place in the text."""
     turns = [Turn("human", "A <image> B"), Turn("gpt", "<image>"), Turn("human", "C <vila/video>")]

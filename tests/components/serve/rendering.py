@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
         seen["format"] = resolve_chat_template_content_format(
             None, None, "auto", renderer.get_tokenizer(), model_config=engine.model_config
         )
+        seen["positions"] = engine.model_config.max_model_len
         tokenizer = load_tokenizer(model)
         for case in json.loads((model / "cases.json").read_text()):
             _, (asked,) = renderer.render_chat([case["messages"]], chat, skip_mm_cache=True)

@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
-from nvila.components.serve.batch import Request, generate_with_vllm
+from nvila.components.serve.batch import Request, answer_line, generate_with_vllm, read_answers
 from nvila.components.serve.environment import PYTHON_VARIABLE, serve_python
 
 REQUESTS = [Request([f"/data/{i}.png"], "image", f"question {i}") for i in range(5)]
 FAKE = """#!/bin/sh
 # Stands for the serving Python: answers as many requests as told, in the form of the real worker.
 exec {python} - "$3" "$4" <<'END'
-import json, sys
+import hashlib, json, pathlib, sys
 asked = [json.loads(line) for line in open(sys.argv[1])]
 try:
     done = {{json.loads(line)["index"] for line in open(sys.argv[2])}}
@@ -23,7 +24,9 @@ except FileNotFoundError:
 left = [r for r in asked if r["index"] not in done][:{count}]
 with open(sys.argv[2], "a") as out:
     for r in left:
-        out.write(json.dumps({{"index": r["index"], "text": r["question"].upper()}}) + "\\n")
+        said = {{"index": r["index"], "text": r["question"].upper()}}
+        sealed = json.dumps([pathlib.Path(sys.argv[2]).name, said], sort_keys=True, separators=(",", ":"))
+        out.write(json.dumps(said | {{"sha256": hashlib.sha256(sealed.encode()).hexdigest()}}) + "\\n")
 print("last words")
 sys.exit({code})
 END
@@ -67,14 +70,41 @@ def test_killed_evaluation_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch,
     _fake(tmp_path, monkeypatch, 2, 137)
     with pytest.raises(RolloutError, match=r"answered 2 of 5 requests and ended with code 137: last words"):
         generate_with_vllm(model, REQUESTS, max_new_tokens=4, work=work)
-    kept = next(work.glob("*.answers.jsonl"))
-    kept.write_text(kept.read_text() + '{"index": 2, "te')
-    from nvila.components.serve.worker import _finish_lines
-
-    assert _finish_lines(kept) == {0, 1}  # as the real worker does first
     _fake(tmp_path, monkeypatch, 99, 0)
-    assert generate_with_vllm(model, REQUESTS, max_new_tokens=4, work=work)[2:] == [f"QUESTION {i}" for i in (2, 3, 4)]
-    assert len(kept.read_text().splitlines()) == 5
+    assert generate_with_vllm(model, REQUESTS, max_new_tokens=4, work=work) == [f"QUESTION {i}" for i in range(5)]
+    assert len(next(work.glob("*.answers.jsonl")).read_text().splitlines()) == 5
+
+
+SAID = ["a\u2028b\x85c\x0bd", "4", None, "", "é"]
+"""Texts with signs that end lines elsewhere, and a question that is too long."""
+
+
+def _flip(content: bytes) -> bytes:
+    return content.replace(b'"4"', b'"5"')
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda content: content, {0, 1, 2, 3, 4}),
+        (lambda content: content[:-9], {0, 1, 2, 3}),
+        (lambda content: content[:-1], {0, 1, 2, 3, 4}),
+        (_flip, {0, 2, 3, 4}),
+        (lambda content: content.replace(b'"index": 1', b'"index": 9'), {0, 2, 3, 4}),
+        (lambda content: content.replace(b"null", b'"xy"'), {0, 1, 3, 4}),
+        (lambda content: content[:20] + bytes(60) + content[80:], {1, 2, 3, 4}),
+        (lambda content: bytes(len(content)), set()),
+        (lambda content: b"[]\n7\nnull\n{}\n\xff\xfe\n" + content, {0, 1, 2, 3, 4}),
+    ],
+)
+def test_damaged_answers_are_not_believed(damage: Callable[[bytes], bytes], left: set[int], tmp_path: Path) -> None:
+    """An answer that a torn write or a flipped byte made would be counted, and pinned, as the model's."""
+    path = tmp_path / "vllm-1.answers.jsonl"
+    whole = "".join(answer_line(path, index, text) for index, text in enumerate(SAID)).encode()
+    path.write_bytes(damage(whole))
+    assert read_answers(path) == {index: text for index, text in enumerate(SAID) if index in left}
+    path.rename(tmp_path / "vllm-2.answers.jsonl")
+    assert read_answers(tmp_path / "vllm-2.answers.jsonl") == read_answers(path) == {}
 
 
 def test_answers_of_another_model_are_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> None:

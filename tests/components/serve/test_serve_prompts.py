@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from servable import clip, picture, servable_model
 
 from nvila.components.contracts.errors import PreflightError
@@ -49,15 +50,19 @@ def _missing() -> bool:
 @pytest.mark.skipif(_missing(), reason="needs the serving environment")
 def test_vllm_makes_our_prompts_of_chat_requests_and_of_batches(tmp_path: Path) -> None:
     """Prevents answers to another question than the evaluated one: a picture moved to the front, a line break too many,
-    a text that became a control token, at the endpoint or in evaluate-quantized."""
+    a text that became a control token, at the endpoint or in evaluate-quantized; and other limits of its length,
+    whether training's is below the decoder's or stretches it."""
     media = {
         "image": [picture(tmp_path / "wide.png", 1, (90, 30)), picture(tmp_path / "b.png", 2)],
         "video": [clip(tmp_path / f"{i}.mp4", i) for i in range(2)],
     }
     expected: dict[str, list[list[int]]] = {}
-    for mode, scales in (("dynamic", (28,)), ("dynamic_s2", (28, 56))):
-        model, tokenizer = servable_model(vision_mode=mode, s2_scales=scales)
-        write_serving_files(model, tokenizer, tmp_path / mode, next(model.parameters()).dtype)
+    most = {}
+    for mode, scales, trained in (("dynamic", (28,), 200), ("dynamic_s2", (28, 56), 300)):
+        model, tokenizer = servable_model(vision_mode=mode, s2_scales=scales, max_length_tokens=trained)
+        tokenizer.model_max_length = trained  # as of a checkpoint
+        most[mode] = model.config.positions
+        write_serving_files(model, tokenizer, tmp_path / mode, torch.float32, config=model.config)
         cases, expected[mode] = [], []
         for question, kind, count in CASES:
             turns, paths = [Turn("human", question)], media[kind][:count]
@@ -71,9 +76,11 @@ def test_vllm_makes_our_prompts_of_chat_requests_and_of_batches(tmp_path: Path) 
 
     command = [str(serve_python()), str(Path(__file__).with_name("rendering.py")), str(tmp_path)]
     subprocess.run(command, env=serve_variables(), check=True)
+    assert most == {"dynamic": 256, "dynamic_s2": 512}
     markers = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
     for mode, prompts in expected.items():
         seen = json.loads((tmp_path / mode / "seen.json").read_text())
+        assert seen["positions"] == most[mode]
         assert seen["format"] == "openai"  # "string" would join all texts and move media to the front
         for question, ours, endpoint, batch in zip(CASES, prompts, seen["endpoint"], seen["batch"], strict=True):
             for theirs in (endpoint, batch):

@@ -19,9 +19,12 @@ from servable import clip, manifest, picture, sample_row, servable_model
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.data.media import load_image, load_video_frames
+from nvila.components.metrics.answers import answers
 from nvila.components.model.conversation import Turn, messages_of
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.positions import positions
 from nvila.components.model.prompt import Prompt, make_prompt
+from nvila.components.model.tokenizer import TokenIds
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request, generate_with_vllm
 from nvila.components.serve.environment import serve_python
@@ -70,8 +73,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
     return Media(pictures, [clip(root / f"{i}.mp4", i) for i in range(6)])
 
 
-def test_quantized_checkpoint_in_vllm_answers_as_in_torch(media: Media, tmp_path: Path) -> None:
-    """W8A8 tower and W4A16 decoder in one checkpoint: vLLM must read each part by its own scheme."""
+def test_quantized_checkpoint_in_vllm_answers_as_in_torch(
+    media: Media, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W8A8 tower and W4A16 decoder in one checkpoint: vLLM must read each part by its own scheme. A question that is
+    too long for the model must not end the evaluation of all others; torch leaves it unanswered."""
     from nvila.components.data.samples import write_samples
     from nvila.components.model.checkpoint import save_native
     from nvila.components.model.quantized import load_quantized
@@ -86,8 +92,12 @@ def test_quantized_checkpoint_in_vllm_answers_as_in_torch(media: Media, tmp_path
     settings = Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 4}, "seed": 0})
     run(settings, inputs, tmp_path / "q")
 
-    served = generate_with_vllm(tmp_path / "q" / "model", media.requests(), max_new_tokens=6, work=tmp_path / "work")
-    expected = _generate(*load_quantized(tmp_path / "q" / "model", torch.bfloat16), media.requests())
+    quantized, tokenizer = load_quantized(tmp_path / "q" / "model", torch.bfloat16)
+    requests = [*media.requests(), *_edges(quantized, tokenizer, media)]
+    served = generate_with_vllm(tmp_path / "q" / "model", requests, max_new_tokens=6, work=tmp_path / "work")
+    expected = _generate(quantized, tokenizer, requests)
+    told = [line.split(":", 1)[1] for line in capsys.readouterr().err.splitlines() if "too long" in line]
+    assert served[-2:] == expected[-2:] == ["", ""] and len(told) == 2 and told[0] == told[1]
     assert len(set(expected)) > 5, "answers must differ for the comparison to mean anything"
     # bf16 kernels add up in another order; on random weights the two best tokens are often close.
     assert _agreement(served, expected) >= 0.8
@@ -210,7 +220,21 @@ def test_request_cannot_choose_the_number_of_frames(running: Running, media: Med
 
 
 def _generate(model: NVILA, tokenizer: Any, requests: list[Request]) -> list[str]:
-    return [model.generate(tokenizer, [_prompt(model, request)], 6)[0] for request in requests]
+    prompts = [_prompt(model, request) for request in requests]
+    return answers(model, tokenizer, prompts, batch=1, max_new_tokens=6, what="torch")
+
+
+def _edges(model: NVILA, tokenizer: Any, media: Media) -> list[Request]:
+    """Questions that leave the decoder one position, none, and less."""
+    tokens = TokenIds.of(tokenizer)
+
+    def request(digits: int) -> Request:
+        return Request([str(media.pictures[0])], "image", "7" * digits)
+
+    prompt = _prompt(model, request(1))
+    ids = prompt.encode(tokenizer, generate=True).input_ids
+    room = model.config.positions - positions(ids, prompt.visuals, model.config, tokens)
+    return [request(room), request(room + 1), request(room + 200)]
 
 
 def _prompt(model: NVILA, request: Request) -> Prompt:
