@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -158,38 +158,14 @@ class Manifest(BaseModel):
 
     def faults(self, names: Iterable[str] | None = None, *, deep: bool, fresh: bool) -> dict[str, str]:
         """What is wrong with each of the named files that is not as the step wrote it; of all files by default."""
-        chosen = list(self.files if names is None else names)
-        found = {name: why for name in chosen if (why := self._looks(self.files[name]))}
-        paths = {name: Path(self.folder, self.files[name].uri) for name in chosen if name not in found} if deep else {}
-        try:
-            digests = sha256_of(paths.values(), fresh=fresh)
-        except OSError:  # one that cannot be read must not hide the others
-            digests = {path: _digest_or_reason(path, fresh) for path in paths.values()}
-        for name, path in paths.items():
-            if digests[path] != self.files[name].sha256:
-                found[name] = "its bytes are not those that the step wrote"
-        return found
+        chosen = self.files if names is None else {name: self.files[name] for name in names}
+        return faults_of(Path(self.folder), chosen, deep=deep, fresh=fresh)
 
     def strangers(self, prefix: str) -> list[Path]:
         """What lies in the folder `prefix` and is no file that the step wrote, nor a folder of such."""
         known = {Path(self.folder, file.uri) for file in self.files.values()}
         folders = {parent for path in known for parent in path.parents}
         return sorted(path for path in Path(self.folder, prefix).rglob("*") if path not in known | folders)
-
-    def _looks(self, file: File) -> str | None:
-        path = Path(self.folder, file.uri)
-        steps = [path, *list(path.parents)[: len(PurePosixPath(file.uri).parts) - 1]]
-        if link := next((step for step in steps if step.is_symlink()), None):
-            return f"{link.name} is a link, where the step wrote none"
-        try:
-            facts = path.lstat()
-        except OSError:
-            return "it is gone"
-        if not stat.S_ISREG(facts.st_mode):
-            return "it is no file"
-        if facts.st_size != file.size_bytes:
-            return f"it has {facts.st_size} bytes and had {file.size_bytes}"
-        return None
 
     def _require(self, names: list[str], fresh: bool) -> None:
         for name, why in self.faults(names, deep=True, fresh=fresh).items():
@@ -280,6 +256,36 @@ def describe_files(folder: Path, patterns: Iterable[str] = ("**/*",)) -> dict[st
         name: File(uri=name, size_bytes=path.stat().st_size, sha256=digests[path])
         for name, path in sorted(names.items())
     }
+
+
+def faults_of(folder: Path, files: Mapping[str, File], *, deep: bool, fresh: bool) -> dict[str, str]:
+    """What is wrong with each of the files below `folder` that is not as the step wrote it; without `deep` not read."""
+    found = {name: why for name, file in files.items() if (why := _looks(folder, file))}
+    paths = {name: folder / file.uri for name, file in files.items() if name not in found} if deep else {}
+    try:
+        digests = sha256_of(paths.values(), fresh=fresh)
+    except OSError:  # one that cannot be read must not hide the others
+        digests = {path: _digest_or_reason(path, fresh) for path in paths.values()}
+    for name, path in paths.items():
+        if digests[path] != files[name].sha256:
+            found[name] = "its bytes are not those that the step wrote"
+    return found
+
+
+def _looks(folder: Path, file: File) -> str | None:
+    path = folder / file.uri
+    steps = [path, *list(path.parents)[: len(PurePosixPath(file.uri).parts) - 1]]
+    if link := next((step for step in steps if step.is_symlink()), None):
+        return f"{link.name} is a link, where the step wrote none"
+    try:
+        facts = path.lstat()
+    except OSError:
+        return "it is gone"
+    if not stat.S_ISREG(facts.st_mode):
+        return "it is no file"
+    if facts.st_size != file.size_bytes:
+        return f"it has {facts.st_size} bytes and had {file.size_bytes}"
+    return None
 
 
 def _digest_or_reason(path: Path, fresh: bool) -> str:

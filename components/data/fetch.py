@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.contracts.manifest import sha256_file
 from nvila.components.data import hub, s3
 from nvila.components.data.wanted import is_wanted
 
@@ -73,5 +73,5 @@ def _folder(uri: str) -> Path:
 
 def _digests(uri: str) -> dict[str, str]:
     folder = _folder(uri)
-    files = (path for path in folder.rglob("*") if path.is_file() and is_wanted(path.name))
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(files)}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_wanted(path.name))
+    return {path.relative_to(folder).as_posix(): sha256 for path, sha256 in sha256_of(files).items()}

@@ -65,13 +65,19 @@ def inside(root: Path, name: str) -> Path:
     """Path of the media file `name` of a source.
 
     Raises:
-        MediaError: `name` is absolute, an address, or leads out of `root` (by `..` or by a symbolic link).
+        MediaError: `name` is absolute, an address, no name of a file, or leads out of `root` (by `..` or by a
+            symbolic link) or in a circle.
     """
     if "://" in name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise MediaError("outside_source", "a media path must stay inside the source's folder", root, name)
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise MediaError("outside_source", "a symbolic link leads out of the source's folder", root, name)
+    try:
+        leads_out = not path.resolve().is_relative_to(root.resolve())
+        path.is_file()
+    except (OSError, RuntimeError) as error:  # links in a circle, a name that no file can have
+        raise MediaError("missing_file", "no such media file", path, getattr(error, "strerror", None)) from error
+    if leads_out:
+        raise MediaError("outside_source", "a symbolic link leads out of the source's folder", path)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,15 +47,6 @@ def read(path: Path) -> dict[str, Received]:
 def write(path: Path, record: dict[str, Received]) -> None:
     """Replace the record."""
     write_atomic(path, json.dumps({name: asdict(received) for name, received in sorted(record.items())}, indent=1))
-
-
-def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before anything relies on them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _RECORD = TypeAdapter(dict[str, Received])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import DataError, NvilaError
+from nvila.components.contracts.files import sync
 from nvila.components.contracts.progress import track
 from nvila.components.data import received
 from nvila.components.data.cache import alone, cache
@@ -120,7 +121,7 @@ def _bring(place: Place, item: Object, target: Path, was: Received | None, parti
     digest = download(place.client, place.bucket, item, partial)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(target)
-    received.sync(target.parent)
+    sync(target.parent)
     return Received(item.version, item.size_bytes, digest, received.state_of(target))
 
 

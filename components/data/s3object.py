@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import Unreachable
+from nvila.components.contracts.files import sync
 from nvila.components.data.checksums import MIB, Facts, bare, compare, facts, part_sizes
 from nvila.components.data.insist import insist
-from nvila.components.data.received import sync
 from nvila.components.data.s3client import asked, code_of, passes
 
 

@@ -57,9 +57,8 @@ class Account:
         self.done, self.total = done, len(samples) // job.stage.batch
         self._engine, self._samples, self._batch = engine, samples, job.stage.batch
         self._tally = Tally(what, len(set(samples)), job.run.max_skipped_share, quiet=not first)
-        self._tally.add(read_skipped(out / SKIPPED, done))
-        engine.total(0)  # all have read what rank 0 now cuts
-        self._logs = [StepLog(out / name, done) for name in (LOSSES, SKIPPED)] if first else []
+        self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
+        self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
         self._progress = Progress(what, self.total) if first else None
         self._show(done)
 
@@ -80,13 +79,7 @@ class Account:
         if skipped:
             self._skip(engine.gather(share.skipped))
         if not math.isfinite(loss):
-            suspects = [
-                one
-                for ids, micro in zip(share.samples, share.losses, strict=True)
-                if not micro.isfinite()
-                for one in ids
-            ]
-            raise self._not_finite("the loss is not finite", loss, engine.gather(suspects))
+            raise self._not_finite("the loss is not finite", loss, engine.gather(share.suspects()))
         if not engine.step(int(supervised)):
             batch = self._samples[self.done * self._batch : (self.done + 1) * self._batch]
             raise self._not_finite("the gradients are not finite", None, batch)
@@ -100,15 +93,13 @@ class Account:
         return [flag > 0 for flag in joint]
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; the logs reach the disk before it.
+        """Write a checkpoint, the logs in it.
 
         Raises:
             TrainingError: a weight is not finite.
         """
         self.check_weights()
-        for log in self._logs:
-            log.sync()
-        self._engine.save(folder, self.done)
+        self._engine.save(folder, self.done, [log.path for log in self._logs])
 
     def check_weights(self) -> None:
         """What is not finite must not be written.
@@ -139,7 +130,6 @@ class Account:
         )
 
 
-def read_skipped(path: Path, done: int) -> list[Skipped]:
-    """Samples that the first `done` steps of a stage left out."""
-    found = [record for record in read_log(path) if record["step"] <= done]
-    return [Skipped(str(record.get("id")), str(record.get("reason")), record.get("where")) for record in found]
+def read_skipped(path: Path) -> list[Skipped]:
+    """Samples that a stage has left out."""
+    return [Skipped(str(record.get("id")), str(record.get("reason")), record.get("where")) for record in read_log(path)]

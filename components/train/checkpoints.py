@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.sealed import fault, sync
+from nvila.components.contracts.files import discard, sync, write_atomic
+from nvila.components.contracts.sealed import fault
 
 LATEST = "latest"
 """File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
@@ -22,42 +22,51 @@ _WHOLE = re.compile(r"step-(\d+)")
 _OWNER = re.compile(r"zero_pp_rank_(\d+)_")
 
 
-def partial(step: int) -> str:
+def partial(step: int | str) -> str:
     """Name of a checkpoint while it is written."""
     return f"partial-step-{step}"
 
 
-def written_by(folder: Path, rank: int) -> list[Path]:
-    """Files of a checkpoint that this process has written; what belongs to no process is rank 0's."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    owners = [_OWNER.search(path.name) for path in files]
-    return [path for path, owner in zip(files, owners, strict=True) if (int(owner[1]) if owner else 0) == rank]
+def written_by(folder: Path, rank: int) -> list[str]:
+    """Names of a checkpoint's files that this process has written; what belongs to no process is rank 0's."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    owners = [_OWNER.search(name) for name in names]
+    return [name for name, owner in zip(names, owners, strict=True) if (int(owner[1]) if owner else 0) == rank]
 
 
 def publish(folder: Path, step: int) -> None:
     """Give a checkpoint that is on the disk its name, then drop all but the newest."""
     whole = folder / f"step-{step}"
-    shutil.rmtree(whole, ignore_errors=True)
+    discard(whole)
     (folder / partial(step)).rename(whole)
-    sync([], folder)
+    sync(folder)
     write_atomic(folder / LATEST, whole.name)
     newest = _by_step(folder)
     for old in [path for path in folder.iterdir() if path.is_dir() and path not in newest[:KEPT]]:
-        shutil.rmtree(old, ignore_errors=True)
+        discard(old)
+
+
+def bring_back(checkpoint: Path | None, logs: Iterable[Path]) -> None:
+    """Make logs what they were at a checkpoint, or empty where there is none."""
+    for log in logs:
+        discard(log)
+        write_atomic(log, "" if checkpoint is None else (checkpoint / log.name).read_text(encoding="utf-8"))
 
 
 def newest_sound(folder: Path) -> str | None:
     """Name of the newest checkpoint whose files are as they were written; says where the work goes on, and why there.
 
-    A checkpoint that is not sound is removed, or it would stand in the way of those to come.
+    What is not sound, or was cut off, is removed: it would stand in the way of those to come, and fill the disk.
     """
+    for cut_off in folder.glob(partial("*")):
+        discard(cut_off)
     broken: list[str] = []
     for path in _by_step(folder):
         if (why := fault(path, path / RECORD)) is None:
             _say(f"goes on from checkpoint {path.name}", broken)
             return path.name
         broken.append(f"{path.name} is not sound: {why}")
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
     if broken:
         _say("no checkpoint is left, training starts anew", broken)
     return None

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nvila.components.contracts.files import sync_tree
+from nvila.components.contracts.manifest import describe_files
 from nvila.components.contracts.recipe.train import Stage
-from nvila.components.contracts.sealed import digests, sync, write_record
-from nvila.components.train.checkpoints import RECORD, newest_sound, partial, publish, written_by
+from nvila.components.contracts.sealed import write_record
+from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
 from nvila.components.train.job import Run
 from nvila.components.train.schedule import warmup_cosine
 
@@ -133,24 +135,30 @@ class Engine:
         torch.distributed.all_gather_object(found, items)
         return [item for some in found for item in some]
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint that `resume` reads, and keep the one before it. Every process must call this."""
-        name = partial(step)
+    def save(self, folder: Path, step: int, logs: Iterable[Path] = ()) -> None:
+        """Write a checkpoint that `resume` reads, and keep the one before it. Every process must call this.
+
+        `logs` are copied into it: what they say of its steps is as sound as its weights.
+        """
+        at = folder / partial(step)
+        self.deepspeed.save_checkpoint(str(folder), tag=at.name, client_state={"step": step}, save_latest=False)
+        for log in logs if self.rank == 0 else ():
+            shutil.copyfile(log, at / log.name)
+        sync_tree(at)
+        files = self.gather(list(describe_files(at, written_by(at, self.rank)).items()))
         if self.rank == 0:
-            shutil.rmtree(folder / name, ignore_errors=True)  # of a save that was cut off
-        self.deepspeed.save_checkpoint(str(folder), tag=name, client_state={"step": step}, save_latest=False)
-        mine = written_by(folder / name, self.rank)
-        sync(mine, folder / name)
-        files = self.gather(list(digests(mine, folder / name).items()))
-        if self.rank == 0:
-            write_record(folder / name / RECORD, dict(files))
+            write_record(at / RECORD, dict(files))
             publish(folder, step)
         self.total(0)  # nobody goes on, or ends, before it has its name
 
-    def resume(self, folder: Path) -> int:
-        """Load the newest sound checkpoint and return its step, or 0 where there is none."""
+    def resume(self, folder: Path, logs: Iterable[Path] = ()) -> int:
+        """Load the newest sound checkpoint and return its step, or 0 where there is none; `logs` are then as it has
+        them, or empty."""
         # As rank 0 sees it: another machine's view of a shared file system may be older.
-        name = self.gather([newest_sound(folder) if self.rank == 0 else None])[0]
+        name = newest_sound(folder) if self.rank == 0 else None
+        if self.rank == 0:
+            bring_back(folder / name if name else None, logs)
+        name = self.gather([name])[0]
         if name is None:
             return 0
         _, state = self.deepspeed.load_checkpoint(str(folder), tag=name)

@@ -4,31 +4,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-from nvila.components.contracts.manifest import write_atomic
 
 LOSSES, SKIPPED = "loss.jsonl", "skipped.jsonl"
 
 
 class StepLog:
-    """Appends to a log of an attempt; lines after the checkpoint that is resumed are dropped first."""
+    """Appends to a log of a stage; a checkpoint keeps a copy, from which a resume goes on."""
 
-    def __init__(self, path: Path, done: int) -> None:
-        kept = [record for record in read_log(path) if record["step"] <= done]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
         """Append one record; it is in the file when this returns."""
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
-
-    def sync(self) -> None:
-        """Bring the log to the disk: a checkpoint must not be ahead of it."""
-        os.fsync(self._stream.fileno())
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +43,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     """
     began = time.monotonic()
     _train(settings, inputs, out)
-    records, skipped = read_losses(out / LOSSES), read_skipped(out / SKIPPED, sys.maxsize)
+    records, skipped = read_losses(out / LOSSES), read_skipped(out / SKIPPED)
     steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -74,7 +73,7 @@ def join(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
 
 
 def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> None:
-    if fault(out, out / RECORD) is None:
+    if fault(out, out / RECORD, TRAINED) is None:
         return
     launch(
         Job(

@@ -8,11 +8,13 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import NvilaError, Preempted
+from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.sealed import seal
@@ -29,13 +31,18 @@ def main(job_path: str) -> None:
     stop = StopRequest()
     try:
         train(job, stop)
-    except NvilaError as error:
-        verdict = Path(job.out, VERDICT)
-        if not verdict.exists():  # the first process to fail knows why; the others only lost it
-            record = {"error": type(error).__name__, "message": str(error), "exit_code": int(error.exit_code)}
-            write_atomic(verdict, json.dumps(record))
+    except Exception as caught:
+        if isinstance(caught, NvilaError):
+            error = caught
+        else:
+            print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
+            error = NvilaError(f"{type(caught).__name__}: {caught}", where=job.out)
         print(tell(str(error)), file=sys.stderr, flush=True)
         sys.stdout.flush()
+        verdict = Path(job.out, VERDICT)
+        with suppress(OSError):  # a disk that is full has been named above
+            if not verdict.exists():  # the first process to fail knows why; the others only lost it
+                write_atomic(verdict, json.dumps(to_record(error)))
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
 
 
@@ -55,6 +62,7 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.train.account import Account, Share
     from nvila.components.train.data import stage_samples
     from nvila.components.train.engine import start
+    from nvila.components.train.losses import LOSSES, SKIPPED
 
     torch.manual_seed(job.seed)
     out, stage = Path(job.out), job.stage
@@ -72,7 +80,7 @@ def train(job: Job, stop: StopRequest) -> None:
         model.gradient_checkpointing_enable()
     engine = start(model, stage, job.run, total)
     use_flash_attention(model)  # now that the weights have the precision of the stage
-    done = engine.resume(out / "checkpoints")
+    done = engine.resume(out / "checkpoints", [out / LOSSES, out / SKIPPED])
     samples = samples[: total * stage.batch]
     account = Account(engine, job, [sample.id for sample in samples], done)
     feed = Feed(tokenizer, model.config)

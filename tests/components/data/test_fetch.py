@@ -70,5 +70,5 @@ def test_identity_is_of_the_bytes_that_count(tmp_path: Path) -> None:
 def test_a_folder_is_used_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`nvila infer FOLDER` must not read 16 GB to answer a question."""
     (tmp_path / "x.safetensors").write_bytes(b"1")
-    monkeypatch.setattr("nvila.components.data.fetch.sha256_file", None)
+    monkeypatch.setattr("nvila.components.data.fetch.sha256_of", None)
     assert fetch(str(tmp_path)) == tmp_path

@@ -190,6 +190,9 @@ def test_paths_stay_inside_the_source(tmp_path: Path) -> None:
         "a\0b.png",
     ):
         assert problem(lambda name=name: inside(root, name)) == "outside_source", name
+    (root / "round.png").symlink_to("round.png")
+    for name in ("round.png", "n" * 300):
+        assert problem(lambda name=name: inside(root, name)) == "missing_file", name
 
 
 def test_sampling_follows_the_specification() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from test_worker import Stop, changed_parts, losses, weights
 from nvila.components.contracts.errors import Preempted
 from nvila.components.train.checkpoints import RECORD
 from nvila.components.train.job import Job
-from nvila.components.train.losses import StepLog, read_losses
+from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
 from nvila.components.train.worker import train
 
 MakeJob = Callable[..., Job]
@@ -36,6 +37,12 @@ def _zero(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
+def _link(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": lambda at: _flip(_largest(at / "step-4")),
     "a torn file": lambda at: _tear(_largest(at / "step-4")),
@@ -43,6 +50,8 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a missing file": lambda at: _largest(at / "step-4").unlink(),
     "a torn record": lambda at: _tear(at / "step-4" / RECORD),
     "a missing record": lambda at: (at / "step-4" / RECORD).unlink(),
+    "a link": lambda at: _link(_largest(at / "step-4")),
+    "a file in its place": lambda at: (shutil.rmtree(at / "step-4"), (at / "step-4").touch()),
     "no files": lambda at: [path.unlink() for path in (at / "step-4").iterdir()],
 }
 
@@ -50,6 +59,12 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 @pytest.fixture(scope="module")
 def straight() -> dict[str, Any]:
     """The stage without an interruption, made once."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole_logs() -> dict[str, bytes]:
+    """Logs of a stage without an interruption, made once."""
     return {}
 
 
@@ -97,14 +112,40 @@ def test_a_save_that_was_cut_off_is_not_in_the_way(make_job: MakeJob) -> None:
     assert sorted(path.name for path in at.iterdir()) == ["latest", "step-4", "step-5"]
 
 
-def test_a_log_is_cut_to_the_step_that_is_resumed(tmp_path: Path) -> None:
-    """Steps that are done again would be there twice; a line that is torn or noise must not take others along."""
+FOREIGN = '{"step": 1, "loss": "low", "id": 5}\n[]'
+SKIPPING: dict[str, Any] = {"stage": {"max_length_tokens": 33}, "run": {"max_skipped_share": 1.0}}
+LOGS: dict[str, Callable[[Path, Path], Any]] = {
+    "cut off": lambda losses, skipped: (_tear(losses), _tear(skipped)),
+    "gone": lambda losses, skipped: (losses.unlink(), skipped.unlink()),
+    "of zeros": lambda losses, skipped: (_zero(losses), _zero(skipped)),
+    "another's": lambda losses, skipped: [path.write_text(FOREIGN) for path in (losses, skipped)],
+    "a folder": lambda losses, skipped: (losses.unlink(), losses.mkdir()),
+}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("damage", LOGS)
+def test_a_damaged_log_is_as_the_checkpoint_has_it(
+    make_job: MakeJob, whole_logs: dict[str, bytes], damage: str
+) -> None:
+    """A curve with holes in a manifest that says nothing of them; and samples that were skipped, counted as used."""
+    job = make_job("damaged", **SKIPPING)
+    if not whole_logs:
+        straight = make_job("straight", **SKIPPING)
+        train(straight, Stop())
+        whole_logs |= {name: Path(straight.out, name).read_bytes() for name in (LOSSES, SKIPPED)}
+    assert whole_logs[SKIPPED]
+    with pytest.raises(Preempted):
+        train(job, Stop(after=4))
+    LOGS[damage](Path(job.out, LOSSES), Path(job.out, SKIPPED))
+    train(job, Stop())
+    assert {name: Path(job.out, name).read_bytes() for name in (LOSSES, SKIPPED)} == whole_logs
+
+
+def test_noise_in_a_log_takes_no_record_along(tmp_path: Path) -> None:
+    """The report and MLflow look at a log while it is written, and after a machine went down."""
     path = tmp_path / "loss.jsonl"
     good = ['{"step": 1, "loss": 3.5}', '{"step": 2, "loss": null}', '{"step": 3, "loss": 2.5}']
     noise = ["\0\0\0", '{"step": "2", "loss": 1}', "[1]", '{"step": 2, "note": "\u2028 \x85"}', '{"step": 4, "lo']
     path.write_text("\n".join([good[0], *noise[:4], *good[1:], noise[4]]), encoding="utf-8")
     assert [record["step"] for record in read_losses(path)] == [1, 2, 3]
-    log = StepLog(path, 2)
-    log.write(step=3, loss=2.0)
-    log.sync()
-    assert [(record["step"], record["loss"]) for record in read_losses(path)] == [(1, 3.5), (2, None), (3, 2.0)]

@@ -36,7 +36,7 @@ def test_processes_resume_where_the_first_says(tmp_path: Path) -> None:
     checkpoint = views[0] / "step-7"
     checkpoint.mkdir()
     (checkpoint / "states.pt").write_bytes(b"0")
-    seal(checkpoint, checkpoint / RECORD)
+    seal(checkpoint, checkpoint / RECORD, ["*.pt"])
     torch.multiprocessing.start_processes(
         _resume, ([str(v) for v in views], str(tmp_path / "meeting"), str(tmp_path)), nprocs=2, start_method="fork"
     )

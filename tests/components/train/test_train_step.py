@@ -127,8 +127,22 @@ def _flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [_torn, _flipped, Path.unlink])
-@pytest.mark.parametrize("name", ["model/llm/model.safetensors", RECORD])
+def _linked(file: Path) -> None:
+    file.rename(file.parents[2] / "elsewhere")
+    file.symlink_to(file.parents[2] / "elsewhere")
+
+
+def _joined(file: Path) -> None:
+    shutil.copy(file, file.with_name("model-00002-of-00002.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("model/llm/model.safetensors", damage) for damage in (_torn, _flipped, Path.unlink, _linked, _joined)),
+        *((RECORD, damage) for damage in (_torn, _flipped, Path.unlink)),
+    ],
+)
 def test_a_model_that_is_not_as_it_was_written_is_made_again(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Path], None]
 ) -> None:
