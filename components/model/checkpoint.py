@@ -135,16 +135,23 @@ def unfilled_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) ->
     """
     from transformers.initialization import no_init_weights
 
+    require_vocabulary(config, tokens)
+    with no_init_weights():
+        model = build_model(with_vocabulary(config, tokens.vocabulary), tokens, dtype)
+    model.llm.tie_weights()
+    return model
+
+
+def require_vocabulary(config: ModelConfig, tokens: TokenIds) -> None:
+    """Raises:
+    ConfigError: the decoder has fewer tokens than the tokenizer, or the tokenizer not the time tokens.
+    """
     check_time_tokens(tokens.time, config.time_tokens)
     if config.llm["vocab_size"] < tokens.vocabulary:
         raise ConfigError(
             f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
             where="llm/config.json: vocab_size",
         )
-    with no_init_weights():
-        model = build_model(with_vocabulary(config, tokens.vocabulary), tokens, dtype)
-    model.llm.tie_weights()
-    return model
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -16,7 +16,13 @@ from typing import Any
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
-from nvila.components.model.checkpoint import SHARD_BYTES, generation_config, image_processor, write_native_files
+from nvila.components.model.checkpoint import (
+    SHARD_BYTES,
+    generation_config,
+    image_processor,
+    require_vocabulary,
+    write_native_files,
+)
 from nvila.components.model.layouts import LAYOUTS, PARTS, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import is_served, write_serving_files
@@ -62,6 +68,7 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
     _require_convertible(checkpoint, layout)
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
     tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    require_vocabulary(checkpoint.config, tokens)
     config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
     skeleton = empty_model(config, tokens)
     if checkpoint.layout == "serving":

@@ -30,6 +30,8 @@ def config_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     try:
         llm, vision = dict(content["llm_cfg"]), dict(content["vision_tower_cfg"])
         projector = content["mm_projector_cfg"]["mm_projector_type"]
+        if not isinstance(projector, str):
+            raise TypeError(f"mm_projector_type is {projector!r}")
         refuse(vision, refusals.TOWER, f"{where}: vision_tower_cfg")
         refuse(llm, refusals.DECODER, f"{where}: llm_cfg")
         needed = [(vision, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")]
@@ -75,8 +77,16 @@ def config_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         "video_texts": texts,
         "fps": _number(content, "fps", 0.0, where),
         "soft_ce_std": _number(content, "soft_ce_std", 1.0, where, above=True),
-        "time_tokens": _whole(content, "num_time_tokens", 0, where, least=0),
+        "time_tokens": _time_tokens(content, where),
     }
+
+
+def _time_tokens(content: Mapping[str, Any], where: str) -> int:
+    """Time tokens that the configuration speaks of: by their number, by the ids that its loss reads, or by both."""
+    number, ids = _whole(content, "num_time_tokens", 0, where, least=0), content.get("time_token_ids") or []
+    if not isinstance(ids, list) or (number and ids and len(ids) != number):
+        raise ConfigError(f"num_time_tokens is {number}", where=f"{where}: time_token_ids", value=ids)
+    return number or len(ids)
 
 
 def _mode(content: Mapping[str, Any], where: str) -> str:

@@ -310,6 +310,7 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
     Raises:
         ConfigError: the sub-models are not SigLIP and Qwen2, or their configurations do not fit.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
     if config.llm.get("model_type", "qwen2") != "qwen2":
@@ -319,12 +320,12 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
             f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
             where="llm_cfg: vocab_size",
         )
-    llm_config = Qwen2Config.from_dict(with_rope(config.llm, config.max_length_tokens))
-    vision_config = SiglipVisionConfig.from_dict({**config.vision, "vision_use_head": False})  # never computed
     try:
+        llm_config = Qwen2Config.from_dict(with_rope(config.llm, config.max_length_tokens))
+        vision_config = SiglipVisionConfig.from_dict({**config.vision, "vision_use_head": False})  # never computed
         llm = Qwen2ForCausalLM._from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
         tower = SiglipVisionModel._from_config(vision_config, dtype=dtype, attn_implementation="sdpa")
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(
             "the sub-models cannot be built", where="llm_cfg, vision_tower_cfg", value=str(error)
         ) from None

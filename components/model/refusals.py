@@ -54,11 +54,24 @@ _AUTOGAZE = Rule(
     _HD,
     _OTHER,
 )
+_QUANTIZED = Rule(
+    "quantization_config",
+    _off,
+    "the weights are said to be quantized, and are computed as they are stored",
+    "Use the checkpoint from before it was quantized, or remove the key if it is that one",
+)
 
 CONFIG = (
-    Rule("ps3", _off, _HD, _OTHER),
+    Rule("ps3.*|mm_low_res_token_num|mm_scale_num", _off, _HD, _OTHER),
     Rule("model_type|architectures", _free_of("topdown", "ps3", "gaze"), _HD, _OTHER),
     _AUTOGAZE,
+    _QUANTIZED,
+    Rule(
+        "(mm_)?vision_tower",
+        _free_of("clip", "internvit", "intern_vit", "radio", "ps3"),
+        "the vision tower is not SigLIP",
+        _OTHER,
+    ),
     Rule("mm_use_im_start_end", _off, "no tokens are put around a picture", "Set it to false"),
     Rule("mm_vision_select_feature", _is("cls_patch"), "SigLIP has no class token to drop", "Set it to cls_patch"),
     Rule("min_tiles|video_max_tiles", _is(0, 1), "only 1 is supported", "Set it to 1"),
@@ -66,10 +79,12 @@ CONFIG = (
 )
 """The top `config.json`."""
 TOWER = (
+    Rule("model_type|architectures", _free_of("ps3", "gaze"), _HD, _OTHER),
     Rule("model_type", _is("siglip_vision_model"), "the vision tower is not SigLIP", _OTHER),
     Rule("architectures", _is(["SiglipVisionModel"], ["SiglipModel"]), "the vision tower is not SigLIP", _OTHER),
     Rule("num_channels", _is(3), "pictures have three colours", _OTHER),
     _AUTOGAZE,
+    _QUANTIZED,
 )
 """`vision_tower_cfg`."""
 _WINDOWS = "attention in windows, which the reference computes with one kind of attention only"
@@ -77,6 +92,7 @@ DECODER = (
     Rule("model_type", _is("qwen2"), "the decoder is not Qwen2", _OTHER),
     Rule("use_sliding_window", _off, _WINDOWS, _OTHER),
     Rule("layer_types", _free_of("sliding"), _WINDOWS, _OTHER),
+    _QUANTIZED,
 )
 """`llm_cfg`."""
 _PICTURES = "Pictures are prepared as NVILA's SigLIP was trained: correct the file, or use another checkpoint"
@@ -89,7 +105,13 @@ PROCESSOR = (
         _PICTURES,
     ),
     Rule("do_normalize|do_rescale|do_resize", _is(True), "this step is always done", _PICTURES),
-    Rule("do_center_crop|do_pad", _off, "this step is never done", _PICTURES),
+    Rule("do_center_crop|do_pad|do_flip_channel_order", _off, "this step is never done", _PICTURES),
+    Rule(
+        "image_processor_type",
+        lambda value: str(value).startswith("SiglipImageProcessor"),
+        "only SigLIP's processor is computed, whose defaults others do not share",
+        _PICTURES,
+    ),
     Rule("resample", _is(BICUBIC), "pictures are resized bicubically (3)", _PICTURES),
     _AUTOGAZE,
 )

@@ -29,6 +29,11 @@ HD_PICTURES = {
 }
 REFUSED = [
     ("ps3", True),
+    ("ps3_dynamic_aspect_ratio", True),
+    ("mm_low_res_token_num", 729),
+    ("mm_vision_tower", "openai/clip-vit-large-patch14-336"),
+    ("vision_tower", "OpenGVLab/InternViT-6B-448px-V1-2"),
+    ("quantization_config", {"quant_method": "awq"}),
     ("model_type", "llava_topdown_llama"),
     ("architectures", ["LlavaTopDownLlamaModel"]),
     *HD_PICTURES.items(),
@@ -53,6 +58,7 @@ REFUSED = [
     ("fps", "2"),
     ("soft_ce_std", 0.0),
     ("num_time_tokens", -1),
+    ("time_token_ids", 5),
     ("image_encoder", {"_target_": f"{ENCODERS}TSPVideoEncoder"}),
     ("image_encoder", {"_target_": "mine.encoders.BasicImageEncoder"}),
     ("image_encoder", {"start_tokens": "||"}),
@@ -70,6 +76,9 @@ REFUSED = [
     ("vision_tower_cfg", {"model_type": "siglip2_vision_model"}),
     ("vision_tower_cfg", {"architectures": ["RADIOModel"]}),
     ("vision_tower_cfg", {"num_channels": 1}),
+    ("vision_tower_cfg", {"model_type": "ps3_vision_model"}),
+    ("llm_cfg", {"quantization_config": {"quant_method": "gptq"}}),
+    ("mm_projector_cfg", {"mm_projector_type": None}),
     ("vision_tower_cfg", {"gazing_ratio": 0.5}),
     ("llm_cfg", {"model_type": "llama"}),
     ("llm_cfg", {"use_sliding_window": True}),
@@ -87,7 +96,7 @@ def test_keys_of_the_configuration(configure: Any, key: str, value: Any) -> None
         ModelConfig.from_json(content)
     inner = next(iter(value)) if key.endswith("_cfg") else key
     assert inner in str(caught.value)
-    if "gaz" in key or key in ("ps3", "model_type", "architectures", *HD_PICTURES):
+    if "gaz" in key or "ps3" in f"{key}{value}" or key in ("model_type", "architectures", *HD_PICTURES):
         assert "HD family" in str(caught.value)
 
 
@@ -187,6 +196,8 @@ def saved(tokenizer: Any, configure: Any, tmp_path: Path) -> Path:
         ("size", {"height": 28, "width": 56}),
         ("size", {"shortest_edge": 28}),
         ("size", 384),
+        ("image_processor_type", "CLIPImageProcessor"),
+        ("do_flip_channel_order", True),
         *HD_PICTURES.items(),
     ],
 )
@@ -234,3 +245,25 @@ def test_time_tokens_are_counted(tokenizer: Any, configure: Any, tmp_path: Path)
         for read in (load_native, describe, lambda folder: convert(folder, tmp_path / "vila", "vila")):
             with pytest.raises(ConfigError, match=f"num_time_tokens.*{number}"):
                 read(tmp_path / "native")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_time_tokens": None, "time_token_ids": [7, 8]}))
+    with pytest.raises(ConfigError, match=r"time_token_ids.*got 2"):
+        load_native(tmp_path / "native")
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "rms_norm_eps", "hidden_act"])
+def test_what_transformers_refuses(saved: Path, tmp_path: Path, key: str) -> None:
+    """Prevents a raw error of a library, which names no file, for a key that its configurations do not take."""
+    path = saved / "llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: "soft" if key == "hidden_act" else None}))
+    for read in (load_native, lambda folder: convert(folder, tmp_path / "hf", "hf")):
+        with pytest.raises(ConfigError, match="cannot be built"):
+            read(saved)
+
+
+def test_a_decoder_of_fewer_tokens_than_the_tokenizer(saved: Path, tmp_path: Path) -> None:
+    """Prevents a conversion from mending in silence what loading refuses."""
+    path = saved / "llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 10}))
+    for read in (load_native, lambda folder: convert(folder, tmp_path / "hf", "hf")):
+        with pytest.raises(ConfigError, match="10 tokens, the tokenizer 300"):
+            read(saved)
