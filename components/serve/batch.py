@@ -17,7 +17,7 @@ from typing import Literal
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
-from nvila.components.contracts.manifest import digest_json, write_atomic
+from nvila.components.contracts.files import digest_json, write_atomic
 from nvila.components.data.media import Limits
 from nvila.components.serve.environment import serve_python, serve_variables
 
@@ -58,7 +58,7 @@ def generate_with_vllm(
     wanted = [asdict(request) for request in requests]
     key = digest_json({"model": _identity(model_dir), "requests": wanted, "max_new_tokens": max_new_tokens})[:16]
     asked, answered, log = (work / f"vllm-{key}.{end}" for end in ("requests.jsonl", "answers.jsonl", "log"))
-    answers = _read_answers(answered)
+    answers = read_answers(answered)
     if len(answers) < len(requests):
         write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
         command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
@@ -67,7 +67,7 @@ def generate_with_vllm(
         variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
         with log.open("w") as sink:
             done = subprocess.run(command, env=variables, stdout=sink, stderr=subprocess.STDOUT, check=False)
-        answers = _read_answers(answered)
+        answers = read_answers(answered)
         if done.returncode or len(answers) < len(requests):
             raise RolloutError(
                 f"vLLM answered {len(answers)} of {len(requests)} requests and ended with code {done.returncode}: "
@@ -78,22 +78,30 @@ def generate_with_vllm(
     return [answers[index] for index in range(len(requests))]
 
 
+def answer_line(index: int, text: str, tokens: Sequence[int]) -> str:
+    """A line of the answers' file, which says by itself whether it is as it was written."""
+    return (
+        json.dumps({"index": index, "text": text, "tokens": list(tokens), "sha256": digest_json([index, text])}) + "\n"
+    )
+
+
+def read_answers(path: Path) -> dict[int, str]:
+    """Answers so far, by index; lines that a kill has cut off or that were damaged since are left out."""
+    answers = {}
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            record = json.loads(line)
+            index, text = record["index"], record["text"]
+            if record["sha256"] == digest_json([index, text]):
+                answers[index] = text
+        except (ValueError, KeyError, TypeError):
+            continue
+    return answers
+
+
 def _identity(model_dir: Path) -> dict[str, str]:
     """Names and digests of the model's files."""
     return {path.name: sha256 for path, sha256 in sha256_of(sorted(filter(Path.is_file, model_dir.iterdir()))).items()}
-
-
-def _read_answers(path: Path) -> dict[int, str]:
-    """Answers so far; a last line cut off by a kill is dropped."""
-    answers = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            answers[record["index"]] = record["text"]
-    return answers
 
 
 def _last_lines(log: Path, count: int = 12) -> str:

@@ -18,6 +18,7 @@ from nvila.components.model.generation import answer_text
 from nvila.components.model.media import load_medium
 from nvila.components.model.prompt import picture_marker
 from nvila.components.model.tokenizer import load_tokenizer
+from nvila.components.serve.batch import answer_line, read_answers
 
 if TYPE_CHECKING:
     from nvila.components.serve import plugin  # noqa: F401 - loaded by vLLM, so part of the content key
@@ -36,7 +37,8 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     requests = [json.loads(line) for line in args.requests.read_text(encoding="utf-8").splitlines()]
-    done = _finish_lines(args.answers)
+    _end_last_line(args.answers)
+    done = read_answers(args.answers)
     left = [request for request in requests if request["index"] not in done]
     progress = Progress("vLLM answers", len(requests))
     progress.update(len(done), "starting vLLM")
@@ -70,7 +72,7 @@ def start_engine(model: Path) -> Any:
 def answer_all(
     engine: Any, model: Path, requests: list[dict[str, Any]], answers: Path, max_new_tokens: int, progress: Progress
 ) -> None:
-    """Append {"index", "text"} lines to `answers`."""
+    """Append a line for each request to `answers`."""
     from vllm import SamplingParams
 
     tokenizer = load_tokenizer(model)
@@ -83,8 +85,7 @@ def answer_all(
             outputs = engine.generate(prompts, sampling, use_tqdm=False)
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
             for request, ids in zip(chunk, tokens, strict=True):
-                record = {"index": request["index"], "text": answer_text(tokenizer, ids), "tokens": ids}
-                sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+                sink.write(answer_line(request["index"], answer_text(tokenizer, ids), ids))
             sink.flush()
             progress.update(len(chunk))
 
@@ -103,15 +104,11 @@ def _prompt(tokenizer: Any, request: dict[str, Any], config: ModelConfig) -> dic
     return {"prompt_token_ids": ids, "multi_modal_data": {kind: media}}
 
 
-def _finish_lines(path: Path) -> set[int]:
-    """Indices answered so far; a line cut off by a kill is removed, so that appending goes on at a line's start."""
-    if not path.is_file():
-        return set()
-    whole = path.read_text(encoding="utf-8")
-    kept = whole[: whole.rfind("\n") + 1]
-    if kept != whole:
-        path.write_text(kept, encoding="utf-8")
-    return {json.loads(line)["index"] for line in kept.splitlines()}
+def _end_last_line(path: Path) -> None:
+    """Have what is appended begin a line of its own, where a kill has cut off the last one."""
+    if path.is_file() and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as stream:
+            stream.write(b"\n")
 
 
 def _chunks(items: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
