@@ -9,6 +9,8 @@ from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError
 from nvila.components.contracts.manifest import MANIFEST, Manifest, digest_json, written_by
 from nvila.components.contracts.places import is_address
+from nvila.components.tracking.connect import has_store, tracking_uri
+from nvila.components.tracking.redact import redact_text
 
 QUANTIZE = "quantize"
 """The step whose output is served."""
@@ -55,7 +57,7 @@ def find_model(reference: str, runs: Path) -> Model:
 
 def _registered(reference: str, runs: Path) -> Model:
     do = "Give the folder of a checkpoint, or run a recipe first."
-    if not (runs / "mlflow.db").is_file():
+    if not has_store(runs):
         raise ConfigError(f"no such folder, and {runs} has no registry", value=reference, do=do)
     from nvila.components.tracking.registry import find, models, registered_inputs
 
@@ -74,7 +76,9 @@ def _registered(reference: str, runs: Path) -> Model:
                     do="Run the recipe again to make and register it, or give the folder of a checkpoint.",
                 )
             return Model(manifest.dir("model", fresh=True), version.name, version.version, made.digest)
-    raise ConfigError(f"no registered model has the alias or number {alias!r}", where=str(runs / "mlflow.db"), do=do)
+    raise ConfigError(
+        f"no registered model has the alias or number {alias!r}", where=redact_text(tracking_uri(runs)), do=do
+    )
 
 
 def _digest(folder: Path) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import uuid
 from pathlib import Path
@@ -59,10 +60,21 @@ def sync_tree(folder: Path) -> None:
     sync(folder.parent)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: there is none, or it cannot be read; a pipe would be waited for, for ever.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none, or where it is torn, which is said in one line."""
     try:
-        content = json.loads(path.read_bytes().decode())
+        content = json.loads(read_bytes(path).decode())
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -73,7 +73,7 @@ class Index:
                 try:
                     self._connection = self._connection or self._open()
                     return act(self._connection)
-                except sqlite3.Error as error:
+                except (sqlite3.Error, UnicodeError) as error:
                     self._give_up(error)
             return None
 
@@ -83,14 +83,15 @@ class Index:
         connection.execute(_TABLE)
         return connection
 
-    def _give_up(self, error: sqlite3.Error) -> None:
+    def _give_up(self, error: sqlite3.Error | UnicodeError) -> None:
         """Throw a damaged index away; do without one that cannot be used."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         if self._file is None:
             return
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+        # Without a code the module had no words: what SQLite says of a damaged index quotes it, and is no UTF-8.
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGED:
             print(f"{self._file}: the index of digests is damaged; it is made anew", file=sys.stderr, flush=True)
             try:
                 for name in (self._file, self._file.with_name(INDEX + "-journal")):

@@ -17,6 +17,7 @@ from nvila.components.contracts.digests import sha256_file as sha256_file
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import DamagedError, DataError, NvilaError
 from nvila.components.contracts.files import digest_json as digest_json
+from nvila.components.contracts.files import read_bytes
 from nvila.components.contracts.files import write_atomic as write_atomic
 
 MANIFEST = "manifest.json"
@@ -190,7 +191,7 @@ class Manifest(BaseModel):
         """
         place = Path(path).absolute()
         try:
-            content = json.loads(place.read_bytes().decode())
+            content = json.loads(read_bytes(place).decode())
         except FileNotFoundError as error:
             raise DataError("no manifest here", where=str(path)) from error
         except OSError as error:
@@ -226,14 +227,14 @@ class Manifest(BaseModel):
 def written_by(folder: Path) -> Manifest | None:
     """The manifest of the step that wrote the checkpoint in `folder`, whose bytes are read now and found to be its own.
 
-    None where nothing vouches for the folder, as for a checkpoint from elsewhere.
+    None where nothing vouches for the folder, as for a checkpoint from elsewhere. Links lead to where it was written.
 
     Raises:
         DamagedError: the manifest beside the folder, or a file that it names, is not what was written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     place = folder.parent / MANIFEST
-    if not place.is_file():
+    if not os.path.lexists(place):
         return None
     manifest = Manifest.load(place).model_copy(update={"folder": str(folder.parent)})
     if any(name.startswith(folder.name + "/") for name in manifest.files):

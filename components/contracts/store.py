@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nvila.components.contracts.errors import DamagedError, NvilaError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.files import discard, read_json, sync_tree, write_atomic
+from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
 from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.progress import waiting_for
@@ -154,7 +154,7 @@ class Store:
 def _words(note: Path) -> str:
     """The line that a reader left."""
     try:
-        return note.read_text(encoding="utf-8", errors="replace").strip()[:500] or "its files changed"
+        return read_bytes(note).decode(errors="replace").strip()[:500] or "its files changed"
     except OSError:
         return "its files changed"
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
-from nvila.components.contracts.manifest import digest_json, write_atomic
+from nvila.components.contracts.files import digest_json, write_atomic
 from nvila.components.data.media import Limits
 from nvila.components.serve.environment import serve_python, serve_variables
 

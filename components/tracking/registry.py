@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
 from nvila.components.tracking.connect import connected
@@ -82,8 +83,23 @@ def lineage_tags(inputs: Mapping[str, Manifest]) -> dict[str, str]:
 
 
 def registered_inputs(version: Version) -> list[InputRef]:
-    """What `lineage_tags` wrote; empty for a version that no run of ours registered."""
-    return [InputRef.model_validate_json(text) for key, text in version.tags.items() if key.startswith(INPUT_TAG)]
+    """What `lineage_tags` wrote; empty for a version that no run of ours registered.
+
+    Raises:
+        DamagedError: somebody edited the tags: one is no `InputRef`, or they speak of two models.
+    """
+    texts = {key.removeprefix(INPUT_TAG): text for key, text in version.tags.items() if key.startswith(INPUT_TAG)}
+    try:
+        refs = {name: InputRef.model_validate_json(text) for name, text in texts.items()}
+        if "model" in refs and refs["model"].digest != version.tags.get(DIGEST_TAG):
+            raise ValueError(f"{DIGEST_TAG} and {INPUT_TAG}model name different models")
+    except ValueError as error:
+        raise DamagedError(
+            f"the version's tags were edited: {str(error).splitlines()[0]}",
+            where=version.uri,
+            do="Run the recipe again, which registers the model, or name a folder.",
+        ) from error
+    return list(refs.values())
 
 
 def set_alias(runs: Path, name: str, alias: str, version: str) -> None:

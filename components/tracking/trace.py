@@ -75,7 +75,7 @@ def trace(store_root: Path, reference: str = "champion", *, runs: Path = Path("r
 
     Raises:
         ConfigError: the reference names nothing.
-        DataError, DamagedError: the manifest to start from cannot be read.
+        DataError, DamagedError: the manifest or version to start from cannot be read.
     """
     path = Path(reference)
     if path.is_dir() or path.is_file():
@@ -140,6 +140,7 @@ def _registered(runs: Path, reference: str) -> Version:
 
     Raises:
         ConfigError: there is none, or it was not registered by us.
+        DamagedError: its tags were edited.
     """
     separator = "@" if "@" in reference else "/"
     name, found, key = reference.rpartition(separator)

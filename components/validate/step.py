@@ -99,6 +99,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             for path in files[source.name].values()
         ],
         files=(SAMPLES_FILE, LABELS_FILE, QUARANTINE_FILE, DOCS_FILE, RESULTS_FILE),
+        read=external(settings.model_dump(mode="json")),
     )
 
 

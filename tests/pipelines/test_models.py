@@ -10,7 +10,8 @@ import pytest
 
 from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.tracking.registry import lineage_tags, promote, register_version
+from nvila.components.tracking.connect import connected
+from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
 from nvila.pipelines import checkpoints
 from nvila.pipelines.models import find_model
 
@@ -58,6 +59,14 @@ def test_a_registered_model_is_the_one_that_was_registered(tmp_path: Path, monke
     tags = lineage_tags({"model": manifest})
     promote(runs, "small", register_version(runs, "small", manifest.digest, logged, description="", tags=tags).version)
     assert find_model("champion", runs).digest == manifest.digest
+    for tag, edited in ((DIGEST_TAG, "0" * 64), (INPUT_TAG + "model", "{}")):
+        with connected(runs) as client:
+            kept = client.get_model_version("small", "1").tags[tag]
+            client.set_model_version_tag("small", "1", tag, edited)
+        with pytest.raises(DamagedError, match="the version's tags were edited"):
+            find_model("champion", runs)
+        with connected(runs) as client:
+            client.set_model_version_tag("small", "1", tag, kept)
     Path(manifest.folder, "model", "model.safetensors").write_text("WEIGHTS")
     with pytest.raises(DamagedError, match="safetensors"):
         find_model("champion", runs)

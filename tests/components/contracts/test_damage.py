@@ -151,6 +151,7 @@ BROKEN: dict[str, Harm] = {
     "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").touch()),
     "a link": lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "edited": lambda path: edited(path.parent, False, values={"a": 0.99}),
     "its digest taken out": lambda path: path.write_text(
         json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"})
@@ -225,12 +226,16 @@ def test_a_linked_work_folder_is_unlinked_and_not_emptied(made: Manifest, capsys
     assert "link" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": "r"}', '{"run": "r", "exit_code": 0}', "folder", "\0\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"run": "r"}', '{"run": "r", "exit_code": 0}', "folder", "pipe", "\0\0"]
+)
 def test_a_broken_tombstone_holds_nothing_up(tmp_path: Path, content: str) -> None:
     """A verdict that nobody can read any more must not stop the step, nor end it with success."""
     store = Store(tmp_path)
     path = store.folder("gate", KEY) / TOMBSTONE
-    path.mkdir(parents=True) if content == "folder" else write_atomic(path, content)
+    path.parent.mkdir(parents=True)
+    made = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}
+    made.get(content, lambda: write_atomic(path, content))()
     assert store.buried("gate", KEY, "r") is None
 
 
@@ -241,9 +246,12 @@ def test_a_checkpoint_folder_is_held_against_its_manifest(made: Manifest, tmp_pa
     assert found is not None and found.digest == made.digest
     shutil.copytree(folder, tmp_path / "by-hand")
     assert written_by(tmp_path / "by-hand") is None
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "sub").mkdir()
     keep_times(flip)(Path(made.folder))
-    with pytest.raises(DamagedError, match=r"a\.bin"):
-        written_by(folder)
+    for same in (folder, tmp_path / "link", folder / "sub" / ".."):
+        with pytest.raises(DamagedError, match=r"a\.bin"):
+            written_by(same)
     assert Path(made.folder, SUSPECT).exists()
 
 

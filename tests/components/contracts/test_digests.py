@@ -76,7 +76,8 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, read: li
 
 
 @pytest.mark.parametrize(
-    "damage", ["zeros", "text", "cut", "empty", "another table", "flipped", "a folder", "not writable", "no store"]
+    "damage",
+    ["zeros", "text", "cut", "empty", "another table", "torn", "flipped", "a folder", "not writable", "no store"],
 )
 def test_a_broken_index_costs_a_reading_and_no_truth(
     tmp_path: Path, read: list[str], damage: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -102,6 +103,8 @@ def test_a_broken_index_costs_a_reading_and_no_truth(
     elif damage == "another table":
         place.unlink()
         sqlite3.connect(place).execute("CREATE TABLE files (name TEXT)")
+    elif damage == "torn":  # what SQLite says of it quotes it
+        place.write_bytes(content.replace(b"CREATE TABLE", b"CREATE \xffABLE"))
     elif damage == "flipped":
         place.write_bytes(content.replace(expected[:8].encode(), b"00000000"))
     elif damage in ("a folder", "not writable"):
@@ -114,7 +117,7 @@ def test_a_broken_index_costs_a_reading_and_no_truth(
     assert read.count("a") == 2
     said = capfd.readouterr().err
     assert said.count("\n") <= 2
-    if damage in ("zeros", "text", "another table"):
+    if damage in ("zeros", "text", "another table", "torn"):
         assert "made anew" in said
 
 

@@ -340,6 +340,14 @@ def test_external_is_of_the_bytes_and_not_of_their_times(own: Path, tmp_path: Pa
     assert step.external(of(own)) == first
 
 
+def test_data_replaced_while_they_are_validated(own: Path, tmp_path: Path) -> None:
+    """A table of the new picture under the key of the old one refuses the old one for ever."""
+    first = step.external(of(own))
+    assert run(of(own), tmp_path).read == first
+    picture(next(own.glob("*.png")), 99)
+    assert run(of(own), tmp_path).read != first
+
+
 def test_external_sees_other_bytes_behind_the_same_facts(own: Path) -> None:
     """A picture replaced by one of equal size with its time set back would keep the key of the old one."""
     first = step.external(of(own))
