@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from nvila.components.contracts.progress import track
+from nvila.components.contracts.text import say
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
@@ -67,11 +67,9 @@ def answers(
         < model.positions
     ]
     if len(fitting) < len(prompts):
-        print(
+        say(
             f"{what}: {len(prompts) - len(fitting)} of {len(prompts)} questions are too long for the decoder's "
-            f"{model.positions} positions and stay without an answer",
-            file=sys.stderr,
-            flush=True,
+            f"{model.positions} positions and stay without an answer"
         )
     found = [""] * len(prompts)
     model.eval()

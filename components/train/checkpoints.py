@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.sealed import fault, sync
+from nvila.components.contracts.text import say
 
 LATEST = "latest"
 """File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
@@ -70,4 +70,4 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _say(what: str, broken: list[str]) -> None:
-    print(what + (f" ({'; '.join(broken)})" if broken else ""), file=sys.stderr, flush=True)
+    say(what + (f" ({'; '.join(broken)})" if broken else ""))
