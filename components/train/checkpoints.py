@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from nvila.components.contracts.files import discard, sync, write_atomic
 from nvila.components.contracts.sealed import fault
+from nvila.components.contracts.text import say
 
 LATEST = "latest"
 """File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
@@ -79,4 +79,4 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _say(what: str, broken: list[str]) -> None:
-    print(what + (f" ({'; '.join(broken)})" if broken else ""), file=sys.stderr, flush=True)
+    say(what + (f" ({'; '.join(broken)})" if broken else ""))
