@@ -23,9 +23,20 @@ _SECONDS = re.compile(r"<(\d*\.\d+|\d+\.?)>")
 
 
 def time_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of `<t0>`, `<t1>`, ... as far as the vocabulary has them without a gap."""
-    vocabulary = tokenizer.get_vocab()
-    names = takewhile(vocabulary.__contains__, (TIME_FORMAT.format(t=t) for t in count()))
+    """Ids of `<t0>`, `<t1>`, ... as far as the vocabulary has them without a gap.
+
+    Raises:
+        ConfigError: they are special tokens: texts could not say them, and answers would be shown without.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    names = list(takewhile(vocabulary.__contains__, (TIME_FORMAT.format(t=t) for t in count())))
+    if special := [name for name in names if (token := added.get(vocabulary[name])) and token.special]:
+        raise ConfigError(
+            "time tokens are special tokens of this tokenizer",
+            where="tokenizer.json: added_tokens",
+            value=special[:5],
+            do='Set `"special": false` for them there and in tokenizer_config.json, as the reference adds them',
+        )
     return tuple(vocabulary[name] for name in names)
 
 
