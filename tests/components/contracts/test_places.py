@@ -8,7 +8,7 @@ import pytest
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.places import local_folder
-from nvila.components.data.cache import cache
+from nvila.components.data.remote.cache import cache
 from nvila.components.runner.execute import Place
 
 
