@@ -11,9 +11,9 @@ from typing import Any
 from nvila.components.contracts.errors import Unreachable
 from nvila.components.contracts.files import sync
 from nvila.components.contracts.text import say
-from nvila.components.data.checksums import MIB, Facts, bare, compare, facts, part_sizes
-from nvila.components.data.insist import insist
-from nvila.components.data.s3client import asked, code_of, passes
+from nvila.components.data.remote.checksums import MIB, Facts, bare, compare, facts, part_sizes
+from nvila.components.data.remote.insist import insist
+from nvila.components.data.remote.s3client import asked, code_of, passes
 
 
 @dataclass(frozen=True)
