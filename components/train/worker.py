@@ -40,9 +40,9 @@ def main(job_path: str) -> None:
             error = caught
         else:
             print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-            clear(Path(job.out, CHECKPOINTS))  # where the disk is full, this makes room for the verdict
-            shutil.rmtree(Path(job.out, PARTIAL), ignore_errors=True)
-            error = NvilaError(f"{type(caught).__name__}: {caught}", where=job.out)
+            left = f"The disk had {shutil.disk_usage(job.out).free >> 20} MiB left"  # torch's own words do not say it
+            error = NvilaError(f"{type(caught).__name__}: {caught}", where=job.out, do=left)
+            _make_room(caught, Path(job.out))
         print(tell(str(error)), file=sys.stderr, flush=True)
         sys.stdout.flush()
         verdict = Path(job.out, VERDICT)
@@ -50,6 +50,16 @@ def main(job_path: str) -> None:
             if not verdict.exists():  # the first process to fail knows why; the others only lost it
                 write_atomic(verdict, json.dumps(to_record(error)))
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
+
+
+def _make_room(error: Exception, out: Path) -> None:
+    """Remove what was half written: where the disk is full, the verdict needs room."""
+    caused: BaseException | None = error
+    while caused:
+        traceback.clear_frames(caused.__traceback__)  # a file that is still open keeps its room
+        caused = caused.__context__
+    clear(out / CHECKPOINTS)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
 def train(job: Job, stop: StopRequest) -> None:

@@ -163,9 +163,10 @@ def test_the_workers_own_words_arrive(make_job: MakeJob, capfd: pytest.CaptureFi
 
 
 def test_an_error_that_is_none_of_ours_arrives_too(make_job: MakeJob) -> None:
-    """A file that cannot be written, reported as a process that ended without a word."""
+    """A full disk reported as a process that ended without a word; and what was half written keeps it full."""
     job = make_job("a", run={"checkpoint_seconds": 0.0})
     Path(job.out, "checkpoints").touch()
-    with pytest.raises(NvilaError, match=r"(NotADirectory|FileExists)Error.*checkpoints") as caught:
+    Path(job.out, "model.partial", "llm").mkdir(parents=True)
+    with pytest.raises(NvilaError, match=r"(NotADirectory|FileExists)Error.*checkpoints.*MiB left") as caught:
         launching.launch(job)
-    assert "no message" not in str(caught.value)
+    assert "no message" not in str(caught.value) and not Path(job.out, "model.partial").exists()
