@@ -26,7 +26,7 @@ from nvila.components.model.checkpoint import (
 from nvila.components.model.layouts import LAYOUTS, PARTS, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import is_served, write_serving_files
-from nvila.components.model.tensorfile import CODES, Stored, Target, file_bytes, write_file
+from nvila.components.model.tensorfile import CODES, DTYPES, Stored, Target, file_bytes, values, write_file
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, template_name, written_template
 from nvila.components.model.tower import drop_unused
 from nvila.components.model.variants import empty_model
@@ -77,6 +77,7 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
     files = _files(tensors, skeleton, layout, code)
     partial = target.with_name(target.name + ".partial")
     _start(partial, _plan(files, layout))
+    _read_what_is_left_out(tensors, files)
     for name, targets in track(list(files.items()), "files"):
         path = partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +125,19 @@ def _files(tensors: Mapping[str, Stored], model: NVILA, layout: str, code: str |
         folder, written = ("", name) if flat else (name.partition(".")[0], name.partition(".")[2])
         groups[folder].append(Target(written, stored, code or stored.code, shapes[name]))
     return {path: part for folder, targets in groups.items() for path, part in _shards(folder, targets).items()}
+
+
+def _read_what_is_left_out(tensors: Mapping[str, Stored], files: Mapping[str, list[Target]]) -> None:
+    """Damage is refused wherever it lies: a checkpoint that has some is not one to serve.
+
+    Raises:
+        DataError: a value of a tensor that goes into no file is not finite.
+    """
+    written = {target.source for targets in files.values() for target in targets}
+    for name, stored in tensors.items():
+        if stored not in written:
+            for _ in values(stored, name, stored.elements, DTYPES[stored.code]):
+                pass
 
 
 def _shards(folder: str, targets: list[Target]) -> dict[str, list[Target]]:

@@ -140,7 +140,7 @@ def _weights(tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, int],
             rows, columns = tensor.shape
             weights[f"{linear}.weight"] = rows * columns * PER_INT32
             schemes["W4A16"] += 1
-        elif kind == "weight" and tensor.code == "I8":
+        elif kind == "weight" and tensor.code == "I8" and f"{linear}.weight_scale" in tensors:
             weights[name] = tensor.elements
             schemes["W8A8"] += 1
         elif kind in ("weight_scale", "weight_zero_point", "weight_shape"):
