@@ -24,7 +24,7 @@ class Question:
     """One human turn each; `<image>` and `<vila/video>` in them say where media stand."""
     media: Sequence[tuple[Literal["image", "video"], Path]] = ()
     """Pictures and clips in order; a folder of frames is a clip, and each page of a PDF a picture (`x.pdf#page=3` names
-    one). Those without a place in a text come first."""
+    one). A place in a text is that of the next one of its kind; those without a place come first."""
     system: str | None = None
     """System prompt; None is the template's own."""
 
@@ -47,12 +47,12 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
 
     Raises:
         ConfigError: no such model, a schema that cannot be kept, or an answer was cut before its JSON ended.
-        DataError: a picture, clip or document cannot be read.
+        DataError: a picture, clip or document cannot be read, or is of a kind that the texts have no place for.
     """
     folder = _folder(reference, runs)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
-    from nvila.components.model.conversation import Turn, count_literals, split_media
+    from nvila.components.model.conversation import Turn, arranged, count_literals, split_media
     from nvila.components.model.loading import load
     from nvila.components.model.prompt import make_prompt
     from nvila.components.model.structured import JsonSchema
@@ -66,7 +66,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     places = sum(count_literals(turn) for turn in asked)
     if 0 < len(media) < places:  # without any, they are text
         raise ConfigError("the questions have more places for media than there are media", value=(places, len(media)))
-    front, placed = split_media(asked, media)
+    front, placed = split_media(asked, arranged(asked, media))
     turns: list[Turn] = []
     for turn in asked:
         turns.append(turn)
@@ -82,15 +82,15 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
             _check_complete(turns[-1].text, answering.max_new_tokens)
 
 
-def _media(question: Question, config: ModelConfig) -> list[Any]:
+def _media(question: Question, config: ModelConfig) -> list[tuple[Literal["image", "video"], Any]]:
     """The media, decoded within the default `Limits`: pictures, and lists of frames."""
     from nvila.components.data.pdf import is_pdf, load_pages
     from nvila.components.model.media import load_medium
 
-    media: list[Any] = []
+    media: list[tuple[Literal["image", "video"], Any]] = []
     for kind, path in question.media:
         pages = kind == "image" and is_pdf(path)
-        media += load_pages(path) if pages else [load_medium(path, kind, config)]
+        media += [(kind, medium) for medium in (load_pages(path) if pages else [load_medium(path, kind, config)])]
     return media
 
 

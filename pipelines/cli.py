@@ -295,7 +295,7 @@ def serve(
     """
     from nvila.pipelines.endpoint import serve as start
 
-    typer.echo(f"serving at {start(model, host, port, runs)}; `nvila stop` ends it")
+    typer.echo(tell(f"serving at {start(model, host, port, runs)}; `nvila stop` ends it"))
 
 
 @app.command()

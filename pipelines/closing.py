@@ -15,9 +15,20 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.pipelines.summary import LOG, Finished
-from nvila.pipelines.watch import step_table
+from nvila.pipelines.watch import print_line, step_table
 
 REPORT = "report.html"
+_KINDS = {
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+    ".gif": "gif",
+    ".bmp": "bmp",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+}
+_LARGEST_ARGUMENT_BYTES = 64 * 2**10
+"""Of a picture: Linux lets a program have no argument above 128 KiB, and base64 and the question add to it."""
 
 
 def show_closing(finished: Finished, summary: dict[str, Any], console: Console) -> None:
@@ -31,7 +42,7 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
     if summary["accuracy"]:
         found = finished.headline
         colour = "green" if found.good and summary["exit_code"] == Exit.DONE else "yellow"
-        console.print(f"\n{visible(found.text)}", style=f"bold {colour}", markup=False, highlight=False)
+        print_line(console, f"\n{visible(found.text)}", style=f"bold {colour}")
     if summary["accuracy"]:
         title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
         _print_table(console, title, _accuracy_table(summary["accuracy"]))
@@ -39,12 +50,12 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
         _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
     console.print()
     for label, value in _places(finished, summary):
-        console.print(f"{label:<12} {visible(value)}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"{label:<12} {visible(value)}")
     if summary["endpoint"] and (example := curl_example(finished)):
         console.print("\nask the served model about a picture:")
-        console.print(example, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, example)
     if summary["message"]:
-        console.print(f"\n{visible_lines(summary['message'])}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"\n{visible_lines(summary['message'])}")
 
 
 def curl_example(finished: Finished) -> str | None:
@@ -60,8 +71,7 @@ def curl_example(finished: Finished) -> str | None:
         return None
     served = finished.values("rollout")
     picture, question = held_out
-    kind = "jpeg" if picture.suffix.lower() in (".jpg", ".jpeg") else "png"
-    url = {"url": f"data:image/{kind};base64,"}
+    url = {"url": f"data:image/{_KINDS.get(picture.suffix.lower(), 'png')};base64,"}
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": url}
         for part in messages_of([Turn("human", question)], [picture])[0].parts
@@ -70,10 +80,17 @@ def curl_example(finished: Finished) -> str | None:
     text = _quoted(body)
     before, after = text.split(_quoted(url), 1)  # its quotes are escaped wherever a question says the same
     opening, closing = _quoted(url)[:-2], _quoted(url)[-2:]
-    data = f"'{before}{opening}'$(base64 -w0 -- {shell_word(short(picture))})'{closing}{after}'"
+    start, picture_in_base64, end = (
+        f"'{before}{opening}'",
+        f"base64 -w0 -- {shell_word(short(picture))}",
+        f"'{closing}{after}'",
+    )
     key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
     address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
-    return f"curl -s {address} {key}-H 'Content-Type: application/json' -d {data}"
+    command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
+    if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:
+        return f"{{ printf %s {start}; {picture_in_base64}; printf %s {end}; }} | {command} @-"
+    return f"{command} {start}$({picture_in_base64}){end}"
 
 
 def _quoted(content: Any) -> str:
@@ -138,7 +155,7 @@ def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]
 
 def _print_table(console: Console, title: str, table: Table) -> None:
     """The title on a line of its own: a table's own title wraps at the table's width."""
-    console.print(f"\n{visible(title)}", style="bold", markup=False, highlight=False)
+    print_line(console, f"\n{visible(title)}", style="bold")
     console.print(table)
 
 

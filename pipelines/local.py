@@ -19,18 +19,18 @@ from rich.console import Console
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.recipe import slices
-from nvila.components.contracts.text import visible
+from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.resolve.form import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.tracking.connect import load_client
-from nvila.components.tracking.redact import tell
+from nvila.components.tracking.redact import redact_text, tell
 from nvila.pipelines.closing import REPORT, short, show_closing
 from nvila.pipelines.memory import MemorySampler
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.summary import KILLED, LOG, Finished, write_summary
-from nvila.pipelines.watch import Watch, read_states
+from nvila.pipelines.watch import Watch, print_line, read_states
 from nvila.pipelines.worker import ARGUMENTS, GRACE_SECONDS
 
 
@@ -63,7 +63,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
-    console.print(where, markup=False, highlight=False)
+    print_line(console, where)
     began = time.monotonic()
     sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
     sampler.start()
@@ -72,7 +72,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     met: set[str] = set()
     while (damage := _damage_met(run_dir)) and damage not in met:  # a disk that damages it each time ends this
         met.add(damage)
-        console.print(f"{damage}\nthe damaged work is done again", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, tell(f"{damage}\nthe damaged work is done again"))
         code = _watched(run_dir, store, console)
     sampler.stop()
     finished = Finished.read(run_dir)
@@ -133,7 +133,7 @@ def _write_report(run_dir: Path) -> None:
     try:
         write_atomic(run_dir / REPORT, render(collect(run_dir)))
     except Exception as problem:
-        print(f"no report: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
+        say(redact_text(f"no report: {type(problem).__name__}: {problem}"))
 
 
 def _close_tracking(run_dir: Path, code: Exit) -> None:
@@ -150,8 +150,7 @@ def _close_tracking(run_dir: Path, code: Exit) -> None:
             close_pipeline_run(run_dir, status)
         close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
-        why = tell(f"{type(problem).__name__}: {problem}")
-        print(f"the run in MLflow stays open: {why}", file=sys.stderr, flush=True)
+        say(redact_text(f"the run in MLflow stays open: {type(problem).__name__}: {problem}"))
 
 
 class _Stop:
@@ -215,4 +214,4 @@ def _point_latest(run_dir: Path) -> None:
         fresh.replace(run_dir.parent / "latest")
     except OSError as error:  # a folder in its place
         fresh.unlink()
-        print(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}", file=sys.stderr, flush=True)
+        say(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}")

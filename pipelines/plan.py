@@ -29,6 +29,7 @@ from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.shape import Shape, shape_of
 from nvila.pipelines.steps import STEPS
+from nvila.pipelines.watch import print_line
 
 GB = 10**9
 
@@ -229,7 +230,7 @@ def show(plan: Plan, console: Console) -> None:
     """For a person."""
     console.print(_steps(plan), _memory(plan))
     for line in (*_notes(plan), "", *_refusals(plan)):
-        console.print(tell(line), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, tell(line))
 
 
 def exit_code(plan: Plan) -> Exit:

@@ -23,7 +23,7 @@ from nvila.components.tracking.redact import tell
 from nvila.pipelines.overrides import parse_overrides
 from nvila.pipelines.server import Conflict, Server, patiently, plain
 from nvila.pipelines.steps import STEPS
-from nvila.pipelines.watch import StepState, Watch
+from nvila.pipelines.watch import StepState, Watch, print_line
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1PipelineVersion, V2beta1Run
@@ -88,7 +88,7 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
                     f"a pipeline {NAME} is there, but not yours to see: {error}", where="--namespace", value=namespace
                 ) from None
     if found := _version(server, pipeline.pipeline_id, name):
-        console.print(f"{NAME}: version {name} is there already", markup=False, highlight=False)
+        print_line(console, f"{NAME}: version {name} is there already")
         return found
     with TemporaryDirectory() as folder:
         file = Path(folder, f"{name}.yaml")
@@ -99,7 +99,7 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
             made = _version(server, pipeline.pipeline_id, name)
             if made is None:
                 raise
-    console.print(f"{NAME}: version {name} uploaded", markup=False, highlight=False)
+    print_line(console, f"{NAME}: version {name} uploaded")
     return made
 
 
@@ -150,7 +150,7 @@ def submit(
         )
     )
     where = server.run_url(started.run_id)
-    console.print(tell(f"run {started.display_name}: {where}"), markup=False, highlight=False, soft_wrap=True)
+    print_line(console, tell(f"run {started.display_name}: {where}"))
     return _wait(server, started, console) if wait else int(Exit.DONE)
 
 
@@ -189,7 +189,7 @@ def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
     url = server.run_url(started.run_id)
 
     def say(line: str) -> None:
-        console.print(tell(line), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, tell(line))
 
     while True:
         try:

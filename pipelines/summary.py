@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.text import say
 from nvila.components.metrics.standing import Headline, headline
 from nvila.components.tracking.redact import redact_text
 from nvila.pipelines.watch import StepState, read_states
@@ -69,7 +69,7 @@ def _load(path: str) -> Manifest | None:
     try:
         return Manifest.load(path)
     except NvilaError as error:
-        print(error, file=sys.stderr, flush=True)
+        say(redact_text(str(error)))
         return None
 
 

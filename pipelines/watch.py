@@ -45,6 +45,11 @@ class StepState:
         return self.status in ("done", "cached")
 
 
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print `text` as it is: rich reads no markup, no `:dog:` and no colours into it, and does not fold it."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def read_states(run_dir: Path) -> list[StepState]:
     """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
     return [_state(run_dir, name) for name in STEPS]
@@ -96,7 +101,7 @@ class Watch:
 
     def _say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        self._console.print(f"[{time.time() - self._began:6.0f} s] {visible(line)}", markup=False, highlight=False)
+        print_line(self._console, f"[{time.time() - self._began:6.0f} s] {visible(line)}")
 
 
 def step_table(states: list[StepState]) -> Table:

@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import stat
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
+
+from nvila.components.contracts.text import say
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -85,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         why = "it holds something else"
-    print(f"{path}: passed over: {why}", file=sys.stderr, flush=True)
+    say(f"{path}: passed over: {why}")
     return {}
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
+
+from nvila.components.contracts.text import say
 
 STORE_VARIABLE = "NVILA_STORE"
 """Environment variable: root of the store (default `store`). The index lies in it; unset, it is kept in memory."""
@@ -92,14 +93,14 @@ class Index:
             return
         # Without a code the module had no words: what SQLite says of a damaged index quotes it, and is no UTF-8.
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _DAMAGED:
-            print(f"{self._file}: the index of digests is damaged; it is made anew", file=sys.stderr, flush=True)
+            say(f"{self._file}: the index of digests is damaged; it is made anew")
             try:
                 for name in (self._file, self._file.with_name(INDEX + "-journal")):
                     name.unlink(missing_ok=True)
                 return
             except OSError:
                 pass
-        print(f"{self._file}: no index of digests: {error}; files are read again", file=sys.stderr, flush=True)
+        say(f"{self._file}: no index of digests: {error}; files are read again")
         self._file = None
 
 

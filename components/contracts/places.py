@@ -14,7 +14,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 def is_address(value: str | Path) -> bool:
     """Whether this is a URI and not a path."""
-    return bool(_SCHEME.match(str(value)))
+    return bool(_SCHEME.match(str(value).lstrip()))
 
 
 def local_folder(value: str | Path, where: str) -> Path:
@@ -31,7 +31,7 @@ def local_folder(value: str | Path, where: str) -> Path:
         raise ConfigError(
             "not a path on this machine",
             where=where,
-            value=re.sub(":/+", "://", str(value), count=1),
+            value=re.sub(":/+", "://", str(value).lstrip(), count=1),
             do=INSTEAD,
         )
     return Path(value)

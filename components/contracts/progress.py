@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nvila.components.contracts.files import write_atomic
-from nvila.components.contracts.text import visible
+from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
 PROGRESS_FILE = "NVILA_PROGRESS_FILE"
@@ -42,12 +41,12 @@ class Progress:
             self._printed = now
             of = f"/{self.total}" if self.total is not None else ""
             line = f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]"
-            print(visible(line), file=sys.stderr, flush=True)
+            say(visible(line))
 
 
 def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
-    print(visible(text), file=sys.stderr, flush=True)
+    say(visible(text))
     if file := os.environ.get(PROGRESS_FILE):
         write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
 

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nvila.components.contracts.files import discard, read_bytes, read_json, syn
 from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.progress import waiting_for
+from nvila.components.contracts.text import say
 
 TOMBSTONE = "tombstone.json"
 
@@ -50,7 +50,7 @@ class Store:
         try:
             return self._sound(place, step, key, inputs)
         except DamagedError as error:
-            print(f"{step}: damaged, to be done again: {error.where}: {error.what}", file=sys.stderr, flush=True)
+            say(f"{step}: damaged, to be done again: {error.where}: {error.what}")
             return None
 
     def _sound(self, place: Path, step: str, key: str, inputs: Mapping[str, str] | None) -> Manifest:
@@ -81,7 +81,7 @@ class Store:
             return
         for stranger in {path for name in manifest.files if "/" in name for path in manifest.strangers(_top(name))}:
             if os.path.lexists(stranger):  # not gone with its folder
-                print(f"{step}: deleted, as no step wrote it: {stranger}", file=sys.stderr, flush=True)
+                say(f"{step}: deleted, as no step wrote it: {stranger}")
                 discard(stranger)
         if not manifest.verify(deep=True):
             discard(place / SUSPECT)
@@ -111,7 +111,7 @@ class Store:
                 waiting_for(f"{step}: another run is at the same work; waiting for what comes of it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                print(f"{step}: removed, as it is no folder of the store: {folder}", file=sys.stderr, flush=True)
+                say(f"{step}: removed, as it is no folder of the store: {folder}")
                 folder.unlink()
             folder.mkdir(exist_ok=True)
             yield folder

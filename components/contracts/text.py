@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import unicodedata
 
 _JOINERS = "\u200c\u200d"
@@ -21,6 +22,11 @@ def visible(text: str) -> str:
 def visible_lines(text: str) -> str:
     """Like `visible`, but line breaks and tabs stay."""
     return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal, or the log, a line on stderr; names of files and messages of servers as well."""
+    print(visible_lines(text), file=sys.stderr, flush=True)
 
 
 def shell_word(text: str) -> str:

@@ -7,8 +7,8 @@ from types import ModuleType
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.data import hub, s3
-from nvila.components.data.wanted import is_wanted
+from nvila.components.data.remote import hub, s3
+from nvila.components.data.remote.wanted import is_wanted
 
 
 def fetch(uri: str) -> Path:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.text import say
 
 NAMED = 10
 """Records that the log and the manifest name one by one."""
@@ -60,7 +60,7 @@ class Tally:
                 continue
             self._met[one.id] = one
             if not self._quiet and len(self._met) <= NAMED:
-                print(f"{self.what}: skipped {one}", file=sys.stderr, flush=True)
+                say(f"{self.what}: skipped {one}")
         if len(self._met) > self.allowed:
             raise DataError(
                 f"{len(self._met)} of {self.records} records cannot be used, {self.allowed} may: {self._reasons()}",

@@ -16,10 +16,10 @@ from pathlib import Path
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError
 from nvila.components.contracts.manifest import sha256_file
 from nvila.components.contracts.text import visible, visible_lines
-from nvila.components.data import received
-from nvila.components.data.cache import alone, cache
 from nvila.components.data.fetch import fetch
-from nvila.components.data.received import Received
+from nvila.components.data.remote import received
+from nvila.components.data.remote.cache import alone, cache
+from nvila.components.data.remote.received import Received
 
 USAGE = "usage: python -m nvila.components.data.warm FILE | --digests URI"
 

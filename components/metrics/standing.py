@@ -34,9 +34,15 @@ class Headline:
     text: str
 
 
+def number(measured: Measured, name: str) -> float:
+    """A measured number; NaN, with which every comparison fails, where it is missing, null, infinite or none at all."""
+    value = measured.get(name)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
 def above(measured: Measured, baseline: Measured) -> bool:
     """Whether the 95% interval of a model lies above that of a baseline; False where a number is missing."""
-    return bool(measured.get("low", math.nan) > baseline.get("high", math.nan))
+    return number(measured, "low") > number(baseline, "high")
 
 
 def standing(full: Measured, quantized: Measured | None) -> Standing:
@@ -53,8 +59,8 @@ def standing(full: Measured, quantized: Measured | None) -> Standing:
 
 def change(full: Measured, quantized: Measured) -> float:
     """What quantization did to exact match, on the questions that both models answered; a loss is negative."""
-    before = quantized.get("full", full.get("accuracy", math.nan))
-    return float(round(quantized.get("accuracy", math.nan) - before, 4))
+    before = number(quantized if "full" in quantized else full, "full" if "full" in quantized else "accuracy")
+    return round(number(quantized, "accuracy") - before, 4)
 
 
 def headline(full: Mapping[str, Measured], quantized: Mapping[str, Measured]) -> Headline:

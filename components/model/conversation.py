@@ -8,10 +8,11 @@ their embeddings in place later.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.controls import (
@@ -38,6 +39,7 @@ __all__ = [
     "Place",
     "Turn",
     "TurnLike",
+    "arranged",
     "count_literals",
     "encode",
     "mend",
@@ -51,6 +53,8 @@ IGNORED = -100
 
 T = TypeVar("T")
 _LITERAL = re.compile(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})")
+_Kind = Literal["image", "video"]
+_KINDS: dict[str, _Kind] = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
 
@@ -181,9 +185,36 @@ def split_media(turns: Iterable[TurnLike], media: Sequence[T]) -> tuple[list[T],
     return list(media[:front]), list(media[front:])
 
 
+def arranged(turns: Iterable[TurnLike], media: Sequence[tuple[_Kind, T]]) -> list[T]:
+    """Media of both kinds in the order in which `messages_of` places them: a literal takes the next one of its kind.
+
+    Raises:
+        DataError: a literal has none of its kind left, and would take one of the other.
+    """
+    wanted = [_KINDS[literal] for turn in turns for literal in _literals(turn)]
+    spare = Counter(kind for kind, _ in media)
+    spare.subtract(wanted)
+    front: list[T] = []
+    left: dict[_Kind, list[T]] = {kind: [] for kind in _KINDS.values()}
+    for kind, medium in media:
+        (front if spare[kind] > 0 else left[kind]).append(medium)
+        spare[kind] -= 1
+    placed: list[T] = []
+    for kind in wanted:
+        if left[kind]:
+            placed.append(left[kind].pop(0))
+        elif front or any(left.values()):
+            raise DataError(f"a question has a place for a medium of kind {kind} that is not given", value=wanted)
+    return front + placed
+
+
 def count_literals(turn: TurnLike) -> int:
     """Places for media in a turn: only human turns have any."""
-    return len(_LITERAL.findall(turn.text)) if _role(turn) == "user" else 0
+    return len(_literals(turn))
+
+
+def _literals(turn: TurnLike) -> list[str]:
+    return _LITERAL.findall(turn.text) if _role(turn) == "user" else []
 
 
 def _role(turn: TurnLike) -> str:
@@ -203,7 +234,7 @@ def _segments(
 ) -> Iterator[tuple[str, bool]]:
     """Texts of the template with whether they are supervised; an answer runs to its end token."""
     if markers is None:
-        markers = [literal for turn in turns if _role(turn) == "user" for literal in _LITERAL.findall(turn.text)]
+        markers = [literal for turn in turns for literal in _literals(turn)]
     bodies = [(message.role, _body(message, controls)) for message in messages_of(turns, markers)]
     own = None if system is None else break_up(system, controls).strip()
     yield from template.segments(bodies, system=own, generate=generate)

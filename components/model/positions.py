@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nvila.components.contracts.text import say
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.preprocess import Visual
 from nvila.components.model.prompt import Prompt
@@ -46,9 +46,7 @@ def leaves_room(prompt: Prompt, tokenizer: Any, config: ModelConfig, tokens: Tok
 def say_unanswered(what: str, count: int, total: int, config: ModelConfig) -> None:
     """Tell the terminal of questions that are too long; `what` names who was asked."""
     if count:
-        print(
+        say(
             f"{what}: {count} of {total} questions are too long for the decoder's {config.positions} positions and "
-            "stay without an answer",
-            file=sys.stderr,
-            flush=True,
+            "stay without an answer"
         )

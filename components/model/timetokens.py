@@ -23,9 +23,20 @@ _SECONDS = re.compile(r"<(\d*\.\d+|\d+\.?)>")
 
 
 def time_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of `<t0>`, `<t1>`, ... as far as the vocabulary has them without a gap."""
-    vocabulary = tokenizer.get_vocab()
-    names = takewhile(vocabulary.__contains__, (TIME_FORMAT.format(t=t) for t in count()))
+    """Ids of `<t0>`, `<t1>`, ... as far as the vocabulary has them without a gap.
+
+    Raises:
+        ConfigError: they are special tokens: texts could not say them, and answers would be shown without.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    names = list(takewhile(vocabulary.__contains__, (TIME_FORMAT.format(t=t) for t in count())))
+    if special := [name for name in names if (token := added.get(vocabulary[name])) and token.special]:
+        raise ConfigError(
+            "time tokens are special tokens of this tokenizer",
+            where="tokenizer.json: added_tokens",
+            value=special[:5],
+            do='Set `"special": false` for them there and in tokenizer_config.json, as the reference adds them',
+        )
     return tuple(vocabulary[name] for name in names)
 
 
@@ -103,7 +114,7 @@ def check_time_tokens(tokens: Sequence[int], number: int) -> None:
 
     Args:
         tokens: ids of those that it has.
-        number: of `num_time_tokens` or `time_token_ids`; 0 says nothing.
+        number: `num_time_tokens`; 0 says nothing.
 
     Raises:
         ConfigError: it has fewer or more, so the seconds of an answer would be others.
@@ -111,7 +122,7 @@ def check_time_tokens(tokens: Sequence[int], number: int) -> None:
     if number and len(tokens) != number:
         raise ConfigError(
             f"the vocabulary has {len(tokens)} time tokens",
-            where="config.json: num_time_tokens, time_token_ids",
+            where="config.json: num_time_tokens",
             value=number,
             do="Use the tokenizer that the model was trained with, or correct the number",
         )

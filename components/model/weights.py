@@ -7,7 +7,6 @@ over; so nothing ever stays as it was initialised. Names here are those of the f
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -15,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.text import say
 from nvila.components.model.config import ModelConfig
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.tensorfile import DTYPES, FLOATING, Stored, is_finite, put, values
@@ -87,7 +87,7 @@ def settle_head(config: ModelConfig, found: Mapping[str, S], rows: int, where: s
             del kept[HEAD]
         else:
             says = "the output layer is not the embeddings, though tie_word_embeddings says so: kept, and untied"
-            print(f"{where}: {says}", file=sys.stderr, flush=True)
+            say(f"{where}: {says}")
             config = untied(config)
     return config, kept
 

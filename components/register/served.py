@@ -40,24 +40,25 @@ class Answerer:
             params: `max_new_tokens`.
 
         Raises:
-            DataError: a medium that cannot be decoded.
+            DataError: a medium that cannot be decoded, or one of a kind that the question has no place for.
         """
         limit = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
         return [self._answer(row, limit) for row in model_input.to_dict("records")]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> str:
-        from nvila.components.model.conversation import Turn
+        from nvila.components.model.conversation import Turn, arranged
         from nvila.components.model.media import load_medium
         from nvila.components.model.prompt import make_prompt
 
         config = self.model.config
-        media: list[Any] = []
+        media: list[tuple[Kind, Any]] = []
         with tempfile.TemporaryDirectory() as scratch:
             for kind in MEDIA:
                 given = row.get(kind)
                 if isinstance(given, str) and given:
-                    media.append(load_medium(_as_file(given, Path(scratch, kind)), kind, config))
-        prompt = make_prompt([Turn("human", str(row["question"]))], media, config)
+                    media.append((kind, load_medium(_as_file(given, Path(scratch, kind)), kind, config)))
+        turns = [Turn("human", str(row["question"]))]
+        prompt = make_prompt(turns, arranged(turns, media), config)
         return self.model.generate(self.tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
 
 

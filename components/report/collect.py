@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.text import say
 
 CAME_THROUGH = ("done", "cached")
 ENDED_BADLY = ("rejected", "failed", "preempted")
@@ -59,7 +59,7 @@ class RunView:
         try:
             return manifest.path(name)
         except NvilaError as error:
-            print(f"report: left out: {error}", file=sys.stderr, flush=True)
+            say(f"report: left out: {error}")
             return None
 
     @property

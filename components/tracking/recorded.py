@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import MANIFEST, Manifest
+from nvila.components.contracts.text import say
 from nvila.components.tracking.connect import connected, has_store
+from nvila.components.tracking.redact import redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,10 +28,10 @@ def compare(runs: Path, step: str, inputs: Mapping[str, Manifest]) -> None:
     try:
         digests = {name: _digests(runs, manifest) for name, manifest in inputs.items()}
     except Exception as problem:
-        print(f"{step}: inputs not compared with MLflow: {type(problem).__name__}: {problem}", file=sys.stderr)
+        say(redact_text(f"{step}: inputs not compared with MLflow: {type(problem).__name__}: {problem}"))
         return
     if unknown := sorted(inputs[name].step for name, known in digests.items() if not known):
-        print(f"{step}: MLflow has no record of {', '.join(unknown)}; the store alone is believed", file=sys.stderr)
+        say(f"{step}: MLflow has no record of {', '.join(unknown)}; the store alone is believed")
     for name, known in digests.items():
         manifest = inputs[name]
         if known and manifest.digest not in known:

@@ -17,8 +17,8 @@ from nvila.components.contracts.text import visible_lines
 from nvila.components.tracking.tokens import hide_tokens
 
 HIDDEN = "[redacted]"
-_WORDS = {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials", "authorization",
-          "dsn", "cookie", "cookies", "bearer", "jwt"}  # fmt: skip
+_WORDS = {"password", "passwords", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials",
+          "authorization", "dsn", "cookie", "cookies", "bearer", "jwt"}  # fmt: skip
 _ENDINGS = ("password", "passwd", "passphrase", "token", "secret", "apikey", "accesskey", "secretkey", "privatekey",
             "accountkey", "authkey")  # fmt: skip
 """Of words that are written together: `PGPASSWORD`, `authtoken`."""
@@ -31,7 +31,8 @@ _PAIRS = {("connection", "string"), ("access", "signature"), ("webhook", "url"),
           "root"))}  # fmt: skip
 _NOT_OURS = {"image", "video", "media", "audio", "vision", "visual", "text", "time", "chat", "bos", "eos", "pad", "unk",
              "sep", "cls", "mask", "special", "stop", "start", "end", "begin", "soft", "new", "next", "last", "first",
-             "added", "extra", "newline", "prompt", "vocab", "per", "of", "num", "max", "min", "length"}  # fmt: skip
+             "added", "extra", "newline", "prompt", "vocab", "per", "of", "num", "max", "min", "length", "expected",
+             "unexpected", "predicted", "generated", "input", "output", "previous", "current"}  # fmt: skip
 """Before `token`: a language model's."""
 _ABOUT = {"id", "ids", "type", "types", "count", "counts", "budget", "limit", "length", "index", "position",
           "positions",
@@ -49,7 +50,8 @@ _QUERY = re.compile(r"(?P<name>[?&#;](?P<key>[\w.-]+)=)(?P<value>[^&\s#\"'<>]+)"
 _QUERY_KEYS = {"sig", "signature", "key", "auth", "pass", "hmac", "code", "awsaccesskeyid"}
 _HEADER = re.compile(
     r"(?P<name>\b(?:Proxy-)?Authorization\\?[\"']?\s*[:=]\s*\\?[\"']?"
-    r"(?:(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate|AWS4-HMAC-SHA256)\s+)?)(?P<value>[^\s\"'\\]+)",
+    r"(?:(?:Bearer|Basic|Token|ApiKey|Digest|Negotiate|AWS4-HMAC-SHA256)\s+|[A-Za-z][\w-]{0,30} +(?=[^\s\"'\\]{8}))?)"
+    r"(?P<value>[^\s\"'\\]+)",
     re.IGNORECASE,
 )
 _BEARER = re.compile(r"(?P<name>\b(?i:Bearer|Basic)\s+)(?=\S*[0-9=_]|\S+[A-Z]|\S{20})(?P<value>[A-Za-z0-9._~+/=-]{6,})")
@@ -57,13 +59,36 @@ _BEARER = re.compile(r"(?P<name>\b(?i:Bearer|Basic)\s+)(?=\S*[0-9=_]|\S+[A-Z]|\S
 _COOKIE = re.compile(r"(?P<name>\b(?:Set-)?Cookie\\?[\"']?\s*[:=]\s*\\?[\"']?)(?P<value>[^\r\n\"'\\]+)", re.IGNORECASE)
 _LOGIN = re.compile(r"(?P<name>\blogin\s+\S+\s+password\s+)(?P<value>\S+)")
 """A line of `.netrc`."""
-_NAMED = re.compile(r"(?<![\w.-])(?P<key>[\w.-]+)(?:\\?[\"'])?[ \t]*(?:=>|[=:])[ \t]*\\?[\"']?")
-_OPTION = re.compile(r"(?<![\w-])--(?P<key>[\w-]+)[ \t]+(?=[^\s-])[\"']?")
+_NEXT_LINE = r"[ \t]*(?:[|>][-+\d]?[ \t]*)?\n[ \t]+(?:- +)?(?=[^\s:]{6,}[ \t]*(?:\n|\Z))"
+"""The value stands by itself on the next line, as YAML allows."""
+_OPEN = r"b?(?P<open>\\*[\"'])"
+_NAMED = re.compile(
+    r"(?<![\w.-])(?P<key>[\w.-]+)(?:\\*[\"'])?[ \t]*"
+    rf"(?::{_NEXT_LINE}|(?:=>|:=|[=:]|%3[AaDd])[ \t]*(?P<list>\[(?!redacted\])[ \t]*)?(?:{_OPEN})?)"
+)
+_OPTION = re.compile(rf"(?<![\w-])--(?P<key>[\w-]+)[ \t]+(?=[^\s-])(?:{_OPEN})?")
+_VARIABLE = re.compile(
+    r"\b(?:name|key)\\*[\"']?[ \t]*[:=][ \t]*\\*[\"']?(?P<key>[\w.-]+)\\*[\"']?(?:,\s*|\n\s*)\\*[\"']?value\\*[\"']?"
+    rf"[ \t]*[:=][ \t]*(?:{_OPEN})?"
+)
+"""Of a pod: `name: HF_TOKEN, value: ...`."""
+_HEADER_PAIR = re.compile(rf"[(\[][ \t]*b?\\*[\"'](?P<key>[\w.-]+)\\*[\"'],[ \t]*{_OPEN}(?=[^\s\"']*\d)")
+"""`("x-api-key", "...")`; two words of a list have no digit."""
+_ELEMENT = re.compile(r"<(?P<key>[\w.-]+)>(?P<value>[^<>\s]{3,})(?=</)")
+_SPOKEN = re.compile(
+    r"(?P<name>\b(?i:password|passwd|passphrase|secret|token|api[ _-]?key)\s+(?:is\s+|was\s+)?[\"'`]?)"
+    r"(?P<value>(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[^\s\"'`]{12,})"
+)
+_USER_OPTION = re.compile(
+    r"(?P<name>(?<!\S)(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"'/]{1,99}:)(?!\d+(?:\s|$))(?P<value>[^\s\"']{3,})"
+)
+"""Of curl."""
 _VALUE = re.compile(
-    r"(?<=\\\")(?:(?!\\\").)+|(?<=\")(?:[^\"\\]|\\.)+|(?<=')(?:[^'\\]|\\.)+"
+    r"(?<=\")(?:[^\"\\]|\\.)+|(?<=')(?:[^'\\]|\\.)+"
     r"|(?:[^\s\"',;&\\]|[,;&](?![\s\"']|$|[\w.-]{1,99}[\"']?\s*[=:])|\\(?![\"'nrt])){3,}"
 )
 """Up to the quote that ends it. A comma belongs to a value without quotes unless something new begins behind it."""
+_COLOUR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _NUMBER = re.compile(r"[\d.,]+")
 _SHORTEST = 8
 """Values of secret environment variables shorter than this are too common to search for."""
@@ -105,15 +130,28 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """`text` without tokens, private keys, passwords of URLs, `password=...`, and secrets of the environment."""
+    """`text` without tokens, private keys, passwords of URLs, `password=...`, and secrets of the environment.
+
+    Where a terminal's colours stand inside a secret they are left out with it.
+    """
+    shown = _redacted(text)
+    if "\x1b" not in text:
+        return shown
+    plain = _redacted(_COLOUR.sub("", text))
+    return shown if _COLOUR.sub("", shown) == plain else plain
+
+
+def _redacted(text: str) -> str:
     for secret in _secrets_of_environment():
         text = text.replace(secret, HIDDEN)
     text = hide_tokens(text, HIDDEN)
     text = _USERINFO.sub(rf"\g<scheme>{HIDDEN}@", text)
     text = _QUERY.sub(_hide_parameter, text)
-    for pattern in (_HEADER, _BEARER, _COOKIE, _LOGIN):
+    for pattern in (_HEADER, _BEARER, _COOKIE, _LOGIN, _SPOKEN, _USER_OPTION):
         text = pattern.sub(rf"\g<name>{HIDDEN}", text)
-    return _hide_assigned(_hide_assigned(text, _NAMED), _OPTION)
+    for pattern in (_NAMED, _OPTION, _VARIABLE, _HEADER_PAIR):
+        text = _hide_assigned(text, pattern)
+    return _ELEMENT.sub(lambda found: f"<{found['key']}>{HIDDEN}" if is_secret(found["key"]) else found[0], text)
 
 
 def tell(text: str) -> str:
@@ -142,13 +180,27 @@ def _hide_assigned(text: str, names: re.Pattern[str]) -> str:
     parts, at = list[str](), 0
     while named := names.search(text, at):
         parts.append(text[at : (at := named.end())])
-        key = named["key"]
-        if not is_secret(key, "?") and not key.lower().endswith("signature"):
+        key, found = named["key"], named.groupdict()
+        if not (is_secret(key, "?") or key.lower().endswith("signature") or key.lower() == "auth"):
             continue
-        if (value := _VALUE.match(text, at)) and _is_assigned(key, value[0]):
+        if (end := _end_of_value(text, at, found["open"] or "")) > at and _is_assigned(key, text[at:end]):
             parts.append(HIDDEN)
-            at = value.end()
+            at = max(end, text.find("]", end, _end_of_line(text, end))) if found.get("list") else end
     return "".join([*parts, text[at:]])
+
+
+def _end_of_value(text: str, at: int, opened: str) -> int:
+    """Where the value that begins at `at` ends; a quote with backslashes is ended by one with as many."""
+    if not opened.startswith("\\"):
+        value = _VALUE.match(text, at)
+        return value.end() if value else at
+    line = _end_of_line(text, at)
+    closed = re.compile(rf"(?<!\\){re.escape(opened)}").search(text, at, line)
+    return closed.start() if closed else line
+
+
+def _end_of_line(text: str, at: int) -> int:
+    return end if (end := text.find("\n", at)) >= 0 else len(text)
 
 
 def _is_assigned(key: str, value: str) -> bool:
@@ -157,6 +209,8 @@ def _is_assigned(key: str, value: str) -> bool:
         return False
     if "token" in name and (_NUMBER.fullmatch(value) or (name.endswith("tokens") and len(value) < 2 * _SHORTEST)):
         return False  # a language model's
+    if name == "auth":  # of Docker's registries
+        return bool(re.fullmatch(r"(?=.*[0-9A-Z])[A-Za-z0-9+/]{12,}={0,2}", value))
     if name.endswith("signature") and re.fullmatch(r"[\w%+/=-]{16,}", value):
         return True
     return is_secret(key, value)

@@ -156,13 +156,13 @@ def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; one that a crash has cut off is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    """Records of a file of JSON lines; a line that a crash has cut off, or that is none of ours, is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             content = json.loads(line)
         except ValueError:
             continue
-        if isinstance(content, dict) and "step" in content:
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
             yield content
 
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from nvila.components.contracts.files import discard, sync, write_atomic
 from nvila.components.contracts.sealed import fault
+from nvila.components.contracts.text import say
 
 LATEST = "latest"
 """File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
@@ -46,6 +46,12 @@ def publish(folder: Path, step: int) -> None:
         discard(old)
 
 
+def clear(folder: Path) -> None:
+    """Remove what a save that failed or was cut off has left."""
+    for cut_off in folder.glob(partial("*")):
+        discard(cut_off)
+
+
 def bring_back(checkpoint: Path | None, logs: Iterable[Path]) -> None:
     """Make logs what they were at a checkpoint, or empty where there is none."""
     for log in logs:
@@ -58,8 +64,7 @@ def newest_sound(folder: Path) -> str | None:
 
     What is not sound, or was cut off, is removed: it would stand in the way of those to come, and fill the disk.
     """
-    for cut_off in folder.glob(partial("*")):
-        discard(cut_off)
+    clear(folder)
     broken: list[str] = []
     for path in _by_step(folder):
         if (why := fault(path, path / RECORD)) is None:
@@ -79,4 +84,4 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _say(what: str, broken: list[str]) -> None:
-    print(what + (f" ({'; '.join(broken)})" if broken else ""), file=sys.stderr, flush=True)
+    say(what + (f" ({'; '.join(broken)})" if broken else ""))

@@ -80,7 +80,8 @@ def launch(job: Job) -> None:
         raise _reported(out / VERDICT, stale) or TrainingError(
             f"stage {job.stage.name}: a training process ended with code {first.exitcode} and no message",
             where=str(out),
-            do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
+            do="Look above in the log; code -9 is usually the kernel out of memory, and the disk has "
+            f"{shutil.disk_usage(out).free >> 20} MiB left. Run again and it resumes.",
         ) from None
     finally:
         for number, handler in before.items():

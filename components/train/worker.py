@@ -19,10 +19,14 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.sealed import seal
 from nvila.components.tracking.redact import tell
+from nvila.components.train.checkpoints import clear
 from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
 
 if TYPE_CHECKING:
     from nvila.components.model.nvila import NVILA
+
+CHECKPOINTS, PARTIAL = "checkpoints", "model.partial"
+"""Folders of an unfinished stage."""
 
 
 def main(job_path: str) -> None:
@@ -36,6 +40,8 @@ def main(job_path: str) -> None:
             error = caught
         else:
             print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
+            clear(Path(job.out, CHECKPOINTS))  # where the disk is full, this makes room for the verdict
+            shutil.rmtree(Path(job.out, PARTIAL), ignore_errors=True)
             error = NvilaError(f"{type(caught).__name__}: {caught}", where=job.out)
         print(tell(str(error)), file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -80,7 +86,7 @@ def train(job: Job, stop: StopRequest) -> None:
         model.gradient_checkpointing_enable()
     engine = start(model, stage, job.run, total)
     use_flash_attention(model)  # now that the weights have the precision of the stage
-    done = engine.resume(out / "checkpoints", [out / LOSSES, out / SKIPPED])
+    done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
     samples = samples[: total * stage.batch]
     account = Account(engine, job, [sample.id for sample in samples], done)
     feed = Feed(tokenizer, model.config)
@@ -97,7 +103,7 @@ def train(job: Job, stop: StopRequest) -> None:
         if account.done == total:
             break
         if stopping or due:
-            account.save(out / "checkpoints")
+            account.save(out / CHECKPOINTS)
             saved = time.monotonic()
         if stopping:
             raise Preempted(f"stage {stage.name} stopped after {account.done} of {total} steps; its checkpoint is kept")
@@ -112,7 +118,7 @@ def _save(model: NVILA, tokenizer: Any, weights: dict[str, Any], out: Path) -> N
     """Write `out/model`, and last the record without which the next attempt does not believe it."""
     from nvila.components.model.checkpoint import save_native
 
-    partial = out / "model.partial"
+    partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     save_native(model, tokenizer, partial, state_dict=weights)
     shutil.rmtree(out / "model", ignore_errors=True)

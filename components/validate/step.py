@@ -121,7 +121,8 @@ def _refusal(reason: str, items: list[dict[str, Any]], paths: Mapping[str, str],
             where=" and ".join(item["record"] for item in items if item["sha256"] == first["sha256"]),
             do="Take them out of one side: accuracy on them would mean nothing.",
         )
-    where, share = paths[first["record"]], next(value for key, value in first.items() if key != "record")
+    where = paths[first["record"]]
+    share = float(next(value for key, value in first.items() if key != "record"))  # else it is shown as NumPy's
     if reason == "unbalanced":
         return DataError(
             f"source {first['record']!r} holds too small a share of all good SFT records",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.text import say
 from nvila.components.runner.handover import read_verdict
 from nvila.components.runner.site import Work
 from nvila.infra.launch.cluster import Cluster
@@ -63,4 +63,4 @@ def close(run: str) -> None:
     while going := [j for j in cluster.find(ours) if not finished(j) and not j["metadata"].get("deletionTimestamp")]:
         for job in going:
             if cluster.delete(job):
-                print(f"job {job['metadata']['name']}: cancelled, as its run has ended", file=sys.stderr, flush=True)
+                say(f"job {job['metadata']['name']}: cancelled, as its run has ended")

@@ -14,7 +14,7 @@ import pytest
 from buckets import Bucket, served
 
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
-from nvila.components.data import insist
+from nvila.components.data.remote import insist
 from nvila.components.tracking.connect import connected
 
 
@@ -168,7 +168,7 @@ def _save_model(folder: Path, texts: list[str]) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a test can wait for."""
     monkeypatch.setattr(insist, "PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(insist, "READ_SECONDS", 0.15)
+    monkeypatch.setattr(insist, "READ_SECONDS", 0.4)  # a loaded machine must not be taken for a silent server
     monkeypatch.setattr(insist, "CONNECT_SECONDS", 1)
 
 

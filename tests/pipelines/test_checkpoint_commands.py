@@ -81,7 +81,7 @@ def test_infer_takes_media_in_order_and_several_questions(toy: Path, monkeypatch
 
     monkeypatch.setattr(NVILA, "stream", listening)
     media = ["--video", str(toy / "frames"), "--image", str(toy / "frames/1.png"), "--video", str(toy / "frames")]
-    asked = [str(toy / "model"), *media, "First?", "And <image> here?", "--max-new-tokens", "6", "--system", ""]
+    asked = [str(toy / "model"), *media, "First?", "And <vila/video> here?", "--max-new-tokens", "6", "--system", ""]
     result = CliRunner().invoke(app, ["infer", *asked], catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.endswith("\n")
     first, second = prompts

@@ -212,7 +212,31 @@ def test_the_curl_command_works_by_copy_and_paste(
     assert not (tmp_path / "ran").exists()
 
 
-HOSTILE = "[red]\x1b[31m\r\u202e[/x]"
+@pytest.mark.parametrize(("name", "kind"), [("a.JPG", "jpeg"), ("a.webp", "webp"), ("a.gif", "gif"), ("-'a", "png")])
+def test_a_photograph_reaches_curl_too(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Linux refuses an argument above 128 KiB: the printed command failed for every photograph."""
+    picture = tmp_path / name
+    picture.write_bytes(bytes(range(256)) * 2000)
+    monkeypatch.setattr(closing, "_held_out", lambda finished: (picture, "It's a <image> of what? %s"))
+    monkeypatch.setattr(closing, "short", lambda path: path.name)
+    fake = tmp_path / "bin" / "curl"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\ncat\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    command = closing.curl_example(Finished.read(run_dir))
+    assert command is not None
+    environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, check=True)
+    parts = json.loads(ran.stdout)["messages"][0]["content"]
+    assert "".join(part["text"].strip() for part in parts if part["type"] == "text") == "It's aof what? %s"
+    (url,) = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert url.startswith(f"data:image/{kind};base64,")
+    assert base64.b64decode(url.partition(",")[2]) == picture.read_bytes()
+
+
+HOSTILE = "[red]:dog:\x1b[31m\r\u202e[/x]"
 
 
 def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

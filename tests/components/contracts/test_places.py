@@ -8,7 +8,7 @@ import pytest
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.places import local_folder
-from nvila.components.data.cache import cache
+from nvila.components.data.remote.cache import cache
 from nvila.components.runner.execute import Place
 
 
@@ -18,7 +18,9 @@ def test_paths_are_paths(path: str) -> None:
     assert local_folder(path, "--store") == Path(path)
 
 
-@pytest.mark.parametrize("address", ["s3://b/x", "S3://b", "hf://a/b@c", "gs://b", "file:///x", Path("s3://b/x")])
+@pytest.mark.parametrize(
+    "address", ["s3://b/x", "S3://b", " s3://b", "hf://a/b@c", "gs://b", "file:///x", Path("s3://b/x")]
+)
 def test_addresses_are_refused(address: str | Path) -> None:
     """pathlib takes one slash away; the address is still to be known by what is left."""
     with pytest.raises(ConfigError, match=r"^--store: not a path on this machine \(got '\w+://"):

@@ -8,8 +8,9 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
-from nvila.components.evaluate.gate import Settings, objections, run
+from nvila.components.evaluate.gate import Settings, run
 from nvila.components.metrics import accuracy
+from nvila.components.metrics.gates import hopeless, objections
 
 
 def _measured(accuracy: float, low: float, baseline_high: float) -> dict:
@@ -71,6 +72,26 @@ def test_a_source_that_was_not_measured_is_named() -> None:
 def test_a_number_that_is_none_passes_nothing() -> None:
     """Every comparison with NaN is false, so a gate that asks `is it below` lets it through."""
     assert len(objections(Gate(min_accuracy={"s": 0.5}), _measured(math.nan, math.nan, 0.7))) == 2
+
+
+@pytest.mark.parametrize("none", [None, math.nan, math.inf, "0.9"])
+@pytest.mark.parametrize("name", ["accuracy", "low", "n", "fall", "fall_noise"])
+def test_what_is_no_number_is_an_objection_and_no_fault(name: str, none: object) -> None:
+    """Metrics are JSON: a null there was a TypeError, and an infinite accuracy was above everything."""
+    good = {**_measured(0.9, 0.88, 0.7)["s"], "fall": -0.01, "fall_noise": 0.02}
+    gates = Gate(min_accuracy={"s": 0.5}), QuantizeGate()
+    assert not any(objections(gate, {"s": good}) for gate in gates)
+    assert any(objections(gate, {"s": good | {name: none}}) for gate in gates)
+
+
+@pytest.mark.parametrize(
+    ("gate", "least"),
+    [(Gate(), 30), (Gate(least_questions=1), 4), (QuantizeGate(), 185), (QuantizeGate(max_loss=1.0), 30)],
+)
+def test_it_is_known_beforehand_how_many_questions_a_gate_needs(gate: Gate | QuantizeGate, least: int) -> None:
+    """A model that makes no mistake and loses nothing passes with so many questions, and none passes with fewer."""
+    assert hopeless(gate, "s", least) == []
+    assert hopeless(gate, "s", least - 1) != []
 
 
 def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.conversation import Message, Place, Turn, encode, messages_of, render
+from nvila.components.model.conversation import Message, Place, Turn, arranged, encode, messages_of, render
 from nvila.components.model.preprocess import preprocess_image
 from nvila.components.model.prompt import make_prompt
 
@@ -106,3 +106,27 @@ def test_a_clip_beside_a_picture_leaves_it_tiled(configure: Any, picture: Any, m
     for media in ([picture(84, 56), clip], [clip, picture(84, 56)]):
         prompt = make_prompt([Turn("human", "Hm?")], media, config)
         assert [visual.tiles.shape for visual in prompt.visuals if visual.kind == "image"] == tiles
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "expected"),
+    [
+        ("<vila/video>, then <image>", ["i1", "v1"], ["v1", "i1"]),
+        ("<image> or <vila/video>", ["v1", "i1", "i2", "v2"], ["v1", "i1", "i2", "v2"]),
+        ("<vila/video> or <image>", ["i1", "i2", "v1"], ["i1", "v1", "i2"]),
+        ("Which?", ["v1", "i1"], ["v1", "i1"]),
+        ("<image> or <image>", ["i1"], ["i1"]),
+        ("<vila/video>", [], []),
+        ("<vila/video>", ["i1"], None),
+        ("<image> <image> <vila/video>", ["i1", "v1"], None),
+    ],
+)
+def test_a_place_is_for_a_medium_of_its_kind(question: str, given: list[str], expected: list[str] | None) -> None:
+    """Prevents a picture from standing where the question speaks of a clip, because it was named first."""
+    turns = [Turn("human", question), Turn("gpt", "<image>")]
+    media: list[Any] = [({"i": "image", "v": "video"}[name[0]], name) for name in given]
+    if expected is None:
+        with pytest.raises(DataError, match="has a place for a medium of kind"):
+            arranged(turns, media)
+    else:
+        assert arranged(turns, media) == expected

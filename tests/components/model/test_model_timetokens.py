@@ -131,3 +131,14 @@ def test_seconds_are_rounded(text: str, duration: float, number: int, expected: 
 def test_times_become_the_nearest_token(text: str, duration: float, number: int, expected: str) -> None:
     """Prevents times that the reference reads from staying text, and tokens that are not in the vocabulary."""
     assert to_time_tokens(text, duration, number) == expected
+
+
+def test_special_time_tokens_are_refused(tokenizer: Any, tmp_path: Any) -> None:
+    """Prevents training without any time token, and answers that are shown without them."""
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tokenizer, tmp_path / "plain", 256)
+    made = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    made.add_tokens(["<t0>", "<t1>"], special_tokens=True)
+    with pytest.raises(ConfigError, match=r"time tokens are special.*<t0>.*special"):
+        time_token_ids(with_markers(made))

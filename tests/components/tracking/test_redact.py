@@ -58,7 +58,9 @@ TOKENS = [
     f"GOCSPX-{S}", "xoxb-123456789012-1234567890123-abcdEFGH", "xoxp-12345678901-abc", f"xapp-1-A1-{S}", f"npm_{S}",
     f"pypi-AgEIcHlwaS5vcmc{S}", f"dckr_pat_{S}", f"hvs.{S}", f"SG.{S[:22]}.{S}", f"dop_v1_{'0a' * 32}", f"sk_live_{S}",
     f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{S}", f"eyJhbGciOiJSU0EifQ.{S}.{S}.{S}.{S}", f"wandb_v1_{S}",
-    f"123456789:AA{S}",
+    f"123456789:AA{S}", f"shpat_{'0a' * 16}", f"glsa_{S}_01234567", f"lin_api_{S}", f"figd_{S}", f"pcsk_{S}",
+    f"lsv2_pt_{S}", f"dp.pt.{S}", f"NRAK-{S[:27].upper()}", f"HRKU-AA{S}", f"LTAI5t{S[:18]}", f"sq0csp-{S}",
+    f"1//0g{S}", f"SK{'0a' * 16}", f"key-{'0a' * 16}", f"sbp_{'0a' * 20}", f"ATATT3xFf{S}", f"fw_{S}",
 ]  # fmt: skip
 
 
@@ -103,6 +105,15 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow{}\nAQAB\n-----END RSA PRIVATE KEY
         f"failed: password: {S}", f'password="{S}', f"client_secret: {S}", f"dsn={S}", f"PGPASSWORD={S}",
         f"authToken: {S}",
         f"https://hooks.slack.com/services/T0/B0/{S}", f"https://discord.com/api/webhooks/1/{S}", f"apikey => {S}",
+        f"{{b'password': b'{S}'}}", f"password%3D{S}", f"https://h/?q=a%26token%3D{S}", f"password := {S}",
+        f"password: |\n  {S}\n", f"HF_TOKEN:\n    {S}\nN: 3", f"secrets:\n  - {S}\n",
+        f'{{"passwords": ["{S}", "{S}"]}}',
+        f"- name: HF_TOKEN\n  value: {S}", f'{{"name":"HF_TOKEN","value":"{S}"}}', f"('x-api-key', '{S}')",
+        f"<password>{S}</password>", f"curl -u me:{S} https://h", f"the password is {S}", f"passwd {S}",
+        f'{{"auths": {{"r": {{"auth": "{S}=="}}}}}}', f"Authorization: SSWS {S}", f"pass\x1b[31mword={S}",
+        f"password={S[:9]}\x1b[0m{S[9:]}", f'"{{\\"n\\": \\"{{\\\\\\"password\\\\\\": \\\\\\"{S}\\\\\\"}}\\"}}"',
+        f'{{\\"password\\": \\"ab\\\\\\"{S}\\"}}', f"PuTTY-User-Key-File-2: ssh-rsa\nPrivate-Lines: 14\n{S}",
+        f"---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\n{S}",
         f"password={S[:4]},{S[4:]}", f"passwd: {S}&{S}", f"token={S}", f'token: "{S} {S}"', f"MY_CREDENTIALS={S}",
     ],
 )  # fmt: skip
@@ -133,7 +144,8 @@ def test_secrets_are_known_by_what_stands_beside_them(text: str) -> None:
         "accuracy 0.31 is below 0.4 (95% from 0.28)", "steps/train-1.json", "secret: none",
         "pypi-simple-repository-of-packages",
         "model: models:/nvila-tiny/3", "tokenizer: Qwen/Qwen2-1.5B", "digits: exact match 0.100",
-        "2026-11-23T10:00:00+00:00",
+        "2026-11-23T10:00:00+00:00", "expected_token: 'cat'", "next_token=7", "docker run -u 1000:1000 x", "auth: tls",
+        "columns: ['token', 'password', 'answer']", "password:\n  - at least eight characters", "\x1b[31mred\x1b[0m",
     ],
 )  # fmt: skip
 def test_ordinary_words_and_digests_stay(text: str) -> None:

@@ -42,7 +42,15 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
     (folder / "plots").mkdir(parents=True)
     (folder / "plots" / "loss.png").write_bytes(b"png")
     (folder / "weights.safetensors").write_bytes(b"big")
-    (folder / "loss.jsonl").write_text("".join(json.dumps({"step": i, "loss": 3 - i}) + "\n" for i in range(3)))
+    rows = [json.dumps({"step": i, "loss": 3 - i}) for i in range(3)]
+    noise = [
+        '{"step": 7, "loss": null}',
+        '{"step": null, "loss": 9}',
+        '{"step": "x", "loss": 9}',
+        "[2]",
+        '{"step": 8, "lo',
+    ]
+    (folder / "loss.jsonl").write_text("\n".join([*rows, *noise]))
     source = File(uri="/data/digits/sft.json", size_bytes=3, sha256="a" * 64)
     made = manifest(folder, values={"accuracy": {"digits": 0.5}, "informative": True}, sources=[source])
     samples = manifest(tmp_path / "samples", "validate")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila.components.contracts.errors import DataError, Preempted, TrainingError
+from nvila.components.contracts.errors import DataError, NvilaError, Preempted, TrainingError
 from nvila.components.contracts.exits import Exit
 from nvila.components.train import launch as launching
 from nvila.components.train.job import Job
@@ -160,3 +160,12 @@ def test_the_workers_own_words_arrive(make_job: MakeJob, capfd: pytest.CaptureFi
         launching.launch(job)
     assert caught.value.exit_code == Exit.USER
     assert "no samples in nowhere.sft" in capfd.readouterr().err
+
+
+def test_an_error_that_is_none_of_ours_arrives_too(make_job: MakeJob) -> None:
+    """A file that cannot be written, reported as a process that ended without a word."""
+    job = make_job("a", run={"checkpoint_seconds": 0.0})
+    Path(job.out, "checkpoints").touch()
+    with pytest.raises(NvilaError, match=r"(NotADirectory|FileExists)Error.*checkpoints") as caught:
+        launching.launch(job)
+    assert "no message" not in str(caught.value)

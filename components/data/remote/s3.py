@@ -16,13 +16,13 @@ from typing import Any
 from nvila.components.contracts.errors import DataError, NvilaError
 from nvila.components.contracts.files import sync
 from nvila.components.contracts.progress import track
-from nvila.components.data import received
-from nvila.components.data.cache import alone, cache
-from nvila.components.data.insist import insist
-from nvila.components.data.received import Received
-from nvila.components.data.s3client import asked, connect, passes
-from nvila.components.data.s3object import Object, download
-from nvila.components.data.wanted import is_wanted
+from nvila.components.data.remote import received
+from nvila.components.data.remote.cache import alone, cache
+from nvila.components.data.remote.insist import insist
+from nvila.components.data.remote.received import Received
+from nvila.components.data.remote.s3client import asked, connect, passes
+from nvila.components.data.remote.s3object import Object, download
+from nvila.components.data.remote.wanted import is_wanted
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.data import insist as limits
-from nvila.components.data.insist import said
+from nvila.components.data.remote import insist as limits
+from nvila.components.data.remote.insist import said
 
 T = TypeVar("T")
 _PASSING_CODES = frozenset(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 from nvila.components.contracts.errors import Unreachable
 from nvila.components.contracts.files import sync
-from nvila.components.data.checksums import MIB, Facts, bare, compare, facts, part_sizes
-from nvila.components.data.insist import insist
-from nvila.components.data.s3client import asked, code_of, passes
+from nvila.components.contracts.text import say
+from nvila.components.data.remote.checksums import MIB, Facts, bare, compare, facts, part_sizes
+from nvila.components.data.remote.insist import insist
+from nvila.components.data.remote.s3client import asked, code_of, passes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _try(client: Any, bucket: str, item: Object, partial: Path, known: Facts, si
         partial.unlink()
         raise _Damaged(f"the bytes that came do not have the {wrong} that the server names")
     if fits == "size":
-        print(f"{where}: the server names no checksum that is known here; only the size was compared", file=sys.stderr)
+        say(f"{where}: the server names no checksum that is known here; only the size was compared")
     return sha256
 
 

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import sha256_file, write_atomic
 from nvila.components.contracts.progress import waiting_for
-from nvila.components.data import insist as limits
-from nvila.components.data import received
-from nvila.components.data.cache import VARIABLE, cache
-from nvila.components.data.insist import insist, said
-from nvila.components.data.received import Received
-from nvila.components.data.wanted import WANTED
+from nvila.components.data.remote import insist as limits
+from nvila.components.data.remote import received
+from nvila.components.data.remote.cache import VARIABLE, cache
+from nvila.components.data.remote.insist import insist, said
+from nvila.components.data.remote.received import Received
+from nvila.components.data.remote.wanted import WANTED
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import pytest
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.fetch import fetch, identity
 
-TOOLS = Path(__file__).parents[3] / ".tools" / "python"
+TOOLS = Path(__file__).parents[4] / ".tools" / "python"
 MIB = 1 << 20
 
 

@@ -14,8 +14,8 @@ import pytest
 from buckets import Bucket, served, sha256_header
 
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Preempted, Unreachable
-from nvila.components.data import insist, received
 from nvila.components.data.fetch import fetch, fetch_version, identity
+from nvila.components.data.remote import insist, received
 
 MIB = 1 << 20
 BIG = bytes(range(256)) * 4096 * 9
@@ -283,7 +283,7 @@ def test_a_full_disk_is_named(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> No
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("nvila.components.data.s3object.sync", full)
+    monkeypatch.setattr("nvila.components.data.remote.s3object.sync", full)
     with pytest.raises(NvilaError, match=r"the cache cannot be written: No space left.*NVILA_CACHE") as caught:
         fetch("s3://b/m")
     assert caught.value.exit_code == 1
