@@ -15,9 +15,10 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch_version
+from nvila.components.model.checkpoint import checked
 from nvila.components.model.config import ModelConfig, model_config
 from nvila.components.model.jinja import REFERENCE_NAME
-from nvila.components.model.layouts import read_native_config
+from nvila.components.model.layouts import open_checkpoint, read_json
 from nvila.components.model.projector import build_projector
 from nvila.components.model.shards import read_folder
 
@@ -51,7 +52,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     _write_projector(config, seed, folder / "mm_projector")
     # A decoder's own chat template, with its own system prompt, is not what NVILA is trained in.
     write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
-    read_native_config(folder)  # refuses pictures that the tower was shown otherwise
+    checked(open_checkpoint(folder))
     return {
         "parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
         "weights": {part: version for part, (_, version) in fetched.items()},
@@ -65,7 +66,7 @@ def _config(folder: Path, model_type: str, option: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError("no config.json beside the weights", where=option, value=str(folder))
-    content = json.loads(path.read_text())
+    content = read_json(path)
     content = content.get("vision_config", content) if model_type.startswith("siglip") else content
     if content.get("model_type") != model_type:
         raise ConfigError(f"not a {model_type} model", where=option, value=content.get("model_type"))

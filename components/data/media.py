@@ -167,7 +167,8 @@ def sample_indices(count: int, frames: int) -> list[int]:
 def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:
     """From the number of frames to the places of `indices_at_rate` by the file's average frame rate."""
     with _opened(path, limits) as container:
-        rate = float(container.streams.video[0].average_rate or 0)
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or stream.guessed_rate or 0)  # one frame has no average
     if not rate:
         raise MediaError("undecodable", "the file names no frame rate, and frames are wanted at one", path)
     return partial(indices_at_rate, frames=frames, fps=fps, rate=rate)

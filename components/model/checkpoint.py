@@ -23,9 +23,10 @@ from nvila.components.model.layouts import read_native_config as read_config
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.rope import with_rope
 from nvila.components.model.shards import INDEX, SINGLE, read_folder
-from nvila.components.model.tensorfile import read_tensor
+from nvila.components.model.tensorfile import Stored, read_tensor
 from nvila.components.model.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
 from nvila.components.model.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
+from nvila.components.model.tower import drop_unused
 from nvila.components.model.variants import empty_model
 from nvila.components.model.weights import canonical, check, fill, require_finite, settle_head
 
@@ -117,6 +118,29 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
     return model, tokenizer
 
 
+def checked(checkpoint: Checkpoint) -> tuple[NVILA, Any, dict[str, Stored]]:
+    """Whether a checkpoint is whole, without reading a value of its weights.
+
+    Returns:
+        Its modules on the meta device, its tokenizer, and its tensors, which are exactly those of the modules; a head
+        that repeats the embeddings is left out.
+
+    Raises:
+        ConfigError: a configuration that cannot be built, or that does not fit the tokenizer.
+        DataError: a tensor is missing, superfluous, of another shape, or not of floats.
+    """
+    where = str(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    _require_vocabulary(checkpoint.config, tokens)
+    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    model = empty_model(config, tokens)
+    if checkpoint.layout == "serving":
+        drop_unused(model.vision_tower, config.select_layer)
+    check(tensors, model, where)
+    return model, tokenizer, tensors
+
+
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError("unknown dtype", where="dtype", value=name, do=f"Use one of {', '.join(DTYPES)}")
@@ -135,14 +159,14 @@ def unfilled_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) ->
     """
     from transformers.initialization import no_init_weights
 
-    require_vocabulary(config, tokens)
+    _require_vocabulary(config, tokens)
     with no_init_weights():
         model = build_model(with_vocabulary(config, tokens.vocabulary), tokens, dtype)
     model.llm.tie_weights()
     return model
 
 
-def require_vocabulary(config: ModelConfig, tokens: TokenIds) -> None:
+def _require_vocabulary(config: ModelConfig, tokens: TokenIds) -> None:
     """Raises:
     ConfigError: the decoder has fewer tokens than the tokenizer, or the tokenizer not the time tokens.
     """

@@ -18,19 +18,17 @@ from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.model.checkpoint import (
     SHARD_BYTES,
+    checked,
     generation_config,
     image_processor,
-    require_vocabulary,
     write_native_files,
 )
 from nvila.components.model.layouts import LAYOUTS, PARTS, Checkpoint, Layout, hf_config, open_checkpoint, vila_config
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.serving import is_served, write_serving_files
 from nvila.components.model.tensorfile import CODES, DTYPES, Stored, Target, file_bytes, values, write_file
-from nvila.components.model.tokenizer import TokenIds, load_tokenizer, template_name, written_template
-from nvila.components.model.tower import drop_unused
-from nvila.components.model.variants import empty_model
-from nvila.components.model.weights import TOWER, check, settle_head, tied, wanted
+from nvila.components.model.tokenizer import template_name, written_template
+from nvila.components.model.weights import TOWER, tied, wanted
 
 PLAN = ".plan"
 """In an unfinished folder: digest of what is being converted."""
@@ -64,16 +62,9 @@ def convert(source: Path, target: Path, layout: str, *, dtype: str | None = None
     if target.exists():
         raise ConfigError("is there already", where=str(target), do="Name a new folder")
     code = _code(dtype, layout)
-    checkpoint, where = open_checkpoint(source), str(source)
+    checkpoint = open_checkpoint(source)
     _require_convertible(checkpoint, layout)
-    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
-    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    require_vocabulary(checkpoint.config, tokens)
-    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
-    skeleton = empty_model(config, tokens)
-    if checkpoint.layout == "serving":
-        drop_unused(skeleton.vision_tower, config.select_layer)
-    check(tensors, skeleton, where)
+    skeleton, tokenizer, tensors = checked(checkpoint)
     files = _files(tensors, skeleton, layout, code)
     partial = target.with_name(target.name + ".partial")
     _start(partial, _plan(files, layout))

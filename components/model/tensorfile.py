@@ -34,8 +34,9 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
 """Codes that a conversion may turn into one another; eight-bit floats carry scales and stay."""
-PIECE_ELEMENTS = 2**23
-"""Elements in memory at once: 32 MiB of float32."""
+PIECE_ELEMENTS = 2**18
+"""Elements in memory at once: 1 MiB of float32. Pieces of 32 MiB, for each of which the system finds fresh memory, take
+four times as long to convert to bfloat16 (1.9 s for 1.7 GB, against 0.5 s)."""
 _MOST_HEADER_BYTES = 100 * 2**20
 
 

@@ -114,7 +114,7 @@ def check_time_tokens(tokens: Sequence[int], number: int) -> None:
 
     Args:
         tokens: ids of those that it has.
-        number: `num_time_tokens`; 0 says nothing.
+        number: of `num_time_tokens` or `time_token_ids`; 0 says nothing.
 
     Raises:
         ConfigError: it has fewer or more, so the seconds of an answer would be others.
@@ -122,7 +122,7 @@ def check_time_tokens(tokens: Sequence[int], number: int) -> None:
     if number and len(tokens) != number:
         raise ConfigError(
             f"the vocabulary has {len(tokens)} time tokens",
-            where="config.json: num_time_tokens",
+            where="config.json: num_time_tokens, time_token_ids",
             value=number,
             do="Use the tokenizer that the model was trained with, or correct the number",
         )

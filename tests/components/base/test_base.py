@@ -236,6 +236,27 @@ def test_published_weights_with_an_adapter_are_refused(published: Path, tmp_path
         step.run(step.Settings(model=settings(base=base), seed=0), {}, tmp_path / "out")
 
 
+@pytest.mark.parametrize("fault", ["integers", "missing", "broken"])
+def test_damaged_published_weights_are_refused(published: Path, tmp_path: Path, fault: str) -> None:
+    """Weights that cannot be those of the model end a run in stage 1, long after the step that took them."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(published / "qwen2", tmp_path / "qwen2")
+    file = tmp_path / "qwen2" / "model.safetensors"
+    tensors = load_file(file)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors | ({} if fault == "missing" else {"model.norm.weight": norm.to(torch.int8)}), file)
+    if fault == "broken":
+        (tmp_path / "qwen2" / "config.json").write_text("{")
+    base = {"vision_tower": str(published / "tower"), "llm": str(tmp_path / "qwen2")}
+    with pytest.raises(
+        DataError, match=r"config\.json: not readable" if fault == "broken" else r"llm\.model\.norm\.weight"
+    ):
+        assemble(settings(base=base), 0, tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("tower", "llm", "changes", "message"),
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.checkpoint import load_native, save_native
 from nvila.components.model.convert import convert
 from nvila.components.model.describe import describe, render
@@ -99,6 +99,14 @@ def test_values_that_are_not_finite_are_refused(saved: Path, value: float, dtype
     refused(saved, rf"llm/model\.safetensors: (llm\.)?{name} has values that are NaN or infinite")
 
 
+def test_damage_in_what_is_not_served(saved: Path, tmp_path: Path) -> None:
+    """Prevents a damaged checkpoint from being served because the one spoiled tensor is among those left out."""
+    name = "vision_model.post_layernorm.bias"
+    change(saved / TOWER, **{name: spoiled(saved / TOWER, name, float("nan"), torch.float32)})
+    with pytest.raises(DataError, match=f"{name} has values that are NaN"):
+        convert(saved, tmp_path / "serving", "serving")
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
 )
@@ -107,6 +115,8 @@ def test_what_is_no_float_is_named(saved: Path, dtype: torch.dtype) -> None:
     name = "model.layers.0.mlp.gate_proj.weight"
     change(saved / LLM, **{name: load_file(saved / LLM)[name].to(dtype)})
     refused(saved, name)
+    with pytest.raises((ConfigError, DataError), match=r"not known here|C64"):
+        describe(saved)
 
 
 def test_large_sums_are_finite(saved: Path) -> None:
