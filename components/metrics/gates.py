@@ -1,4 +1,4 @@
-"""What the two gates ask of measured numbers. The steps refuse by it, and preflight what no model could pass."""
+"""What the two gates ask of measured numbers. The steps refuse by it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
-from nvila.components.metrics.accuracy import accuracy, fall
 from nvila.components.metrics.standing import above, number
 
 
@@ -28,14 +27,6 @@ def objections(gate: Gate | QuantizeGate, measured: Mapping[str, Mapping[str, An
         if not number(m, "n") >= gate.least_questions
     ]
     return few + (_lost(gate, measured) if isinstance(gate, QuantizeGate) else _missed(gate, measured))
-
-
-def hopeless(gate: Gate | QuantizeGate, source: str, questions: int) -> list[str]:
-    """Why the gate would refuse even a model without a mistake, before or after quantization, as there are too few."""
-    right, wrong = [True] * questions, [False] * questions
-    lost, noise = fall(right, right)
-    best = {**accuracy(right), "question_only": accuracy(wrong), "fall": lost, "fall_noise": noise}
-    return objections(gate, {source: best})
 
 
 def _lost(gate: QuantizeGate, measured: Mapping[str, Mapping[str, Any]]) -> list[str]:

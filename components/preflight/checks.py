@@ -105,15 +105,6 @@ def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False)
     return problems
 
 
-def records(annotations: Path) -> int | None:
-    """How many records an annotation file has; None where there is none that can be read."""
-    try:
-        content = json.loads(annotations.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return len(content) if isinstance(content, list) else None
-
-
 def weights_problems(weights: Iterable[str]) -> list[str]:
     """Weights are there and may be read. Asks stores and the hub what they have; nothing is fetched.
 

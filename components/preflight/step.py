@@ -10,28 +10,15 @@ from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
-from nvila.components.contracts.recipe.evaluate import Gate
-from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
-from nvila.components.metrics.gates import hopeless
 from nvila.components.preflight import checks
 from nvila.components.preflight.port import port_problem
 from nvila.components.runner.execute import Place, on_cluster
 from nvila.components.serve.environment import serve_python
-
-
-class Asked(Section):
-    """A gate, and of what it will be asked."""
-
-    option: str
-    gate: Gate | QuantizeGate
-    sources: list[str]
-    limit: int | None
-    """Held-out questions per source; None is all of them."""
 
 
 class Settings(Section):
@@ -44,7 +31,6 @@ class Settings(Section):
     """Whether a step of the recipe starts vLLM."""
     weights: list[str] = []
     """Where the recipe takes weights from: folders, `s3://` and `hf://`."""
-    gates: list[Asked] = []
 
 
 def prepare(settings: Settings) -> None:
@@ -94,22 +80,8 @@ def problems(settings: Settings, runs: Path, store: Path, *, demo_can_be_built: 
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
     found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
-    found += _gate_problems(settings)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
     return found + (_pod_problems(settings) if on_cluster() else _machine_problems(settings, runs))
-
-
-def _gate_problems(settings: Settings) -> list[str]:
-    """Gates that no model could pass, with so few held-out questions: found out now, not after the training."""
-    folders = {source.name: Path(source.path) for source in settings.data.sources}
-    held_out = {name: checks.records(folder / "heldout.json") for name, folder in folders.items()}
-    return [
-        f"{asked.option} would refuse any model: {reason} ({count} held-out questions)"
-        for asked in settings.gates
-        for source in asked.sources
-        if (count := min((n for n in (held_out[source], asked.limit) if n is not None), default=None)) is not None
-        for reason in hopeless(asked.gate, source, count)
-    ]
 
 
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:

@@ -108,8 +108,6 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
     base = r["model"]["base"]
     weights = [base["vision_tower"], base["llm"], r["prune"]["small"]["path"], r["prune"]["large"]["path"]]
-    sources, limits = r["evaluate"]["sources"], (r["evaluate"]["limit"], r["quantize"]["limit"])
-    asked = limits[0], min((limit for limit in limits if limit), default=None)
     vllm = recipe.quantize.through_vllm or recipe.rollout.target == "local"
     quantized = {"evaluate": evaluate, "limit": r["quantize"]["limit"], "through_vllm": r["quantize"]["through_vllm"]}
     return {
@@ -119,10 +117,6 @@ def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
             "needs": r["needs"],
             "vllm": vllm,
             "weights": [uri for uri in weights if uri],
-            "gates": [
-                {"option": "evaluate.gate", "limit": asked[0], "sources": sources, "gate": r["evaluate"]["gate"]},
-                {"option": "quantize.gate", "limit": asked[1], "sources": sources, "gate": r["quantize"]["gate"]},
-            ],
         },
         "validate": {"data": r["data"]},
         "base": {"model": r["model"], "seed": r["seed"]} | skips,

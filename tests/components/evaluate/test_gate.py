@@ -10,7 +10,7 @@ from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.evaluate.gate import Settings, run
 from nvila.components.metrics import accuracy
-from nvila.components.metrics.gates import hopeless, objections
+from nvila.components.metrics.gates import objections
 
 
 def _measured(accuracy: float, low: float, baseline_high: float) -> dict:
@@ -88,10 +88,23 @@ def test_what_is_no_number_is_an_objection_and_no_fault(name: str, none: object)
     ("gate", "least"),
     [(Gate(), 30), (Gate(least_questions=1), 4), (QuantizeGate(), 185), (QuantizeGate(max_loss=1.0), 30)],
 )
-def test_it_is_known_beforehand_how_many_questions_a_gate_needs(gate: Gate | QuantizeGate, least: int) -> None:
+def test_so_many_questions_does_a_gate_need(gate: Gate | QuantizeGate, least: int) -> None:
     """A model that makes no mistake and loses nothing passes with so many questions, and none passes with fewer."""
-    assert hopeless(gate, "s", least) == []
-    assert hopeless(gate, "s", least - 1) != []
+
+    def flawless(questions: int) -> dict:
+        right, wrong = [True] * questions, [False] * questions
+        lost, noise = accuracy.fall(right, right)
+        return {
+            "s": {
+                **accuracy.accuracy(right),
+                "question_only": accuracy.accuracy(wrong),
+                "fall": lost,
+                "fall_noise": noise,
+            }
+        }
+
+    assert objections(gate, flawless(least)) == []
+    assert objections(gate, flawless(least - 1)) != []
 
 
 def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:

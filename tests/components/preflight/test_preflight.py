@@ -15,8 +15,6 @@ from buckets import Bucket
 from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
-from nvila.components.contracts.recipe.evaluate import Gate
-from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.preflight import checks, step
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.preflight.port import our_servers, port_problem
@@ -61,25 +59,6 @@ def test_a_sound_machine_passes(settings: dict, tmp_path: Path) -> None:
     """Preflight must not cry wolf."""
     _run(settings, tmp_path)
     assert step.external(settings)["problems"] == []
-
-
-@pytest.mark.parametrize(
-    ("records", "limit", "option"),
-    [(29, None, "evaluate.gate"), (400, 29, "evaluate.gate"), (400, 100, "quantize.gate"), (400, None, None)],
-)
-def test_a_gate_that_nobody_could_pass_is_found_before_the_training(
-    settings: dict, source: Source, records: int, limit: int | None, option: str | None
-) -> None:
-    """Too few held-out questions were said by the gate, behind hours of training."""
-    Path(source.path, "heldout.json").write_text(json.dumps(RECORD * records))
-    gates = {"evaluate.gate": Gate(), "quantize.gate": QuantizeGate()}
-    settings["gates"] = [
-        {"option": name, "sources": ["digits"], "limit": limit, "gate": gate.model_dump()}
-        for name, gate in gates.items()
-    ]
-    found = step.external(settings)["problems"]
-    assert bool(found) == bool(option)
-    assert not option or any(problem.startswith(f"{option} would refuse any model: digits") for problem in found)
 
 
 def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source: Source) -> None:
