@@ -75,6 +75,7 @@ def curl_example(finished: Finished) -> str | None:
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": url}
         for part in messages_of([Turn("human", question)], [picture])[0].parts
+        if part
     ]
     body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
     text = _quoted(body)
