@@ -75,14 +75,14 @@ golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; l
 
 .PHONY: docs
 docs: $(MAIN) ## Write the README's tables anew from the code
-	$(BIN)/python -m nvila.pipelines.docs README.md
+	$(BIN)/python -m nvila.pipelines.show.readme README.md
 
 .PHONY: env
 env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files
 
 .PHONY: clean
 clean: .typing ## Stop the endpoint; remove demonstration data, store, runs and caches, nothing of yours
-	PYTHONPATH=.typing $(PYTHON) -m nvila.pipelines.clean
+	PYTHONPATH=.typing $(PYTHON) -m nvila.pipelines.commands.clean
 	rm -rf build .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis lifecycle.yaml
 	find components pipelines infra tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -61,7 +61,7 @@ def run(
 
     Example: nvila run tiny --override prune.keep_ratio=0.3
     """
-    from nvila.pipelines.local import run as run_locally
+    from nvila.pipelines.local.run import run as run_locally
 
     raise typer.Exit(run_locally(recipe, override or [], runs=runs, store=store))
 
@@ -89,7 +89,7 @@ def compile_(
 
     Example: nvila compile lifecycle.yaml --image R/base@sha256:... --quantize-image R/quantize@sha256:...
     """
-    from nvila.pipelines.cluster import compile_pipeline
+    from nvila.pipelines.compile.package import compile_pipeline
 
     images = {"image": image, "quantize_image": quantize_image}
     given = {option: name for option, name in images.items() if name}
@@ -127,7 +127,7 @@ def plan(
     """
     from rich.console import Console
 
-    from nvila.pipelines import plan as planning
+    from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import Cluster
 
     found = None if cluster is False else Cluster.connect(namespace)
@@ -187,9 +187,9 @@ def submit(
     """
     from rich.console import Console
 
-    from nvila.pipelines.server import Server
-    from nvila.pipelines.submit import Version, Wanted, namespace_of, upload
-    from nvila.pipelines.submit import submit as start
+    from nvila.pipelines.kubeflow.server import Server
+    from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
+    from nvila.pipelines.kubeflow.submit import submit as start
 
     server = Server(host, token_file=token_file, ca_cert=ca_cert)
     version, console = Version(image, quantize_image, launch), Console()
@@ -239,8 +239,8 @@ def infer(
 
     Example: nvila infer champion --image photo.jpg "What is in row 2, column 1?"
     """
-    from nvila.pipelines.ask import Answering, Question
-    from nvila.pipelines.ask import infer as answer
+    from nvila.pipelines.commands.ask import Answering, Question
+    from nvila.pipelines.commands.ask import infer as answer
 
     named = {"image": iter(image or []), "video": iter(video or [])}
     media = [(kind, next(named[kind])) for kind in context.meta["media"]]
@@ -264,7 +264,7 @@ def convert(
 
     Example: nvila convert hf://Efficient-Large-Model/NVILA-Lite-2B@main lite-2b --to hf
     """
-    from nvila.pipelines.checkpoints import convert as run_conversion
+    from nvila.pipelines.commands.checkpoints import convert as run_conversion
 
     typer.echo(tell(run_conversion(source, target, to, dtype)))
 
@@ -277,7 +277,7 @@ def inspect(
 
     Example: nvila inspect hf://Efficient-Large-Model/NVILA-8B@main
     """
-    from nvila.pipelines.checkpoints import inspect as look
+    from nvila.pipelines.commands.checkpoints import inspect as look
 
     typer.echo(tell(look(source)))
 
@@ -293,7 +293,7 @@ def serve(
 
     Example: nvila serve champion --port 8321
     """
-    from nvila.pipelines.endpoint import serve as start
+    from nvila.pipelines.commands.endpoint import serve as start
 
     typer.echo(tell(f"serving at {start(model, host, port, runs)}; `nvila stop` ends it"))
 
@@ -304,7 +304,7 @@ def stop(runs: Runs = Path("runs")) -> None:
 
     Example: nvila stop
     """
-    from nvila.pipelines.endpoint import stop as end
+    from nvila.pipelines.commands.endpoint import stop as end
 
     stopped = end(runs)
     typer.echo(tell(f"stopped {', '.join(stopped)}") if stopped else "no endpoint was running")

@@ -50,7 +50,7 @@ def _imports(path: Path, tree: ast.AST | None = None) -> Iterator[str]:
 
 
 def _part(module: str) -> str | None:
-    """`nvila.components.model.s2` -> `model`, `nvila.pipelines.cli` -> `pipelines`, others -> None."""
+    """`nvila.components.model.vision.s2` -> `model`, `nvila.pipelines.cli` -> `pipelines`, others -> None."""
     parts = module.split(".")
     if parts[0] != "nvila" or len(parts) < 2:
         return None
@@ -99,7 +99,11 @@ def test_no_relative_and_no_bare_imports() -> None:
 
 
 LIGHT = (
-    [f"nvila.pipelines.{path.stem}" for path in sorted((ROOT / "pipelines").glob("*.py")) if path.stem != "__init__"]
+    [
+        "nvila." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "pipelines").rglob("*.py"))
+        if path.stem != "__init__"
+    ]
     + [f"nvila.components.{path.parent.name}.component" for path in WRAPPERS]
     + [
         "nvila." + ".".join(path.relative_to(ROOT).with_suffix("").parts)

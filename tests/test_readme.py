@@ -15,12 +15,12 @@ import yaml
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
+from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, recipe_text
 from nvila.components.contracts.recipe.recipe import merge, parse_recipe
-from nvila.components.resolve.form import Form, fill_in, parse_yaml, recipe_text
 from nvila.components.serve.server import chat_request
 from nvila.components.validate.annotations import read_records
-from nvila.pipelines import docs
 from nvila.pipelines.cli import app
+from nvila.pipelines.show import readme as docs
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -116,7 +116,7 @@ def _any_arguments(command: Any) -> list[str]:
 
 def test_the_overrides_of_the_text_fit_the_recipe() -> None:
     """An override with a key that the schema has dropped would be refused."""
-    from nvila.pipelines.overrides import parse_overrides
+    from nvila.pipelines.commands.overrides import parse_overrides
 
     pairs = re.findall(r"--override ([\w.]+=[\w.-]+)", README)
     assert len(pairs) >= 2
@@ -167,10 +167,10 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The first program that a user of the library writes is this one."""
     from PIL import Image
 
-    from nvila.components.model.checkpoint import save_native
-    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.checkpoint.native import save_native
+    from nvila.components.model.config.config import ModelConfig
     from nvila.components.model.nvila import init_model
-    from nvila.components.model.tokenizer import train_tokenizer
+    from nvila.components.model.text.tokenizer import train_tokenizer
 
     tower = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     decoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}

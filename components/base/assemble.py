@@ -15,12 +15,12 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.fetch import fetch_version
-from nvila.components.model.checkpoint import checked
-from nvila.components.model.config import ModelConfig, model_config
-from nvila.components.model.jinja import REFERENCE_NAME
-from nvila.components.model.layouts import open_checkpoint, read_json
-from nvila.components.model.projector import build_projector
-from nvila.components.model.shards import read_folder
+from nvila.components.model.checkpoint.layouts import open_checkpoint, read_json
+from nvila.components.model.checkpoint.native import checked
+from nvila.components.model.checkpoint.shards import read_folder
+from nvila.components.model.config.config import ModelConfig, model_config
+from nvila.components.model.text.jinja import REFERENCE_NAME
+from nvila.components.model.vision.projector import build_projector
 
 
 def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from nvila.components.data.media import Limits, load_image, load_video_frame
 from nvila.components.data.samples import Label, read_labels
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.preprocess import normalise
+from nvila.components.model.vision.preprocess import normalise
 
 HELD_BACK = 0.05
 """Share of the label records that measures the tower instead of training it."""

@@ -99,8 +99,8 @@ def _through_vllm(model: Path, samples: list[Sample], settings: Settings, out: P
 
 def _through_torch(model: Path, samples: list[Sample], settings: Settings, out: Path) -> list[str]:
     from nvila.components.metrics.answers import Questions, answers
+    from nvila.components.model.checkpoint.quantized import load_quantized
     from nvila.components.model.feed import Feed
-    from nvila.components.model.quantized import load_quantized
 
     nvila, tokenizer = load_quantized(model)
     prompts = Questions.prepare(samples, Feed(tokenizer, nvila.config)).prompts("own")

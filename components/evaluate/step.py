@@ -48,7 +48,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         DataError: a source has no held-out questions.
     """
     from nvila.components.metrics.answers import Questions, answers
-    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.checkpoint.native import load_native
     from nvila.components.model.device import default_device
     from nvila.components.model.feed import Feed
 

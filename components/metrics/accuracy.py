@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from nvila.components.data.samples import Sample
-from nvila.components.model.controls import BREAK
+from nvila.components.model.text.controls import BREAK
 
 Z95 = 1.959964
 

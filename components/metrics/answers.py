@@ -13,9 +13,9 @@ from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.positions import leaves_room, say_unanswered
-from nvila.components.model.preprocess import Visual
-from nvila.components.model.prompt import Prompt
-from nvila.components.model.tokenizer import TokenIds
+from nvila.components.model.text.prompt import Prompt
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.vision.preprocess import Visual
 
 Show = Literal["own", "blank", "other"]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from nvila.components.data.skipped import Skipped
-from nvila.components.model.conversation import IGNORED, Encoded
-from nvila.components.model.preprocess import Visual
+from nvila.components.model.text.conversation import IGNORED, Encoded
+from nvila.components.model.vision.preprocess import Visual
 
 Side = Literal["left", "right"]
 

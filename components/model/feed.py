@@ -14,13 +14,13 @@ from nvila.components.contracts.errors import DataError, NvilaError
 from nvila.components.data.samples import Sample
 from nvila.components.data.skipped import Skipped
 from nvila.components.model.batch import Batch, collate
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import IGNORED, Encoded
-from nvila.components.model.media import load_medium
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.positions import positions
-from nvila.components.model.preprocess import BlockSize, Kind, Medium, Visual
-from nvila.components.model.prompt import Prompt, make_prompt
-from nvila.components.model.tokenizer import TokenIds
+from nvila.components.model.text.conversation import IGNORED, Encoded
+from nvila.components.model.text.prompt import Prompt, make_prompt
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.vision.media import load_medium
+from nvila.components.model.vision.preprocess import BlockSize, Kind, Medium, Visual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

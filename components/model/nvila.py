@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.batch import Batch, collate
-from nvila.components.model.config import ModelConfig, with_vocabulary
-from nvila.components.model.conversation import IGNORED
-from nvila.components.model.generation import (
+from nvila.components.model.config.config import ModelConfig, with_vocabulary
+from nvila.components.model.config.rope import with_rope
+from nvila.components.model.decode.generation import (
     Sampling,
     answer_text,
     decode_steps,
@@ -25,17 +25,17 @@ from nvila.components.model.generation import (
     text_pieces,
     until_stop,
 )
-from nvila.components.model.preprocess import Visual
-from nvila.components.model.projector import Projector, build_projector
-from nvila.components.model.prompt import Prompt
-from nvila.components.model.rope import with_rope
+from nvila.components.model.decode.structured import JsonSchema
 from nvila.components.model.splice import Spliced, splice
-from nvila.components.model.structured import JsonSchema
-from nvila.components.model.templates import stop_tokens
-from nvila.components.model.timetokens import soft_cross_entropy
-from nvila.components.model.tokenizer import TokenIds
-from nvila.components.model.tower import tower_features
-from nvila.components.model.visual import VideoMarks, encode_visuals
+from nvila.components.model.text.conversation import IGNORED
+from nvila.components.model.text.prompt import Prompt
+from nvila.components.model.text.templates import stop_tokens
+from nvila.components.model.text.timetokens import soft_cross_entropy
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.vision.preprocess import Visual
+from nvila.components.model.vision.projector import Projector, build_projector
+from nvila.components.model.vision.tower import tower_features
+from nvila.components.model.vision.visual import VideoMarks, encode_visuals
 
 __all__ = ["NVILA", "Output", "Prompt", "build_model", "init_model", "resized_decoder", "token_logprobs"]
 

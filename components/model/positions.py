@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvila.components.contracts.text import say
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.preprocess import Visual
-from nvila.components.model.prompt import Prompt
-from nvila.components.model.tokenizer import TokenIds
-from nvila.components.model.visual import token_count
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.text.prompt import Prompt
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.vision.preprocess import Visual
+from nvila.components.model.vision.visual import token_count
 
 
 def positions(ids: Sequence[int], visuals: Sequence[Visual], config: ModelConfig, tokens: TokenIds) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.conversation import IGNORED
+from nvila.components.model.text.conversation import IGNORED
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from nvila.components.data.samples import Sample, read_samples
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.metrics.accuracy import is_correct
 from nvila.components.metrics.answers import Questions, answers
-from nvila.components.model.checkpoint import load_native
+from nvila.components.model.checkpoint.native import load_native
 from nvila.components.model.device import default_device
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA, resized_decoder, token_logprobs

@@ -39,7 +39,7 @@ def choose_samples(samples: Sequence[Sample], count: int, seed: int) -> list[Sam
 
 def tower_batches(batches: Sequence[Batch]) -> list[torch.Tensor]:
     """The tower's input of each batch: (T, 3, S, S) normalised tiles; text-only batches give none."""
-    from nvila.components.model.preprocess import normalise
+    from nvila.components.model.vision.preprocess import normalise
 
     return [normalise(torch.cat([v.tiles for v in batch.visuals])) for batch in batches if batch.visuals]
 

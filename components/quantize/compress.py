@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nvila.components.quantize.plan import Group
+from nvila.components.quantize.scheme import Group
 
 if TYPE_CHECKING:
     from nvila.components.contracts.recipe.quantize import QuantizeSettings

@@ -27,7 +27,7 @@ def smooth_tower(model: NVILA, tiles: Sequence[torch.Tensor], alpha: float) -> N
         tiles: calibration batches (T, 3, S, S), normalised.
         alpha: migration strength in [0, 1]; the larger, the smoother the activations.
     """
-    from nvila.components.model.tower import tower_features, used_blocks
+    from nvila.components.model.vision.tower import tower_features, used_blocks
 
     blocks = model.vision_tower.encoder.layers
     blocks = blocks[: used_blocks(len(blocks), model.config.select_layer)]

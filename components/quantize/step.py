@@ -19,7 +19,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
-from nvila.components.quantize.plan import PLAIN, UNUSED, Group, groups, linears, module_map
+from nvila.components.quantize.scheme import PLAIN, UNUSED, Group, groups, linears, module_map
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     """
     import torch
 
-    from nvila.components.model.checkpoint import load_native
-    from nvila.components.model.serving import serving_tensors, write_serving
+    from nvila.components.model.checkpoint.native import load_native
+    from nvila.components.model.checkpoint.serving import serving_tensors, write_serving
     from nvila.components.quantize.compress import quantization_config
 
     began = time.monotonic()
@@ -122,7 +122,7 @@ def _quantize(
     checkpoint: Path,
 ) -> dict[str, torch.Tensor]:
     """Compressed tensors of one part, by serving name."""
-    from nvila.components.model.serving import LLM, TOWER
+    from nvila.components.model.checkpoint.serving import LLM, TOWER
     from nvila.components.quantize.calibrate import decoder_batches, tower_batches
     from nvila.components.quantize.compress import quantize_part
     from nvila.components.quantize.smooth import smooth_tower

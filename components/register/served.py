@@ -17,7 +17,7 @@ from nvila.components.contracts.errors import DataError
 if TYPE_CHECKING:
     import pandas
 
-    from nvila.components.model.preprocess import Kind
+    from nvila.components.model.vision.preprocess import Kind
 
 MEDIA: tuple[Kind, ...] = ("image", "video")
 MAX_NEW_TOKENS = 32
@@ -27,7 +27,7 @@ class Answerer:
     """Answers questions; holds the model."""
 
     def __init__(self, folder: Path) -> None:
-        from nvila.components.model.quantized import load_quantized
+        from nvila.components.model.checkpoint.quantized import load_quantized
 
         self.model, self.tokenizer = load_quantized(folder)
         self.model.eval()
@@ -46,9 +46,9 @@ class Answerer:
         return [self._answer(row, limit) for row in model_input.to_dict("records")]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> str:
-        from nvila.components.model.conversation import Turn, arranged
-        from nvila.components.model.media import load_medium
-        from nvila.components.model.prompt import make_prompt
+        from nvila.components.model.text.conversation import Turn, arranged
+        from nvila.components.model.text.prompt import make_prompt
+        from nvila.components.model.vision.media import load_medium
 
         config = self.model.config
         media: list[tuple[Kind, Any]] = []

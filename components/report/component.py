@@ -13,7 +13,7 @@ def report(
     import shutil
     from functools import partial
 
-    from nvila.components.report.closing import close
+    from nvila.components.report.close_run import close
     from nvila.components.runner.execute import execute
 
     last = partial(close, status.state, status.error_message)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.reader import Form, fill_in, recipe_text, shipped
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.step import Outcome
-from nvila.components.resolve.form import Form, fill_in, recipe_text, shipped
 
 Settings = Form
 ROOT_VARIABLE = "NVILA_ROOT"

@@ -13,7 +13,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import is_correct
-from nvila.components.model.conversation import Part, messages_of
+from nvila.components.model.text.conversation import Part, messages_of
 from nvila.components.rollout.policy import Observation
 from nvila.components.serve import server
 

@@ -34,7 +34,7 @@ from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.handover import FOLDER
-from nvila.components.runner.site import Work, do
+from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
 

@@ -20,7 +20,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.code import code_digest
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 
 FOLDER = ".job"
 """Inside the step's folder; no part of the output."""

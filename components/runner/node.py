@@ -20,7 +20,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.progress import progress_to
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
-from nvila.components.runner.site import machine
+from nvila.components.runner.work import machine
 from nvila.components.tracking.redact import tell
 
 NODE_VARIABLE = "PET_NODE_RANK"

@@ -22,7 +22,7 @@ from nvila.components.data.media import Limits
 from nvila.components.serve.environment import serve_python, serve_variables
 
 if TYPE_CHECKING:
-    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.config.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_answers(path: Path) -> dict[int, str | None]:
 
 def served_config(model_dir: Path) -> ModelConfig:
     """The architecture of a serving folder."""
-    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.config.config import ModelConfig
 
     return ModelConfig.from_json(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"])
 
@@ -126,6 +126,6 @@ def _last_lines(log: Path, count: int = 12) -> str:
 
 
 if __name__ == "__main__":
-    from nvila.components.serve.worker import main
+    from nvila.components.serve.batch_process import main
 
     main(sys.argv[1:])

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the code behind the string below: it belongs to the content key of whatever runs through vLLM
-    from nvila.components.serve import model  # noqa: F401
+    from nvila.components.serve import architecture  # noqa: F401
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 CONNECTOR = "nvila"
@@ -25,7 +25,7 @@ def register() -> None:
     from nvila.components.serve.connector import register_connector
 
     AutoConfig.register(NVILAServingConfig.model_type, NVILAServingConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, f"nvila.components.serve.model:{ARCHITECTURE}")
+    ModelRegistry.register_model(ARCHITECTURE, f"nvila.components.serve.architecture:{ARCHITECTURE}")
     register_connector(CONNECTOR)
     # vLLM picks the connector by this variable; every media URL of the HTTP API then passes through ours.
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)

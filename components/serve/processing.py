@@ -30,10 +30,10 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.controls import IMAGE_TOKEN, VIDEO_TOKEN
-from nvila.components.model.preprocess import Kind, Visual, preprocess_image, preprocess_video
-from nvila.components.model.visual import token_count
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.text.controls import IMAGE_TOKEN, VIDEO_TOKEN
+from nvila.components.model.vision.preprocess import Kind, Visual, preprocess_image, preprocess_video
+from nvila.components.model.vision.visual import token_count
 from nvila.components.serve.config import NVILAServingConfig
 
 MODALITIES: tuple[Kind, ...] = ("image", "video")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
-from nvila.components.model.controls import mend
-from nvila.components.model.conversation import Part, Place
+from nvila.components.model.text.controls import mend
+from nvila.components.model.text.conversation import Part, Place
 from nvila.components.serve.environment import serve_python, serve_variables
 from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
 

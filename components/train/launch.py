@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
+from nvila.components.train.loop import main
 from nvila.components.train.meeting import meet
-from nvila.components.train.worker import main
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig

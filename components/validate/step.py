@@ -16,7 +16,7 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
 from nvila.components.validate.annotations import Row, annotation_files, read_label_rows, read_records
-from nvila.components.validate.docs import page
+from nvila.components.validate.data_docs import page
 from nvila.components.validate.expectations import configuration
 from nvila.components.validate.judge import Result, judge, without
 from nvila.components.validate.listing import media_listing

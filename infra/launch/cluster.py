@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from nvila.infra.launch.job import API
 from nvila.infra.launch.requests import Exists, NotThere, Requests, broken, read
+from nvila.infra.launch.trainjob import API
 
 JOBSET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the pods of a TrainJob: the JobSet made for it, which has its name."""

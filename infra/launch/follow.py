@@ -18,11 +18,11 @@ from nvila.components.contracts.errors import Cancelled, ConfigError, NvilaError
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import folder_of, hand_over, read_outcome
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 from nvila.components.tracking.redact import tell
 from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, RUN_LABEL, Nodes, job_name, label, train_job
 from nvila.infra.launch.state import COMPLETE, FAILED, condition, finished, is_running, why_waiting
+from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, RUN_LABEL, Nodes, job_name, label, train_job
 
 LOOK_SECONDS = 15.0
 """A job is looked at when it changes, and at least this often: its pods change without it."""

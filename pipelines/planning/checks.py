@@ -11,7 +11,7 @@ from typing import Any
 
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.pipelines import site
+from nvila.pipelines.compile import names as site
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"

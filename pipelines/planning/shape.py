@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.recipe.model import ModelSettings
 
 if TYPE_CHECKING:
-    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.config.config import ModelConfig
 
 PARTS = ("vision_tower", "mm_projector", "llm")
 
@@ -52,7 +52,7 @@ class Shape:
     @property
     def tower_blocks(self) -> int:
         """Blocks of the tower that are computed."""
-        from nvila.components.model.tower import used_blocks
+        from nvila.components.model.vision.tower import used_blocks
 
         return used_blocks(int(self.config.vision["num_hidden_layers"]), self.config.select_layer)
 
@@ -69,7 +69,7 @@ def shape_of(settings: ModelSettings) -> Shape | None:
     `hf://` weights say.
     """
     from nvila.components.base.scratch import decoder_config, tower_config
-    from nvila.components.model.config import model_config
+    from nvila.components.model.config.config import model_config
 
     base = settings.base
     if base.vision_tower and base.llm:
@@ -85,10 +85,10 @@ def count(config: ModelConfig) -> Shape:
     """Counts of a configuration."""
     from torch import nn
 
-    from nvila.components.model.describe import image_tokens, video_tokens
-    from nvila.components.model.tower import used_blocks
-    from nvila.components.model.variants import empty_model
-    from nvila.components.model.visual import token_count
+    from nvila.components.model.checkpoint.describe import image_tokens, video_tokens
+    from nvila.components.model.config.variants import empty_model
+    from nvila.components.model.vision.tower import used_blocks
+    from nvila.components.model.vision.visual import token_count
 
     model = empty_model(config)
     blocks = model.vision_tower.encoder.layers
@@ -136,7 +136,7 @@ def _size(module: Any) -> int:
 
 def _named(uri: str, section: str = "") -> dict[str, Any] | None:
     """Configuration of weights: of a local folder, or of a published model by its name."""
-    from nvila.components.model import variants
+    from nvila.components.model.config import variants
 
     if "://" not in uri:
         path = Path(uri, "config.json")

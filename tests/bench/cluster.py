@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cluster_rows import contained, installed, launching
 
-from nvila.components.resolve.form import Form, fill_in, shipped
-from nvila.pipelines.cluster import SIZE_LIMIT_BYTES, compile_pipeline
+from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.pipelines.compile.package import SIZE_LIMIT_BYTES, compile_pipeline
 
 Row = tuple[str, str, float, float, str]
 

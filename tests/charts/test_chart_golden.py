@@ -12,8 +12,8 @@ from typer.main import get_command
 
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
-from nvila.pipelines.cluster import NAME, Launch, compiled
-from nvila.pipelines.site import SECRET, SECRET_KEYS
+from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
+from nvila.pipelines.compile.package import NAME, Launch, compiled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}

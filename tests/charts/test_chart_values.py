@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 
-from nvila.pipelines import site
+from nvila.pipelines.compile import names as site
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.progress import progress_to
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 from nvila.infra.launch import follow, site
 
 

@@ -15,10 +15,10 @@ from launcher import work_from
 
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import write_outcome
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.follow import answers
-from nvila.infra.launch.job import job_name
+from nvila.infra.launch.trainjob import job_name
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 

@@ -15,11 +15,11 @@ from launches import Launch
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Rejected
 from nvila.components.runner.handover import write_verdict
-from nvila.infra.launch import site
+from nvila.infra.launch import launcher as site
 from nvila.infra.launch.cluster import JOBSET_LABEL, Cluster
 from nvila.infra.launch.follow import answers, obtain
-from nvila.infra.launch.job import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, train_job
 from nvila.infra.launch.requests import Patience, Requests
+from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, train_job
 
 SetStatus = Callable[..., None]
 

@@ -139,10 +139,10 @@ def _row(root: Path, name: str, kind: str, media: str, question: str, answer: st
 
 
 def _save_model(folder: Path, texts: list[str]) -> None:
-    from nvila.components.model.checkpoint import save_native
-    from nvila.components.model.config import ModelConfig
+    from nvila.components.model.checkpoint.native import save_native
+    from nvila.components.model.config.config import ModelConfig
     from nvila.components.model.nvila import init_model
-    from nvila.components.model.tokenizer import train_tokenizer
+    from nvila.components.model.text.tokenizer import train_tokenizer
 
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     llm = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.model.config import ModelConfig
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import NVILA, init_model
-from nvila.components.model.tokenizer import train_tokenizer
+from nvila.components.model.text.tokenizer import train_tokenizer
 
 QUESTION = "Which digit is in row 2, column 1?"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.pipelines.access import api_url, token_of
+from nvila.pipelines.kubeflow.access import api_url, token_of
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
-from nvila.components.model.checkpoint import save_native
-from nvila.components.model.config import ModelConfig
+from nvila.components.model.checkpoint.native import save_native
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import init_model
-from nvila.components.model.tokenizer import train_tokenizer
+from nvila.components.model.text.tokenizer import train_tokenizer
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}

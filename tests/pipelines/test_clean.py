@@ -14,7 +14,7 @@ import pytest
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.data.demo.build import ensure
-from nvila.pipelines.clean import busy, clean, main
+from nvila.pipelines.commands.clean import busy, clean, main
 
 ROOT = Path(__file__).parents[2]
 PIPES: dict[str, int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -107,7 +107,7 @@ def test_nothing_goes_while_something_is_at_work(place: Path, lock: str, capsys:
 
 def test_nothing_goes_while_a_run_goes_on(place: Path) -> None:
     """Between two steps no lock is held."""
-    words = ["nvila.pipelines.worker", str(place / "runs" / "r1"), "1"]
+    words = ["nvila.pipelines.local.child", str(place / "runs" / "r1"), "1"]
     with subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()", *words], **PIPES) as worker:
         assert worker.stdout and worker.stdout.readline()
         assert "run is going on" in (busy(place) or "")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from nvila.components.contracts.exits import Exit
-from nvila.components.resolve.form import recipe_text
+from nvila.components.contracts.recipe.reader import recipe_text
 from nvila.pipelines import ask, cli
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.resolve.form import shipped
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
-from nvila.pipelines import site
-from nvila.pipelines.cluster import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled, resources
-from nvila.pipelines.references import dangling_references
+from nvila.pipelines.compile import names as site
+from nvila.pipelines.compile.package import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled, resources
+from nvila.pipelines.compile.references import dangling_references
 from nvila.pipelines.steps import STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lifecycle.json"

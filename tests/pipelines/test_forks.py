@@ -14,7 +14,7 @@ import psutil
 import pytest
 from kfp import dsl, local
 
-from nvila.pipelines import forks
+from nvila.pipelines.local.run import forks
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -133,7 +133,7 @@ def test_no_import_asks_for_a_gpu() -> None:
     code = (
         "import torch\n"
         "from importlib import import_module\n"
-        "from nvila.pipelines.forks import _ALWAYS_NEEDED, _FOR_WORK\n"
+        "from nvila.pipelines.local.forks import _ALWAYS_NEEDED, _FOR_WORK\n"
         "def refuse(*given): raise AssertionError('asked for a GPU')\n"
         "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
         "    setattr(torch.cuda, name, refuse)\n"
@@ -155,7 +155,7 @@ def test_a_task_ends_with_the_worker(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         "from pathlib import Path\n"
-        "from nvila.pipelines.forks import _Forks\n"
+        "from nvila.pipelines.local.forks import _Forks\n"
         "_Forks(Path()).run(json.loads(sys.argv[1]))"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, json.dumps(command(source, "wait", tmp_path))])

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
-from nvila.pipelines import local
-from nvila.pipelines.closing import show_closing
-from nvila.pipelines.local import _exit_code, _last_alive, _write_report
+from nvila.pipelines.local.run import _exit_code, _last_alive, _write_report
+from nvila.pipelines.local.run import run as local
+from nvila.pipelines.show.results import show_closing
+from nvila.pipelines.show.summary import Finished, write_summary
 from nvila.pipelines.steps import STEPS
-from nvila.pipelines.summary import Finished, write_summary
 
 HOLDER = """
 import fcntl, subprocess, sys, time

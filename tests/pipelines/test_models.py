@@ -12,8 +12,8 @@ from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
-from nvila.pipelines import checkpoints
-from nvila.pipelines.models import find_model
+from nvila.pipelines.commands import checkpoints
+from nvila.pipelines.commands.models import find_model
 
 
 def made(root: Path, weights: str = "weights") -> Manifest:

@@ -4,7 +4,7 @@ import pytest
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import merge
-from nvila.pipelines.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import parse_overrides
 
 CONTENT = {"evaluate": {"limit": 5, "sources": ["a"]}, "train": {"stages": [{"rate": 1, "batch": 2}, {"rate": 3}]}}
 

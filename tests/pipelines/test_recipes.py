@@ -2,8 +2,8 @@
 
 import pytest
 
+from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
 from nvila.components.contracts.recipe.recipe import Recipe, slices
-from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.steps import STEPS
 
 PAPER = ["nvila-lite-2b", "nvila-lite-8b", "nvila-8b", "nvila-15b", "nvila-8b-video"]

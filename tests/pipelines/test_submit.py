@@ -25,14 +25,14 @@ from typer.testing import CliRunner
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.runner.code import code_digest
-from nvila.pipelines import cluster
-from nvila.pipelines import submit as submitting
 from nvila.pipelines.cli import app
-from nvila.pipelines.cluster import NAME
-from nvila.pipelines.server import Server, ServerDown
+from nvila.pipelines.compile import package as cluster
+from nvila.pipelines.compile.package import NAME
+from nvila.pipelines.kubeflow import submit as submitting
+from nvila.pipelines.kubeflow.server import Server, ServerDown
+from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
+from nvila.pipelines.show.watch import Watch
 from nvila.pipelines.steps import STEPS
-from nvila.pipelines.submit import Version, Wanted, namespace_of, upload
-from nvila.pipelines.watch import Watch
 
 SHARED = Wanted()
 COMPILED = functools.cache(cluster.compiled)

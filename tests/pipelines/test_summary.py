@@ -15,12 +15,12 @@ from rich.console import Console
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.text import visible
-from nvila.pipelines import closing
-from nvila.pipelines.local import _exit_code, _new_run, _point_latest
-from nvila.pipelines.memory import MemorySampler, pss_bytes
+from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
+from nvila.pipelines.local.run import _exit_code, _new_run, _point_latest
+from nvila.pipelines.show import results as closing
+from nvila.pipelines.show.summary import Finished, write_summary
+from nvila.pipelines.show.watch import Watch, read_states
 from nvila.pipelines.steps import STEPS
-from nvila.pipelines.summary import Finished, write_summary
-from nvila.pipelines.watch import Watch, read_states
 
 BLIND = {"kind": "question text", "accuracy": 0.3, "low": 0.2, "high": 0.4}
 ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "n": 1000, "majority": 0.1, "question_only": BLIND}

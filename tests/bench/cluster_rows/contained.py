@@ -14,8 +14,8 @@ from unittest import mock
 from kfp.local.status import Status
 from kfp.local.subprocess_task_handler import SubprocessTaskHandler
 
+from nvila.components.contracts.recipe.reader import Form, fill_in
 from nvila.components.data.demo import ensure
-from nvila.components.resolve.form import Form, fill_in
 
 sys.path.append(str(Path(__file__).parents[2] / "infra/images"))
 import first_steps

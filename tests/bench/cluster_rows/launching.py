@@ -19,8 +19,8 @@ from kube import CRDS, ApiServer, install_crd, wait_for, write_kubeconfig, write
 from launches import Launch
 
 from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.job import STEP_LABEL
 from nvila.infra.launch.requests import Requests
+from nvila.infra.launch.trainjob import STEP_LABEL
 
 OUTAGE_SECONDS = 30.0
 Row = tuple[str, str, float, float, str]

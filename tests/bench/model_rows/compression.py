@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from model_rows.measure import Measured, apart
 
-from nvila.components.model.variants import QWEN_1_5B, VARIANTS
-from nvila.components.model.visual import token_count
+from nvila.components.model.config.variants import QWEN_1_5B, VARIANTS
+from nvila.components.model.vision.visual import token_count
 
 
 def rows() -> Iterator[Measured]:

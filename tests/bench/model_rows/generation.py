@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from model_rows.measure import Measured, pair
 
-from nvila.components.model.generation import Sampling, decode_tokens
+from nvila.components.model.config.variants import QWEN_1_5B
+from nvila.components.model.decode.generation import Sampling, decode_tokens
 from nvila.components.model.splice import Spliced
-from nvila.components.model.variants import QWEN_1_5B
 
 PROMPT = 64
 TINY = {

@@ -9,11 +9,11 @@ import torch
 from model_rows.measure import Measured, apart, pair
 from torch.nn import functional as F
 
-from nvila.components.model.preprocess import Visual
-from nvila.components.model.projector import build_projector
-from nvila.components.model.tower import tower_features
-from nvila.components.model.variants import SIGLIP, VARIANTS
-from nvila.components.model.visual import encode_visuals
+from nvila.components.model.config.variants import SIGLIP, VARIANTS
+from nvila.components.model.vision.preprocess import Visual
+from nvila.components.model.vision.projector import build_projector
+from nvila.components.model.vision.tower import tower_features
+from nvila.components.model.vision.visual import encode_visuals
 
 
 def rows() -> Iterator[Measured]:

@@ -11,10 +11,10 @@ import torch
 from model_rows.measure import Measured, pair
 from PIL import Image
 
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.preprocess import normalise, preprocess_image
-from nvila.components.model.tiling import Grid, dynamic_grid, dynamic_s2_grid
-from nvila.components.model.variants import VARIANTS
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.config.variants import VARIANTS
+from nvila.components.model.vision.preprocess import normalise, preprocess_image
+from nvila.components.model.vision.tiling import Grid, dynamic_grid, dynamic_s2_grid
 
 SIDE = 448
 WHOLE = "Pillow resize per scale, crop, the reference's whole processor per tile; tiles equal"

@@ -18,7 +18,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
-from nvila.components.model.checkpoint import load_native
+from nvila.components.model.checkpoint.native import load_native
 
 
 def settings(**changes: Any) -> ModelSettings:
@@ -107,9 +107,9 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     from PIL import Image
 
     from nvila.components.base.scratch import decoder_config, tower_config
-    from nvila.components.model.config import model_config
+    from nvila.components.model.config.config import model_config
     from nvila.components.model.nvila import init_model
-    from nvila.components.model.tokenizer import train_tokenizer
+    from nvila.components.model.text.tokenizer import train_tokenizer
 
     generator = torch.Generator().manual_seed(0)
     rows = []

@@ -109,9 +109,9 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     """A picture of 51 megapixels passed validation under a recipe that allows 60, and stopped training hours later."""
     from nvila.components.base.tower import read_label_records
     from nvila.components.metrics.answers import Questions
-    from nvila.components.model.checkpoint import read_config
+    from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed
-    from nvila.components.model.tokenizer import load_tokenizer
+    from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.report.collect import RunView, StepView
     from nvila.components.report.gallery import cards
 
@@ -139,8 +139,8 @@ def test_what_the_recipe_allows_reaches_vllm(
 ) -> None:
     """The questions to the quantized model are asked by another process, which knows no table."""
     from nvila.components.evaluate import quantized
-    from nvila.components.model.checkpoint import read_config
-    from nvila.components.model.tokenizer import load_tokenizer
+    from nvila.components.model.checkpoint.native import read_config
+    from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.serve import batch, worker
 
     out = validated(tmp_path, **ALLOWED)

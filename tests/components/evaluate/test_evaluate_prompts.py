@@ -10,10 +10,10 @@ from servable import picture, servable_model
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.evaluate.quantized import Settings, _through_vllm
 from nvila.components.metrics.answers import Questions
+from nvila.components.model.checkpoint.serving import chat_template
 from nvila.components.model.feed import Feed
-from nvila.components.model.serving import chat_template
 from nvila.components.rollout.pinned import _pinned
-from nvila.components.serve import batch, server, worker
+from nvila.components.serve import batch, batch_process, server
 
 QUESTIONS = {
     "<image>\nWhich plate is it?": 1,
@@ -54,7 +54,7 @@ def test_every_step_asks_the_same(mode: str, tmp_path: Path, monkeypatch: pytest
         lone = len(sample.media) == 1 and mode == "dynamic"
         ours = prompt if not lone else type(prompt)(prompt.turns, markers=["<image>\n"])
         ids = ours.encode(tokenizer, generate=True).input_ids
-        quantized = worker._prompt(tokenizer, asdict(request), model.config)
+        quantized = batch_process._prompt(tokenizer, asdict(request), model.config)
         assert quantized["prompt_token_ids"] == ids, sample.conversations[0].text
         assert len(quantized["multi_modal_data"]["image"]) == len(sample.media) == ids.count(image)
         pinned = _pinned({"id": sample.id, "prediction": "x", "answer": "x"}, sample)

@@ -10,9 +10,9 @@ import torch
 
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.answers import Questions, _displaced, answers
-from nvila.components.model.checkpoint import load_native
+from nvila.components.model.checkpoint.native import load_native
 from nvila.components.model.feed import Feed
-from nvila.components.model.preprocess import normalise
+from nvila.components.model.vision.preprocess import normalise
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.checkpoint import load_native, save_native
-from nvila.components.model.convert import convert
-from nvila.components.model.describe import describe, render
-from nvila.components.model.loading import load
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.describe import describe, render
+from nvila.components.model.checkpoint.loading import load
+from nvila.components.model.checkpoint.native import load_native, save_native
 from nvila.components.model.nvila import NVILA, init_model
 
 PROJECTORS = [

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.conversation import Message, Place, Turn, arranged, encode, messages_of, render
-from nvila.components.model.preprocess import preprocess_image
-from nvila.components.model.prompt import make_prompt
+from nvila.components.model.text.conversation import Message, Place, Turn, arranged, encode, messages_of, render
+from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.vision.preprocess import preprocess_image
 
 DIALOGUE = [
     Turn("human", "<image>\nIs the circle red?"),

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model import convert as module
-from nvila.components.model.checkpoint import read_config, save_native
-from nvila.components.model.convert import convert
-from nvila.components.model.describe import describe, render
-from nvila.components.model.layouts import open_checkpoint, recognise
-from nvila.components.model.loading import load
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.describe import describe, render
+from nvila.components.model.checkpoint.layouts import open_checkpoint, recognise
+from nvila.components.model.checkpoint.loading import load
+from nvila.components.model.checkpoint.native import convert as module
+from nvila.components.model.checkpoint.native import read_config, save_native
 from nvila.components.model.nvila import NVILA, init_model
-from nvila.components.model.preprocess import preprocess_image
+from nvila.components.model.vision.preprocess import preprocess_image
 
 LAYOUTS = ("native", "vila", "hf", "serving")
 
@@ -112,7 +112,7 @@ def test_serving_answers_like_the_model(saved: Path, tmp_path: Path, model: NVIL
 
 def test_dtype_is_rounded_like_torch(saved: Path, tmp_path: Path, model: NVILA, monkeypatch: Any) -> None:
     """Prevents pieces from being cast or joined wrongly: the cast in small pieces is the cast of the whole."""
-    monkeypatch.setattr("nvila.components.model.tensorfile.PIECE_ELEMENTS", 97)
+    monkeypatch.setattr("nvila.components.model.checkpoint.tensorfile.PIECE_ELEMENTS", 97)
     convert(saved, tmp_path / "half", "native", dtype="bfloat16")
     stored = load_file(tmp_path / "half/llm/model.safetensors")
     assert all(torch.equal(t, model.llm.state_dict()[name].bfloat16()) for name, t in stored.items())
@@ -245,10 +245,10 @@ def test_description(saved: Path, tmp_path: Path, model: NVILA, layout: str) -> 
 PEAK = """
 import json, resource, sys
 from pathlib import Path
-from nvila.components.model.convert import convert
-from nvila.components.model.layouts import open_checkpoint
-from nvila.components.model.tokenizer import TokenIds, load_tokenizer
-from nvila.components.model.variants import empty_model
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.layouts import open_checkpoint
+from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
+from nvila.components.model.config.variants import empty_model
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 checkpoint = open_checkpoint(source)
 empty_model(checkpoint.config, TokenIds.of(load_tokenizer(checkpoint.tokenizer)))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nvila.components.data.samples import read_samples
-from nvila.components.model.checkpoint import read_config
+from nvila.components.model.checkpoint.native import read_config
 from nvila.components.model.feed import Feed
-from nvila.components.model.tokenizer import load_tokenizer
+from nvila.components.model.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.conversation import Turn, render, split_media
-from nvila.components.model.generation import Sampling, nucleus, text_pieces
+from nvila.components.model.decode.generation import Sampling, nucleus, text_pieces
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.prompt import make_prompt
+from nvila.components.model.text.conversation import Turn, render, split_media
+from nvila.components.model.text.prompt import make_prompt
 
 Picture = Callable[..., Image.Image]
 

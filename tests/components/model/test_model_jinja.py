@@ -8,15 +8,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.checkpoint import load_native, save_native
-from nvila.components.model.conversation import Turn, render
-from nvila.components.model.convert import convert
-from nvila.components.model.jinja import chat_template, read_template
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.native import load_native, save_native
+from nvila.components.model.checkpoint.quantized import load_quantized
+from nvila.components.model.checkpoint.serving import write_serving
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.quantized import load_quantized
-from nvila.components.model.serving import write_serving
-from nvila.components.model.templates import QWEN2, TEMPLATES, stop_tokens, template_of
+from nvila.components.model.text.conversation import Turn, render
+from nvila.components.model.text.jinja import chat_template, read_template
+from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.text.templates import QWEN2, TEMPLATES, stop_tokens, template_of
 
 CHATML = (
     "{% for message in messages %}DEFAULT{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"

@@ -7,13 +7,13 @@ from PIL import Image
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.batch import Batch, collate
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.conversation import Turn
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import NVILA, Prompt, build_model, init_model, resized_decoder, token_logprobs
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.tokenizer import TokenIds
-from nvila.components.model.tower import tower_features
-from nvila.components.model.visual import token_count
+from nvila.components.model.text.conversation import Turn
+from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.vision.tower import tower_features
+from nvila.components.model.vision.visual import token_count
 
 Picture = Callable[..., Image.Image]
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.pooling import temporal_pool
+from nvila.components.model.vision.pooling import temporal_pool
 
 
 @pytest.mark.parametrize("pool", [(1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 1, 4), (2, 2, 2)])

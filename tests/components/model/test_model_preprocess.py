@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.preprocess import normalise, preprocess_image, preprocess_video
-from nvila.components.model.tiling import dynamic_grid, dynamic_s2_grid
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.vision.preprocess import normalise, preprocess_image, preprocess_video
+from nvila.components.model.vision.tiling import dynamic_grid, dynamic_s2_grid
 
 Configure = Callable[..., ModelConfig]
 Picture = Callable[..., Image.Image]

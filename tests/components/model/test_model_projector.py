@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.projector import SpaceToChannel, build_projector, projected_side
-from nvila.components.model.resampler import TokenLearner
+from nvila.components.model.vision.projector import SpaceToChannel, build_projector, projected_side
+from nvila.components.model.vision.resampler import TokenLearner
 
 
 @given(st.integers(1, 2), st.integers(1, 9), st.sampled_from([2, 3]), st.integers(1, 3))

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvila.components.model.controls import CONTROLS, MARKERS, break_up, control_strings, mend, settled
-from nvila.components.model.conversation import Message, Place, Turn, encode, messages_of
-from nvila.components.model.generation import answer_text, text_pieces
-from nvila.components.model.serving import chat_template
-from nvila.components.model.templates import TEMPLATES
+from nvila.components.model.checkpoint.serving import chat_template
+from nvila.components.model.decode.generation import answer_text, text_pieces
+from nvila.components.model.text.controls import CONTROLS, MARKERS, break_up, control_strings, mend, settled
+from nvila.components.model.text.conversation import Message, Place, Turn, encode, messages_of
+from nvila.components.model.text.templates import TEMPLATES
 
 FRAGMENTS = [*CONTROLS[:3], *MARKERS, "<|vision_start|>", "[PAD]", "<|im_", "end|>", "<ima", "ge>", "<vila/", "video>"]
 FRAGMENTS += ["<", "|", ">", "\u200b", "\u226e", "\u0338", "\u212a", " ", "\n", "\n\n", "\t", "\u3000", "\u00a0"]
@@ -113,7 +113,7 @@ def test_what_the_template_does_not_know_is_refused(tokenizer: Any, content: Any
 
 def test_a_tokenizers_own_special_tokens_are_broken_up() -> None:
     """Prevents a foreign tokenizer's control tokens from being typed; ordinary added tokens stay one token."""
-    from nvila.components.model.tokenizer import train_tokenizer, written_template
+    from nvila.components.model.text.tokenizer import train_tokenizer, written_template
 
     tokenizer = train_tokenizer(["a b"], 300)
     tokenizer.add_tokens(["<|own|>"], special_tokens=True)

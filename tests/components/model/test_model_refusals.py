@@ -6,15 +6,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.checkpoint import image_processor, load_flat, load_native, save_native
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.convert import convert
-from nvila.components.model.describe import describe
-from nvila.components.model.layouts import open_checkpoint
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.describe import describe
+from nvila.components.model.checkpoint.layouts import open_checkpoint
+from nvila.components.model.checkpoint.native import image_processor, load_flat, load_native, save_native
+from nvila.components.model.checkpoint.quantized import load_quantized
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import init_model
-from nvila.components.model.quantized import load_quantized
-from nvila.components.model.timetokens import add_time_tokens
-from nvila.components.model.tokenizer import load_tokenizer, save_tokenizer, with_markers
+from nvila.components.model.text.timetokens import add_time_tokens
+from nvila.components.model.text.tokenizer import load_tokenizer, save_tokenizer, with_markers
 
 ENCODERS = "llava.model.encoders."
 HD_PICTURES = {

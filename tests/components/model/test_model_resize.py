@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nvila.components.model import resize as subject
-from nvila.components.model.resize import resize
+from nvila.components.model.vision import resize as subject
+from nvila.components.model.vision.resize import resize
 
 PICTURES = ("noise", "black and white", "stripes", "blocks", "ramp")
 

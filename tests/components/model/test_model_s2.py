@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.s2 import merge_chessboard, merge_scales, split_chessboard, tiles_per_unit
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.vision.s2 import merge_chessboard, merge_scales, split_chessboard, tiles_per_unit
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.conversation import Turn
+from nvila.components.model.decode.structured import JsonSchema
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.prompt import Prompt, make_prompt
-from nvila.components.model.structured import JsonSchema
+from nvila.components.model.text.conversation import Turn
+from nvila.components.model.text.prompt import Prompt, make_prompt
 
 Picture = Callable[..., Image.Image]
 SHAPE: dict[str, Any] = {

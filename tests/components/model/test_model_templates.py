@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from nvila.components.model.conversation import Turn, encode, render
-from nvila.components.model.templates import TEMPLATES, stop_tokens, template_for
+from nvila.components.model.text.conversation import Turn, encode, render
+from nvila.components.model.text.templates import TEMPLATES, stop_tokens, template_for
 
 TALK = [Turn("human", "<image>\nA?"), Turn("gpt", "b"), Turn("human", "C?"), Turn("gpt", "d")]
 VICUNA = (

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvila.components.model.tiling import candidate_grids, closest_grid, dynamic_grid, dynamic_s2_grid
+from nvila.components.model.vision.tiling import candidate_grids, closest_grid, dynamic_grid, dynamic_s2_grid
 
 
 def test_candidates_of_nvila() -> None:

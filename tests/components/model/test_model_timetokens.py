@@ -7,17 +7,17 @@ import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.batch import collate
-from nvila.components.model.conversation import Turn
 from nvila.components.model.nvila import init_model
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.timetokens import (
+from nvila.components.model.text.conversation import Turn
+from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.text.timetokens import (
     add_time_tokens,
     soft_cross_entropy,
     time_token_ids,
     to_seconds,
     to_time_tokens,
 )
-from nvila.components.model.tokenizer import load_tokenizer, save_tokenizer, with_markers
+from nvila.components.model.text.tokenizer import load_tokenizer, save_tokenizer, with_markers
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.conversation import Turn, encode
-from nvila.components.model.tokenizer import SPECIAL, TokenIds, load_tokenizer, save_tokenizer, train_tokenizer
+from nvila.components.model.text.conversation import Turn, encode
+from nvila.components.model.text.tokenizer import SPECIAL, TokenIds, load_tokenizer, save_tokenizer, train_tokenizer
 
 TEXTS = ["Which digit is in row 2?", "12345 naïve café 東京 🎈\n\t x", "<|im_start|>user\nhi<|im_end|>\n<image>"]
 

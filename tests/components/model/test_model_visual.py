@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nvila.components.model import s2
-from nvila.components.model.config import ModelConfig
-from nvila.components.model.preprocess import Visual, preprocess_image, preprocess_video
-from nvila.components.model.projector import build_projector
-from nvila.components.model.visual import VideoMarks, encode_visuals, token_count
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.vision import s2
+from nvila.components.model.vision.preprocess import Visual, preprocess_image, preprocess_video
+from nvila.components.model.vision.projector import build_projector
+from nvila.components.model.vision.visual import VideoMarks, encode_visuals, token_count
 
 Configure = Callable[..., ModelConfig]
 NEWLINE = torch.full((8,), 7.0)

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.checkpoint import load_native, save_native
-from nvila.components.model.convert import convert
-from nvila.components.model.describe import describe, render
-from nvila.components.model.loading import load
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.describe import describe, render
+from nvila.components.model.checkpoint.loading import load
+from nvila.components.model.checkpoint.native import load_native, save_native
+from nvila.components.model.checkpoint.quantized import load_quantized
+from nvila.components.model.checkpoint.serving import write_serving
+from nvila.components.model.checkpoint.tensorfile import is_finite
 from nvila.components.model.nvila import NVILA, init_model
-from nvila.components.model.quantized import load_quantized
-from nvila.components.model.serving import write_serving
-from nvila.components.model.tensorfile import is_finite
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

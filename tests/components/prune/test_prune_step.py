@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_answer(small: Any, tmp_path: Path, here: list[A
     import torch
 
     from nvila.components.data.samples import read_samples
-    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.checkpoint.native import load_native
     from nvila.components.model.feed import Feed
 
     path = str(small.model.dir("model"))

@@ -14,7 +14,7 @@ from servable import clip, manifest, picture, sample_row, servable_model
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import write_samples
-from nvila.components.model.checkpoint import save_native
+from nvila.components.model.checkpoint.native import save_native
 from nvila.components.quantize.step import Settings, run
 
 

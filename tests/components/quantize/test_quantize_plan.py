@@ -7,9 +7,9 @@ from servable import sample_row, servable_model
 from nvila.components.contracts.errors import ConfigError, QuantizationError
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.data.samples import Sample
-from nvila.components.model.tower import tower_features
+from nvila.components.model.vision.tower import tower_features
 from nvila.components.quantize.calibrate import choose_samples
-from nvila.components.quantize.plan import module_map
+from nvila.components.quantize.scheme import module_map
 from nvila.components.quantize.smooth import smooth_tower
 
 TOWER = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"

@@ -11,10 +11,10 @@ from servable import QUESTION
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.model.checkpoint import load_native, read_tensors
-from nvila.components.model.conversation import Turn
-from nvila.components.model.describe import describe, render
-from nvila.components.model.quantized import DynamicInt8Linear, load_quantized, unpack_w4
+from nvila.components.model.checkpoint.describe import describe, render
+from nvila.components.model.checkpoint.native import load_native, read_tensors
+from nvila.components.model.checkpoint.quantized import DynamicInt8Linear, load_quantized, unpack_w4
+from nvila.components.model.text.conversation import Turn
 from nvila.components.quantize.step import Settings, _calibration, run
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def ask(quantized: Quantized) -> Callable[[Any, Any], torch.Tensor]:
     from PIL import Image
 
     from nvila.components.model.batch import collate
-    from nvila.components.model.prompt import make_prompt
+    from nvila.components.model.text.prompt import make_prompt
 
     root = Path(quantized.inputs["samples"].folder).parent / "data"
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.convert import convert
-from nvila.components.model.quantized import load_quantized
+from nvila.components.model.checkpoint.convert import convert
+from nvila.components.model.checkpoint.quantized import load_quantized
 
 if TYPE_CHECKING:
     from conftest import Quantized

@@ -109,9 +109,11 @@ def test_registered_model_loads_through_mlflow_and_answers(
         assert (Path(folder) / "model.safetensors").read_text() == "weights"
         return Small(), None
 
-    monkeypatch.setitem(sys.modules, "nvila.components.model.quantized", types.SimpleNamespace(load_quantized=load))
+    monkeypatch.setitem(
+        sys.modules, "nvila.components.model.checkpoint.quantized", types.SimpleNamespace(load_quantized=load)
+    )
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
-    monkeypatch.setitem(sys.modules, "nvila.components.model.prompt", prompt)
+    monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
     run(SETTINGS, register_inputs, tmp_path)
 
     import mlflow
@@ -142,9 +144,9 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
     from servable import clip, servable_model
 
     from nvila.components.data.media import load_video_frames
-    from nvila.components.model.conversation import Turn
-    from nvila.components.model.prompt import Prompt, make_prompt
-    from nvila.components.model.serving import write_serving
+    from nvila.components.model.checkpoint.serving import write_serving
+    from nvila.components.model.text.conversation import Turn
+    from nvila.components.model.text.prompt import Prompt, make_prompt
     from nvila.components.register.served import Answerer
 
     model, tokenizer = servable_model(fps=4.0)

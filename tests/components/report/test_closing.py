@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nvila.components.report import closing
-from nvila.components.report.closing import Ending, close, ending, notice
+from nvila.components.report import close_run as closing
+from nvila.components.report.close_run import Ending, close, ending, notice
 from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG
 from nvila.components.tracking.connect import connected

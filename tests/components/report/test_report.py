@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.report.closing import Ending, notice
+from nvila.components.report.close_run import Ending, notice
 from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG, duration
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
-from nvila.pipelines.docs import steps_table
+from nvila.pipelines.show.readme import steps_table
 from nvila.pipelines.steps import STEPS
 
 MakeRun = Callable[..., Path]

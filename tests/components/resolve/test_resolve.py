@@ -8,8 +8,8 @@ import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
+from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, recipe_text, shipped
 from nvila.components.resolve import step
-from nvila.components.resolve.form import Form, fill_in, parse_yaml, recipe_text, shipped
 
 TINY = recipe_text("tiny")
 

@@ -8,7 +8,7 @@ import pytest
 
 from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
-from nvila.components.model.conversation import Place
+from nvila.components.model.text.conversation import Place
 from nvila.components.rollout import local
 from nvila.components.rollout import step as rollout
 from nvila.components.rollout.endpoint import Endpoint

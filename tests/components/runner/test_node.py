@@ -22,7 +22,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.store import Store
 from nvila.components.runner import execute, handover
 from nvila.components.runner.execute import Place, perform
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 
 STEP = """
 import os, time

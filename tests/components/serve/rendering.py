@@ -15,10 +15,10 @@ def main(folder: Path) -> None:
     from vllm.renderers.hf import HfRenderer, resolve_chat_template_content_format
     from vllm.tokenizers import get_tokenizer
 
-    from nvila.components.model.config import ModelConfig
-    from nvila.components.model.tokenizer import load_tokenizer
+    from nvila.components.model.config.config import ModelConfig
+    from nvila.components.model.text.tokenizer import load_tokenizer
+    from nvila.components.serve.batch_process import _prompt
     from nvila.components.serve.plugin import register
-    from nvila.components.serve.worker import _prompt
 
     register()
     for model in sorted(path.parent for path in folder.glob("*/cases.json")):

@@ -9,10 +9,10 @@ from servable import picture, servable_model
 from transformers import AutoTokenizer, Qwen2Config
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.conversation import Turn, render
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.quantized import load_quantized
-from nvila.components.model.serving import chat_template, serving_tensors, write_serving
+from nvila.components.model.checkpoint.quantized import load_quantized
+from nvila.components.model.checkpoint.serving import chat_template, serving_tensors, write_serving
+from nvila.components.model.text.conversation import Turn, render
+from nvila.components.model.text.prompt import make_prompt
 
 
 def test_serving_folder_gives_the_same_answers(tmp_path: Path) -> None:

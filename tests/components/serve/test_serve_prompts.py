@@ -13,10 +13,10 @@ import torch
 from servable import clip, picture, servable_model
 
 from nvila.components.contracts.errors import PreflightError
-from nvila.components.model.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, messages_of
-from nvila.components.model.media import load_medium
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.serving import write_serving_files
+from nvila.components.model.checkpoint.serving import write_serving_files
+from nvila.components.model.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, messages_of
+from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.vision.media import load_medium
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request
 from nvila.components.serve.environment import serve_python, serve_variables

@@ -20,11 +20,11 @@ from servable import clip, manifest, picture, sample_row, servable_model
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.data.media import load_image, load_video_frames
 from nvila.components.metrics.answers import answers
-from nvila.components.model.conversation import Turn, messages_of
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.positions import positions
-from nvila.components.model.prompt import Prompt, make_prompt
-from nvila.components.model.tokenizer import TokenIds
+from nvila.components.model.text.conversation import Turn, messages_of
+from nvila.components.model.text.prompt import Prompt, make_prompt
+from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request, generate_with_vllm
 from nvila.components.serve.environment import serve_python
@@ -79,8 +79,8 @@ def test_quantized_checkpoint_in_vllm_answers_as_in_torch(
     """W8A8 tower and W4A16 decoder in one checkpoint: vLLM must read each part by its own scheme. A question that is
     too long for the model must not end the evaluation of all others; torch leaves it unanswered."""
     from nvila.components.data.samples import write_samples
-    from nvila.components.model.checkpoint import save_native
-    from nvila.components.model.quantized import load_quantized
+    from nvila.components.model.checkpoint.native import save_native
+    from nvila.components.model.checkpoint.quantized import load_quantized
     from nvila.components.quantize.step import Settings, run
 
     model, tokenizer = servable_model()
@@ -120,7 +120,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    from nvila.components.model.serving import write_serving
+    from nvila.components.model.checkpoint.serving import write_serving
 
     root = tmp_path_factory.mktemp("served")
     model, tokenizer = servable_model()

@@ -14,11 +14,11 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
     """Weights (fp32 masters), and loss and tokens of each step: AdamW on the mean over a batch's supervised tokens."""
     import torch
 
-    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.checkpoint.native import load_native
     from nvila.components.model.feed import Feed
     from nvila.components.train.data import stage_samples
+    from nvila.components.train.loop import set_trainable
     from nvila.components.train.schedule import warmup_cosine
-    from nvila.components.train.worker import set_trainable
 
     torch.manual_seed(job.seed)
     stage, low = job.stage, job.run.precision == "bf16"
@@ -73,7 +73,7 @@ def main() -> None:
     """
     from nvila.components.contracts.errors import NvilaError
     from nvila.components.train.engine import Engine
-    from nvila.components.train.worker import train
+    from nvila.components.train.loop import train
 
     class Never:
         asked = False

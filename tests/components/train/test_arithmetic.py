@@ -93,7 +93,7 @@ def test_weights_are_those_of_plain_torch(
     make_job: MakeJob, samples: str, wanted: dict[str, Any], precision: str, zero: int, micro: int
 ) -> None:
     """A mean of micro batches' means gives the tokens of short answers many times the weight of those of long ones."""
-    from nvila.components.train.worker import train
+    from nvila.components.train.loop import train
 
     job = make_job(
         "a", stage=STAGE | {"micro_batch": micro}, run={"precision": precision, "zero": zero}, samples=samples
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_ends_the_stage(
     import torch
 
     from nvila.components.model.nvila import NVILA
-    from nvila.components.train.worker import train
+    from nvila.components.train.loop import train
 
     calls = []
 
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_are_not_written(
     import torch
 
     from nvila.components.train.engine import Engine
-    from nvila.components.train.worker import train
+    from nvila.components.train.loop import train
 
     take = Engine.step
 

@@ -13,8 +13,8 @@ from test_worker import Stop, changed_parts, losses, weights
 from nvila.components.contracts.errors import Preempted
 from nvila.components.train.checkpoints import RECORD
 from nvila.components.train.job import Job
+from nvila.components.train.loop import train
 from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
-from nvila.components.train.worker import train
 
 MakeJob = Callable[..., Job]
 

@@ -19,7 +19,7 @@ from nvila.components.contracts.errors import DataError, NvilaError, Preempted, 
 from nvila.components.contracts.exits import Exit
 from nvila.components.train import launch as launching
 from nvila.components.train.job import Job
-from nvila.components.train.worker import StopRequest
+from nvila.components.train.loop import StopRequest
 
 MakeJob = Callable[..., Job]
 LAUNCH = """

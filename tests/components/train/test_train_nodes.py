@@ -17,7 +17,7 @@ import pytest
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.runner.handover import hand_over, read_outcome
-from nvila.components.runner.site import Work
+from nvila.components.runner.work import Work
 from nvila.components.train import meeting
 
 

@@ -12,8 +12,8 @@ import pytest
 from nvila.components.contracts.errors import DataError, Preempted, TrainingError
 from nvila.components.contracts.exits import Exit
 from nvila.components.train.job import Job
+from nvila.components.train.loop import StopRequest, _share_of, train
 from nvila.components.train.losses import read_losses
-from nvila.components.train.worker import StopRequest, _share_of, train
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 MakeJob = Callable[..., Job]
@@ -128,7 +128,7 @@ def test_micro_batches_give_the_same_model(make_job: MakeJob) -> None:
 
 def test_longer_rows_are_cut_and_the_limit_is_not_saved(make_job: MakeJob) -> None:
     """A stage's `max_length_tokens` without effect, or one that shortens the model for good."""
-    from nvila.components.model.checkpoint import read_config
+    from nvila.components.model.checkpoint.native import read_config
 
     with pytest.raises(DataError, match=r"no supervised token is left .* = 8 \(\d+: colours/sft/"):
         train(make_job("short", stage={"max_length_tokens": 8}), Stop())

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from nvila.components.contracts.exits import Exit
-from nvila.components.resolve.form import Form, fill_in
-from nvila.pipelines.cluster import compile_pipeline
+from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.pipelines.compile.package import compile_pipeline
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[3]

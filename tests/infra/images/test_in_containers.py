@@ -10,8 +10,8 @@ import pytest
 from first_steps import IMAGE, STEPS, InContainers, contain, podman, run_first_steps
 
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.recipe.reader import Form, fill_in
 from nvila.components.data.demo import ensure
-from nvila.components.resolve.form import Form, fill_in
 from nvila.infra.images.machine import pip_settings
 
 pytestmark = pytest.mark.containers

@@ -9,9 +9,9 @@ import torch
 from first_steps import contain
 
 from nvila.components.data.media import load_image
-from nvila.components.model.conversation import Turn
-from nvila.components.model.prompt import make_prompt
-from nvila.components.model.serving import write_serving
+from nvila.components.model.checkpoint.serving import write_serving
+from nvila.components.model.text.conversation import Turn
+from nvila.components.model.text.prompt import make_prompt
 
 pytestmark = pytest.mark.containers
 SCRIPT = """

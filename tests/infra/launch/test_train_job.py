@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.runner.site import Work
-from nvila.infra.launch import site
-from nvila.infra.launch.job import Nodes, label, train_job
+from nvila.components.runner.work import Work
+from nvila.infra.launch import launcher as site
+from nvila.infra.launch.trainjob import Nodes, label, train_job
 
 
 def work(step: str = "train-1", **settings: Any) -> Work:

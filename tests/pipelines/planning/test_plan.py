@@ -10,14 +10,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.resolve.form import Form, fill_in, shipped
 from nvila.pipelines.cli import app
-from nvila.pipelines.plan import StagePlan, assumptions_of, parse_samples
 from nvila.pipelines.planning.checks import Need
 from nvila.pipelines.planning.cost import GPUS
 from nvila.pipelines.planning.hits import nodes
 from nvila.pipelines.planning.memory import Memory
+from nvila.pipelines.planning.plan import StagePlan, assumptions_of, parse_samples
 from nvila.pipelines.steps import STEPS
 
 LARGE = ("nvila-lite-2b", "--no-cluster", "--json")

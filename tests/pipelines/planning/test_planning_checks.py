@@ -12,7 +12,7 @@ from kubernetes.client import ApiException
 from nvila.components.contracts.errors import PreflightError
 from nvila.pipelines.planning.checks import Cluster, Need, look
 
-SITE = {"NVILA_SITE": "nvila.infra.launch.site", "NVILA_GPUS_PER_NODE": "8"}
+SITE = {"NVILA_SITE": "nvila.infra.launch.launcher", "NVILA_GPUS_PER_NODE": "8"}
 LARGE = Need(gpus=12, can_do_without=False, s3=False, hub=False)
 
 

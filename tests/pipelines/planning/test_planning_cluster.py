@@ -109,7 +109,7 @@ def _set_up(make: Make, cluster: Cluster, gpus: int) -> None:
     """A namespace as the chart leaves it, with a queue of so many GPUs."""
     queue = f"{cluster.namespace}-queue"
     settings = {
-        "NVILA_SITE": "nvila.infra.launch.site",
+        "NVILA_SITE": "nvila.infra.launch.launcher",
         "NVILA_TRAINING_RUNTIME": f"{cluster.namespace}-torch",
         "NVILA_QUEUE": "nvila",
         "NVILA_GPUS_PER_NODE": "8",

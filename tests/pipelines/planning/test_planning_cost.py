@@ -13,7 +13,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
-from nvila.components.model.preprocess import Visual
+from nvila.components.model.vision.preprocess import Visual
 from nvila.pipelines.planning.cost import Subset, operations, samples_of, stage_work, subsets
 from nvila.pipelines.planning.shape import Seen, count
 

@@ -1,0 +1,1 @@
+"""Weights on the disk: layouts, shards, conversion, loading and the serving form."""

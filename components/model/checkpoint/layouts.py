@@ -1,0 +1,273 @@
+"""The layouts a checkpoint may have, recognised and read into one form. No tensor is loaded here.
+
+native: three folders, as trained. vila: the same with a configuration for remote code. hf: one flat folder with
+`text_config` and `vision_config`. serving: our own flat folder for vLLM. No code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.checkpoint.shards import SINGLE, read_folder, require_nothing_beside
+from nvila.components.model.checkpoint.tensorfile import Stored
+from nvila.components.model.checkpoint.weights import canonical
+from nvila.components.model.config import refusals
+from nvila.components.model.config.config import ModelConfig
+from nvila.components.model.config.refusals import check_size, refuse
+from nvila.components.model.config.rope import with_rope
+
+Layout = Literal["native", "vila", "hf", "serving"]
+LAYOUTS: tuple[Layout, ...] = ("native", "vila", "hf", "serving")
+PARTS = ("llm", "vision_tower", "mm_projector")
+PROCESSOR = "preprocessor_config.json"
+HF_KINDS = {"nvila": ("dynamic_s2", "mlp_downsample"), "nvila_lite": ("dynamic", "mlp_downsample_3x3_fix")}
+"""`model_type` of the flat layout: the vision mode and the projector that its readers build."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine, described but not loaded."""
+
+    folder: Path
+    layout: Layout
+    config: ModelConfig
+    tokenizer: Path
+    tensors: dict[str, Stored]
+    """By `llm.*`, `vision_tower.vision_model.*` and `mm_projector.layers.*`, whatever the files call them; what no
+    NVILA computes is left out."""
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Recognise and describe a checkpoint.
+
+    Raises:
+        DataError: no checkpoint, or files are missing or broken.
+        ConfigError: a configuration that this model does not compute.
+    """
+    folder = checkpoint_root(Path(folder))
+    layout = recognise(folder)
+    if layout in ("native", "vila"):
+        folders, config = part_folders(folder), read_native_config(folder)
+        tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
+        if folder not in folders.values():
+            require_nothing_beside(folder, [])
+        tokenizer = folders["llm"]
+    else:
+        config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
+        tensors, tokenizer = read_folder(folder), folder
+    _check_vocabulary(config, tokenizer)
+    return Checkpoint(folder, layout, config, tokenizer, canonical(tensors, config.projector, str(folder)))
+
+
+def _part(folder: Path, part: str, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors of a part; the identity has none, and need not have a file."""
+    if part == "mm_projector" and config.projector == "identity" and not (folder / SINGLE).exists():
+        require_nothing_beside(folder, [])
+        return {}
+    return read_folder(folder)
+
+
+def checkpoint_root(folder: Path) -> Path:
+    """`folder`, or its `model` where the checkpoint lies in there, as in the reference's loader."""
+    inner = folder / "model"
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+
+
+def recognise(folder: Path) -> Layout:
+    """Which layout a folder has, by its `config.json` alone.
+
+    Raises:
+        DataError: none of them.
+    """
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type")
+    if "nvila" in content and "text_config" in content:
+        return "serving"
+    if kind in HF_KINDS and "text_config" in content and "vision_config" in content:
+        return "hf"
+    if kind == "vila" or "VILAForCausalLM" in (content.get("architectures") or []):
+        return "vila"
+    if (folder / "llm").is_dir() or "llm_cfg" in content:
+        return "native"
+    raise DataError(
+        "no layout of an NVILA checkpoint", where=str(folder), value=kind, do=f"Known are {', '.join(LAYOUTS)}"
+    )
+
+
+def part_folders(folder: Path) -> dict[str, Path]:
+    """Folder of each part of a native checkpoint.
+
+    `llm_cfg` and its like are dictionaries, or name a folder. A name that was right where the model was trained is
+    looked up by its last component here; nothing outside of the checkpoint is read.
+
+    Raises:
+        DataError: a name leads to no folder of the checkpoint.
+    """
+    content = read_json(folder / "config.json")
+    return {part: _part_folder(folder, part, content.get(f"{part}_cfg")) for part in PARTS}
+
+
+def _part_folder(folder: Path, part: str, named: Any) -> Path:
+    if not isinstance(named, str):
+        return folder / part
+    for candidate in (folder / named, folder / Path(named).name):
+        if candidate.is_dir() and candidate.resolve().is_relative_to(folder.resolve()):
+            return candidate
+    raise DataError(
+        f"{part}_cfg names a place outside of the checkpoint",
+        where=str(folder / "config.json"),
+        value=named,
+        do=f"Put the weights into {folder / part} and remove the name",
+    )
+
+
+def read_native_config(folder: Path | str) -> ModelConfig:
+    """The configuration of a native checkpoint; each part's own config.json counts, not the copy at the top."""
+    folder = Path(folder)
+    content = read_json(folder / "config.json")
+    folders = part_folders(folder)
+    top = content.get("llm_cfg")
+    limits = {k: v for k, v in top.items() if "max_length" in k} if isinstance(top, dict) else {}
+    settings = folders["llm"] / "tokenizer_config.json"
+    if not limits and settings.is_file():
+        limits = {"tokenizer_model_max_length": read_json(settings).get("model_max_length")}
+    content["llm_cfg"] = {**read_json(folders["llm"] / "config.json"), **limits}
+    content["vision_tower_cfg"] = read_json(folders["vision_tower"] / "config.json")
+    content["mm_projector_cfg"] = read_json(folders["mm_projector"] / "config.json")
+    return _with_generation(_read(content, folder / "config.json", folders["vision_tower"]), folders["llm"])
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The configuration of a flat checkpoint; what it does not say is what `model_type` stands for."""
+    content = read_json(folder / "config.json")
+    kind = str(content.get("model_type"))
+    mode, projector = HF_KINDS[kind]
+    vision = _section(content, "vision_config", folder)
+    side = int(vision.get("image_size", 448))
+    says = {
+        "image_aspect_ratio": mode,
+        "dynamic_s2": mode == "dynamic_s2",
+        "s2_scales": [side, 2 * side, 3 * side],
+        "s2_resize_output_to_scale_idx": -1,
+        "mm_projector_cfg": {"mm_projector_type": projector},
+    }
+    length = content.get("tokenizer_model_max_length")
+    settings = folder / "tokenizer_config.json"
+    if length is None and settings.is_file():
+        length = read_json(settings).get("model_max_length")
+    llm = {**_section(content, "text_config", folder), "tokenizer_model_max_length": length}
+    llm.setdefault("tie_word_embeddings", bool(content.get("tie_word_embeddings")))  # may stand at the top alone
+    merged = {**says, **content, "llm_cfg": llm, "vision_tower_cfg": vision}
+    return _with_generation(_read(merged, folder / "config.json", folder), folder)
+
+
+def _read(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
+    """The configuration read from `path`, checked against the `preprocessor_config.json` of the folder `pictures`."""
+    processor = pictures / PROCESSOR
+    settings = read_json(processor) if processor.is_file() else {}
+    refuse(settings, refusals.PROCESSOR, str(processor))
+    config = ModelConfig.from_json(content, where=str(path))
+    check_size(settings.get("size"), (config.tile_pixels, config.s2_scales[-1]), str(processor))
+    return config
+
+
+def hf_config(config: ModelConfig, image_token_id: int, video_token_id: int) -> dict[str, Any]:
+    """`config.json` of the flat layout; the reference's keys ride along so that nothing is lost on the way back.
+
+    Raises:
+        ConfigError: vision mode and projector that readers of this layout do not build.
+    """
+    wanted = (config.vision_mode, config.projector)
+    if wanted == ("dynamic_s2", "mlp_downsample_2x2_fix"):  # another name of the same function
+        wanted = HF_KINDS["nvila"]
+    kind = next((kind for kind, builds in HF_KINDS.items() if builds == wanted), None)
+    if kind is None:
+        raise ConfigError(
+            "the hf layout has no place for this vision mode and projector",
+            where="vision_mode, projector",
+            value=wanted,
+            do="Convert to native, vila or serving",
+        )
+    content = config.to_json()
+    llm, vision = content.pop("llm_cfg"), content.pop("vision_tower_cfg")
+    name = "NVILAForConditionalGeneration" if kind == "nvila" else "NVILALiteForConditionalGeneration"
+    return {
+        **content,
+        "mm_projector_cfg": {"mm_projector_type": wanted[1], "model_type": "v2l_projector"},
+        "architectures": [name],
+        "model_type": kind,
+        "tokenizer_model_max_length": config.max_length_tokens,
+        "text_config": {
+            "model_type": "qwen2",
+            **with_rope(config.llm, config.max_length_tokens),
+            "vocab_size": llm["vocab_size"],
+        },
+        "vision_config": {"model_type": "siglip_vision_model", **vision},
+        "image_token_id": image_token_id,
+        "video_token_id": video_token_id,
+    }
+
+
+def vila_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A native top `config.json` as the remote code's; the code itself is not part of what we write."""
+    code = {"AutoModel": "VILAForCausalLM", "AutoModelForCausalLM": "VILAForCausalLM", "AutoConfig": "VILAConfig"}
+    return {
+        **content,
+        "version": "2.0",
+        "architectures": ["VILAForCausalLM"],
+        "model_type": "vila",
+        "auto_map": {key: f"modeling_vila.{name}" for key, name in code.items()}
+        | {"AutoProcessor": "auto_processor.VILAProcessor"},
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        DataError: missing or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(
+            "not there", where=str(path), do="A checkpoint has llm/, vision_tower/ and mm_projector/, or is flat"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError("not readable JSON", where=str(path), value=str(error)) from None
+    if not isinstance(content, dict):
+        raise DataError("not a JSON object", where=str(path))
+    return content
+
+
+def _serving_config(folder: Path) -> ModelConfig:
+    content = read_json(folder / "config.json")
+    config = ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
+    return _with_generation(config, folder)
+
+
+def _with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The settings of generation beside the decoder are carried; our own `generate` is asked for each."""
+    path = folder / "generation_config.json"
+    return replace(config, generation=read_json(path)) if path.is_file() else config
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Path) -> None:
+    """The time tokens that the configuration speaks of are there; the tokenizer is not read where it names none."""
+    if config.time_tokens:
+        from nvila.components.model.text.timetokens import check_time_tokens, time_token_ids
+        from nvila.components.model.text.tokenizer import load_tokenizer
+
+        check_time_tokens(time_token_ids(load_tokenizer(tokenizer)), config.time_tokens)
+
+
+def _section(content: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    section = content.get(name)
+    if not isinstance(section, dict):
+        raise DataError("not a JSON object", where=f"{folder / 'config.json'}: {name}")
+    return dict(section)

@@ -1,0 +1,246 @@
+"""Models from and to checkpoints, safetensors only: three folders both ways, the flat layout in.
+
+Reading runs no code of the checkpoint and unpickles nothing. Names inside the files are the reference's. What a
+checkpoint is, without loading it, is found in `layouts`, and what becomes of its tensors in `weights`; `convert` goes
+from one layout to another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_checkpoint
+from nvila.components.model.checkpoint.layouts import read_native_config as read_config
+from nvila.components.model.checkpoint.shards import INDEX, SINGLE, read_folder
+from nvila.components.model.checkpoint.tensorfile import Stored, read_tensor
+from nvila.components.model.checkpoint.weights import canonical, check, fill, require_finite, settle_head
+from nvila.components.model.config.config import ModelConfig, with_vocabulary
+from nvila.components.model.config.rope import with_rope
+from nvila.components.model.config.variants import empty_model
+from nvila.components.model.device import use_flash_attention
+from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.text.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
+from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
+from nvila.components.model.vision.tower import drop_unused
+
+__all__ = ["DTYPES", "load_flat", "load_native", "read_config", "read_tensors", "save_native"]
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save_native(
+    model: NVILA, tokenizer: Any, folder: Path | str, *, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write config.json, llm/ (with the tokenizer), vision_tower/ and mm_projector/.
+
+    Args:
+        model: whose weights and configuration are saved, in the dtype they have.
+        tokenizer: the model's; saved without the media markers.
+        folder: made if missing.
+        state_dict: whole tensors by the model's names, where the model itself holds only parts of them (ZeRO-3).
+
+    Raises:
+        DataError: a tensor is missing, superfluous, of another shape, or not finite.
+    """
+    folder = Path(folder)
+    state = canonical(state_dict if state_dict is not None else model.state_dict(), "", str(folder))
+    config, tensors = settle_head(model.config, state, model.tokens.vocabulary, str(folder))
+    check(tensors, empty_model(config, model.tokens), str(folder))
+    for part in PARTS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        own = {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        write_tensors(own, folder / part)
+    write_native_files(config, tokenizer, folder, str(next(model.parameters()).dtype))
+
+
+def write_native_files(config: ModelConfig, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Everything of a native checkpoint but the weights, whose `dtype` is only recorded."""
+    vision, llm = _vision_config(config), _llm_config(config, tokenizer)
+    content = replace(config, vision=vision, llm=llm).to_json()
+    for part in PARTS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    time = list(time_token_ids(tokenizer))
+    content["chat_template"] = template_name(tokenizer)
+    content |= {"num_time_tokens": len(time), "time_token_format": TIME_FORMAT, "time_token_ids": time}
+    _write_json(folder / "config.json", content | {"model_dtype": dtype})
+    _write_json(folder / "llm/config.json", llm)
+    _write_json(folder / "llm/generation_config.json", config.generation or generation_config(tokenizer))
+    _write_json(folder / "vision_tower/config.json", vision)
+    _write_json(folder / "vision_tower/preprocessor_config.json", image_processor(config.tile_pixels))
+    _write_json(
+        folder / "mm_projector/config.json", {**content["mm_projector_cfg"], "architectures": ["MultimodalProjector"]}
+    )
+    save_tokenizer(tokenizer, folder / "llm", config.max_length_tokens)
+
+
+def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
+    """Read a checkpoint of the native layout, in evaluation mode, with its tokenizer.
+
+    Rows of the decoder's embeddings behind the tokenizer's vocabulary are dropped, as the reference does on loading.
+
+    Raises:
+        ConfigError: unknown dtype, or a configuration that cannot be built.
+        DataError: a folder, file or tensor is missing, or a shape does not match.
+    """
+    return _load(_opened(folder, "native", "vila"), dtype, device)
+
+
+def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
+    """Read a checkpoint of the flat layout (published as NVILA-8B-hf), as `load_native`."""
+    return _load(_opened(folder, "hf"), dtype, device)
+
+
+def _opened(folder: Path | str, *layouts: str) -> Checkpoint:
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.layout not in layouts:
+        raise DataError(f"not of the layout {layouts[0]}", where=str(folder), value=checkpoint.layout)
+    return checkpoint
+
+
+def _load(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
+    wanted, where = _dtype(dtype), str(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    model = unfilled_model(config, tokens, wanted)
+    check(tensors, model, where)
+    fill(model, tensors, where)
+    model = model.to(device).eval()
+    use_flash_attention(model)
+    return model, tokenizer
+
+
+def checked(checkpoint: Checkpoint) -> tuple[NVILA, Any, dict[str, Stored]]:
+    """Whether a checkpoint is whole, without reading a value of its weights.
+
+    Returns:
+        Its modules on the meta device, its tokenizer, and its tensors, which are exactly those of the modules; a head
+        that repeats the embeddings is left out.
+
+    Raises:
+        ConfigError: a configuration that cannot be built, or that does not fit the tokenizer.
+        DataError: a tensor is missing, superfluous, of another shape, or not of floats.
+    """
+    where = str(checkpoint.folder)
+    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+    _require_vocabulary(checkpoint.config, tokens)
+    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    model = empty_model(config, tokens)
+    if checkpoint.layout == "serving":
+        drop_unused(model.vision_tower, config.select_layer)
+    check(tensors, model, where)
+    return model, tokenizer, tensors
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError("unknown dtype", where="dtype", value=name, do=f"Use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, from one safetensors file or its indexed shards."""
+    return {name: read_tensor(stored, name) for name, stored in read_folder(folder).items()}
+
+
+def unfilled_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
+    """The modules without the cost of random weights: what memory held stands in them until `weights.fill`.
+
+    A decoder with more rows than tokens is built without them.
+    """
+    from transformers.initialization import no_init_weights
+
+    _require_vocabulary(config, tokens)
+    with no_init_weights():
+        model = build_model(with_vocabulary(config, tokens.vocabulary), tokens, dtype)
+    model.llm.tie_weights()
+    return model
+
+
+def _require_vocabulary(config: ModelConfig, tokens: TokenIds) -> None:
+    """Raises:
+    ConfigError: the decoder has fewer tokens than the tokenizer, or the tokenizer not the time tokens.
+    """
+    check_time_tokens(tokens.time, config.time_tokens)
+    if config.llm["vocab_size"] < tokens.vocabulary:
+        raise ConfigError(
+            f"the decoder has {config.llm['vocab_size']} tokens, the tokenizer {tokens.vocabulary}",
+            where="llm/config.json: vocab_size",
+        )
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """One `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
+
+    Raises:
+        DataError: a value is not finite.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        require_finite(tensor, name, str(folder))
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _vision_config(config: ModelConfig) -> dict[str, Any]:
+    kind = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"}
+    return {**kind, **config.vision, "vision_use_head": False}
+
+
+def _llm_config(config: ModelConfig, tokenizer: Any) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": TokenIds.of(tokenizer).end}
+    llm = with_rope(config.llm, config.max_length_tokens)
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **ids, **llm}
+
+
+def generation_config(tokenizer: Any) -> dict[str, Any]:
+    """`generation_config.json`: greedy, ended by the token that ends a turn."""
+    tokens = TokenIds.of(tokenizer)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokens.end, "pad_token_id": tokens.pad}
+    return {**ids, "do_sample": False}
+
+
+def image_processor(tile_pixels: int) -> dict[str, Any]:
+    """`preprocessor_config.json`: SigLIP's, to tiles of this side."""
+    half = [0.5, 0.5, 0.5]
+    return {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": half,
+        "image_processor_type": "SiglipImageProcessor",
+        "image_std": half,
+        "processor_class": "SiglipProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": tile_pixels, "width": tile_pixels},
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

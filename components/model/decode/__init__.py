@@ -1,0 +1,1 @@
+"""Answers: decoding with a cache, freely or after a schema."""

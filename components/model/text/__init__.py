@@ -1,0 +1,1 @@
+"""Texts: conversations, chat templates, control tokens, tokenizers, prompts."""

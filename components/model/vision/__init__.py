@@ -1,0 +1,1 @@
+"""Pictures and clips: from decoded media to the embeddings that stand for them."""

@@ -1,0 +1,138 @@
+"""What is left to do when a pipeline run on a cluster has ended: cancel its jobs, end it in MLflow, tell a webhook.
+
+Nothing here changes how the run ended: what fails is said and left. `nvila run` closes the runs of its own machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nvila.components.contracts.files import read_json
+from nvila.components.metrics.standing import headline
+from nvila.components.report.collect import RunView, collect
+from nvila.components.report.flow import unfinished
+from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
+from nvila.components.runner.execute import Place, on_cluster
+from nvila.components.runner.work import chosen
+from nvila.components.tracking.redact import redact, tell
+
+Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
+_STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
+_OUTCOMES: dict[str, Outcome] = {"rejected": "rejected", "preempted": "stopped", "failed": "failed"}
+_MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended."""
+
+    outcome: Outcome
+    step: str | None = None
+    """The step that ended it early."""
+    message: str | None = None
+
+
+def close(state: str, message: str | None) -> None:
+    """Close the run that this process belongs to.
+
+    Args:
+        state: what KFP says of the run: SUCCEEDED, FAILED, CANCELLED. Some versions do not know it yet at this point
+            and say RUNNING or nothing.
+        message: what KFP adds to that.
+    """
+    if not on_cluster():
+        return
+    run_dir = Place.from_environment().run_dir
+    _try("jobs of this run may go on", _cancel_jobs, run_dir)
+    run = collect(run_dir)
+    ended = ending(run, state, message)
+    _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
+    if url := os.environ.get(URL_VARIABLE, "").strip():
+        _try("the webhook was not told", _notify, url, run_dir, run, ended)
+
+
+def ending(run: RunView, state: str, message: str | None) -> Ending:
+    """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says.
+
+    Only a run whose every step has come through is a success. A step that was killed has left the word `running`; one
+    that had not begun has left none, and nobody knows of a fault: the run was ended before its turn.
+    """
+    if trouble := run.trouble:
+        return Ending(_OUTCOMES[trouble.status], trouble.name, trouble.message)
+    said, lost = (state or "").upper(), run.lost
+    if said in _STOPPED:
+        return Ending("stopped", lost.name if lost else None, message)
+    if lost or said in _FAILED:
+        why = message or "a step's pod was lost or never started; the run's page in KFP says more"
+        return Ending("failed", lost.name if lost else None, why)
+    if left := unfinished(run):
+        return Ending("stopped", None, f"the run was ended before {left[0]} began")
+    return Ending("succeeded")
+
+
+def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
+    """What the webhook is told, without secrets."""
+    began, last = run.span
+    full, small = (run.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized"))
+    sources = {
+        source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
+        for source, row in full.items()
+    }
+    version, measured = run.values("register"), headline(full, small)
+    return dict(
+        redact(
+            {
+                "run": run.name,
+                "outcome": ended.outcome,
+                "step": ended.step,
+                "message": ended.message,
+                "recipe": run.values("resolve").get("recipe", {}).get("name"),
+                "seconds": round(last - began, 1),
+                "headline": measured.text,
+                "accuracy": sources,
+                "registered": {key: version[key] for key in ("name", "version") if key in version} or None,
+                "links": _links(run_dir),
+            }
+        )
+    )
+
+
+def _cancel_jobs(run_dir: Path) -> None:
+    if site := chosen():
+        site.close(run_dir.name)
+
+
+def _end_tracking(run_dir: Path, ended: Ending) -> None:
+    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+
+    if (run_dir / PARENT_FILE).is_file():  # else no step was tracked, or the parent is KFP's
+        close_pipeline_run(run_dir, _MLFLOW.get(ended.outcome, "FAILED"))
+
+
+def _notify(url: str, run_dir: Path, run: RunView, ended: Ending) -> None:
+    post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), os.environ.get(SECRET_VARIABLE, "").strip())
+
+
+def _links(run_dir: Path) -> dict[str, str]:
+    """Where to look: the report on the shared volume, and the run in MLflow where that has a server."""
+    from nvila.components.tracking.runs import PARENT_FILE
+
+    found = {"report": str(run_dir / "report.html")} if (run_dir / "report.html").is_file() else {}
+    parent = read_json(run_dir / PARENT_FILE)
+    uri = str(parent.get("tracking_uri", ""))
+    if uri.startswith(("http://", "https://")):
+        path = f"/#/experiments/{parent.get('experiment_id')}/runs/{parent.get('run_id')}"
+        found["mlflow"] = uri.rstrip("/") + path
+    return found
+
+
+def _try(consequence: str, do: Callable[..., None], *arguments: Any) -> None:
+    try:
+        do(*arguments)
+    except Exception as problem:
+        print(tell(f"{consequence}: {type(problem).__name__}: {problem}"), file=sys.stderr, flush=True)

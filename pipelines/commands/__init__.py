@@ -1,0 +1,1 @@
+"""Commands of `nvila` that need no pipeline."""

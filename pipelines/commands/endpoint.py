@@ -1,0 +1,58 @@
+"""`nvila serve` and `nvila stop`: the endpoint by hand. `rollout` starts the same one after its checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.rollout import endpoint as records
+from nvila.components.rollout.local import Wanted, start
+from nvila.components.serve import server
+from nvila.pipelines.commands.models import find_model
+
+DEADLINE_SECONDS = 300.0
+
+
+def serve(reference: str, host: str, port: int, runs: Path) -> str:
+    """Start the endpoint of a model, wait until it answers, and return its URL; nothing to do when it runs already.
+
+    Raises:
+        ConfigError: no such model, or one that vLLM does not read.
+        PreflightError: another model is being served, or the port is taken.
+        RolloutError: the server did not come up.
+    """
+    runs = runs.absolute()
+    model = find_model(reference, runs)
+    if model.native:
+        raise ConfigError(
+            "vLLM does not read a native checkpoint",
+            where=str(model.folder),
+            do="Serve the folder `model` that the step quantize wrote, or ask this one with `nvila infer`.",
+        )
+    wanted = Wanted(model.name, model.version, model.digest, model.folder, host, port)
+    with records.exclusive(runs):
+        running = records.read(runs)
+        if running and running.alive:
+            if wanted.served_by(running):
+                return running.url
+            raise PreflightError(
+                f"{running.model} version {running.version} is being served at {running.url}", do="`nvila stop` first."
+            )
+        endpoint, _ = start(runs, wanted, port, DEADLINE_SECONDS, records.ENDPOINT)
+    return endpoint.url
+
+
+def stop(runs: Path) -> list[str]:
+    """Stop every server of a runs folder and return what was stopped."""
+    runs = runs.absolute()
+    if not (runs / records.SERVING).is_dir():
+        return []
+    stopped = []
+    with records.exclusive(runs):
+        for name in (records.ENDPOINT, records.CHALLENGER):
+            running = records.read(runs, name)
+            if running and running.alive:
+                server.stop(running.pid)
+                stopped.append(f"{running.model} version {running.version} at {running.url}")
+            records.forget(runs, name)
+    return stopped

@@ -1,0 +1,1 @@
+"""From the DAG to a package for a Kubeflow cluster."""

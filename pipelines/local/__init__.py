@@ -1,0 +1,1 @@
+"""The DAG on this machine."""

@@ -1,0 +1,217 @@
+"""`nvila run`: the lifecycle on this machine. Checks first, then runs the DAG in a child process and watches it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.text import say, visible
+from nvila.components.preflight import step as preflight
+from nvila.components.preflight.checks import weights_problems
+from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
+from nvila.components.tracking.connect import load_client
+from nvila.components.tracking.redact import redact_text, tell
+from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
+from nvila.pipelines.local.peak_memory import MemorySampler
+from nvila.pipelines.show.results import REPORT, short, show_closing
+from nvila.pipelines.show.summary import KILLED, LOG, Finished, write_summary
+from nvila.pipelines.show.watch import Watch, print_line, read_states
+
+
+def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
+    """Run the lifecycle and return the exit code (see `Exit`).
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `dotted.key=value` pairs.
+        runs: folder that gets a folder for this run.
+        store: folder of finished work, shared between runs.
+
+    Raises:
+        ConfigError, PreflightError: the input is wrong; nothing has been written yet.
+        Unreachable: the place of weights does not answer; nor has anything been written.
+    """
+    text = read_recipe(recipe)
+    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
+    form = Form(recipe=text, overrides=json.dumps(laid_over))
+    checked = fill_in(form, where=recipe)
+    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
+    preflight.refuse(weights_problems(needs.weights))
+    run_dir = _new_run(runs.absolute(), checked.name)
+    return _run_checked(form, run_dir, store.absolute())
+
+
+def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
+    write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
+    _point_latest(run_dir)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
+    print_line(console, where)
+    began = time.monotonic()
+    sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
+    sampler.start()
+    threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
+    code = _watched(run_dir, store, console)
+    met: set[str] = set()
+    while (damage := _damage_met(run_dir)) and damage not in met:  # a disk that damages it each time ends this
+        met.add(damage)
+        print_line(console, tell(f"{damage}\nthe damaged work is done again"))
+        code = _watched(run_dir, store, console)
+    sampler.stop()
+    finished = Finished.read(run_dir)
+    exit_code = _exit_code(finished, code)
+    summary = write_summary(finished, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
+    _write_report(run_dir)
+    _close_tracking(run_dir, exit_code)
+    show_closing(finished, summary, console)
+    return exit_code
+
+
+def _damage_met(run_dir: Path) -> str | None:
+    """What the step that ended the run said of damaged work that it should have read."""
+    return next((s.note for s in read_states(run_dir) if s.status == "failed" and s.record.get("damaged")), None)
+
+
+def _watched(run_dir: Path, store: Path, console: Console) -> int:
+    """Start the child, show its progress, pass signals on; return its exit code."""
+    environment = os.environ | {STORE_VARIABLE: str(store), RUN_VARIABLE: str(run_dir)}
+    # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
+    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = [sys.executable, "-m", "nvila.pipelines.local.child", str(run_dir), str(os.getpid())]
+    with (
+        (run_dir / LOG).open("a+b") as log,
+        Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
+        _Stop() as stop,
+    ):
+        fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        while child.poll() is None:
+            watch.refresh()
+            stop.pass_on(child)
+            time.sleep(0.2)
+    # Asked too late, the run has come through all the same.
+    return int(Exit.PREEMPTED) if stop.asked and child.returncode else child.returncode
+
+
+def _last_alive(run_dir: Path) -> float | None:
+    """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
+    try:
+        with (run_dir / LOG).open("r+b") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.fstat(log.fileno()).st_mtime
+    except OSError:  # somebody has it locked, or it was not begun by `nvila run`
+        return None
+
+
+def _write_report(run_dir: Path) -> None:
+    """The report, where the step that writes it was not reached: the run was stopped or killed."""
+    if (run_dir / REPORT).is_file():
+        return
+    from nvila.components.report.collect import collect
+    from nvila.components.report.step import render
+
+    try:
+        write_atomic(run_dir / REPORT, render(collect(run_dir)))
+    except Exception as problem:
+        say(redact_text(f"no report: {type(problem).__name__}: {problem}"))
+
+
+def _close_tracking(run_dir: Path, code: Exit) -> None:
+    """End the parent run in MLflow, and those of earlier runs that were killed and could not do it themselves.
+
+    A tracking store that is down must not change how the run ended.
+    """
+    from nvila.components.tracking.abandoned import close_abandoned
+    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+
+    status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
+    try:
+        if (run_dir / PARENT_FILE).is_file():  # else no step was executed, or the parent is not ours
+            close_pipeline_run(run_dir, status)
+        close_abandoned(run_dir.parent, _last_alive)
+    except Exception as problem:
+        say(redact_text(f"the run in MLflow stays open: {type(problem).__name__}: {problem}"))
+
+
+class _Stop:
+    """Collects SIGINT and SIGTERM; the child gets one SIGTERM for the first, and is killed when it does not end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._deadline: float | None = None
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: object) -> None:
+        self.asked = True
+
+    def pass_on(self, child: subprocess.Popen[bytes]) -> None:
+        if self.asked and self._deadline is None:
+            self._deadline = time.monotonic() + GRACE_SECONDS + 10
+            child.terminate()
+        elif self._deadline is not None and time.monotonic() > self._deadline:
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _exit_code(finished: Finished, worker_code: int) -> Exit:
+    """That of the first step that did not come through; else the worker's own. Done is only a run of which all are."""
+    if worker_code == Exit.PREEMPTED:
+        return Exit.PREEMPTED
+    if finished.failed:
+        return Exit(finished.failed.record["exit_code"])
+    if worker_code == Exit.DONE and not all(state.came_through for state in finished.states):
+        return Exit.FAULT
+    if any(state.status == KILLED for state in finished.states):
+        return Exit.FAULT
+    return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
+
+
+def _new_run(runs: Path, recipe: str) -> Path:
+    """A new folder named by the time (UTC) and the recipe."""
+    runs.mkdir(parents=True, exist_ok=True)
+    stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{recipe}"
+    for name in (stem, *(f"{stem}-{number}" for number in range(2, 100))):
+        try:
+            (runs / name).mkdir()
+            return runs / name
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{runs}/{stem}")
+
+
+def _point_latest(run_dir: Path) -> None:
+    """`runs/latest` -> the newest run, replaced in one step."""
+    fresh = run_dir.parent / f".latest.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(run_dir.name)
+    try:
+        fresh.replace(run_dir.parent / "latest")
+    except OSError as error:  # a folder in its place
+        fresh.unlink()
+        say(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}")

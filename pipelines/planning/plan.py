@@ -1,0 +1,307 @@
+"""`nvila plan`: what a run would do, need and cost, and what it would be refused for. It makes and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.contracts.recipe.recipe import Recipe, slices
+from nvila.components.contracts.recipe.train import Stage
+from nvila.components.preflight import step as preflight
+from nvila.components.preflight.checks import weights_problems
+from nvila.components.tracking.redact import tell
+from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.compile.package import resources
+from nvila.pipelines.planning import cost
+from nvila.pipelines.planning import memory as states
+from nvila.pipelines.planning.checks import Cluster, Finding, Need, look
+from nvila.pipelines.planning.cost import GPUS, Gpu, Subset
+from nvila.pipelines.planning.hits import verdicts
+from nvila.pipelines.planning.memory import Memory
+from nvila.pipelines.planning.shape import Shape, shape_of
+from nvila.pipelines.show.watch import print_line
+from nvila.pipelines.steps import STEPS
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What hours and cost are worked out from."""
+
+    gpu: Gpu
+    mfu: float
+    """Share of the GPU's stated speed that training reaches."""
+    gpu_hour_price: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage; None is not known."""
+
+    step: str
+    gpus: int
+    memory: Memory | None
+    samples: int | None
+    tokens: float | None
+    hours: float | None
+    cost: float | None
+
+    def fits(self, gpu: Gpu) -> bool | None:
+        """Whether its memory fits the GPU, beside what CUDA and NCCL take."""
+        return None if self.memory is None else self.memory.peak + states.RESERVE_BYTES <= gpu.memory_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is shown."""
+
+    recipe: str
+    store: dict[str, str]
+    """By step: hit, miss, unknown or always."""
+    gpus: dict[str, int]
+    """By step, where it has a pod or a job of its own."""
+    parameters: dict[str, int] | None
+    stages: list[StagePlan]
+    assumptions: Assumptions
+    here: list[str]
+    """What preflight would refuse on this machine."""
+    not_asked: list[str]
+    """Weights on the hub: whether they are there is found out by the run."""
+    looked: str
+    """Which cluster was looked at, or why none was."""
+    findings: list[Finding] | None
+    """About the cluster; None where none was looked at."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the run would be: by the cluster where there is one, else by this machine."""
+        return bool(self.here) if self.findings is None else any(finding.refused for finding in self.findings)
+
+
+def make_plan(
+    recipe: str,
+    overrides: Iterable[str],
+    assumptions: Assumptions,
+    samples: Mapping[str, int],
+    *,
+    runs: Path,
+    store: Path,
+    cluster: Cluster | None = None,
+    insist: bool = False,
+) -> Plan:
+    """Work it all out; a cluster that does not answer is an error where one `insist`s on it, else a remark.
+
+    Raises:
+        ConfigError: the recipe or an option is wrong.
+        PreflightError: the cluster does not answer.
+    """
+    text = read_recipe(recipe)
+    # The same text and overrides as `nvila run` gives, or the keys would not be those of a run.
+    form = Form(recipe=text, overrides=json.dumps(parse_overrides(parse_yaml(text, recipe), overrides)))
+    checked = fill_in(form, where=recipe)
+    known = cost.subsets(checked.data, samples)
+    shape = shape_of(checked.model)
+    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
+    if cluster:
+        try:
+            findings = look(cluster, Need.of(checked), assumptions.gpu.name)
+            looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
+        except PreflightError as error:
+            if insist:
+                raise
+            looked = f"{error}; only this machine was looked at"
+    return Plan(
+        recipe=checked.name,
+        store=dict(verdicts(form, store, runs)),
+        gpus={step: _gpus(step, checked) for step in STEPS},
+        parameters=shape.parameters if shape else None,
+        stages=[
+            _stage(f"train-{number}", stage, checked, shape, known, assumptions)
+            for number, stage in enumerate(checked.train.stages, 1)
+        ],
+        assumptions=assumptions,
+        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights),
+        not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
+        looked=looked,
+        findings=findings,
+    )
+
+
+def assumptions_of(gpu: str, mfu: float, gpu_hour_price: float) -> Assumptions:
+    """Checked.
+
+    Raises:
+        ConfigError: an option out of its range.
+    """
+    if gpu not in GPUS:
+        raise ConfigError("no such GPU", where="--gpu", value=gpu, do=f"Known: {', '.join(GPUS)}.")
+    if not 0 < mfu <= 1:
+        raise ConfigError("a share above 0 up to 1", where="--mfu", value=mfu)
+    if not 0 <= gpu_hour_price < math.inf:
+        raise ConfigError("a price is a number from 0", where="--gpu-hour-price", value=gpu_hour_price)
+    return Assumptions(GPUS[gpu], mfu, gpu_hour_price)
+
+
+def parse_samples(pairs: Iterable[str]) -> dict[str, int]:
+    """`source.split=N` pairs.
+
+    Raises:
+        ConfigError: not such a pair.
+    """
+    found = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        if not number.isdecimal():
+            raise ConfigError("not SOURCE.SPLIT=NUMBER", where="--samples", value=pair)
+        found[name] = int(number)
+    return found
+
+
+def _gpus(step: str, recipe: Recipe) -> int:
+    """None for small models that the recipe makes itself: only their training counts processes."""
+    if step.startswith("train-"):
+        return recipe.train.gpus
+    return resources(step, "pods").gpus if recipe.model.base.llm else 0
+
+
+def _stage(
+    step: str,
+    stage: Stage,
+    recipe: Recipe,
+    shape: Shape | None,
+    known: Mapping[str, Subset],
+    assumptions: Assumptions,
+) -> StagePlan:
+    train = recipe.train
+    drawn = cost.samples_of(stage, known, recipe.prune)
+    samples = sum(drawn.values()) if drawn is not None else None
+    if shape is None:
+        return StagePlan(step, train.gpus, None, samples, None, None, None)
+    kinds = {source.name: source.kind for source in recipe.data.sources}
+    seen = [shape.video if kinds[name.partition(".")[0]] == "video" else shape.image for name in stage.data]
+    need = states.memory(
+        shape,
+        states.largest(shape, stage, train.gpus, seen),
+        stage.trainable,
+        precision=train.precision,
+        zero=train.zero,
+        processes=train.gpus,
+        recompute=stage.gradient_checkpointing,
+    )
+    if drawn is None:
+        return StagePlan(step, train.gpus, need, None, None, None, None)
+    work, tokens = cost.stage_work(shape, stage, drawn, known)
+    peak = assumptions.gpu.fp32 if train.precision == "fp32" else assumptions.gpu.bf16
+    hours = work / (train.gpus * peak * assumptions.mfu) / 3600
+    price = hours * train.gpus * assumptions.gpu_hour_price
+    return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
+
+
+def _weights(weights: Iterable[str]) -> list[str]:
+    """What is wrong with weights that are not on the hub: a plan does without the internet."""
+    try:
+        return weights_problems(uri for uri in weights if not uri.startswith("hf://"))
+    except Unreachable as error:
+        return [str(error)]
+
+
+def as_json(plan: Plan) -> str:
+    """For programs: bytes, hours and counts as numbers, null where not known."""
+    content = asdict(plan) | {"refused": plan.refused}
+    for stage, record in zip(plan.stages, content["stages"], strict=True):
+        if stage.memory:
+            record["memory"]["peak"] = stage.memory.peak
+        record["fits"] = stage.fits(plan.assumptions.gpu)
+    return json.dumps(content, indent=1)
+
+
+def show(plan: Plan, console: Console) -> None:
+    """For a person."""
+    console.print(_steps(plan), _memory(plan))
+    for line in (*_notes(plan), "", *_refusals(plan)):
+        print_line(console, tell(line))
+
+
+def exit_code(plan: Plan) -> Exit:
+    """2 where the run would be refused."""
+    return Exit.USER if plan.refused else Exit.DONE
+
+
+def _steps(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, title=f"{plan.recipe}: steps", title_justify="left")
+    for name in ("step", "store"):
+        table.add_column(name)
+    for name in ("GPUs", "samples", "tokens", "hours", "cost"):
+        table.add_column(name, justify="right")
+    stages = {stage.step: stage for stage in plan.stages}
+    whole = [stage for stage in plan.stages if stage.hours is not None and stage.cost is not None]
+    for step in STEPS:
+        if stage := stages.get(step):
+            numbers = (f"{stage.gpus}", _number(stage.samples, ","), _number(stage.tokens, ",.0f"))
+            table.add_row(step, plan.store[step], *numbers, _number(stage.hours, ",.2f"), _number(stage.cost, ",.2f"))
+        else:
+            table.add_row(step, plan.store[step], str(plan.gpus[step] or ""))
+    complete = len(whole) == len(plan.stages)
+    hours = sum(stage.hours or 0 for stage in whole) if complete else None
+    price = sum(stage.cost or 0 for stage in whole) if complete else None
+    table.add_row("training", "", "", "", "", _number(hours, ",.2f"), _number(price, ",.2f"))
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    gpu = plan.assumptions.gpu
+    title = f"memory of one GPU in GB, at most ({gpu.name}: {gpu.memory_bytes / GB:.0f})"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("stage")
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "loading", "peak")
+    for name in parts:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for stage in plan.stages:
+        if stage.memory is None:
+            table.add_row(stage.step, *["unknown"] * len(parts))
+        else:
+            sizes = [f"{getattr(stage.memory, name) / GB:.2f}" for name in parts]
+            table.add_row(stage.step, *sizes, "fits" if stage.fits(gpu) else "does not fit")
+    return table
+
+
+def _notes(plan: Plan) -> list[str]:
+    given = plan.assumptions
+    lines = ["", states.FORMULA, "", cost.FORMULA, ""]
+    lines.append(
+        f"assumed: {given.gpu.name} with {given.gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {given.gpu.fp32 / 1e12:.0f} "
+        f"in fp32, MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour; every medium takes its most tokens; "
+        f"{cost.CHARACTERS_PER_TOKEN} characters a token, {cost.TEXT_TOKENS} tokens of text where --samples gives "
+        "a number. Steps other than training are not estimated"
+    )
+    if any(stage.samples is None for stage in plan.stages):
+        lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")
+    if plan.not_asked:
+        lines.append(f"not looked at: {', '.join(plan.not_asked)}")
+    if plan.parameters is None:
+        lines.append("unknown: the sizes of the weights that model.base names")
+    return lines
+
+
+def _refusals(plan: Plan) -> list[str]:
+    lines = [f"preflight would refuse here: {problem}" for problem in plan.here] or ["preflight would pass here"]
+    if plan.findings is None:
+        return [*lines, plan.looked]
+    found = [f"  {'refused' if finding.refused else 'note'}: {finding.text}" for finding in plan.findings]
+    return [*lines, f"{plan.looked}:", *(found or ["  nothing to say against the run"])]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)

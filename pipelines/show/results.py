@@ -1,0 +1,171 @@
+"""The last thing `nvila run` prints: the steps, the accuracy, where everything is, and how to ask the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.text import shell_word, visible, visible_lines
+from nvila.components.rollout.local import API_KEY_VARIABLE
+from nvila.pipelines.show.summary import LOG, Finished
+from nvila.pipelines.show.watch import print_line, step_table
+
+REPORT = "report.html"
+_KINDS = {
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+    ".gif": "gif",
+    ".bmp": "bmp",
+    ".tif": "tiff",
+    ".tiff": "tiff",
+}
+_LARGEST_ARGUMENT_BYTES = 64 * 2**10
+"""Of a picture: Linux lets a program have no argument above 128 KiB, and base64 and the question add to it."""
+
+
+def show_closing(finished: Finished, summary: dict[str, Any], console: Console) -> None:
+    """Print the summary of a run that has ended, however it ended."""
+    minutes, gib = summary["seconds_total"] / 60, summary["peak_pss_bytes"] / 2**30
+    title = (
+        f"{summary['run']}: {summary['decision']} after {minutes:.1f} min "
+        f"(overhead {summary['seconds_overhead']:.1f} s, peak memory {gib:.1f} GiB)"
+    )
+    _print_table(console, title, step_table(finished.states))
+    if summary["accuracy"]:
+        found = finished.headline
+        colour = "green" if found.good and summary["exit_code"] == Exit.DONE else "yellow"
+        print_line(console, f"\n{visible(found.text)}", style=f"bold {colour}")
+    if summary["accuracy"]:
+        title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
+        _print_table(console, title, _accuracy_table(summary["accuracy"]))
+    if summary["stages"]:
+        _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
+    console.print()
+    for label, value in _places(finished, summary):
+        print_line(console, f"{label:<12} {visible(value)}")
+    if summary["endpoint"] and (example := curl_example(finished)):
+        console.print("\nask the served model about a picture:")
+        print_line(console, example)
+    if summary["message"]:
+        print_line(console, f"\n{visible_lines(summary['message'])}")
+
+
+def curl_example(finished: Finished) -> str | None:
+    """A shell command that asks the endpoint a held-out question about its picture; None where no question has one.
+
+    Names and questions come from the user's data. The body stands in single quotes, in which a shell reads nothing, and
+    no quote is left in it; base64 writes nothing that a shell would split or read.
+    """
+    from nvila.components.model.text.conversation import Turn, messages_of
+
+    held_out = _held_out(finished)
+    if held_out is None:
+        return None
+    served = finished.values("rollout")
+    picture, question = held_out
+    url = {"url": f"data:image/{_KINDS.get(picture.suffix.lower(), 'png')};base64,"}
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": url}
+        for part in messages_of([Turn("human", question)], [picture])[0].parts
+        if part
+    ]
+    body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
+    text = _quoted(body)
+    before, after = text.split(_quoted(url), 1)  # its quotes are escaped wherever a question says the same
+    opening, closing = _quoted(url)[:-2], _quoted(url)[-2:]
+    start, picture_in_base64, end = (
+        f"'{before}{opening}'",
+        f"base64 -w0 -- {shell_word(short(picture))}",
+        f"'{closing}{after}'",
+    )
+    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
+    address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
+    command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
+    if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:
+        return f"{{ printf %s {start}; {picture_in_base64}; printf %s {end}; }} | {command} @-"
+    return f"{command} {start}$({picture_in_base64}){end}"
+
+
+def _quoted(content: Any) -> str:
+    """JSON that may stand in a shell's single quotes."""
+    return json.dumps(content, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
+
+
+def _held_out(finished: Finished) -> tuple[Path, str] | None:
+    """A held-out picture and its question as the record has it, from the source that the model answers best."""
+    from nvila.components.data.samples import read_samples
+
+    samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
+    pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
+    if not pictures:
+        return None
+    measured = finished.values("evaluate")["accuracy"]
+    best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
+    return best.root / best.media[0], best.conversations[0].text
+
+
+def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("source", "n", "majority", "question only", "trained", "quantized"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source, row in accuracy.items():
+        table.add_row(
+            Text(visible(source)),
+            str(row["n"]),
+            f"{row['majority']:.3f}",
+            f"{_interval(row['question_only'], row['question_only_interval'])} {row['question_only_kind']}",
+            _interval(row["bf16"], row["bf16_interval"]),
+            _interval(row["quantized"], row["quantized_interval"]),
+        )
+    return table
+
+
+def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
+    sources = sorted({source for row in stages.values() for source in row})
+    table = Table(box=None, pad_edge=False)
+    table.add_column("after")
+    for source in sources:
+        table.add_column(Text(visible(source)), justify="right")
+    for stage, row in stages.items():
+        table.add_row(Text(visible(stage)), *(f"{row[source]:.3f}" if source in row else "" for source in sources))
+    return table
+
+
+def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    run_dir = finished.run_dir
+    places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
+    if (run_dir / REPORT).is_file():
+        places.append(("report", short(run_dir / REPORT)))
+    store = run_dir.parent / "mlflow.db"
+    if store.is_file():
+        places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
+    if version := finished.values("register").get("version"):
+        places.append(("registered", f"{finished.values('register')['name']} version {version}"))
+    if summary["endpoint"]:
+        places.append(("endpoint", f"{summary['endpoint']} (`nvila stop` ends it)"))
+    return places
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    """The title on a line of its own: a table's own title wraps at the table's width."""
+    print_line(console, f"\n{visible(title)}", style="bold")
+    console.print(table)
+
+
+def _interval(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "-"
+    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+
+
+def short(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
