@@ -52,7 +52,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
     stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
               Path(logged.artifact_location.removeprefix("file://")).rglob("*") if p.is_file()}  # fmt: skip
-    assert {"MLmodel", "data/config.json", "data/model.safetensors"} <= stored
+    assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
     assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
     assert not (out / "upload").exists()
 
