@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nvila.components.contracts.errors import NvilaError, PreflightError
 from nvila.components.kube.connect import Connection
-from nvila.components.kube.errors import Away, Conflict, Denied, NotServed, NotThere, Refused
+from nvila.components.kube.errors import ApiError, Away, Conflict, Denied, NotKnown, NotServed, NotThere, Refused
 from nvila.components.tracking.redact import tell
 
 MERGE, APPLY = "application/merge-patch+json", "application/apply-patch+yaml"
@@ -94,10 +93,7 @@ class Requests:
             patience: for this request only.
 
         Raises:
-            NotThere, Conflict: as the API says.
-            Denied, NotServed: no right to do this, or the cluster does not know the resource or the namespace.
-            Refused: the API does not take the body.
-            Away: the API server could not be reached in time.
+            ApiError: one of its kinds, see `errors`.
         """
         patience = patience or self._patience
         request = _Request(method, path, form, body)
@@ -191,14 +187,14 @@ class Requests:
                 do="See whether it may be reached from here (NetworkPolicy, proxy), and try again.",
             ) from None
 
-    def _denied(self, request: _Request, error: Exception) -> NvilaError:
+    def _denied(self, request: _Request, error: Exception) -> ApiError:
         status, host, said = getattr(error, "status", None), self.connection.host, _reason(error)
         if status == 404:
             return NotServed(f"this cluster does not know {request.path}", where=host, do=self._advice.kind)
         if status == 403:
             rule = "A rule of the cluster (admission, quota) says so; rights are not what is missing."
             return Denied(said, where=host, do=self._advice.right if re.search('User ".*" cannot ', said) else rule)
-        return PreflightError(f"the API server lets nobody in: {said}", where=host)
+        return NotKnown(f"the API server lets nobody in: {said}", where=host)
 
     def _say(self, text: str) -> None:
         print(tell(f"API server {self.connection.host}: {text}"), file=sys.stderr, flush=True)

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
-from nvila.components.contracts.errors import NvilaError
 from nvila.components.kube.cluster import EVENT, POD, Cluster, Kind, Object
-from nvila.components.kube.errors import Conflict, NotThere
+from nvila.components.kube.errors import ApiError, Conflict, NotThere
 from nvila.components.kube.requests import Advice, Patience
 from nvila.infra.launch.job import Job, Pod, conditions, said
 from nvila.infra.launch.trainjob import API, RUN_LABEL
@@ -113,5 +112,5 @@ class Jobs:
     def _aside(self, kind: Kind, *, labels: str = "", fields: str = "") -> list[Object] | None:
         try:
             return self._cluster.find(kind, labels=labels, fields=fields, patience=_ASIDE)
-        except NvilaError:
+        except ApiError:
             return None

@@ -72,7 +72,7 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
     """Everything that is wrong or worth knowing, what is refused first.
 
     Raises:
-        Away, PreflightError: the cluster does not answer, or lets nobody in.
+        ApiError: the cluster does not answer, or lets nobody in.
     """
     settings = _settings(cluster)
     if _per_node(settings) == 0:  # jobs of this site run on CPUs and ask for no GPU

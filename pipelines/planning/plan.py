@@ -17,7 +17,7 @@ from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, 
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.kube.cluster import Cluster
-from nvila.components.kube.errors import Away
+from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
@@ -119,7 +119,7 @@ def make_plan(
         try:
             findings = look(cluster, Need.of(checked), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
-        except (PreflightError, Away) as error:
+        except ApiError as error:
             if insist:
                 raise PreflightError(str(error)) from None
             looked = f"{error}; only this machine was looked at"
