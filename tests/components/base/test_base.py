@@ -29,7 +29,7 @@ def settings(**changes: Any) -> ModelSettings:
         "batch": 8,
     } | changes.pop("base", {})
     return ModelSettings.model_validate(
-        {"variant": "test", "s2_scales": [28, 56], "max_tiles": 4, "max_length_tokens": 256, "base": base} | changes
+        {"s2_scales": [28, 56], "max_tiles": 4, "max_length_tokens": 256, "base": base} | changes
     )
 
 
@@ -108,7 +108,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
 
     from nvila.components.base.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     generator = torch.Generator().manual_seed(0)
