@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe
 from nvila.components.model.checkpoint.layouts import open_checkpoint
@@ -156,7 +157,7 @@ NULLABLE = [
 @pytest.mark.parametrize("mode", ["resize", "dynamic", "dynamic_s2"])
 def test_published_configurations_pass(configure: Any, mode: str) -> None:
     """Prevents keys of published configurations at their values, and null, from being refused."""
-    config = configure(vision_mode=mode, video_pool_sizes=((1, 1, 1),), max_tiles=12, num_video_frames=8)
+    config = configure(vision_mode=mode, video_pool_sizes=((1, 1, 1),), max_tiles=12, sampling=Sampling(8))
     content = config.to_json() | PUBLISHED
     if mode != "dynamic_s2":  # the reference's defaults, which nothing reads without S2
         content |= {"s2_scales": "336,672,1008", "s2_max_split_size": 336}
