@@ -37,7 +37,7 @@ class Endpoint(BaseModel):
     """Of the model's manifest."""
     model_dir: str
     log: str
-    pinned: dict[str, Any] = {}
+    pinned: dict[str, int] = {}
     """What it did with the pinned prompts before it became champion."""
 
     @property

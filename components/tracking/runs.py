@@ -124,8 +124,8 @@ def _log(
     if datasets := dataset_inputs(inputs, manifest):
         client.log_inputs(run, datasets)
     numbers = dict(measured)
-    if manifest and manifest.kind != "slices":  # the slices are settings, which other steps log
-        numbers = metrics(manifest.values) | numbers
+    if manifest and manifest.result and manifest.kind != "slices":  # the slices are settings, which other steps log
+        numbers = metrics(manifest.result) | numbers
     rows = [(key, value, _ms(ended), 0) for key, value in numbers.items()]
     _log_metrics(client, run, rows + (_curve(Path(manifest.folder), _ms(ended)) if manifest else []))
     if manifest:
