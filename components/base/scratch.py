@@ -14,7 +14,7 @@ from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.samples import read_samples
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 

@@ -53,6 +53,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
     from nvila.components.model.checkpoint.loading import load
+    from nvila.components.model.decode.answer import stream
     from nvila.components.model.decode.structured import JsonSchema
     from nvila.components.model.text.conversation import Turn, arranged, count_literals, split_media
     from nvila.components.model.text.prompt import make_prompt
@@ -73,7 +74,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         so_far = sum(count_literals(earlier) for earlier in turns)
         prompt = make_prompt(tuple(turns), [*front, *placed[:so_far]], loaded.config, system=question.system)
         pieces = []
-        for piece in loaded.stream(tokenizer, prompt, answering.max_new_tokens, **options):
+        for piece in stream(loaded, tokenizer, prompt, answering.max_new_tokens, **options):
             pieces.append(piece)
             yield piece
         turns.append(Turn("gpt", "".join(pieces)))

@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]

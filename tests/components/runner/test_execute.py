@@ -162,7 +162,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     signal.signal(signal.SIGTERM, before)
     for name in ("tracking", "nvila.trying", "nvila.trying.step"):
         sys.modules.pop(name, None)
-    for cached in (keys._source, keys._file_digest, keys._imported):
+    for cached in (keys._source, keys._syntax):
         cached.cache_clear()
 
 
