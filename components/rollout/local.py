@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
 from nvila.components.contracts.manifest import written_by

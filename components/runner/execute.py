@@ -21,7 +21,6 @@ from nvila.components.contracts.files import discard
 from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
-    AGAIN,
     MANIFEST,
     SUSPECT,
     InputRef,

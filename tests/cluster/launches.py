@@ -13,6 +13,7 @@ from typing import Any
 from kube import wait_for
 from launcher import work_from
 
+from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import write_outcome
 from nvila.components.runner.work import Work
@@ -88,7 +89,7 @@ class Launch:
 
     def answer(self, **values: Any) -> None:
         """What the job's first node would leave."""
-        write_outcome(answers(self.work, self.job()), Outcome(kind="model", values=values))
+        write_outcome(answers(self.work, self.job()), Outcome(kind="model", result=Other(**values)))
 
     def ends(self, process: subprocess.Popen[bytes], seconds: float = 30) -> int:
         """Exit code of a launcher that ends by itself."""
