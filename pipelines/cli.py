@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,9 +129,9 @@ def plan(
     from rich.console import Console
 
     from nvila.pipelines.planning import plan as planning
-    from nvila.pipelines.planning.checks import Cluster
+    from nvila.pipelines.planning.checks import configured
 
-    found = None if cluster is False else Cluster.connect(namespace)
+    found = None if cluster is False else configured(os.environ.get("KUBECONFIG"), namespace)
     if cluster and found is None:
         raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import training
 
 from nvila.components.contracts.errors import DataError, Rejected
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files, write_atomic
-from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.store import MANIFEST, Store
 
 KEY = "0123456789abcdef" * 4
@@ -94,7 +94,7 @@ def test_digest_does_not_depend_on_place_or_time(store: Store, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "change",
-    [{"result": Other(accuracy=0.5)}, {"sources": [File(uri="/data/sft.json", size_bytes=1, sha256="0")]}],
+    [{"result": training(final_loss=0.1)}, {"sources": [File(uri="/data/sft.json", size_bytes=1, sha256="0")]}],
     ids=["result", "sources"],
 )
 def test_digest_depends_on_the_result(store: Store, change: dict[str, Any]) -> None:
