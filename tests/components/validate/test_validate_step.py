@@ -132,7 +132,7 @@ def test_everything_else_is_in_the_table(demo: tuple[Record, Path]) -> None:
             there = {f"{source['name']}/{split}/{record['id']}" for record in read(Path(source["path"]), split)}
             of_split = {i for i in ids if i.startswith(f"{source['name']}/{split}/")}
             assert of_split == there - set(quarantine(out))
-            counts = json.loads((out / "values.json").read_text())["records"]
+            counts = json.loads((out / "told.json").read_text())["records"]
             assert counts[source["name"]][split] == len(of_split)
     assert all(path.is_file() for sample in samples for path in sample.paths)
     assert len({(label.source, label.media) for label in read_labels(out / "labels.parquet")}) == 80 + 120 + 50
