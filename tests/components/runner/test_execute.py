@@ -55,7 +55,7 @@ def run(settings, inputs, out):
         (out / "waiting").touch()
         time.sleep(60)
     (out / "result.txt").write_text(str(len(inputs)))
-    result = Other(n=1) if out.parent.name == "try" else None  # other names are those of steps with results of their own
+    result = Other(n=1) if out.parent.name == "try" else None
     return Outcome(kind="dataset", result=result, files=("result.txt",), measured={"speed": 2.0})
 """
 
