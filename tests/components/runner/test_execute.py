@@ -212,6 +212,19 @@ def test_the_world_is_prepared_before_the_key_is_taken(bench: Bench) -> None:
     assert len(bench.calls) == 1
 
 
+def test_a_step_that_makes_the_same_again_wakes_none_behind_it(bench: Bench) -> None:
+    """An edit of how weights are fetched would train five stages again, though the weights are the same."""
+    made = bench.root / "output" / "try.json"
+    bench.run("work")
+    first = Manifest.load(made)
+    (bench.root / "nvila" / "trying" / "step.py").write_text(f"{STEP}\nEDITED = 1\n")
+    keys._syntax.cache_clear()
+    bench.run("work", run="run-2")
+    second = Manifest.load(made)
+    assert len(bench.calls) == 2 and second.key != first.key
+    assert second.digest == first.digest  # which is what keys of steps behind it hold
+
+
 def test_an_input_is_recorded_and_belongs_to_the_key(bench: Bench) -> None:
     """Lineage is a walk over manifests: an input that is not named there is lost."""
     bench.run("work")
