@@ -49,7 +49,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         ConfigError: no such model, a schema that cannot be kept, or an answer was cut before its JSON ended.
         DataError: a picture, clip or document cannot be read, or is of a kind that the texts have no place for.
     """
-    folder = _folder(reference, runs)
+    folder = find_model(reference, runs).folder
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
     from nvila.components.model.checkpoint.loading import load
@@ -105,11 +105,3 @@ def _check_complete(answer: str, max_new_tokens: int) -> None:
             value=max_new_tokens,
             do="Allow longer answers",
         ) from None
-
-
-def _folder(reference: str, runs: Path) -> Path:
-    if "://" not in reference:
-        return find_model(reference, runs.absolute()).folder
-    from nvila.components.data.fetch import fetch
-
-    return fetch(reference)

@@ -67,7 +67,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
     print_line(console, where)
     began = time.monotonic()
-    sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
+    sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
     threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
     code = _watched(run_dir, store, console)
