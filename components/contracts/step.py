@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pydantic import BaseModel
-
-from nvila.components.contracts.manifest import File, Kind, Manifest
+from nvila.components.contracts.manifest import File, Kind
+from nvila.components.contracts.results import Result
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,8 @@ class Outcome:
     """What a step made; `execute` turns it into the manifest."""
 
     kind: Kind
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """Small JSON results, the same in every execution of the same work: no times, no paths of a run."""
+    result: Result | None = None
+    """What was found out, in the form of this step; the same in every execution of the same work."""
     sources: list[File] = field(default_factory=list)
     """The user's own files that were read."""
     files: tuple[str, ...] = ("**/*",)
@@ -34,14 +32,3 @@ class Outcome:
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Where it was made (`Manifest.machine`); the runner knows, not the step."""
-
-
-class Step(Protocol):
-    """A step module (`nvila.components.<verb>.step`)."""
-
-    Settings: type[BaseModel]
-    """The step's slice of the recipe."""
-
-    def run(self, settings: Any, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-        """Do the work inside `out`, which may hold an interrupted earlier attempt."""
-        ...

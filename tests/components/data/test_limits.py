@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+from telling import evaluation, scored
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
@@ -112,8 +113,8 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed
     from nvila.components.model.text.tokenizer import load_tokenizer
-    from nvila.components.report.collect import RunView, StepView
     from nvila.components.report.gallery import cards
+    from nvila.components.runner.status import Run
 
     out = validated(tmp_path, **ALLOWED)
     assert (out / "quarantine.jsonl").read_text() == ""
@@ -129,7 +130,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
         "validate": Manifest(step="validate", key="k", kind="dataset", files=describe_files(out), folder=str(out))
     }
     manifests["evaluate"] = predictions(known, tmp_path / "evaluate")
-    run = RunView("r", {name: StepView(name, "done", manifest=made) for name, made in manifests.items()})
+    run = Run(tmp_path, manifests=manifests)
     shown = [card.picture for some in cards(run).values() for card in some]
     assert len(shown) == 12 and None not in shown  # the report
 
@@ -186,9 +187,9 @@ def predictions(known: list[samples.Sample], folder: Path) -> Manifest:
     for wrong in rows[::2]:
         wrong["correct"] = False
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions.parquet")
-    values = {"accuracy": {row["source"]: {} for row in rows}}
+    told = evaluation({row["source"]: scored(0.5) for row in rows})
     files = describe_files(folder)
-    return Manifest(step="evaluate", key="k", kind="metrics", files=files, values=values, folder=str(folder))
+    return Manifest(step="evaluate", key="k", kind="metrics", files=files, result=told, folder=str(folder))
 
 
 def test_limits_share_one_object(tmp_path: Path) -> None:
