@@ -211,8 +211,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
 
     _, world = place()
     if not torch.cuda.is_available():
-        # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _without_shared_memory()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=PEER_SECONDS))
     plain = run.precision == "fp32" and run.zero == 0
@@ -243,6 +242,18 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm)
+
+
+def _without_shared_memory() -> None:
+    """Have CPU ranks meet by gloo alone: DeepSpeed would spend minutes compiling an op for those of one machine."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Plain(CPU_Accelerator):  # type: ignore[misc]
+        def create_op_builder(self, class_name: str) -> Any:
+            return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
+
+    set_accelerator(Plain())
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
