@@ -45,8 +45,9 @@ def _start() -> tuple[str, str, float, float, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         put_client(folder)
-        imported = "import sys; from nvila.pipelines.local import forks; forks.ALWAYS_NEEDED += forks.FOR_WORK"
-        server = start(folder, folder, ("-c", f"{imported}; forks.main(sys.argv[1:])"))
+        quiet = "import os, sys; os.dup2(os.open(os.devnull, os.O_WRONLY), 1)"
+        imported = "from nvila.pipelines.local import forks; forks.ALWAYS_NEEDED += forks.FOR_WORK"
+        server = start(folder, folder, ("-c", f"{quiet}; {imported}; forks.main(sys.argv[1:])"))
         given = json.dumps({"outputs": {"outputFile": str(folder / "output.json")}})
         took = []
         for _ in range(11):
