@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.checkpoint.layouts import PARTS, Layout, open_checkpoint
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.layouts import PARTS, Layout
 from nvila.components.model.checkpoint.quantized import PER_INT32
 from nvila.components.model.checkpoint.tensorfile import FLOATING, Stored
 from nvila.components.model.checkpoint.weights import HEAD, tied

@@ -9,8 +9,9 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe
-from nvila.components.model.checkpoint.layouts import open_checkpoint
-from nvila.components.model.checkpoint.native import image_processor, load_flat, load_native, save_native
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.loading import load_flat
+from nvila.components.model.checkpoint.native import image_processor, load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
