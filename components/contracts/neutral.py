@@ -13,14 +13,14 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.exits",  # the number that it then ends with
         "nvila.components.contracts.neutral",
         "nvila.components.contracts.progress",  # how far it is
-        # The forms of what steps find out: what a step fills in, and how, stands in the step.
+        # The forms of what steps find out compute nothing (a test): what is filled in, and how, stands in the step.
         "nvila.components.contracts.results",
         "nvila.components.contracts.results.accuracy",
         "nvila.components.contracts.results.model",
         "nvila.components.contracts.results.result",
         "nvila.components.contracts.results.run",
         "nvila.components.contracts.text",  # a line on stderr
-        "nvila.components.tracking.redact",  # without secrets
+        "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made
         "nvila.components.tracking.tokens",
     }
 )
