@@ -12,7 +12,8 @@ import typer
 from google.protobuf import json_format
 
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.recipe.reader import Form, fill_in, recipe_text, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped, shipped_document
 from nvila.pipelines.cli import app
 from nvila.pipelines.lifecycle import build
 from nvila.pipelines.steps import STEPS
@@ -39,7 +40,7 @@ def recipes_table() -> str:
     rows = []
     for name in (*FIRST, *(name for name in shipped() if name not in FIRST)):
         llm = fill_in(Form(recipe=name)).model.base.llm
-        sentence = recipe_text(name).partition("\n")[0].removeprefix("#").strip()
+        sentence = shipped_document(name).about
         start = f"`{llm}`" if llm else "blank, made by `base`"
         rows.append((f"[`{name}`](pipelines/recipes/{name}.yaml)", sentence, start))
     return _table(("recipe", "what it is", "language model"), rows)
@@ -48,11 +49,21 @@ def recipes_table() -> str:
 def commands_table() -> str:
     """Each command of the CLI: the first line of its help and its example."""
     rows = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in commands():
         first, _, rest = (command.help or "").partition("\n")
         example = re.search(r"Example: (.+)", rest)
         rows.append((f"`nvila {name}`", first, f"`{example[1]}`" if example else ""))
     return _table(("command", "what it does", "example"), rows)
+
+
+def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command of the CLI by its words."""
+    found: Any = group or typer.main.get_command(app)
+    for name, command in found.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
 
 
 TABLES = {"steps": steps_table, "recipes": recipes_table, "commands": commands_table}
