@@ -153,6 +153,20 @@ class Manifest(BaseModel):
             self._refuse(strangers[0], "the step wrote no such file", do=f"Remove it. {AGAIN}")
         return Path(self.folder, prefix)
 
+    def origin(self, name: str) -> Manifest:
+        """The manifest that the step read as its input `name`; it lies in the store that this one lies in.
+
+        Raises:
+            DataError, DamagedError: as `load`.
+            DamagedError: it is another than the step read.
+        """
+        ref = self.inputs[name]
+        place = Path(self.folder).parents[1].joinpath(*Path(ref.uri).parts[-3:])
+        found = Manifest.load(place)
+        if found.digest != ref.digest:
+            raise DamagedError(f"not the output of step {ref.step} that {self.step} read", where=str(place), do=AGAIN)
+        return found
+
     def verify(self, *, deep: bool = False) -> list[str]:
         """Names of files that are missing, links, of another size, or (`deep` reads them all) of another sha256."""
         return list(self.faults(deep=deep, fresh=True))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.files import read_json
+from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, REGISTER, RESOLVE
 from nvila.components.metrics.standing import headline
 from nvila.components.report.collect import RunView, collect
 from nvila.components.report.flow import unfinished
@@ -78,12 +79,12 @@ def ending(run: RunView, state: str, message: str | None) -> Ending:
 def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
     """What the webhook is told, without secrets."""
     began, last = run.span
-    full, small = (run.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized"))
+    full, small = (run.values(step).get("accuracy", {}) for step in (EVALUATE, EVALUATE_QUANTIZED))
     sources = {
         source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
         for source, row in full.items()
     }
-    version, measured = run.values("register"), headline(full, small)
+    version, measured = run.values(REGISTER), headline(full, small)
     return dict(
         redact(
             {
@@ -91,7 +92,7 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
                 "outcome": ended.outcome,
                 "step": ended.step,
                 "message": ended.message,
-                "recipe": run.values("resolve").get("recipe", {}).get("name"),
+                "recipe": run.values(RESOLVE).get("recipe", {}).get("name"),
                 "seconds": round(last - began, 1),
                 "headline": measured.text,
                 "accuracy": sources,

@@ -10,9 +10,10 @@ from typing import Any
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.steps import NOT_ASKED_FOR, REPORT
 from nvila.components.contracts.text import say
 
-CAME_THROUGH = ("done", "cached")
+CAME_THROUGH = ("done", "cached", NOT_ASKED_FOR)
 ENDED_BADLY = ("rejected", "failed", "preempted")
 
 
@@ -22,7 +23,7 @@ class StepView:
 
     name: str
     status: str
-    """done, cached, running, rejected, failed, preempted, or `not reached`."""
+    """done, cached, not asked for, running, rejected, failed, preempted, or `not reached`."""
     started: float | None = None
     ended: float | None = None
     message: str = ""
@@ -70,7 +71,7 @@ class RunView:
         elsewhere. Not `report`, which only tells of the others, unless it is the only one.
         """
         bad = [view for view in self.steps.values() if view.status in ENDED_BADLY]
-        return min(bad, key=lambda v: (v.name == "report", v.status == "preempted", v.ended or 0)) if bad else None
+        return min(bad, key=lambda v: (v.name == REPORT, v.status == "preempted", v.ended or 0)) if bad else None
 
     @property
     def lost(self) -> StepView | None:

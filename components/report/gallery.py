@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, VALIDATE
 from nvila.components.report.collect import RunView
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class Card:
 
 def cards(run: RunView) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
-    rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
-    after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
+    rows = sorted(table(run.file(EVALUATE, "predictions.parquet")), key=lambda row: row["id"])
+    after = {row["id"]: row["prediction"] for row in table(run.file(EVALUATE_QUANTIZED, "predictions.parquet"))}
     limits = _limits(run)
     found = {}
-    for source in run.values("evaluate").get("accuracy", {}):
+    for source in run.values(EVALUATE).get("accuracy", {}):
         mine = [row for row in rows if row["source"] == source]
         chosen = _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)
@@ -75,7 +76,7 @@ def _limits(run: RunView) -> Limits:
     from nvila.components.data.media import Limits
     from nvila.components.data.samples import SAMPLES_FILE, read_limits
 
-    samples = run.file("validate", SAMPLES_FILE)
+    samples = run.file(VALIDATE, SAMPLES_FILE)
     try:
         return read_limits(samples) if samples else Limits()
     except DataError:

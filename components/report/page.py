@@ -7,13 +7,24 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
+from nvila.components.contracts.steps import (
+    EVALUATE,
+    EVALUATE_QUANTIZED,
+    PRUNES,
+    QUANTIZE,
+    REGISTER,
+    RESOLVE,
+    ROLLOUT,
+    ROWS,
+    STAGES,
+    VALIDATE,
+)
 from nvila.components.metrics.standing import above, change, headline, standing
 from nvila.components.report import charts, flow
 from nvila.components.report.collect import RunView
 from nvila.components.report.gallery import cards, table
 from nvila.components.tracking.flatten import parameters
 
-STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
 QUARANTINE_ROWS = 60
 CURVE_POINTS = 300
 
@@ -32,17 +43,17 @@ def context(run: RunView) -> dict[str, Any]:
         "row_pixels": flow.ROW_PIXELS,
         "accuracy": accuracy_rows(run),
         "accuracy_chart": _accuracy_chart(run),
-        "stages": run.values("evaluate").get("stages", {}),
+        "stages": run.values(EVALUATE).get("stages", {}),
         "stages_chart": _stages_chart(run),
         "curves": loss_curves(run),
         "prune": prune_parts(run),
         "cards": cards(run),
-        "counts": run.values("validate").get("records", {}),
-        "quarantined": run.values("validate").get("quarantined", {}),
+        "counts": run.values(VALIDATE).get("records", {}),
+        "quarantined": run.values(VALIDATE).get("quarantined", {}),
         "quarantine": quarantine(run),
-        "quantize": run.values("quantize"),
-        "register": run.values("register"),
-        "rollout": run.values("rollout"),
+        "quantization": run.values(QUANTIZE),
+        "version": run.values(REGISTER),
+        "serving": run.values(ROLLOUT),
         "lineage": _lineage(run),
         "sources": _sources(run),
         "settings": _settings(run),
@@ -64,11 +75,11 @@ def verdict(run: RunView) -> dict[str, str]:
         return {"tone": "bad", "title": f"Killed in {lost.name}", "text": text}
     if left := flow.unfinished(run):
         return {"tone": "neutral", "title": "Not finished", "text": f"The run was ended before {left[0]} began."}
-    rollout = run.values("rollout")
+    rollout = run.values(ROLLOUT)
     version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
     where = f"Rollout: {rollout.get('decision', '')}"
     state, text = ("serving", str(rollout["endpoint"])) if rollout.get("endpoint") else ("registered", where)
-    found = headline(run.values("evaluate").get("accuracy", {}), run.values("evaluate-quantized").get("accuracy", {}))
+    found = headline(run.values(EVALUATE).get("accuracy", {}), run.values(EVALUATE_QUANTIZED).get("accuracy", {}))
     if found.good:
         return {"tone": "good", "title": f"{version} is {state}", "text": text}
     return {"tone": "neutral", "title": f"{version} is {state}, but {found.text}", "text": text}
@@ -76,8 +87,8 @@ def verdict(run: RunView) -> dict[str, str]:
 
 def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
     """One row per source: the full model, its baselines, and the quantized model."""
-    full = run.values("evaluate").get("accuracy", {})
-    after = run.values("evaluate-quantized").get("accuracy", {})
+    full = run.values(EVALUATE).get("accuracy", {})
+    after = run.values(EVALUATE_QUANTIZED).get("accuracy", {})
     rows = []
     for source, measured in full.items():
         quantized = after.get(source)
@@ -99,7 +110,7 @@ def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
 def loss_curves(run: RunView) -> list[dict[str, Any]]:
     """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
     found = []
-    for number, step in enumerate(STAGES[1:]):
+    for number, step in enumerate(STAGES):
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
@@ -116,7 +127,7 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
         name = run.values(step).get("stage", {}).get("name", "")
         found.append(
             {
-                "step": step,
+                "title": f"Stage {number + 1}",
                 "name": name,
                 "steps": len(points),
                 "first": smooth[0][1],
@@ -130,7 +141,7 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
 def prune_parts(run: RunView) -> list[dict[str, Any]]:
     """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
     found = []
-    for step in ("prune-image", "prune-video"):
+    for step in PRUNES:
         scores = table(run.file(step, "scores.parquet"))
         for source, told in run.values(step).get("sources", {}).items():
             mine = [row for row in scores if row["source"] == source]
@@ -145,7 +156,7 @@ def prune_parts(run: RunView) -> list[dict[str, Any]]:
 
 def quarantine(run: RunView) -> dict[str, Any]:
     """The first records that validation set aside: column names, rows, how many there are in all."""
-    path = run.file("validate", "quarantine.jsonl")
+    path = run.file(VALIDATE, "quarantine.jsonl")
     records = _json_lines(path.read_text()) if path else []
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
@@ -169,24 +180,24 @@ def _accuracy_chart(run: RunView) -> str:
 
 
 def _stages_chart(run: RunView) -> str:
-    stages = run.values("evaluate").get("stages", {})
-    shown = [stage for stage in STAGES if stage in stages]
+    stages = run.values(EVALUATE).get("stages", {})
+    shown = [name for name in ROWS if name in stages]
     sources = list(dict.fromkeys(source for stage in shown for source in stages[stage]))
     lines = [
         charts.Line(i, source, [(x, stages[stage][source]) for x, stage in enumerate(shown) if source in stages[stage]])
         for i, source in enumerate(sources)
     ]
-    labels = [stage.replace("train-", "stage ") for stage in shown]
+    labels = [f"stage {STAGES.index(name) + 1}" if name in STAGES else name for name in shown]
     return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
 
 
 def _recipe(run: RunView) -> str:
-    recipe = run.values("resolve").get("recipe", {})
+    recipe = run.values(RESOLVE).get("recipe", {})
     return recipe.get("name", "") if isinstance(recipe, Mapping) else str(recipe)
 
 
 def _lineage(run: RunView) -> list[dict[str, Any]]:
-    order = {name: i for i, (name, *_) in enumerate(flow.DAG)}
+    order = {name: i for i, name in enumerate(ROWS)}
     done = [view.manifest for view in run.steps.values() if view.manifest]
     return [
         {
@@ -206,7 +217,7 @@ def _sources(run: RunView) -> list[dict[str, Any]]:
 
 
 def _settings(run: RunView) -> dict[str, dict[str, str]]:
-    return {step: parameters(part) for step, part in run.values("resolve").get("slices", {}).items()}
+    return {step: parameters(part or {}) for step, part in run.values(RESOLVE).get("slices", {}).items()}
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

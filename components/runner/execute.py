@@ -31,6 +31,7 @@ from nvila.components.contracts.manifest import (
 )
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.steps import NOT_ASKED_FOR, ROWS, STEPS
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.handover import FOLDER
@@ -42,10 +43,8 @@ RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
 RUN_ID_VARIABLE = "NVILA_RUN_ID"
 """Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
-COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
-"""Steps that let a model go further: their inputs must be those that MLflow knows."""
-ALWAYS = frozenset({"register", "rollout", "report"})
-"""Steps that act on the world, or describe this very run: they are never skipped."""
+COMPARED = frozenset(row.name for row in STEPS if row.compared)
+ALWAYS = frozenset(row.name for row in STEPS if row.always)
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ def execute(
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
 
+    Where the recipe leaves the step out, one of its inputs goes on in its place.
+
     Leaves the process with the step's exit code when it fails (see `Exit`), after writing the status file.
 
     Args:
@@ -109,9 +110,11 @@ def execute(
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        manifest, cached = perform(place, step, module, settings, loaded)
+        made, cached = perform(place, step, module, settings, loaded) if settings is not None else (None, False)
+        manifest = made or loaded[ROWS[step].hands_on]
         manifest.save(Path(output))
-        status.end("cached" if cached else "done", Exit.DONE, manifest=manifest)
+        word = "cached" if cached else "done" if made else NOT_ASKED_FOR
+        status.end(word, Exit.DONE, manifest=made)
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
         return facts | _scalars(manifest)
     except NvilaError as error:

@@ -9,11 +9,9 @@ from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError
 from nvila.components.contracts.manifest import MANIFEST, Manifest, digest_json, written_by
 from nvila.components.contracts.places import is_address
+from nvila.components.contracts.steps import QUANTIZE
 from nvila.components.tracking.connect import has_store, tracking_uri
 from nvila.components.tracking.redact import redact_text
-
-QUANTIZE = "quantize"
-"""The step whose output is served."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.steps import PREFLIGHT
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
@@ -51,7 +52,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
     laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
     form = Form(recipe=text, overrides=json.dumps(laid_over))
     checked = fill_in(form, where=recipe)
-    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights))
     run_dir = _new_run(runs.absolute(), checked.name)

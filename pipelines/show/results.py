@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.steps import EVALUATE, REGISTER, ROLLOUT, VALIDATE
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.pipelines.show.summary import LOG, Finished
@@ -47,7 +48,7 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
         title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
         _print_table(console, title, _accuracy_table(summary["accuracy"]))
     if summary["stages"]:
-        _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
+        _print_table(console, "exact match before training and after each stage", _stage_table(summary["stages"]))
     console.print()
     for label, value in _places(finished, summary):
         print_line(console, f"{label:<12} {visible(value)}")
@@ -69,7 +70,7 @@ def curl_example(finished: Finished) -> str | None:
     held_out = _held_out(finished)
     if held_out is None:
         return None
-    served = finished.values("rollout")
+    served = finished.values(ROLLOUT)
     picture, question = held_out
     url = {"url": f"data:image/{_KINDS.get(picture.suffix.lower(), 'png')};base64,"}
     content = [
@@ -103,11 +104,11 @@ def _held_out(finished: Finished) -> tuple[Path, str] | None:
     """A held-out picture and its question as the record has it, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
 
-    samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
+    samples = read_samples(finished.manifests[VALIDATE].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         return None
-    measured = finished.values("evaluate")["accuracy"]
+    measured = finished.values(EVALUATE)["accuracy"]
     best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
     return best.root / best.media[0], best.conversations[0].text
 
@@ -147,8 +148,8 @@ def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]
     store = run_dir.parent / "mlflow.db"
     if store.is_file():
         places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
-    if version := finished.values("register").get("version"):
-        places.append(("registered", f"{finished.values('register')['name']} version {version}"))
+    if version := finished.values(REGISTER).get("version"):
+        places.append(("registered", f"{finished.values(REGISTER)['name']} version {version}"))
     if summary["endpoint"]:
         places.append(("endpoint", f"{summary['endpoint']} (`nvila stop` ends it)"))
     return places

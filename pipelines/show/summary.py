@@ -10,6 +10,7 @@ from typing import Any
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, RESOLVE, ROLLOUT
 from nvila.components.contracts.text import say
 from nvila.components.metrics.standing import Headline, headline
 from nvila.components.tracking.redact import redact_text
@@ -44,7 +45,7 @@ class Finished:
     @property
     def headline(self) -> Headline:
         """What may be said of the model by what was measured."""
-        return headline(*(self.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized")))
+        return headline(*(self.values(step).get("accuracy", {}) for step in (EVALUATE, EVALUATE_QUANTIZED)))
 
     @property
     def failed(self) -> StepState | None:
@@ -78,7 +79,7 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
     found = finished.headline
     summary = {
         "run": finished.run_dir.name,
-        "recipe": finished.values("resolve").get("recipe", {}).get("name"),
+        "recipe": finished.values(RESOLVE).get("recipe", {}).get("name"),
         "exit_code": int(exit_code),
         "decision": _decision(finished, exit_code),
         "message": _message(finished, exit_code),
@@ -88,8 +89,8 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
         ],
         "headline": found.text,
         "accuracy": accuracy(finished),
-        "stages": finished.values("evaluate").get("stages", {}),
-        "endpoint": finished.values("rollout").get("endpoint"),
+        "stages": finished.values(EVALUATE).get("stages", {}),
+        "endpoint": finished.values(ROLLOUT).get("endpoint"),
         "seconds_total": round(seconds_total, 3),
         "seconds_overhead": round(max(seconds_total - finished.work_seconds, 0.0), 3),
         "peak_pss_bytes": peak_pss_bytes,
@@ -101,7 +102,7 @@ def write_summary(finished: Finished, seconds_total: float, peak_pss_bytes: int,
 def _decision(finished: Finished, exit_code: int) -> str:
     """`promoted` and the like from the rollout; else `rejected`, `preempted` or `failed`."""
     if exit_code == Exit.DONE:
-        return str(finished.values("rollout")["decision"])
+        return str(finished.values(ROLLOUT)["decision"])
     return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(Exit(exit_code), "failed")
 
 
@@ -124,8 +125,8 @@ def _message(finished: Finished, exit_code: int) -> str | None:
 
 def accuracy(finished: Finished) -> dict[str, dict[str, Any]]:
     """Exact match per source: trained, quantized, and the baselines; null where the step did not come through."""
-    full = finished.values("evaluate").get("accuracy", {})
-    quantized = finished.values("evaluate-quantized").get("accuracy", {})
+    full = finished.values(EVALUATE).get("accuracy", {})
+    quantized = finished.values(EVALUATE_QUANTIZED).get("accuracy", {})
     found = {}
     for source, row in full.items():
         small = quantized.get(source, {})

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts.steps import NOT_ASKED_FOR, ROWS
 from nvila.components.contracts.text import visible
-from nvila.pipelines.steps import STEPS
 
 PROGRESS_EVERY_SECONDS = 15.0
 _COLOUR = {
@@ -42,7 +42,7 @@ class StepState:
     @property
     def came_through(self) -> bool:
         """Whether the step has done its work, or found it done."""
-        return self.status in ("done", "cached")
+        return self.status in ("done", "cached", NOT_ASKED_FOR)
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
@@ -52,7 +52,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def read_states(run_dir: Path) -> list[StepState]:
     """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
-    return [_state(run_dir, name) for name in STEPS]
+    return [_state(run_dir, name) for name in ROWS]
 
 
 class Watch:

@@ -14,19 +14,19 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import visible
 from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
 from nvila.pipelines.local.run import _exit_code, _new_run, _point_latest
 from nvila.pipelines.show import results as closing
 from nvila.pipelines.show.summary import Finished, write_summary
 from nvila.pipelines.show.watch import Watch, read_states
-from nvila.pipelines.steps import STEPS
 
 BLIND = {"kind": "question text", "accuracy": 0.3, "low": 0.2, "high": 0.4}
 ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "n": 1000, "majority": 0.1, "question_only": BLIND}
 VALUES: dict[str, dict[str, Any]] = {
     "resolve": {"recipe": {"name": "tiny"}},
-    "evaluate": {"accuracy": {"digits": ROW}, "stages": {"base": {"digits": 0.1}, "train-4": {"digits": 0.6}}},
+    "evaluate": {"accuracy": {"digits": ROW}, "stages": {"initialize": {"digits": 0.1}, "train-4": {"digits": 0.6}}},
     "evaluate-quantized": {"accuracy": {"digits": {"accuracy": 0.69, "low": 0.59, "high": 0.79, "n": 1000}}},
     "register": {"name": "nvila-tiny", "version": "3"},
     "rollout": {"endpoint": "http://127.0.0.1:8321", "model": "nvila-tiny", "decision": "promoted"},
@@ -37,8 +37,8 @@ VALUES: dict[str, dict[str, Any]] = {
 def run_dir(tmp_path: Path) -> Path:
     """A finished run, as `execute` would have left it."""
     folder = tmp_path / "runs" / "r1"
-    for index, name in enumerate(STEPS):
-        _write_step(folder, name, "cached" if name == "base" else "done", started=100.0 + index)
+    for index, name in enumerate(ROWS):
+        _write_step(folder, name, "cached" if name == "initialize" else "done", started=100.0 + index)
     return folder
 
 
@@ -64,7 +64,7 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
     summary = write_summary(Finished.read(run_dir), 60.0, 123, 0)
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert summary["decision"] == "promoted" and summary["endpoint"] == "http://127.0.0.1:8321"
-    assert [step["name"] for step in summary["steps"]] == list(STEPS)
+    assert [step["name"] for step in summary["steps"]] == list(ROWS)
     row = summary["accuracy"]["digits"]
     assert (row["bf16"], row["quantized"], row["majority"], row["question_only"], row["n"]) == (
         0.7,
@@ -78,7 +78,7 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
 
 def test_overhead_is_what_no_steps_function_used(run_dir: Path) -> None:
     """Skipped steps did no work, although their manifests say how long it once took."""
-    worked = (len(STEPS) - 1) * 2.0
+    worked = (len(ROWS) - 1) * 2.0
     assert write_summary(Finished.read(run_dir), 60.0, 0, 0)["seconds_overhead"] == pytest.approx(60.0 - worked)
 
 
@@ -103,10 +103,10 @@ def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> Non
 
 def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
     """`stopped` alone reads as if somebody had stopped it, and does not say whom to call."""
-    _write_step(run_dir, "base", "preempted", started=50.0, code=75)
+    _write_step(run_dir, "initialize", "preempted", started=50.0, code=75)
     finished = Finished.read(run_dir)
     assert _exit_code(finished, 1) == Exit.PREEMPTED
-    assert write_summary(finished, 1.0, 0, 75)["message"] == "base stopped: because"
+    assert write_summary(finished, 1.0, 0, 75)["message"] == "initialize stopped: because"
 
 
 def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
@@ -241,7 +241,7 @@ HOSTILE = "[red]:dog:\x1b[31m\r\u202e[/x]"
 
 def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Source names, notes and messages come from recipes, data, servers: no escape or markup of them counts."""
-    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {HOSTILE: ROW}, "stages": {"base": {HOSTILE: 0.1}}})
+    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {HOSTILE: ROW}, "stages": {"initialize": {HOSTILE: 0.1}}})
     monkeypatch.setitem(VALUES, "rollout", {"endpoint": HOSTILE, "model": HOSTILE, "decision": HOSTILE})
     monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / f"{HOSTILE}.png", HOSTILE))
     for name in ("evaluate", "rollout"):
@@ -296,8 +296,8 @@ def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
         watch.refresh()
         watch.refresh()
     lines = out.getvalue().splitlines()
-    assert len(lines) == len(STEPS)
-    assert any("base: cached in 3.0 s" in line for line in lines)
+    assert len(lines) == len(ROWS)
+    assert any("initialize: cached in 3.0 s" in line for line in lines)
 
 
 def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
 from nvila.components.data.samples import read_samples
+from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
 from nvila.components.model.nvila import init_model
