@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pydantic import BaseModel
-
-from nvila.components.contracts.manifest import File, Kind, Manifest
+from nvila.components.contracts.manifest import File, Kind
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,3 @@ class Outcome:
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Where it was made (`Manifest.machine`); the runner knows, not the step."""
-
-
-class Step(Protocol):
-    """A step module (`nvila.components.<verb>.step`)."""
-
-    Settings: type[BaseModel]
-    """The step's slice of the recipe."""
-
-    def run(self, settings: Any, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-        """Do the work inside `out`, which may hold an interrupted earlier attempt."""
-        ...
