@@ -13,12 +13,14 @@ from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import RolloutSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.preflight import checks
-from nvila.components.preflight.port import port_problem
 from nvila.components.runner.execute import Place, on_cluster
+from nvila.components.serve.endpoint import alive
 from nvila.components.serve.environment import serve_python
+from nvila.components.serve.ports import why_taken
 
 
 class Settings(Section):
@@ -44,7 +46,7 @@ def prepare(settings: Settings) -> None:
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-    """Values: which data files were found. Nothing is written.
+    """Tells which data files were found. Nothing is written.
 
     Raises:
         PreflightError: every problem that was found, in one message.
@@ -55,7 +57,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     refuse(checks.weights_problems(settings.weights))
     return Outcome(
         kind="report",
-        values={"annotations": _annotation_digests(settings.data)},
+        result=Preflight(annotations=_annotation_digests(settings.data)),
         measured={"memory_available_bytes": float(checks.memory_available_bytes())},
     )
 
@@ -88,11 +90,18 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
     found = checks.memory_problems(settings.needs.memory_bytes)
     found += checks.package_problems()
     if settings.rollout.target == "local":
-        problem = port_problem(settings.rollout.host, settings.rollout.port, runs / "serving")
-        found += [problem] if problem else []
+        found += port_problems(settings.rollout.host, settings.rollout.port, runs)
     if settings.vllm:
         found += _serving_problems()
     return found
+
+
+def port_problems(host: str, port: int, runs: Path) -> list[str]:
+    """Whether someone else listens where the endpoint is wanted; our own endpoint of an earlier run may."""
+    reason = why_taken(host, port)
+    if reason is None or any(server.port == port for server in alive(runs)):
+        return []
+    return [f"rollout.port: {host}:{port} is in use by someone else ({reason}); free it or choose another"]
 
 
 def _pod_problems(settings: Settings) -> list[str]:

@@ -14,6 +14,8 @@ from pydantic import Field
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.rollout import RegisterSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.model import Quantization
+from nvila.components.contracts.results.run import Registration
 from nvila.components.contracts.step import Outcome
 from nvila.components.register.card import model_card
 from nvila.components.register.package import log_model
@@ -44,7 +46,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     """
     runs, name = Place.from_environment().run_dir.parent, settings.register_.model_name
     model = inputs["model"]
-    checkpoint = model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
+    model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
     card = model_card(name, inputs)
     (out / CARD).write_text(card, encoding="utf-8")
     lineage = lineage_tags(inputs)
@@ -53,11 +55,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         experiment = experiment_id(client, runs)
         logged = log_model(
             client,
-            checkpoint,
+            model,
             out / "upload",
             experiment=experiment,
             name=name,
-            params={key: str(value) for key, value in model.values.get("linears", {}).items()},
+            params={key: str(value) for key, value in model.told(Quantization).linears.items()},
             tags=lineage,
         )
         run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)
@@ -66,5 +68,5 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     version = register_version(runs, name, model.digest, log, description=card, tags=lineage)
     set_alias(runs, name, CHALLENGER, version.version)
     return Outcome(
-        kind="version", values={"name": name, "version": version.version, "model_uri": version.uri}, files=(CARD,)
+        kind="version", result=Registration(name=name, version=version.version, model_uri=version.uri), files=(CARD,)
     )

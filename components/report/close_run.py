@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.files import read_json
-from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, REGISTER, RESOLVE
-from nvila.components.metrics.standing import headline
-from nvila.components.report.collect import RunView, collect
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.run import Registration, Resolution
+from nvila.components.metrics.standing import compared, headline
 from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
 from nvila.components.runner.execute import Place, on_cluster
+from nvila.components.runner.status import Run, Status
 from nvila.components.runner.work import chosen
 from nvila.components.tracking.redact import redact, tell
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
 _STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
-_OUTCOMES: dict[str, Outcome] = {"rejected": "rejected", "preempted": "stopped", "failed": "failed"}
+_OUTCOMES: dict[Status, Outcome] = {
+    Status.REJECTED: "rejected",
+    Status.PREEMPTED: "stopped",
+    Status.FAILED: "failed",
+}
 _MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
 
 
@@ -50,14 +55,14 @@ def close(state: str, message: str | None) -> None:
         return
     run_dir = Place.from_environment().run_dir
     _try("jobs of this run may go on", _cancel_jobs, run_dir)
-    run = collect(run_dir)
+    run = Run.read(run_dir)
     ended = ending(run, state, message)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
     if url := os.environ.get(URL_VARIABLE, "").strip():
         _try("the webhook was not told", _notify, url, run_dir, run, ended)
 
 
-def ending(run: RunView, state: str, message: str | None) -> Ending:
+def ending(run: Run, state: str, message: str | None) -> Ending:
     """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says.
 
     Only a run whose every step has come through is a success. A step that was killed has left the word `running`; one
@@ -76,15 +81,11 @@ def ending(run: RunView, state: str, message: str | None) -> Ending:
     return Ending("succeeded")
 
 
-def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
+def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:
     """What the webhook is told, without secrets."""
     began, last = run.span
-    full, small = (run.values(step).get("accuracy", {}) for step in (EVALUATE, EVALUATE_QUANTIZED))
-    sources = {
-        source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
-        for source, row in full.items()
-    }
-    version, measured = run.values(REGISTER), headline(full, small)
+    full, quantized = run.result(Evaluation), run.result(QuantizedEvaluation)
+    recipe, version = run.result(Resolution), run.result(Registration)
     return dict(
         redact(
             {
@@ -92,11 +93,11 @@ def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
                 "outcome": ended.outcome,
                 "step": ended.step,
                 "message": ended.message,
-                "recipe": run.values(RESOLVE).get("recipe", {}).get("name"),
+                "recipe": recipe.name if recipe else None,
                 "seconds": round(last - began, 1),
-                "headline": measured.text,
-                "accuracy": sources,
-                "registered": {key: version[key] for key in ("name", "version") if key in version} or None,
+                "headline": headline(full, quantized).text,
+                "accuracy": {source: m.model_dump() for source, m in compared(full, quantized).items()},
+                "registered": version.model_dump(include={"name", "version"}) if version else None,
                 "links": _links(run_dir),
             }
         )
@@ -115,7 +116,7 @@ def _end_tracking(run_dir: Path, ended: Ending) -> None:
         close_pipeline_run(run_dir, _MLFLOW.get(ended.outcome, "FAILED"))
 
 
-def _notify(url: str, run_dir: Path, run: RunView, ended: Ending) -> None:
+def _notify(url: str, run_dir: Path, run: Run, ended: Ending) -> None:
     post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), os.environ.get(SECRET_VARIABLE, "").strip())
 
 

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
-from nvila.components.report.collect import CAME_THROUGH, RunView, StepView
+from nvila.components.runner.status import AT_EXIT, Run, Status, StepStatus
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
-SHOWN = tuple(row for row in STEPS if not row.at_exit)
-"""Drawn steps: not that which writes the page."""
+DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
+    ("resolve", 0, (), "recipe to slices"),
+    ("preflight", 0, ("resolve",), "is everything there?"),
+    ("validate", 0, ("preflight",), "data checked, spoilt records out"),
+    ("base", 0, ("validate",), "first weights"),
+    ("prune-image", 1, ("base",), "DeltaLoss, image sources"),
+    ("prune-video", 2, ("base",), "DeltaLoss, video sources"),
+    ("train-1", 0, ("base",), "projector initialisation"),
+    ("train-2", 0, ("train-1",), "vision-encoder pre-training"),
+    ("train-3", 0, ("train-2",), "token-processor pre-training"),
+    ("train-4", 0, ("train-3", "prune-image"), "image instruction tuning"),
+    ("train-5", 0, ("train-4", "prune-video"), "video instruction tuning"),
+    ("evaluate", 0, ("train-5",), "held-out accuracy"),
+    ("gate", 0, ("evaluate",), "good enough?"),
+    ("quantize", 0, ("gate",), "W8A8 tower, W4A16 language model"),
+    ("evaluate-quantized", 0, ("quantize",), "accuracy once more"),
+    ("gate-quantized", 0, ("evaluate-quantized",), "still good enough?"),
+    ("register", 0, ("gate-quantized",), "version in the registry"),
+    ("rollout", 0, ("register",), "serve, ask, promote"),
+)
+"""Name, lane of the rail, what it follows, what it does. A page of its own cannot import the pipeline."""
 
 
-def unfinished(run: RunView) -> list[str]:
+def unfinished(run: Run) -> list[str]:
     """Steps of the DAG that have not come through, in order."""
-    names = (row.name for row in SHOWN)
-    return [name for name in names if name not in run.steps or run.steps[name].status not in CAME_THROUGH]
+    return run.unfinished(name for name, *_ in DAG)
 
 
 @dataclass(frozen=True)
@@ -39,72 +55,51 @@ class Row:
         return "left" if self.left > 100 - self.left - self.width else "right"
 
 
-def rows(run: RunView) -> list[Row]:
+def rows(run: Run) -> list[Row]:
     """Every step of the DAG in order, reached or not, then steps that this table does not know."""
-    abouts = {row.name: row.remark for row in SHOWN}
-    names = [*abouts, *(name for name in run.steps if name not in ROWS)]
+    names = [name for name, *_ in DAG]
+    abouts = {name: about for name, _, _, about in DAG}
+    names += [name for name in run.steps if name not in abouts and name != AT_EXIT]
     began, ended = run.span
     total = (ended - began) or 1.0
     found = []
     for name in names:
-        view = run.steps.get(name) or StepView(name, "not reached")
-        left = 100 * ((view.started or began) - began) / total
-        width = 100 * (view.seconds or 0) / total
-        time = "" if view.status == "not reached" else duration(view.seconds)
-        found.append(Row(name, abouts.get(name, ""), _word(view), time, round(left, 2), round(max(width, 0.4), 2)))
+        step = run.step(name)
+        left = 100 * ((step.started or began) - began) / total
+        width = 100 * step.seconds / total
+        time = "" if step.ended is None else duration(step.seconds)
+        found.append(Row(name, abouts.get(name, ""), _word(step), time, round(left, 2), round(max(width, 0.4), 2)))
     return found
 
 
-def rail(run: RunView, count: int) -> str:
+def rail(run: Run, count: int) -> str:
     """The graph left of the rows, as SVG: a dot per step coloured by its status, a line to each step it follows."""
-    before, places = nearest(SHOWN), lanes(SHOWN)
-    at = {name: index for index, name in enumerate(before)}
-    width, height = (max(places.values()) + 1) * LANE_PIXELS + 4, count * ROW_PIXELS
+    lanes = {name: lane for name, lane, _, _ in DAG}
+    at = {name: index for index, (name, *_) in enumerate(DAG)}
+    width, height = 3 * LANE_PIXELS + 4, count * ROW_PIXELS
     lines, dots = [], []
-    for name, parents in before.items():
-        lane = places[name]
+    for name, lane, parents, _ in DAG:
         x, y = _point(lane, at[name])
         for parent in parents:
-            px, py = _point(places[parent], at[parent])
+            px, py = _point(lanes[parent], at[parent])
             half = ROW_PIXELS / 2
-            if lane == places[parent]:
+            if lane == lanes[parent]:
                 path = f"M{px},{py}L{x},{y}"
-            elif lane > places[parent]:  # a branch leaves right below its parent
+            elif lane > lanes[parent]:  # a branch leaves right below its parent
                 path = f"M{px},{py}C{px},{py + half} {x},{py} {x},{py + ROW_PIXELS}L{x},{y}"
             else:  # a branch comes back right above its child
                 path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
             lines.append(f'<path class="edge" d="{path}"/>')
-        status = _word(run.steps[name]) if name in run.steps else "not reached"
-        dots.append(f'<circle class="node {css(status)}" cx="{x}" cy="{y}" r="6"/>')
+        dots.append(f'<circle class="node {css(_word(run.step(name)))}" cx="{x}" cy="{y}" r="6"/>')
     return (
         f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(lines)}{''.join(dots)}</svg>"
     )
 
 
-def lanes(steps: Sequence[Step]) -> dict[str, int]:
-    """Which lane of the rail each step has: the longest way through the graph has the first, branches lie beside it."""
-    before = nearest(steps)
-    names = list(before)
-    way: dict[str, tuple[str, ...]] = {}  # the longest that ends at each step
-    for name in names:
-        way[name] = (*max((way[parent] for parent in before[name]), key=len, default=()), name)
-    found = dict.fromkeys(max(way.values(), key=len), 0)
-    taken: list[tuple[int, int, int]] = []  # lane, first and last row
-    for row, name in enumerate(names):
-        if name in found:
-            continue
-        first = min((names.index(parent) for parent in before[name]), default=row) + 1
-        last = max((child for child, other in enumerate(names) if name in before[other]), default=row + 1) - 1
-        crossed = {lane for lane, begins, ends in taken if begins <= last and first <= ends}
-        found[name] = min(set(range(1, len(names) + 1)) - crossed)
-        taken.append((found[name], first, last))
-    return found
-
-
-def _word(view: StepView) -> str:
-    """The step's status; who still runs when the page is written does so no more."""
-    return "killed" if view.status == "running" else view.status
+def _word(step: StepStatus) -> str:
+    """The step's status in a run that is over: whoever waits has not been reached."""
+    return "not reached" if step.status is Status.WAITING else step.status
 
 
 def css(status: str) -> str:
@@ -112,10 +107,8 @@ def css(status: str) -> str:
     return escape(status.replace(" ", "-"))
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 07 s`, `2 h 05 min`."""
-    if seconds is None:
-        return ""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

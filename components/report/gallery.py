@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, VALIDATE
-from nvila.components.report.collect import RunView
+from nvila.components.contracts.results.accuracy import Evaluation
+from nvila.components.runner.status import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,13 +42,14 @@ class Card:
     pixelated: bool
 
 
-def cards(run: RunView) -> dict[str, list[Card]]:
+def cards(run: Run) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
-    rows = sorted(table(run.file(EVALUATE, "predictions.parquet")), key=lambda row: row["id"])
-    after = {row["id"]: row["prediction"] for row in table(run.file(EVALUATE_QUANTIZED, "predictions.parquet"))}
+    rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
+    after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
     limits = _limits(run)
     found = {}
-    for source in run.values(EVALUATE).get("accuracy", {}):
+    evaluation = run.result(Evaluation)
+    for source in evaluation.accuracy if evaluation else ():
         mine = [row for row in rows if row["source"] == source]
         chosen = _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)
@@ -71,12 +72,12 @@ def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
     return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
-def _limits(run: RunView) -> Limits:
+def _limits(run: Run) -> Limits:
     """What the run's media may be; a table that is gone or damaged says nothing of it."""
     from nvila.components.data.media import Limits
     from nvila.components.data.samples import SAMPLES_FILE, read_limits
 
-    samples = run.file(VALIDATE, SAMPLES_FILE)
+    samples = run.file("validate", SAMPLES_FILE)
     try:
         return read_limits(samples) if samples else Limits()
     except DataError:
@@ -103,10 +104,11 @@ def _card(row: Mapping[str, Any], quantized: str | None, limits: Limits) -> Card
 def _picture(paths: list[Path], clip: bool, limits: Limits) -> tuple[str | None, bool]:
     """Data URI of one picture or of a strip, and whether it is small enough to be shown pixel by pixel."""
     from nvila.components.data.media import load_image, load_video_frames
+    from nvila.components.data.sampling import Sampling
 
     try:
         if clip:
-            images = load_video_frames(paths[0], CLIP_FRAMES, limits)
+            images = load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)
         else:
             images = [load_image(path, limits) for path in paths]
     except (DataError, OSError):

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from nvila.components.contracts.steps import (
-    EVALUATE,
-    EVALUATE_QUANTIZED,
-    PRUNES,
-    QUANTIZE,
-    REGISTER,
-    RESOLVE,
-    ROLLOUT,
-    ROWS,
-    STAGES,
-    VALIDATE,
-)
-from nvila.components.metrics.standing import above, change, headline, standing
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
+from nvila.components.metrics.standing import above, change, compared, headline, standing
 from nvila.components.report import charts, flow
-from nvila.components.report.collect import RunView
 from nvila.components.report.gallery import cards, table
+from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.flatten import parameters
 
+STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
 QUARANTINE_ROWS = 60
 CURVE_POINTS = 300
 
 
-def context(run: RunView) -> dict[str, Any]:
+def context(run: Run) -> dict[str, Any]:
     """Everything the template needs. Each part is empty where its step did not get that far."""
     began, ended = run.span
     rows = flow.rows(run)
+    recipe, validation, evaluation = run.result(Resolution), run.result(Validation), run.result(Evaluation)
     return {
         "run": run.name,
-        "recipe": _recipe(run),
+        "recipe": recipe.name if recipe else "",
         "verdict": verdict(run),
         "total": flow.duration(ended - began),
         "rows": rows,
@@ -43,74 +35,70 @@ def context(run: RunView) -> dict[str, Any]:
         "row_pixels": flow.ROW_PIXELS,
         "accuracy": accuracy_rows(run),
         "accuracy_chart": _accuracy_chart(run),
-        "stages": run.values(EVALUATE).get("stages", {}),
+        "stages": evaluation.stages if evaluation else {},
         "stages_chart": _stages_chart(run),
         "curves": loss_curves(run),
         "prune": prune_parts(run),
         "cards": cards(run),
-        "counts": run.values(VALIDATE).get("records", {}),
-        "quarantined": run.values(VALIDATE).get("quarantined", {}),
+        "counts": validation.records if validation else {},
+        "quarantined": validation.quarantined if validation else {},
         "quarantine": quarantine(run),
-        "quantization": run.values(QUANTIZE),
-        "version": run.values(REGISTER),
-        "serving": run.values(ROLLOUT),
+        "quantize": run.result(Quantization),
+        "register": run.result(Registration),
+        "rollout": run.result(Rollout),
         "lineage": _lineage(run),
         "sources": _sources(run),
-        "settings": _settings(run),
+        "settings": {step: parameters(part) for step, part in recipe.slices.items()} if recipe else {},
     }
 
 
-def verdict(run: RunView) -> dict[str, str]:
+def verdict(run: Run) -> dict[str, str]:
     """The headline: `tone` (good, bad, neutral), `title`, `text`."""
-    bad = run.trouble
-    if bad:
-        titles = {"rejected": f"Rejected by {bad.name}", "preempted": f"Interrupted in {bad.name}"}
+    if bad := run.trouble:
+        titles = {Status.REJECTED: f"Rejected by {bad.name}", Status.PREEMPTED: f"Interrupted in {bad.name}"}
         return {
-            "tone": "neutral" if bad.status == "preempted" else "bad",
+            "tone": "neutral" if bad.status is Status.PREEMPTED else "bad",
             "title": titles.get(bad.status, f"Failed in {bad.name}"),
-            "text": bad.message,
+            "text": bad.message or "",
         }
     if lost := run.lost:
         text = "It left no word. Too little memory and a lost machine are the usual reasons."
         return {"tone": "bad", "title": f"Killed in {lost.name}", "text": text}
     if left := flow.unfinished(run):
         return {"tone": "neutral", "title": "Not finished", "text": f"The run was ended before {left[0]} began."}
-    rollout = run.values(ROLLOUT)
-    version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
-    where = f"Rollout: {rollout.get('decision', '')}"
-    state, text = ("serving", str(rollout["endpoint"])) if rollout.get("endpoint") else ("registered", where)
-    found = headline(run.values(EVALUATE).get("accuracy", {}), run.values(EVALUATE_QUANTIZED).get("accuracy", {}))
+    rollout = run.result(Rollout)
+    version = f"{rollout.model} version {rollout.version}" if rollout else "the model"
+    where = f"Rollout: {rollout.decision}" if rollout else ""
+    state, text = ("serving", rollout.endpoint) if rollout and rollout.endpoint else ("registered", where)
+    found = headline(run.result(Evaluation), run.result(QuantizedEvaluation))
     if found.good:
         return {"tone": "good", "title": f"{version} is {state}", "text": text}
     return {"tone": "neutral", "title": f"{version} is {state}, but {found.text}", "text": text}
 
 
-def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
-    """One row per source: the full model, its baselines, and the quantized model."""
-    full = run.values(EVALUATE).get("accuracy", {})
-    after = run.values(EVALUATE_QUANTIZED).get("accuracy", {})
+def accuracy_rows(run: Run) -> list[dict[str, Any]]:
+    """One row per source: what was measured, and what may be said of it."""
+    full, quantized = run.result(Evaluation), run.result(QuantizedEvaluation)
     rows = []
-    for source, measured in full.items():
-        quantized = after.get(source)
-        only = measured.get("question_only") or {}
+    for source, m in compared(full, quantized).items():
+        after = quantized.accuracy.get(source) if quantized else None
+        said = full and standing(full.accuracy[source], after)
         rows.append(
             {
                 "source": source,
-                "full": measured,
-                "only": only,
-                "quantized": quantized,
-                "change": change(measured, quantized) if quantized else None,
-                "above": above(measured, only),
-                "kept": standing(measured, quantized) == "learnt",
+                "measured": m,
+                "change": change(after) if after else None,
+                "above": above(m.full, m.question_only),
+                "kept": said == "learnt",
             }
         )
     return rows
 
 
-def loss_curves(run: RunView) -> list[dict[str, Any]]:
+def loss_curves(run: Run) -> list[dict[str, Any]]:
     """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
-    found = []
-    for number, step in enumerate(STAGES):
+    found, trained = [], run.results(Training)
+    for number, step in enumerate(STAGES[1:]):
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
@@ -124,11 +112,10 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
             charts.Line(number, "loss", _thinned(points), faint=True),
             charts.Line(number, "smoothed loss", _thinned(smooth)),
         ]
-        name = run.values(step).get("stage", {}).get("name", "")
         found.append(
             {
-                "title": f"Stage {number + 1}",
-                "name": name,
+                "step": step,
+                "name": trained[step].name if step in trained else "",
                 "steps": len(points),
                 "first": smooth[0][1],
                 "last": smooth[-1][1],
@@ -138,12 +125,12 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
     return found
 
 
-def prune_parts(run: RunView) -> list[dict[str, Any]]:
+def prune_parts(run: Run) -> list[dict[str, Any]]:
     """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
     found = []
-    for step in PRUNES:
+    for step, pruning in run.results(Pruning).items():
         scores = table(run.file(step, "scores.parquet"))
-        for source, told in run.values(step).get("sources", {}).items():
+        for source, told in pruning.sources.items():
             mine = [row for row in scores if row["source"] == source]
             chart = charts.histogram(
                 [row["delta"] for row in mine if row["kept"]],
@@ -154,51 +141,38 @@ def prune_parts(run: RunView) -> list[dict[str, Any]]:
     return found
 
 
-def quarantine(run: RunView) -> dict[str, Any]:
+def quarantine(run: Run) -> dict[str, Any]:
     """The first records that validation set aside: column names, rows, how many there are in all."""
-    path = run.file(VALIDATE, "quarantine.jsonl")
+    path = run.file("validate", "quarantine.jsonl")
     records = _json_lines(path.read_text()) if path else []
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
     return {"columns": columns, "rows": rows, "total": len(records)}
 
 
-def _accuracy_chart(run: RunView) -> str:
+def _accuracy_chart(run: Run) -> str:
     groups = []
-    for row in accuracy_rows(run):
-        dots = [charts.Dot(0, "full model", row["full"]["accuracy"], row["full"].get("low"), row["full"].get("high"))]
-        if row["quantized"]:
-            q = row["quantized"]
-            dots.append(charts.Dot(1, "quantized", q["accuracy"], q.get("low"), q.get("high")))
-        if row["only"]:
-            only = row["only"]
-            dots.append(charts.Dot(7, "question only", only["accuracy"], only.get("low"), only.get("high")))
-        if "majority" in row["full"]:
-            dots.append(charts.Dot(7, "majority", row["full"]["majority"]))
-        groups.append((row["source"], dots))
+    for source, m in compared(run.result(Evaluation), run.result(QuantizedEvaluation)).items():
+        found = ((0, "full model", m.full), (1, "quantized", m.quantized), (7, "question only", m.question_only))
+        dots = [charts.Dot(series, label, v.value, v.low, v.high) for series, label, v in found if v]
+        groups.append((source, [*dots, charts.Dot(7, "majority", m.majority.value)]))
     return charts.dot_plot(groups, "Exact match with 95% intervals beside baselines") if groups else ""
 
 
-def _stages_chart(run: RunView) -> str:
-    stages = run.values(EVALUATE).get("stages", {})
-    shown = [name for name in ROWS if name in stages]
-    sources = list(dict.fromkeys(source for stage in shown for source in stages[stage]))
+def _stages_chart(run: Run) -> str:
+    evaluation = run.result(Evaluation)
+    stages = evaluation.stages if evaluation else {}
+    sources = list(dict.fromkeys(source for measured in stages.values() for source in measured))
     lines = [
-        charts.Line(i, source, [(x, stages[stage][source]) for x, stage in enumerate(shown) if source in stages[stage]])
+        charts.Line(i, source, [(x, m[source].value) for x, m in enumerate(stages.values()) if source in m])
         for i, source in enumerate(sources)
     ]
-    labels = [f"stage {STAGES.index(name) + 1}" if name in STAGES else name for name in shown]
+    labels = [stage.replace("train-", "stage ") for stage in stages]
     return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
 
 
-def _recipe(run: RunView) -> str:
-    recipe = run.values(RESOLVE).get("recipe", {})
-    return recipe.get("name", "") if isinstance(recipe, Mapping) else str(recipe)
-
-
-def _lineage(run: RunView) -> list[dict[str, Any]]:
-    order = {name: i for i, name in enumerate(ROWS)}
-    done = [view.manifest for view in run.steps.values() if view.manifest]
+def _lineage(run: Run) -> list[dict[str, Any]]:
+    order = {name: i for i, (name, *_) in enumerate(flow.DAG)}
     return [
         {
             "step": manifest.step,
@@ -206,18 +180,14 @@ def _lineage(run: RunView) -> list[dict[str, Any]]:
             "inputs": {name: ref.digest for name, ref in manifest.inputs.items()},
             "folder": manifest.folder,
         }
-        for manifest in sorted(done, key=lambda m: order.get(m.step, len(order)))
+        for manifest in sorted(run.manifests.values(), key=lambda m: order.get(m.step, len(order)))
     ]
 
 
-def _sources(run: RunView) -> list[dict[str, Any]]:
+def _sources(run: Run) -> list[dict[str, Any]]:
     """The user's files, without those beyond the first hundred."""
-    found = {file.uri: file for view in run.steps.values() if view.manifest for file in view.manifest.sources}
+    found = {file.uri: file for manifest in run.manifests.values() for file in manifest.sources}
     return [{"uri": f.uri, "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
-
-
-def _settings(run: RunView) -> dict[str, dict[str, str]]:
-    return {step: parameters(part or {}) for step, part in run.values(RESOLVE).get("slices", {}).items()}
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

@@ -7,21 +7,20 @@ the policy's yes does it take the address. The step decides nothing itself; `pol
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
 from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.recipe.rollout import Policy
-from nvila.components.rollout import endpoint as records
-from nvila.components.rollout.endpoint import Endpoint
 from nvila.components.rollout.pinned import Pinned, observe
 from nvila.components.rollout.policy import Observation, decide
+from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
+from nvila.components.serve.endpoint import Endpoint
+from nvila.components.serve.ports import free_port
 
 API_KEY_VARIABLE = "NVILA_API_KEY"
 """Environment variable: bearer token that the endpoint asks for; unset leaves it open to this machine."""
@@ -80,7 +79,7 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
         server.stop(old.pid)
         old = None
     in_place = old is None or (old.host, old.port) != (wanted.host, wanted.port)
-    tried = _try(runs, wanted, wanted.port if in_place else _free_port(wanted.host), prompts, policy, max_tokens, old)
+    tried = _try(runs, wanted, wanted.port if in_place else free_port(wanted.host), prompts, policy, max_tokens, old)
     if isinstance(tried, Rejected):
         if old is None and recorded and recorded.digest != wanted.digest:
             _start_again(runs, recorded, policy)
@@ -165,7 +164,7 @@ def _try(
         server.stop(challenger.pid)
         records.forget(runs, records.CHALLENGER)
         return _refusal(verdict.reasons)
-    pinned: dict[str, Any] = {"asked": seen.asked, "agreed": seen.agreed, "right": seen.right, "errors": seen.errors}
+    pinned: dict[str, int] = {"asked": seen.asked, "agreed": seen.agreed, "right": seen.right, "errors": seen.errors}
     measured = {"seconds_until_ready": ready, "seconds_per_answer": seconds}
     return challenger.model_copy(update={"pinned": pinned}), measured
 
@@ -214,9 +213,3 @@ def _refusal(reasons: tuple[str, ...]) -> Rejected:
         "rollout refuses the new version: " + "; ".join(reasons),
         do="The version stays in the registry as challenger; what served before still does.",
     )
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

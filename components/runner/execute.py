@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import signal
@@ -18,11 +17,10 @@ from typing import Any, NoReturn
 
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.files import discard
 from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
-    AGAIN,
     MANIFEST,
     SUSPECT,
     InputRef,
@@ -31,10 +29,11 @@ from nvila.components.contracts.manifest import (
 )
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
-from nvila.components.contracts.steps import NOT_ASKED_FOR, ROWS, STEPS
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.runner.code import CODE_VARIABLE, code_digest
 from nvila.components.runner.handover import FOLDER
+from nvila.components.runner.status import Status, StepStatus
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
@@ -43,8 +42,11 @@ RUN_VARIABLE = "NVILA_RUN"
 """Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
 RUN_ID_VARIABLE = "NVILA_RUN_ID"
 """Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
-COMPARED = frozenset(row.name for row in STEPS if row.compared)
-ALWAYS = frozenset(row.name for row in STEPS if row.always)
+COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
+"""Steps that let a model go further: their inputs must be those that MLflow knows."""
+_INTERVAL = frozenset({"low", "high"})
+ALWAYS = frozenset({"register", "rollout", "report"})
+"""Steps that act on the world, or describe this very run: they are never skipped."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,6 @@ def execute(
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
 
-    Where the recipe leaves the step out, one of its inputs goes on in its place.
-
     Leaves the process with the step's exit code when it fails (see `Exit`), after writing the status file.
 
     Args:
@@ -103,30 +103,26 @@ def execute(
         status.begin()
         _refuse_other_code()
         if slices is not None:
-            every = Manifest.load(slices).values.get("slices")
-            if not isinstance(every, dict):
-                raise DamagedError("the manifest holds no slices", where=slices, do=AGAIN)
+            every = Manifest.load(slices).told(Resolution).slices
             if step not in every:
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        made, cached = perform(place, step, module, settings, loaded) if settings is not None else (None, False)
-        manifest = made or loaded[ROWS[step].hands_on]
+        manifest, cached = perform(place, step, module, settings, loaded)
         manifest.save(Path(output))
-        word = "cached" if cached else "done" if made else NOT_ASKED_FOR
-        status.end(word, Exit.DONE, manifest=made)
+        status.end(Status.CACHED if cached else Status.DONE, Exit.DONE, manifest=str(Path(manifest.folder, MANIFEST)))
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
         return facts | _scalars(manifest)
     except NvilaError as error:
         damaged = isinstance(error, DamagedError)
-        status.end(_verdict(error.exit_code), error.exit_code, message=str(error), damaged=damaged)
+        status.end(_verdict(error.exit_code), error.exit_code, message=redact_text(str(error)), damaged=damaged)
         _leave(error.exit_code, f"{step}: {error}")
     except KeyboardInterrupt:
-        status.end("preempted", Exit.PREEMPTED, message="interrupted")
+        status.end(Status.PREEMPTED, Exit.PREEMPTED, message="interrupted")
         _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
     except Exception as error:
         print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-        status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
+        status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
     finally:
         at_end()
@@ -199,7 +195,7 @@ def perform(
             },
             sources=outcome.sources,
             files=files,
-            values=dict(outcome.values),
+            result=outcome.result,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.time() - began, 3),
             machine=dict(outcome.machine),
@@ -230,11 +226,11 @@ def _track(
 
 
 class _Status:
-    """`runs/<run>/steps/<step>.json`: what the terminal, the report and `summary.json` know of a step."""
+    """Says in the run's folder how far this step is (see `StepStatus`)."""
 
     def __init__(self, run_dir: Path, step: str) -> None:
-        self._path = run_dir / "steps" / f"{step}.json"
-        self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
+        self._run_dir = run_dir
+        self._record = StepStatus(name=step, status=Status.RUNNING, started=time.time(), pid=os.getpid())
 
     def begin(self) -> None:
         """Say that the step is running.
@@ -244,39 +240,16 @@ class _Status:
                 starts another; unlike a tombstone it needs no content key, which some errors come before. Where nobody
                 but a person starts a step again, the step looks again.
         """
-        if on_cluster() and (verdict := self._verdict()):
-            raise _again(*verdict)
-        write_atomic(self._path, json.dumps(self._record))
+        before = StepStatus.read(self._run_dir, self._record.name)
+        if on_cluster() and before.exit_code in (Exit.USER, Exit.REJECTED):
+            raise _again(before.exit_code, str(before.message))
+        self._record.write(self._run_dir)
 
-    def _verdict(self) -> tuple[Exit, str] | None:
-        record = read_json(self._path)  # empty: no pod before this one, or a file that a lost node left
-        if record.get("exit_code") not in (Exit.USER, Exit.REJECTED):
-            return None
-        return Exit(record["exit_code"]), str(record.get("message"))
-
-    def end(
-        self,
-        status: str,
-        code: Exit,
-        *,
-        manifest: Manifest | None = None,
-        message: str | None = None,
-        damaged: bool = False,
-    ) -> None:
-        """Say how the step ended; `damaged` where it met damaged work, which the next attempt does again."""
-        ended = time.time()
-        self._record |= {
-            "status": status,
-            "cached": status == "cached",
-            "ended": ended,
-            "seconds": round(ended - self._record["started"], 3),
-            "exit_code": int(code),
-            "manifest": f"{manifest.folder}/{MANIFEST}" if manifest else None,
-            "message": redact_text(message) if message else message,
-        }
-        if damaged:
-            self._record["damaged"] = True
-        write_atomic(self._path, json.dumps(self._record, indent=1))
+    def end(self, status: Status, code: Exit, **said: Any) -> None:
+        """Say how the step ended."""
+        ended = {"status": status, "exit_code": code, "ended": time.time()}
+        self._record = self._record.model_copy(update=ended | said)
+        self._record.write(self._run_dir)
 
 
 def _refuse_other_code() -> None:
@@ -292,10 +265,11 @@ def _refuse_other_code() -> None:
 
 
 def _scalars(manifest: Manifest) -> dict[str, float]:
-    """Numbers for the table of scalar metrics in the UI; what lies deeper than three levels is left to the report."""
+    """Numbers for the table of scalar metrics in the UI; intervals, and what lies deep, are left to the report."""
     if manifest.kind != "metrics":
         return {}
-    return {n: v for n, v in metrics(manifest.values).items() if n.count("/") < 3 and math.isfinite(v)}
+    found = metrics(manifest.result).items() if manifest.result else ()
+    return {n: v for n, v in found if n.count("/") < 4 and n.rpartition("/")[2] not in _INTERVAL and math.isfinite(v)}
 
 
 def _again(code: Exit, message: str) -> NvilaError:
@@ -305,8 +279,8 @@ def _again(code: Exit, message: str) -> NvilaError:
     return error
 
 
-def _verdict(code: Exit) -> str:
-    return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(code, "failed")
+def _verdict(code: Exit) -> Status:
+    return {Exit.REJECTED: Status.REJECTED, Exit.PREEMPTED: Status.PREEMPTED}.get(code, Status.FAILED)
 
 
 def _preempted(signum: int, frame: object) -> NoReturn:

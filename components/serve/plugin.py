@@ -7,10 +7,6 @@ by a string, so that registering imports no torch; what it says is in `model`, `
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the code behind the string below: it belongs to the content key of whatever runs through vLLM
-    from nvila.components.serve import architecture  # noqa: F401
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 CONNECTOR = "nvila"

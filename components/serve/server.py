@@ -8,7 +8,6 @@ import json
 import mimetypes
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
 from nvila.components.serve.environment import serve_python, serve_variables
 from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
+from nvila.components.serve.ports import why_taken
 
 ENGINE_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
@@ -78,8 +79,8 @@ def start(
     command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
     model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
-    sampling = {"num_frames": model["num_video_frames"], "fps": model.get("fps", 0.0)}
-    command += ["--media-io-kwargs", json.dumps({"video": sampling})]
+    sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
+    command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     variables = serve_variables(threads)
     variables.pop(KEY_VARIABLE, None)
     if api_key is not None:
@@ -96,17 +97,13 @@ def require_free_port(host: str, port: int) -> None:
     """Raises:
     PreflightError: something listens on the port already.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PreflightError(
-                f"port {port} is in use by another program ({error.strerror})",
-                where="rollout.port",
-                value=port,
-                do="Stop that program, or set rollout.port to a free port.",
-            ) from None
+    if reason := why_taken(host, port):
+        raise PreflightError(
+            f"port {port} is in use by another program ({reason})",
+            where="rollout.port",
+            value=port,
+            do="Stop that program, or set rollout.port to a free port.",
+        )
 
 
 def wait_ready(url: str, deadline_seconds: float, pid: int, log_path: Path | None = None) -> float:

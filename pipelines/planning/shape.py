@@ -86,7 +86,7 @@ def count(config: ModelConfig) -> Shape:
     from torch import nn
 
     from nvila.components.model.checkpoint.describe import image_tokens, video_tokens
-    from nvila.components.model.config.variants import empty_model
+    from nvila.components.model.nvila import empty_model
     from nvila.components.model.vision.tower import used_blocks
     from nvila.components.model.vision.visual import token_count
 
@@ -113,8 +113,8 @@ def count(config: ModelConfig) -> Shape:
         image=Seen(image_tokens(config)[1], _image_tiles(config), image_tokens(config)[1]),
         video=Seen(
             video_tokens(config),
-            config.num_video_frames * frame_tiles,
-            config.num_video_frames * frame_tokens,
+            config.sampling.frames * frame_tiles,
+            config.sampling.frames * frame_tokens,
         ),
     )
 

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.progress import progress_to
 from nvila.components.runner.work import Work
-from nvila.infra.launch import follow, site
+from nvila.infra.launch import follow
+from nvila.infra.launch import launcher as site
 
 
 def work_from(record: dict[str, Any]) -> Work:
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     work = work_from(json.loads(Path(sys.argv[1]).read_text()))
     try:
         with progress_to(work.run_dir / "progress" / f"{work.step}.json"):
-            print("made", json.dumps(dict(site.run(work).values)), flush=True)
+            print("made", json.dumps(site.run(work).result.model_dump()), flush=True)
     except NvilaError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(int(error.exit_code))

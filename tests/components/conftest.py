@@ -15,6 +15,7 @@ from buckets import Bucket, served
 
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.data.remote import insist
+from nvila.components.data.sampling import Sampling
 from nvila.components.tracking.connect import connected
 
 
@@ -141,7 +142,7 @@ def _row(root: Path, name: str, kind: str, media: str, question: str, answer: st
 def _save_model(folder: Path, texts: list[str]) -> None:
     from nvila.components.model.checkpoint.native import save_native
     from nvila.components.model.config.config import ModelConfig
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -157,7 +158,7 @@ def _save_model(folder: Path, texts: list[str]) -> None:
         max_tiles=4,
         select_layer=-2,
         max_length_tokens=256,
-        num_video_frames=4,
+        sampling=Sampling(4),
         video_pool_sizes=((2, 1, 1),),
     )
     tokenizer = train_tokenizer(texts, 300)

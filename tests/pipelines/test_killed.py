@@ -15,11 +15,12 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.steps import ROWS
+from nvila.components.runner.status import Run
+from nvila.pipelines.local import run as local
 from nvila.pipelines.local.run import _exit_code, _last_alive, _write_report
-from nvila.pipelines.local.run import run as local
 from nvila.pipelines.show.results import show_closing
-from nvila.pipelines.show.summary import Finished, write_summary
+from nvila.pipelines.show.summary import write_summary
+from nvila.pipelines.steps import STEPS
 
 HOLDER = """
 import fcntl, subprocess, sys, time
@@ -38,7 +39,7 @@ def left(run: Path, *done: str, running: str = "") -> Path:
         record: dict[str, Any] = {"name": name, "status": "running", "started": 100.0, "pid": 1}
         if name != running:
             manifest = run / "made" / f"{name}.json"
-            Manifest(step=name, key="k", kind="metrics", values={"decision": "promoted"}).save(manifest)
+            Manifest(step=name, key="k", kind="metrics").save(manifest)
             record |= {"status": "done", "ended": 101.0, "seconds": 1.0, "exit_code": 0, "manifest": str(manifest)}
         (run / "steps" / f"{name}.json").write_text(json.dumps(record))
     return run
@@ -47,28 +48,28 @@ def left(run: Path, *done: str, running: str = "") -> Path:
 def test_a_killed_step_is_not_shown_as_running(tmp_path: Path) -> None:
     """The table that is printed last, and summary.json, said `running`, with seconds that grew."""
     run = left(tmp_path / "r", "resolve", "preflight", running="validate")
-    finished = Finished.read(run)
+    finished = Run.read(run)
     code = _exit_code(finished, 1)
     summary = write_summary(finished, 1.0, 0, code)
-    assert (code, summary["decision"]) == (Exit.FAULT, "failed")
-    assert {s["name"]: s["status"] for s in summary["steps"]}["validate"] == "killed"
-    assert "validate was killed" in (summary["message"] or "")
+    assert (code, summary.decision) == (Exit.FAULT, "failed")
+    assert {s.name: s.status for s in summary.steps}["validate"] == "killed"
+    assert "validate was killed" in (summary.message or "")
     out = io.StringIO()
     show_closing(finished, summary, Console(file=out, width=140))
     assert "running" not in out.getvalue() and "killed" in out.getvalue()
 
 
-@pytest.mark.parametrize("count", range(len(ROWS)))
+@pytest.mark.parametrize("count", range(len(STEPS)))
 def test_only_a_whole_run_is_done(tmp_path: Path, count: int) -> None:
     """A worker that ends with 0 before the last step has begun is no success, whatever made it end."""
-    finished = Finished.read(left(tmp_path / "r", *list(ROWS)[:count]))
+    finished = Run.read(left(tmp_path / "r", *list(STEPS)[:count]))
     assert _exit_code(finished, Exit.DONE) == Exit.FAULT
-    assert write_summary(finished, 1.0, 0, Exit.FAULT)["decision"] == "failed"
+    assert write_summary(finished, 1.0, 0, Exit.FAULT).decision == "failed"
 
 
 def test_a_whole_run_is_done(tmp_path: Path) -> None:
     """The counterpart."""
-    assert _exit_code(Finished.read(left(tmp_path / "r", *ROWS)), Exit.DONE) == Exit.DONE
+    assert _exit_code(Run.read(left(tmp_path / "r", *STEPS)), Exit.DONE) == Exit.DONE
 
 
 class _Asked:

@@ -1,15 +1,12 @@
-"""The published variants as configurations, and models without weights to count and check by."""
+"""The published variants as configurations."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from nvila.components.model.config.config import ModelConfig, with_vocabulary
-from nvila.components.model.nvila import NVILA, build_model
-from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.data.sampling import Sampling
+from nvila.components.model.config.config import ModelConfig
 
 SIGLIP: dict[str, Any] = {
     "hidden_size": 1152,
@@ -57,7 +54,7 @@ def _scaled(llm: dict[str, Any]) -> ModelConfig:
         max_tiles=12,
         select_layer=-2,
         max_length_tokens=8192,
-        num_video_frames=8,
+        sampling=Sampling(8),
         video_pool_sizes=((1, 1, 1),),
     )
 
@@ -80,7 +77,7 @@ def _video(llm: dict[str, Any], projector: str) -> ModelConfig:
         projector=projector,
         vision_mode="resize",
         max_length_tokens=16384,
-        num_video_frames=256,
+        sampling=Sampling(256),
         video_pool_sizes=((8, 1, 1),),
     )
 
@@ -107,17 +104,3 @@ def _shape(config: ModelConfig) -> tuple[Any, ...]:
     projector = "mlp_downsample" if config.projector == "mlp_downsample_2x2_fix" else config.projector
     parts = (tuple(part.get(name) for name in sizes) for part in (config.vision, config.llm))
     return (*parts, projector, config.vision_mode, config.s2_scales)
-
-
-def empty_model(config: ModelConfig, tokens: TokenIds | None = None) -> NVILA:
-    """The modules on the meta device: names, shapes and configurations without a byte of weights.
-
-    Args:
-        config: the architecture.
-        tokens: a tokenizer's ids; without them those of Qwen2 behind the configuration's own vocabulary.
-    """
-    if tokens is None:
-        size = int(config.llm["vocab_size"])
-        tokens = TokenIds(size, size + 1, size + 2, newline=198, end=size - 3, pad=size - 1)
-    with torch.device("meta"):
-        return build_model(with_vocabulary(config, tokens.vocabulary), tokens)

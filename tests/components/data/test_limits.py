@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+from telling import evaluation, scored
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
@@ -112,8 +113,8 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed
     from nvila.components.model.text.tokenizer import load_tokenizer
-    from nvila.components.report.collect import RunView, StepView
     from nvila.components.report.gallery import cards
+    from nvila.components.runner.status import Run
 
     out = validated(tmp_path, **ALLOWED)
     assert (out / "quarantine.jsonl").read_text() == ""
@@ -121,7 +122,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     feed = Feed(load_tokenizer(folder / "llm"), read_config(folder))
     known = read_samples(out / "samples.parquet")
     assert len(known) == 12
-    assert {len(batch.visuals) for batch in feed.batches(known, 1, workers=0)} == {1}  # training, pruning, calibration
+    assert {len(batch.visuals) for batch in feed.batches(known, 1)} == {1}  # training, pruning, calibration
     assert len(Questions.prepare(known, Feed(feed.tokenizer, feed.config)).shown) == 12  # evaluation
     assert len(read_label_records(out / "labels.parquet", 28).tiles) == 36  # the vision tower
 
@@ -129,7 +130,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
         "validate": Manifest(step="validate", key="k", kind="dataset", files=describe_files(out), folder=str(out))
     }
     manifests["evaluate"] = predictions(known, tmp_path / "evaluate")
-    run = RunView("r", {name: StepView(name, "done", manifest=made) for name, made in manifests.items()})
+    run = Run(tmp_path, manifests=manifests)
     shown = [card.picture for some in cards(run).values() for card in some]
     assert len(shown) == 12 and None not in shown  # the report
 
@@ -141,7 +142,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     from nvila.components.evaluate import quantized
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.text.tokenizer import load_tokenizer
-    from nvila.components.serve import batch, worker
+    from nvila.components.serve import batch, batch_process
 
     out = validated(tmp_path, **ALLOWED)
     asked: list[Any] = []
@@ -154,7 +155,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     assert {Limits(**line["limits"]) for line in lines} == {Limits(20_000, 200_000, 60.0, 9)}
     folder = small.model.dir("model")
     tokenizer, config = load_tokenizer(folder / "llm"), read_config(folder)
-    assert all(worker._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
+    assert all(batch_process._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +187,9 @@ def predictions(known: list[samples.Sample], folder: Path) -> Manifest:
     for wrong in rows[::2]:
         wrong["correct"] = False
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions.parquet")
-    values = {"accuracy": {row["source"]: {} for row in rows}}
+    told = evaluation({row["source"]: scored(0.5) for row in rows})
     files = describe_files(folder)
-    return Manifest(step="evaluate", key="k", kind="metrics", files=files, values=values, folder=str(folder))
+    return Manifest(step="evaluate", key="k", kind="metrics", files=files, result=told, folder=str(folder))
 
 
 def test_limits_share_one_object(tmp_path: Path) -> None:

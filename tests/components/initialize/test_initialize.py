@@ -10,14 +10,15 @@ import pytest
 import torch
 from buckets import Bucket
 
+from nvila.components.base import step
+from nvila.components.base.assemble import assemble
+from nvila.components.base.scratch import make
+from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
-from nvila.components.initialize import step
-from nvila.components.initialize.assemble import assemble
-from nvila.components.initialize.scratch import make
-from nvila.components.initialize.tower import read_label_records, train_tower
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.native import load_native
 
 
@@ -97,7 +98,7 @@ def test_a_label_picture_that_is_gone_is_left_out_and_named(halves: Path) -> Non
     records = read_label_records(halves / "labels.parquet", 28, 0.05)
     assert len(records.tiles) == len(records.targets) == len(records.known) == len(records.weights) == 38
     assert sorted(set(records.tiles[:, 0, 0, 0].tolist())) == [n for n in range(20) if n != 7]
-    assert records.skipped["records"] == 1 and "7.png" in records.skipped["first"][0]
+    assert records.skipped.records == 1 and "7.png" in records.skipped.first[0]
     with pytest.raises(DataError, match=r"1 of 20 records .*7\.png"):
         read_label_records(halves / "labels.parquet", 28, 0.0)
 
@@ -106,9 +107,9 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     """A tower that learns nothing makes every later stage a language model without eyes. Chance is 0.25."""
     from PIL import Image
 
-    from nvila.components.initialize.scratch import decoder_config, tower_config
+    from nvila.components.base.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     generator = torch.Generator().manual_seed(0)
@@ -129,6 +130,17 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     assert found["accuracy"] >= 0.75
     assert found["steps"] == -(-12 * 456 // 32)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_the_sampling_of_clips_is_the_recipe_s_everywhere() -> None:
+    """A rate that training keeps to and a checkpoint forgets shows the model other frames when it is asked."""
+    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.model.config.config import ModelConfig, model_config
+
+    given = settings(video={"frames": 8, "fps": 2})
+    config = model_config(given, tower_config(given.base.tower, 28), decoder_config(given.base.decoder, given))
+    assert ModelConfig.from_json(config.to_json()).sampling == config.sampling == Sampling(8, 2.0)
+    assert Sampling.from_options(config.sampling.to_options()) == config.sampling
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -166,13 +178,13 @@ def test_the_step_writes_a_model_that_loads_and_is_the_same_again(small: Any, tm
     """A base that differs from run to run makes every stage after it a new piece of work."""
     given = step.Settings(model=settings(), seed=3)
     outcomes = [step.run(given, {"samples": small.samples}, tmp_path / name) for name in "ab"]
-    assert outcomes[0].values == outcomes[1].values
+    assert outcomes[0].result == outcomes[1].result
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     model, tokenizer = load_native(tmp_path / "a" / "model")
-    values = outcomes[0].values
-    assert values["parameters"]["llm"] == sum(p.numel() for p in model.llm.parameters())
-    assert (values["label_pictures"], values["labels"], len(tokenizer)) == (24, 6, values["vocabulary"])
+    told = outcomes[0].result
+    assert told.parameters["llm"] == sum(p.numel() for p in model.llm.parameters())
+    assert (told.label_pictures, told.labels, len(tokenizer)) == (24, 6, told.vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +232,7 @@ def test_published_weights_arrive_unchanged(published: Path, tmp_path: Path, tow
     assert ours and all(torch.equal(p, theirs[name]) for name, p in ours.items())
     decoder = load_file(published / "qwen2" / "model.safetensors")
     assert all(torch.equal(p, decoder[name]) for name, p in model.llm.state_dict().items())
-    assert outcome.values["parameters"]["llm"] == sum(p.numel() for p in decoder.values())
+    assert outcome.result.parameters["llm"] == sum(p.numel() for p in decoder.values())
     assert not list((tmp_path / "model").rglob("*.py"))
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") is not None
 
@@ -312,7 +324,7 @@ def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_pat
     given = step.Settings(model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0)
     before = step.external(given.model_dump(mode="json"))
     made = step.run(given, dict[str, Manifest](), tmp_path)
-    assert made.read == before and made.values["weights"] == before
+    assert made.read == before and made.result.weights == before
     changed = bytearray(s3.objects["tower/model.safetensors"].body)
     changed[-1] ^= 1
     s3.put("tower/model.safetensors", bytes(changed))

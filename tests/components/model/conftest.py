@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 TEXTS = ["Which digit is in row 2, column 1?", "Is the circle red?\nyes no", "three four seven", "naïve café 東京"]
@@ -56,7 +58,7 @@ def make_config(**changes: Any) -> ModelConfig:
         "max_tiles": 6,
         "select_layer": -2,
         "max_length_tokens": 256,
-        "num_video_frames": 4,
+        "sampling": Sampling(4),
         "video_pool_sizes": ((2, 1, 1),),
     }
     mode = changes.get("vision_mode", "dynamic_s2")

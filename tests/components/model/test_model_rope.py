@@ -8,11 +8,12 @@ import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.checkpoint.convert import convert
-from nvila.components.model.checkpoint.native import load_flat, load_native, save_native
+from nvila.components.model.checkpoint.loading import load_flat
+from nvila.components.model.checkpoint.native import load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 
 THETA, POSITIONS = 1e6, 64
 HEAD = 8

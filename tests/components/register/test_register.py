@@ -9,9 +9,12 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from telling import evaluation, quantization, quantized_evaluation, retained, scored
 
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results.run import Registration
+from nvila.components.data.sampling import Sampling
 from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
@@ -35,7 +38,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     with connected(runs) as client:
         client.delete_registered_model_alias("small", CHALLENGER)
     second = run(SETTINGS, register_inputs, out)
-    assert first.values == second.values == {"name": "small", "version": "1", "model_uri": "models:/small/1"}
+    assert first.result == second.result == Registration(name="small", version="1", model_uri="models:/small/1")
     version = find(runs, "small", CHALLENGER)
     assert version is not None and version.version == "1"
     assert version.tags["nvila.digest"] == register_inputs["model"].digest
@@ -47,30 +50,30 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert "**Learnt: every source is above its baseline" in made.description
     assert "- W4A16: 21 linear layers" in made.description
     assert "| digits | 4000 | 1000 |" in made.description
-    assert "| digits | 1000 | 0.110 | 0.300 (0.270 to 0.330), blank picture |" in made.description
+    assert "| digits | 1000 | 0.110 | 0.300 (0.280 to 0.320), blank picture |" in made.description
     assert history["quantized/digits/accuracy"].value == 0.71
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
     stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
               Path(logged.artifact_location.removeprefix("file://")).rglob("*") if p.is_file()}  # fmt: skip
-    assert {"MLmodel", "data/config.json", "data/model.safetensors"} <= stored
+    assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
     assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
     assert not (out / "upload").exists()
 
 
 def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, Manifest]) -> None:
     """Whoever picks a version in the registry reads nothing else."""
-    register_inputs["metrics"].values["accuracy"]["digits"] |= {"accuracy": 0.21, "low": 0.18, "high": 0.24}
+    register_inputs["metrics"].result = quantized_evaluation({"digits": retained(0.21, full=0.71)})
     assert "**Lost by quantization: digits**" in model_card("small", register_inputs)
-    register_inputs["full"].values["accuracy"]["digits"] |= {"low": 0.3}
+    register_inputs["full"].result = evaluation({"digits": scored(0.71, 0.41)})
     assert "**Not above its baseline: digits**" in model_card("small", register_inputs)
 
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
     """Two different models under one version would make lineage and rollback lie."""
     run(SETTINGS, register_inputs, tmp_path)
-    changed = register_inputs["model"].model_copy(update={"values": {"linears": {}}})
+    changed = register_inputs["model"].model_copy(update={"result": quantization(linears={})})
     again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path)
-    assert again.values["version"] == "2"
+    assert isinstance(again.result, Registration) and again.result.version == "2"
     challenger = find(runs, "small", CHALLENGER)
     assert challenger is not None and challenger.version == "2"
 
@@ -97,13 +100,13 @@ def test_registered_model_loads_through_mlflow_and_answers(
     seen: list[tuple[Path, int]] = []
 
     class Small:
-        config = types.SimpleNamespace(num_video_frames=2)
+        config = types.SimpleNamespace(sampling=Sampling(2))
 
         def eval(self) -> None: ...
 
-        def generate(self, tokenizer: object, prompts: list, max_new_tokens: int) -> list[str]:
-            seen.append((prompts[0][1][0].size, max_new_tokens))
-            return [f"{prompts[0][0][0].text} yes"]
+    def generate(model: Small, tokenizer: object, prompts: list, max_new_tokens: int) -> list[str]:
+        seen.append((prompts[0][1][0].size, max_new_tokens))
+        return [f"{prompts[0][0][0].text} yes"]
 
     def load(folder: Path) -> tuple[Small, None]:
         assert (Path(folder) / "model.safetensors").read_text() == "weights"
@@ -114,6 +117,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     )
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
     monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
+    monkeypatch.setitem(sys.modules, "nvila.components.model.decode.answer", types.SimpleNamespace(generate=generate))
     run(SETTINGS, register_inputs, tmp_path)
 
     import mlflow
@@ -145,19 +149,20 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
 
     from nvila.components.data.media import load_video_frames
     from nvila.components.model.checkpoint.serving import write_serving
+    from nvila.components.model.decode import answer
     from nvila.components.model.text.conversation import Turn
     from nvila.components.model.text.prompt import Prompt, make_prompt
     from nvila.components.register.served import Answerer
 
-    model, tokenizer = servable_model(fps=4.0)
+    model, tokenizer = servable_model(sampling=Sampling(4, 4.0))
     write_serving(model, tokenizer, tmp_path / "model")
     path, question = clip(tmp_path / "clip.mp4", 1), "Which <vila/video> digit?"
     seen: list[Prompt] = []
     served = Answerer(tmp_path / "model")
-    monkeypatch.setattr(served.model, "generate", lambda tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
+    monkeypatch.setattr(answer, "generate", lambda model, tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
     assert served.predict(pandas.DataFrame({"question": [question], "video": [str(path)]})) == ["four"]
     expected, other = (
-        make_prompt([Turn("human", question)], [load_video_frames(path, 4, fps=fps)], model.config)
+        make_prompt([Turn("human", question)], [load_video_frames(path, Sampling(4, fps))], model.config)
         for fps in (4.0, 0.0)
     )
     assert seen[0].encode(tokenizer, generate=True) == expected.encode(tokenizer, generate=True)

@@ -1,0 +1,26 @@
+"""The modules that a step may import and whose code is not part of its content key: they cannot change what it makes.
+
+They serve whoever watches a step, and what becomes of its process. A module belongs here when no edit of it that keeps
+its tests green could change a byte of a finished step's output; one that a step could do without belongs out of the
+step's imports instead. It imports the standard library, pydantic and modules of this list (a test), so that nothing
+else comes along. Everything that is not named here counts, new modules too.
+"""
+
+NEUTRAL = frozenset(
+    {
+        "nvila.components.contracts.children",  # ends a child process with its parent
+        "nvila.components.contracts.errors",  # what a step says that makes no output
+        "nvila.components.contracts.exits",  # the number that it then ends with
+        "nvila.components.contracts.neutral",
+        "nvila.components.contracts.progress",  # how far it is
+        # The forms of what steps find out compute nothing (a test): what is filled in, and how, stands in the step.
+        "nvila.components.contracts.results",
+        "nvila.components.contracts.results.accuracy",
+        "nvila.components.contracts.results.model",
+        "nvila.components.contracts.results.result",
+        "nvila.components.contracts.results.run",
+        "nvila.components.contracts.text",  # a line on stderr
+        "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made
+        "nvila.components.tracking.tokens",
+    }
+)
