@@ -29,7 +29,8 @@ from nvila.components.contracts.errors import DamagedError, DataError, NvilaErro
 from nvila.components.contracts.files import digest_json as digest_json
 from nvila.components.contracts.files import read_bytes
 from nvila.components.contracts.files import write_atomic as write_atomic
-from nvila.components.contracts.results import Result, result_type
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.steps import result_type
 
 R = TypeVar("R", bound=Result)
 

@@ -9,6 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nvila.components.contracts.results.accuracy import Evaluation, Passed, QuantizedEvaluation
+from nvila.components.contracts.results.model import Initialization, Pruning, Quantization, Training, Validation
+from nvila.components.contracts.results.result import Other, Result
+from nvila.components.contracts.results.run import Preflight, Registration, Resolution, Rollout
+
 RESOLVE, PREFLIGHT, VALIDATE, INITIALIZE = "resolve", "preflight", "validate", "initialize"
 PRUNE_IMAGE, PRUNE_VIDEO = "prune-image", "prune-video"
 EVALUATE, GATE = "evaluate", "gate"
@@ -52,6 +57,8 @@ class Step:
     """Lets a model go further: its inputs must be those that MLflow knows."""
     at_exit: bool = False
     """Runs last, whatever became of the others."""
+    result: type[Result] = Other
+    """What its manifest tells."""
 
     @property
     def module(self) -> str:
@@ -70,6 +77,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
         folder="prune",
         about=about,
         remark=remark,
+        result=Pruning,
         recipe={
             "prune": "prune",
             "sources": sources,
@@ -88,6 +96,7 @@ def _train(number: int, about: str, remark: str, **kept: str) -> Step:
         folder="train",
         about=about,
         remark=remark,
+        result=Training,
         recipe={"stage": f"train.stages.{number - 1}", "run": "train.run", "seed": "seed"},
         inputs={"model": f"train-{number - 1}" if number > 1 else INITIALIZE, "samples": VALIDATE, **kept},
         hands_on="model",
@@ -121,6 +130,7 @@ STEPS = (
         folder="resolve",
         about="checks the recipe and cuts it into one slice per step",
         remark="recipe to slices",
+        result=Resolution,
         quick=True,
     ),
     Step(
@@ -128,6 +138,7 @@ STEPS = (
         folder="preflight",
         about="demonstration data; then memory, disk, versions, data files and port, before anything long starts",
         remark="is everything there?",
+        result=Preflight,
         recipe={"data": "data", "rollout": "rollout", "needs": "needs", "vllm": "vllm", "weights": "weights"},
         after=(RESOLVE,),
         quick=True,
@@ -137,6 +148,7 @@ STEPS = (
         folder="validate",
         about="every record of every source against Great Expectations; spoilt ones go to quarantine with a reason",
         remark="data checked, spoilt records out",
+        result=Validation,
         recipe={"data": "data"},
         after=(PREFLIGHT,),
         size="cpus",
@@ -146,6 +158,7 @@ STEPS = (
         folder="initialize",
         about="the model that stage 1 starts from: published weights, or a small one made here",
         remark="first weights",
+        result=Initialization,
         recipe={"model": "model", "seed": "seed", "max_skipped_share": "train.max_skipped_share"},
         inputs={"samples": VALIDATE},
         size="memory",
@@ -163,6 +176,7 @@ STEPS = (
         folder="evaluate",
         about="exact match on held-out data, before training and after every stage, beside question-only baselines",
         remark="held-out accuracy",
+        result=Evaluation,
         recipe={"evaluate": "evaluate.tasks", "seed": "seed"},
         inputs={"model": _STAGES[-1].name, "samples": VALIDATE},
         size="gpu",
@@ -173,6 +187,7 @@ STEPS = (
         folder="gate",
         about="stops a model that did not learn (exit code 3)",
         remark="good enough?",
+        result=Passed,
         recipe={"gate": "evaluate.gate"},
         inputs={"metrics": EVALUATE},
         quick=True,
@@ -183,6 +198,7 @@ STEPS = (
         folder="quantize",
         about="vision tower to W8A8, language model to W4A16, one compressed-tensors checkpoint",
         remark="W8A8 tower, W4A16 language model",
+        result=Quantization,
         recipe={"quantize": "quantize.scheme", "seed": "seed", "max_skipped_share": "train.max_skipped_share"},
         inputs={"model": _STAGES[-1].name, "samples": VALIDATE},
         after=(GATE,),
@@ -194,6 +210,7 @@ STEPS = (
         folder="evaluate_quantized",
         about="the same questions to the quantized model, through vLLM",
         remark="accuracy once more",
+        result=QuantizedEvaluation,
         recipe={"evaluate": "evaluate.tasks", "limit": "quantize.limit", "through_vllm": "quantize.through_vllm"},
         inputs={"model": QUANTIZE, "metrics": EVALUATE, "samples": VALIDATE},
         image="quantize",
@@ -204,6 +221,7 @@ STEPS = (
         folder="gate",
         about="stops a model that quantization harmed (exit code 3)",
         remark="still good enough?",
+        result=Passed,
         recipe={"gate": "quantize.gate"},
         inputs={"metrics": EVALUATE_QUANTIZED},
         quick=True,
@@ -214,6 +232,7 @@ STEPS = (
         folder="register",
         about="a version in the MLflow registry with metrics, card and lineage; alias `challenger`",
         remark="version in the registry",
+        result=Registration,
         recipe={"register": "register_"},
         inputs={
             "model": QUANTIZE,
@@ -230,6 +249,7 @@ STEPS = (
         folder="rollout",
         about="serves the version, asks it the pinned prompts, moves the alias `champion`",
         remark="serve, ask, promote",
+        result=Rollout,
         recipe={"rollout": "rollout"},
         inputs={"version": REGISTER, "model": QUANTIZE, "metrics": EVALUATE_QUANTIZED, "samples": VALIDATE},
         image="quantize",
@@ -251,6 +271,11 @@ STEPS = (
 ROWS = {row.name: row for row in STEPS}
 STAGES = tuple(row.name for row in STEPS if row.folder == "train")
 PRUNES = tuple(row.name for row in STEPS if row.folder == "prune")
+
+
+def result_type(step: str) -> type[Result]:
+    """The type of a step's result."""
+    return ROWS[step].result if step in ROWS else Other
 
 
 def nearest(steps: Iterable[Step] = STEPS) -> dict[str, tuple[str, ...]]:
