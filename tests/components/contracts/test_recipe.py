@@ -38,7 +38,7 @@ def changed(dotted: str, value: Any) -> dict[str, Any]:
     *parents, last = dotted.split(".")
     for part in parents:
         place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
-    place[last] = value
+    place[int(last) if last.isdigit() else last] = value
     return recipe
 
 
