@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -18,11 +17,11 @@ from rich.console import Console
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe, shipped
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import ROWS
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.kubeflow.server import Conflict, Server, patiently, plain
 from nvila.pipelines.show.watch import StepState, Watch, print_line
 
@@ -126,16 +125,7 @@ def submit(
 
     if not recipe:
         raise ConfigError("which recipe?", where="RECIPE", do=f"Shipped are: {', '.join(shipped())}.")
-    text = read_recipe(recipe)
-    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
-    form = Form(
-        recipe=recipe if recipe in shipped() else text,
-        data_uri=data_uri,
-        model_name=model_name,
-        target="none",
-        overrides=json.dumps(laid_over),
-    )
-    checked = fill_in(form, where=recipe)
+    form, checked = asked_for(recipe, overrides, data_uri=data_uri, model_name=model_name, target="none")
     slices(checked)  # refuses what resolve would
     namespace = namespace_of(server, wanted.namespace)
     chosen = upload(server, version, namespace, console) if version.own else _installed(server, namespace)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.contracts.recipe.form import Form
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import PREFLIGHT, ROWS
 from nvila.components.contracts.text import say, visible
@@ -29,7 +29,7 @@ from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
@@ -51,10 +51,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
         Unreachable: the place of weights does not answer; nor has anything been written.
     """
-    text = read_recipe(recipe)
-    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
-    form = Form(recipe=text, overrides=json.dumps(laid_over))
-    checked = fill_in(form, where=recipe)
+    form, checked = asked_for(recipe, overrides)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import NOT_ASKED_FOR, REPORT, RESOLVE, STEPS
 from nvila.components.contracts.store import Store

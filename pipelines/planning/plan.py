@@ -13,7 +13,6 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS, Step
@@ -22,7 +21,7 @@ from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.compile.package import resources
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
@@ -107,10 +106,7 @@ def make_plan(
         ConfigError: the recipe or an option is wrong.
         PreflightError: the cluster does not answer.
     """
-    text = read_recipe(recipe)
-    # The same text and overrides as `nvila run` gives, or the keys would not be those of a run.
-    form = Form(recipe=text, overrides=json.dumps(parse_overrides(parse_yaml(text, recipe), overrides)))
-    checked = fill_in(form, where=recipe)
+    form, checked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])

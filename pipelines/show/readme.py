@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.recipe.reader import Form, fill_in, recipe_text, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped, shipped_document
 from nvila.components.contracts.steps import INITIALIZE, STEPS, nearest
 from nvila.pipelines.cli import app
 
@@ -33,7 +35,7 @@ def recipes_table() -> str:
     rows = []
     for name in (*FIRST, *(name for name in shipped() if name not in FIRST)):
         llm = fill_in(Form(recipe=name)).model.base.llm
-        sentence = recipe_text(name).partition("\n")[0].removeprefix("#").strip()
+        sentence = shipped_document(name).about
         start = f"`{llm}`" if llm else f"blank, made by `{INITIALIZE}`"
         rows.append((f"[`{name}`](pipelines/recipes/{name}.yaml)", sentence, start))
     return _table(("recipe", "what it is", "language model"), rows)
@@ -42,11 +44,21 @@ def recipes_table() -> str:
 def commands_table() -> str:
     """Each command of the CLI: the first line of its help and its example."""
     rows = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in commands():
         first, _, rest = (command.help or "").partition("\n")
         example = re.search(r"Example: (.+)", rest)
         rows.append((f"`nvila {name}`", first, f"`{example[1]}`" if example else ""))
     return _table(("command", "what it does", "example"), rows)
+
+
+def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command of the CLI by its words."""
+    found: Any = group or typer.main.get_command(app)
+    for name, command in found.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above}{name} ")
+        else:
+            yield f"{above}{name}", command
 
 
 TABLES = {"steps": steps_table, "recipes": recipes_table, "commands": commands_table}

@@ -10,7 +10,7 @@ import pytest
 
 from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form
+from nvila.components.contracts.recipe.form import Form
 from nvila.components.runner.execute import _Status
 from nvila.pipelines.local import run as local
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.steps import ROWS
 

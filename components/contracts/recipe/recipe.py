@@ -1,15 +1,11 @@
-"""The whole recipe: one YAML, one schema. Errors carry the dotted path and the nearest right key."""
+"""The whole recipe: one schema over its sections, and each step's part of it."""
 
 from __future__ import annotations
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
@@ -81,31 +77,6 @@ class Recipe(Section):
         return self
 
 
-def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe.
-
-    Args:
-        content: the YAML document.
-        where: file name for messages.
-
-    Raises:
-        ConfigError: names the dotted option, the value and, for an unknown key, the nearest right one.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise _explain(error, where) from None
-
-
-def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` laid over it: mappings merge key by key, anything else is replaced."""
-    merged = dict(base)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
 def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
     """Each step's part of the recipe, by step name; None where the recipe leaves the step out.
 
@@ -135,47 +106,3 @@ def _at(recipe: Recipe, path: str) -> Any:
     for part in path.split("."):
         value = next(iter(value[int(part) :]), None) if part.isdigit() else getattr(value, part)
     return value
-
-
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    dotted = ".".join(path)
-    others = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        if dotted == "model.variant":
-            return ConfigError(f"unknown recipe key {dotted}{others}", where=where, do="It decides nothing: delete it.")
-        known = _keys_at(Recipe, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"Did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"Known here: {', '.join(known)}"
-        return ConfigError(f"unknown recipe key {dotted}{others}", where=where, do=hint)
-    if first["type"] == "missing":
-        return ConfigError(f"recipe key {dotted} is missing{others}", where=where)
-    message = re.sub(r"^Value error, ", "", first["msg"])
-    value = None if isinstance(first.get("input"), (dict, list)) else first.get("input")
-    return ConfigError(f"{dotted or 'recipe'}: {message}{others}", where=where, value=value)
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the keys that the schema knows at a dotted path (list indices and dictionary keys are passed over)."""
-    kind: Any = model
-    for part in path:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            fields = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-            if part not in fields:
-                return []
-            kind = fields[part]
-        else:
-            args = typing.get_args(kind)
-            kind = args[-1] if args else kind
-        kind = _unwrap(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return sorted(field.alias or name for name, field in kind.model_fields.items())
-    return []
-
-
-def _unwrap(kind: Any) -> Any:
-    """`X | None` -> `X`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    return kind

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import merge, parse_recipe, slices
+from nvila.components.contracts.recipe.layers import parse_recipe
+from nvila.components.contracts.recipe.recipe import slices
 
 STAGE = {
     "name": "a stage",
@@ -195,13 +196,6 @@ def test_each_prune_step_takes_its_kind_of_source() -> None:
     """Images pruned by the video step would be scored twice, or never."""
     found = slices(parse_recipe(RECIPE))
     assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == (["shapes"], ["clips"])
-
-
-def test_overrides_merge_key_by_key() -> None:
-    """An override of one option must not drop its neighbours, nor change the recipe it is laid over."""
-    base = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
-    assert merge(base, {"a": {"c": [3]}, "e": 2}) == {"a": {"b": 1, "c": [3]}, "d": 1, "e": 2}
-    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}
 
 
 def test_several_mistakes_are_counted() -> None:

@@ -14,7 +14,7 @@ from telling import evaluation, scored
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.data import Validation
-from nvila.components.contracts.recipe.recipe import parse_recipe
+from nvila.components.contracts.recipe.layers import parse_recipe
 from nvila.components.data import media, samples
 from nvila.components.data.media import Limits, MediaError, load_image
 from nvila.components.data.samples import read_labels, read_limits, read_samples, write_labels, write_samples

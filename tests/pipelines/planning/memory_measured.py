@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.config.variants import SIGLIP, VARIANTS
 from nvila.components.model.nvila import NVILA, build_model

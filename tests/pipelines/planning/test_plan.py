@@ -11,7 +11,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import ROWS
 from nvila.pipelines.cli import app
