@@ -19,6 +19,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.results.model",
         "nvila.components.contracts.results.result",
         "nvila.components.contracts.results.run",
+        "nvila.components.contracts.steps",  # what a row says reaches a step as settings and inputs, which count
         "nvila.components.contracts.text",  # a line on stderr
         "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made
         "nvila.components.tracking.tokens",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvila.components.contracts.manifest import File, Kind
-from nvila.components.contracts.results import Result
+from nvila.components.contracts.results.result import Result
 
 
 @dataclass(frozen=True)

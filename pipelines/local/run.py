@@ -21,6 +21,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.steps import PREFLIGHT, ROWS
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
@@ -35,7 +36,6 @@ from nvila.pipelines.local.peak_memory import MemorySampler
 from nvila.pipelines.show.results import REPORT, short, show_closing
 from nvila.pipelines.show.summary import LOG, write_summary
 from nvila.pipelines.show.watch import Watch, print_line, read_states
-from nvila.pipelines.steps import STEPS
 
 
 def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
@@ -52,7 +52,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
         Unreachable: the place of weights does not answer; nor has anything been written.
     """
     form, checked = asked_for(recipe, overrides)
-    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights))
     run_dir = _new_run(runs.absolute(), checked.name)
@@ -188,7 +188,7 @@ def _exit_code(run: Run, worker_code: int) -> Exit:
         return Exit.PREEMPTED
     if run.trouble:
         return run.trouble.exit_code or Exit.FAULT
-    if run.lost or (worker_code == Exit.DONE and run.unfinished(STEPS)):
+    if run.lost or (worker_code == Exit.DONE and run.unfinished(ROWS)):
         return Exit.FAULT
     return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
 

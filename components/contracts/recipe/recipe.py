@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, NonNegativeInt, model_validator
+from pydantic_core import to_jsonable_python
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.model import ModelSettings
@@ -14,6 +17,7 @@ from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import TrainSettings
+from nvila.components.contracts.steps import STEPS, Step
 
 
 class Needs(Section):
@@ -38,13 +42,24 @@ class Recipe(Section):
     rollout: RolloutSettings = RolloutSettings()
     needs: Needs = Needs()
 
+    @property
+    def weights(self) -> list[str]:
+        """Where weights are taken from: folders, `s3://` and `hf://`."""
+        base, prune = self.model.base, self.prune
+        return [uri for uri in (base.vision_tower, base.llm, prune.small.path, prune.large.path) if uri]
+
+    @property
+    def vllm(self) -> bool:
+        """Whether a step starts vLLM."""
+        return self.quantize.through_vllm or self.rollout.target == "local"
+
     @model_validator(mode="after")
     def _names_agree(self) -> Recipe:
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"data.sources: two sources share a name: {names}")
         for index, stage in enumerate(self.train.stages):
-            for subset in stage.data:
+            for subset in stage.data if stage else ():
                 source, _, split = subset.partition(".")
                 if source not in names or split not in SPLITS or split == "heldout":
                     raise ValueError(
@@ -62,41 +77,32 @@ class Recipe(Section):
         return self
 
 
-def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Each step's part of the recipe, by step name. A step's content key depends on its slice and nothing else."""
-    r = recipe.model_dump(mode="json", by_alias=True)
-    image = [s["name"] for s in r["data"]["sources"] if s["kind"] == "image"]
-    video = [s["name"] for s in r["data"]["sources"] if s["kind"] == "video"]
-    skips = {"max_skipped_share": r["train"]["max_skipped_share"]}
-    prune = {"prune": r["prune"], "seed": r["seed"]} | skips
-    run = {k: v for k, v in r["train"].items() if k != "stages"}
-    evaluate = {k: v for k, v in r["evaluate"].items() if k != "gate"}
-    quantize = {k: v for k, v in r["quantize"].items() if k not in ("gate", "limit", "through_vllm")}
-    stages = {
-        f"train-{i}": {"stage": stage, "run": run, "seed": r["seed"]} for i, stage in enumerate(r["train"]["stages"], 1)
-    }
-    base = r["model"]["base"]
-    weights = [base["vision_tower"], base["llm"], r["prune"]["small"]["path"], r["prune"]["large"]["path"]]
-    vllm = recipe.quantize.through_vllm or recipe.rollout.target == "local"
-    quantized = {"evaluate": evaluate, "limit": r["quantize"]["limit"], "through_vllm": r["quantize"]["through_vllm"]}
-    return {
-        "preflight": {
-            "data": r["data"],
-            "rollout": r["rollout"],
-            "needs": r["needs"],
-            "vllm": vllm,
-            "weights": [uri for uri in weights if uri],
-        },
-        "validate": {"data": r["data"]},
-        "base": {"model": r["model"], "seed": r["seed"]} | skips,
-        "prune-image": prune | {"sources": image},
-        "prune-video": prune | {"sources": video},
-        **stages,
-        "evaluate": {"evaluate": evaluate, "seed": r["seed"]},
-        "gate": {"gate": r["evaluate"]["gate"]},
-        "quantize": {"quantize": quantize, "seed": r["seed"]} | skips,
-        "evaluate-quantized": quantized,
-        "gate-quantized": {"gate": r["quantize"]["gate"]},
-        "register": {"register": r["register"]},
-        "rollout": {"rollout": r["rollout"], "register": r["register"]},
-    }
+def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
+    """Each step's part of the recipe, by step name; None where the recipe leaves the step out.
+
+    A step's content key depends on its slice and nothing else of the recipe.
+
+    Raises:
+        ConfigError: the recipe has more stages than the pipeline has steps for them.
+    """
+    places, stages = sum(bool(row.hands_on) for row in steps), len(recipe.train.stages)
+    if stages > places:
+        raise ConfigError(
+            f"the recipe has {stages} stages, and this pipeline has training steps for {places}",
+            where="train.stages",
+            do="Leave stages out, or use a pipeline whose table has a row for each.",
+        )
+    return {row.name: _slice(recipe, row) for row in steps if row.recipe}
+
+
+def _slice(recipe: Recipe, row: Step) -> dict[str, Any] | None:
+    found = {field: _at(recipe, path) for field, path in row.recipe.items()}
+    return None if row.hands_on and None in found.values() else to_jsonable_python(found, by_alias=True)
+
+
+def _at(recipe: Recipe, path: str) -> Any:
+    """What stands at a dotted path; None behind the end of a list."""
+    value: Any = recipe
+    for part in path.split("."):
+        value = next(iter(value[int(part) :]), None) if part.isdigit() else getattr(value, part)
+    return value

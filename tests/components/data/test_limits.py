@@ -108,7 +108,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     tight: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A picture of 51 megapixels passed validation under a recipe that allows 60, and stopped training hours later."""
-    from nvila.components.base.tower import read_label_records
+    from nvila.components.initialize.tower import read_label_records
     from nvila.components.metrics.answers import Questions
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed

@@ -72,7 +72,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("NVILA_ROOT", "/volume")
     slices = step.run(form, {}, tmp_path).result.slices
     assert slices["validate"]["data"]["sources"][0]["path"] == "/volume/data/plates"
-    base = slices["base"]["model"]["base"]
+    base = slices["initialize"]["model"]["base"]
     assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
     assert slices["prune-image"]["prune"]["small"]["path"] == "/elsewhere/small"
     assert step.external(form.model_dump()) != before, "a cached result would hold the paths of another place"
