@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.steps import STEPS
 
 EXTENDS = "extends"
 """Key of a recipe that names another, whose values it changes."""
@@ -27,6 +28,8 @@ HINTS = {
     EXTENDS: "Only a recipe itself says what it extends, in its first lines.",
 }
 """What to say of keys that a recipe had, or that stand elsewhere."""
+STEP_OF = {place: row.name for row in STEPS for place in row.recipe.values()}
+"""The step by the place in the recipe that it takes: `train.stages.3` is that of `train-4`."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +197,8 @@ def index_of(entries: list[Any], key: Any, path: Sequence[str]) -> int:
 
 def _names(entries: list[Tree], path: Sequence[str]) -> list[str]:
     """How layers call the entries of a list of sections."""
-    if list(path) == ["train", "stages"]:
-        return [f"train-{number}" for number in range(1, len(entries) + 1)]
-    return [str(entry["name"].content) if isinstance(entry, dict) and "name" in entry else "" for entry in entries]
+    own = [str(entry["name"].content) if isinstance(entry, dict) and "name" in entry else "" for entry in entries]
+    return [STEP_OF.get(".".join([*path, str(index)]), name) for index, name in enumerate(own)]
 
 
 def _unknown(path: list[str], known: list[str], source: str, more: int) -> ConfigError:

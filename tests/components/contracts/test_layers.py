@@ -69,6 +69,15 @@ def test_null_has_one_meaning() -> None:
     assert "evaluate.limit" in optional and set(optional.values()) == {None}
 
 
+def test_a_stage_is_left_out_by_its_step() -> None:
+    """A recipe would have to copy the other four to do without one."""
+    stages = over("train: {stages: {train-2: null}}").train.stages
+    assert (
+        stages[1] is None
+        and stages[0:1] + stages[2:] == TINY.recipe().train.stages[0:1] + TINY.recipe().train.stages[2:]
+    )
+
+
 def test_sources_are_changed_by_name() -> None:
     """Whoever moves one source would have to write down all of them."""
     recipe = over("data: {sources: {digits: {path: data/mine}}}")
