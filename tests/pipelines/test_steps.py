@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 SLICED = [row for row in STEPS if row.recipe]
 OTHERS = {
     "components/contracts/recipe/recipe.py": {"register"},
-    "components/contracts/recipe/reader.py": {"register", "rollout"},
+    "components/contracts/recipe/form.py": {"register", "rollout"},
     "components/register/step.py": {"register"},
     "components/contracts/manifest.py": {"report"},
     "components/preflight/step.py": {"report"},
