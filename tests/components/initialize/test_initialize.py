@@ -10,15 +10,15 @@ import pytest
 import torch
 from buckets import Bucket
 
-from nvila.components.initialize import step
-from nvila.components.initialize.assemble import assemble
-from nvila.components.initialize.scratch import make
-from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
 from nvila.components.data.sampling import Sampling
+from nvila.components.initialize import step
+from nvila.components.initialize.assemble import assemble
+from nvila.components.initialize.scratch import make
+from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import load_native
 
 
