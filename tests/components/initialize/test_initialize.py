@@ -10,15 +10,15 @@ import pytest
 import torch
 from buckets import Bucket
 
-from nvila.components.base import step
-from nvila.components.base.assemble import assemble
-from nvila.components.base.scratch import make
-from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
 from nvila.components.data.sampling import Sampling
+from nvila.components.initialize import step
+from nvila.components.initialize.assemble import assemble
+from nvila.components.initialize.scratch import make
+from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import load_native
 
 
@@ -107,7 +107,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     """A tower that learns nothing makes every later stage a language model without eyes. Chance is 0.25."""
     from PIL import Image
 
-    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
     from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
@@ -134,7 +134,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
 
 def test_the_sampling_of_clips_is_the_recipe_s_everywhere() -> None:
     """A rate that training keeps to and a checkpoint forgets shows the model other frames when it is asked."""
-    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import ModelConfig, model_config
 
     given = settings(video={"frames": 8, "fps": 2})
