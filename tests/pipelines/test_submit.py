@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.code import code_digest
 from nvila.pipelines.cli import app
@@ -94,6 +95,15 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
     executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
     assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"
     assert {"name": "NVILA_CODE", "value": code_digest()} in executors["exec-initialize"]["container"]["env"]
+
+
+def test_a_recipe_with_more_stages_than_the_pipeline_starts_nothing(kfp: StandIn) -> None:
+    """The run would end in its first pod, after a wait for it."""
+    stages = fill_in(Form(recipe="micro")).model_dump(mode="json")["train"]["stages"]
+    more = f"train.stages={json.dumps([*stages, stages[-1]])}"
+    with pytest.raises(ConfigError, match="6 stages, and this pipeline has training steps for 5"):
+        _submit(kfp, overrides=[more])
+    assert not kfp.runs and not kfp.versions
 
 
 def test_the_same_pipeline_is_uploaded_once(kfp: StandIn) -> None:

@@ -78,6 +78,13 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     assert step.external(form.model_dump()) != before, "a cached result would hold the paths of another place"
 
 
+def test_more_stages_than_the_pipeline_has_are_refused(tmp_path: Path) -> None:
+    """A sixth stage would be left out without a word."""
+    overrides = json.dumps({"train": {"stages": [*_stages(), _stages()[-1]]}})
+    with pytest.raises(ConfigError, match="6 stages, and this pipeline has training steps for 5"):
+        step.run(Form(recipe="tiny", overrides=overrides), {}, tmp_path)
+
+
 def _stages() -> list[dict]:
     return yaml.safe_load(TINY)["train"]["stages"]
 
