@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from nvila.components.contracts.environment import current, handed_down
 from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
-PROGRESS_FILE = "NVILA_PROGRESS_FILE"
-"""Environment variable that names the file; `progress_to` sets it for a step and its child processes."""
 
 
 class Progress:
@@ -25,7 +23,7 @@ class Progress:
         self.what, self.total, self.done = what, total, 0
         self._start = time.monotonic()
         self._written = self._printed = 0.0
-        self._file = os.environ.get(PROGRESS_FILE)
+        self._file = current().progress_file
         self.update(0)
 
     def update(self, advance: int = 1, note: str = "") -> None:
@@ -36,7 +34,7 @@ class Progress:
         if self._file and (last or now - self._written > 0.5):
             self._written = now
             record = {"what": self.what, "done": self.done, "total": self.total, "note": note}
-            write_atomic(Path(self._file), json.dumps(record), durable=False)
+            write_atomic(self._file, json.dumps(record), durable=False)
         if last or now - self._printed > 20:
             self._printed = now
             of = f"/{self.total}" if self.total is not None else ""
@@ -47,22 +45,15 @@ class Progress:
 def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
     say(visible(text))
-    if file := os.environ.get(PROGRESS_FILE):
-        write_atomic(Path(file), json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
+    if file := current().progress_file:
+        write_atomic(file, json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
 
 
 @contextmanager
 def progress_to(path: Path) -> Iterator[None]:
     """Have progress written to `path` by this process and its children, as long as the context is open."""
-    before = os.environ.get(PROGRESS_FILE)
-    os.environ[PROGRESS_FILE] = str(path)
-    try:
+    with handed_down(progress_file=path):
         yield
-    finally:
-        if before is None:
-            del os.environ[PROGRESS_FILE]
-        else:
-            os.environ[PROGRESS_FILE] = before
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -2,17 +2,22 @@
 
 Where it reads the world outside the store it has `external(settings) -> dict`, digests of what it reads; where
 something has to be made there before these are taken, `prepare(settings)`, which does nothing the second time.
+
+A step's arguments are what its result depends on. A step that has to know of the machine or the pipeline run that it
+works for asks for it by an argument more, `here: Environment`, of `run` and `external`; no other step is given it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import File, Kind, Manifest
 
 
@@ -45,3 +50,8 @@ class Step(Protocol):
     def run(self, settings: Any, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
         """Do the work inside `out`, which may hold an interrupted earlier attempt."""
         ...
+
+
+def call(function: Callable[..., Any], *arguments: Any, here: Environment) -> Any:
+    """What a step's function returns, given the environment if it asks for it."""
+    return function(*arguments, here) if "here" in inspect.signature(function).parameters else function(*arguments)

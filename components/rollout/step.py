@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
@@ -30,13 +31,14 @@ class Settings(Section):
     register_: RegisterSettings = Field(alias="register")
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Serve the version, if the policy lets it.
 
     Args:
         settings: target, address and policy.
         inputs: `version` (of register), `model` (of quantize), `metrics` (of evaluate-quantized), `samples`.
         out: stays empty.
+        here: whose folder of runs has the endpoint's record, and the key that the endpoint asks for.
 
     Raises:
         DamagedError: the model's files are not what quantize wrote.
@@ -48,7 +50,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     values = {"model": version["name"], "version": version["version"]}
     if settings.rollout.target == "none":
         return Outcome(kind="endpoint", values=values | {"endpoint": None, "decision": "not asked for", "pinned": {}})
-    runs, rollout = Place.from_environment().run_dir.parent, settings.rollout
+    runs, rollout = Place.of(here).run_dir.parent, settings.rollout
     _agree(runs, version["name"], version["version"], inputs["model"])
     wanted = Wanted(
         model=version["name"],
@@ -57,6 +59,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         model_dir=inputs["model"].dir("model", fresh=True),
         host=rollout.host,
         port=rollout.port,
+        key=here.api_key,
     )
     prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
     longest = inputs["metrics"].values.get("max_new_tokens", EvaluateSettings.model_fields["max_new_tokens"].default)

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nvila.components.contracts.environment import Environment, entered, name_of, notices
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_json, write_atomic
-from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
     AGAIN,
@@ -29,19 +29,16 @@ from nvila.components.contracts.manifest import (
     Manifest,
     describe_files,
 )
-from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.step import call
 from nvila.components.contracts.store import TOMBSTONE, Store
-from nvila.components.runner.code import CODE_VARIABLE, code_digest
+from nvila.components.contracts.text import say
+from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
 
-RUN_VARIABLE = "NVILA_RUN"
-"""Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
-RUN_ID_VARIABLE = "NVILA_RUN_ID"
-"""Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
 COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
 """Steps that let a model go further: their inputs must be those that MLflow knows."""
 ALWAYS = frozenset({"register", "rollout", "report"})
@@ -61,16 +58,9 @@ class Place:
         return self.run_dir.name
 
     @classmethod
-    def from_environment(cls) -> Place:
-        """Read `NVILA_STORE` and `NVILA_RUN`.
-
-        Raises:
-            ConfigError: one of them names no local folder.
-        """
-        store = local_folder(os.environ.get(STORE_VARIABLE, "store"), STORE_VARIABLE).absolute()
-        # On a cluster the run's id is known inside the pod only, as another variable.
-        run_dir = os.path.expandvars(os.environ.get(RUN_VARIABLE, "runs/adhoc"))
-        return cls(Store(store), local_folder(run_dir, RUN_VARIABLE).absolute())
+    def of(cls, here: Environment) -> Place:
+        """Of a process with this environment."""
+        return cls(Store((here.store or Path("store")).absolute()), (here.run or Path("runs/adhoc")).absolute())
 
 
 def execute(
@@ -80,7 +70,7 @@ def execute(
     inputs: Mapping[str, str],
     output: str,
     settings: Any = None,
-    at_end: Callable[[], None] = lambda: None,
+    at_end: Callable[[Environment], None] = lambda here: None,
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
 
@@ -95,12 +85,32 @@ def execute(
         settings: the slice itself, for `resolve`, which makes the slices.
         at_end: called last, however the step has ended.
     """
-    place = Place.from_environment()
-    status = _Status(place.run_dir, step)
+    try:
+        here = Environment.read()
+    except NvilaError as error:
+        _leave(error.exit_code, f"{step}: {error}")
+    with entered(here):
+        return _execute(here, step, module, slices, inputs, output, settings, at_end)
+
+
+def _execute(
+    here: Environment,
+    step: str,
+    module: str,
+    slices: str | None,
+    inputs: Mapping[str, str],
+    output: str,
+    settings: Any,
+    at_end: Callable[[Environment], None],
+) -> dict[str, Any]:
+    place = Place.of(here)
+    status = _Status(place.run_dir, step, here.on_cluster)
     signal.signal(signal.SIGTERM, _preempted)
     try:
+        for line in notices() if here.on_cluster else ():
+            say(line)
         status.begin()
-        _refuse_other_code()
+        _refuse_other_code(here.code)
         if slices is not None:
             every = Manifest.load(slices).values.get("slices")
             if not isinstance(every, dict):
@@ -109,7 +119,7 @@ def execute(
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        manifest, cached = perform(place, step, module, settings, loaded)
+        manifest, cached = perform(here, step, module, settings, loaded)
         manifest.save(Path(output))
         status.end("cached" if cached else "done", Exit.DONE, manifest=manifest)
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
@@ -126,27 +136,22 @@ def execute(
         status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
     finally:
-        at_end()
-
-
-def on_cluster() -> bool:
-    """Whether this process is a step's pod of the compiled pipeline."""
-    return RUN_ID_VARIABLE in os.environ
+        at_end(here)
 
 
 def perform(
-    place: Place, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+    here: Environment, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
 ) -> tuple[Manifest, bool]:
     """The manifest of this work, and whether it was there already.
 
     Raises:
         NvilaError: what the step raised; exit codes 2 and 3 leave a tombstone for retries within the same run.
     """
-    code = importlib.import_module(module)
+    code, place = importlib.import_module(module), Place.of(here)
     if hasattr(code, "prepare"):
         with progress_to(place.run_dir / "progress" / f"{step}.json"):
             code.prepare(code.Settings.model_validate(settings))
-    external = code.external(settings) if hasattr(code, "external") else None
+    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
     digests = {name: manifest.digest for name, manifest in inputs.items()}
     key = content_key(module, {"step": step, **settings}, digests, external)
     store = place.store
@@ -170,7 +175,7 @@ def perform(
 
                 compare(place.run_dir.parent, step, inputs)
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
-                outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
+                outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir, here))
             if outcome.read is not None and outcome.read != external:
                 store.remove(step, key)  # it holds work on what the key does not say
                 raise Unreachable(
@@ -229,7 +234,8 @@ def _track(
 class _Status:
     """`runs/<run>/steps/<step>.json`: what the terminal, the report and `summary.json` know of a step."""
 
-    def __init__(self, run_dir: Path, step: str) -> None:
+    def __init__(self, run_dir: Path, step: str, on_cluster: bool) -> None:
+        self._on_cluster = on_cluster
         self._path = run_dir / "steps" / f"{step}.json"
         self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
 
@@ -241,7 +247,7 @@ class _Status:
                 starts another; unlike a tombstone it needs no content key, which some errors come before. Where nobody
                 but a person starts a step again, the step looks again.
         """
-        if on_cluster() and (verdict := self._verdict()):
+        if self._on_cluster and (verdict := self._verdict()):
             raise _again(*verdict)
         write_atomic(self._path, json.dumps(self._record))
 
@@ -276,13 +282,12 @@ class _Status:
         write_atomic(self._path, json.dumps(self._record, indent=1))
 
 
-def _refuse_other_code() -> None:
+def _refuse_other_code(wanted: str | None) -> None:
     """A pipeline says from which code it was compiled; its graph and other code would not fit together."""
-    wanted = os.environ.get(CODE_VARIABLE)
     if wanted and wanted != (found := code_digest()):
         raise ConfigError(
             "the image holds other code than the pipeline was compiled from",
-            where=CODE_VARIABLE,
+            where=name_of("code"),
             value=found,
             do=f"Compile with the image of {wanted}, or submit from the commit that the image was built from.",
         )

@@ -6,8 +6,9 @@ by a string, so that registering imports no torch; what it says is in `model`, `
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
+
+from nvila.components.contracts.environment import before_importing
 
 if TYPE_CHECKING:  # the code behind the string below: it belongs to the content key of whatever runs through vLLM
     from nvila.components.serve import architecture  # noqa: F401
@@ -27,5 +28,4 @@ def register() -> None:
     AutoConfig.register(NVILAServingConfig.model_type, NVILAServingConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"nvila.components.serve.architecture:{ARCHITECTURE}")
     register_connector(CONNECTOR)
-    # vLLM picks the connector by this variable; every media URL of the HTTP API then passes through ours.
-    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
+    before_importing("vllm")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
@@ -34,7 +35,8 @@ def main(job_path: str) -> None:
     job = Job.model_validate_json(Path(job_path).read_bytes())
     stop = StopRequest()
     try:
-        train(job, stop)
+        with entered(Environment.read()):
+            train(job, stop)
     except Exception as caught:
         if isinstance(caught, NvilaError):
             error = caught
@@ -81,10 +83,10 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.train.losses import LOSSES, SKIPPED
 
     torch.manual_seed(job.seed)
-    out, stage = Path(job.out), job.stage
+    out, stage, here = Path(job.out), job.stage, current()
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
-    device = default_device()
+    device = default_device(here.local_rank)
     # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
     precision = "float32" if job.run.precision == "fp32" else "bfloat16"
     model, tokenizer = load_native(Path(job.model), dtype=precision, device=device)
@@ -94,7 +96,7 @@ def train(job: Job, stop: StopRequest) -> None:
     model.prepare_for_training()
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    engine = start(model, stage, job.run, total)
+    engine = start(model, stage, job.run, total, here.world)
     use_flash_attention(model)  # now that the weights have the precision of the stage
     done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
     samples = samples[: total * stage.batch]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.text import say
 from nvila.components.runner.handover import read_verdict
@@ -14,7 +16,7 @@ from nvila.infra.launch.follow import answers, cancelled_with_us, follow, in_tim
 from nvila.infra.launch.logs import LogCopy
 from nvila.infra.launch.requests import Requests
 from nvila.infra.launch.state import COMPLETE, failure, finished
-from nvila.infra.launch.trainjob import RUN_LABEL, Nodes, label
+from nvila.infra.launch.trainjob import RUN_LABEL, label
 
 HEAVY = ("train-", "prune-")
 """Steps whose name begins so, and `evaluate`, become jobs."""
@@ -39,7 +41,7 @@ def run(work: Work) -> Outcome:
     """
     cluster = Cluster(Requests())
     with cancelled_with_us(cluster, work):
-        job = obtain(cluster, work, Nodes.from_environment(), OUTCOME_SECONDS)
+        job = obtain(cluster, work, work.here.site or Site(), OUTCOME_SECONDS)
         if finished(job) is None:
             with LogCopy(cluster, job["metadata"]["name"]):
                 job = follow(cluster, job)
@@ -57,7 +59,7 @@ def run(work: Work) -> Outcome:
     return outcome
 
 
-def close(run: str) -> None:
+def close(run: str, here: Environment) -> None:
     """Cancel the jobs of a pipeline run that have not ended."""
     cluster, ours = Cluster(Requests()), f"{RUN_LABEL}={label(run)}"
     while going := [j for j in cluster.find(ours) if not finished(j) and not j["metadata"].get("deletionTimestamp")]:

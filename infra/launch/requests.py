@@ -7,7 +7,6 @@ body) ends with an error that says what to do. Which objects there are is left t
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import ConfigError, NvilaError, PreflightError
 from nvila.components.tracking.redact import tell
 
@@ -242,13 +242,14 @@ def _connect() -> tuple[Any, str]:
     from kubernetes import client, config
 
     configuration = client.Configuration()
-    path = os.environ.get("KUBECONFIG")  # named, as the library reads the variable when it is imported
+    here = current()
+    path = here.kubeconfig  # named, as the library reads the variable when it is imported
     try:
         if path:
             config.load_kube_config(path, client_configuration=configuration)
             _, context = config.list_kube_config_contexts(path)
             namespace = context["context"].get("namespace", "default")
-        elif os.environ.get("KUBERNETES_SERVICE_HOST"):
+        elif here.in_cluster:
             config.load_incluster_config(client_configuration=configuration)
             namespace = NAMESPACE_FILE.read_text().strip()
         else:

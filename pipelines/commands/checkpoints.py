@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.manifest import written_by
 
 
@@ -16,7 +16,7 @@ def convert(source: str, target: Path, layout: str, dtype: str | None) -> str:
         DataError: the source cannot be fetched or is broken.
         DamagedError: a step wrote the source, and it was changed since.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    before_importing("transformers")
 
     from nvila.components.data.fetch import fetch
     from nvila.components.model.checkpoint.convert import convert as run

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.environment import take_over
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
@@ -99,7 +100,7 @@ class _Forks:
         die_with_parent(parent)
         atexit._clear()  # what was registered before the fork is the parent's to clean up
         builtins.print = self._print  # without KFP's indentation, which it would also write before lines for stderr
-        os.environ.update({"_KFP_RUNTIME": "true"} | environment)
+        take_over({"_KFP_RUNTIME": "true"} | environment)
         _forget_changed_code(psutil.Process(parent).create_time())
         from kfp.dsl.executor_main import executor_main
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import shell_word, visible, visible_lines
-from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.pipelines.show.summary import LOG, Finished
 from nvila.pipelines.show.watch import print_line, step_table
 
@@ -86,7 +85,7 @@ def curl_example(finished: Finished) -> str | None:
         f"base64 -w0 -- {shell_word(short(picture))}",
         f"'{closing}{after}'",
     )
-    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
+    key = f'-H "Authorization: Bearer ${name_of("api_key")}" ' if current().api_key else ""
     address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
     command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
     if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:

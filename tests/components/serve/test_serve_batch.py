@@ -9,7 +9,7 @@ import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.serve.batch import Request, answer_line, generate_with_vllm, read_answers
-from nvila.components.serve.environment import PYTHON_VARIABLE, serve_python
+from nvila.components.serve.interpreter import PYTHON_VARIABLE, serve_python
 
 REQUESTS = [Request([f"/data/{i}.png"], "image", f"question {i}") for i in range(5)]
 FAKE = """#!/bin/sh
