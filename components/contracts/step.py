@@ -12,13 +12,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
-
-from pydantic import BaseModel
+from typing import Any
 
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.manifest import File, Kind, Manifest
+from nvila.components.contracts.manifest import File, Kind
 
 
 @dataclass(frozen=True)
@@ -39,17 +36,6 @@ class Outcome:
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Where it was made (`Manifest.machine`); the runner knows, not the step."""
-
-
-class Step(Protocol):
-    """A step module (`nvila.components.<verb>.step`)."""
-
-    Settings: type[BaseModel]
-    """The step's slice of the recipe."""
-
-    def run(self, settings: Any, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-        """Do the work inside `out`, which may hold an interrupted earlier attempt."""
-        ...
 
 
 def call(function: Callable[..., Any], *arguments: Any, here: Environment) -> Any:

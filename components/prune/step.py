@@ -22,9 +22,6 @@ from nvila.components.data.fetch import identity
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.prune.select import keep_top
 
-HELDOUT_QUESTIONS = 300
-"""Held-out questions per source on which the references are compared before their scores are believed."""
-
 
 class Settings(Section):
     """Slice of a prune step."""
@@ -56,7 +53,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         DataError: more samples cannot be used than `max_skipped_share` allows; fewer have no score, and do not stay.
         TrainingError: a reference's loss is not finite.
     """
-    from nvila.components.prune.references import Work
+    from nvila.components.prune.references import FOLDS, Work
 
     if not settings.sources:
         _write([], out / "scores.parquet")
@@ -64,7 +61,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     began = time.monotonic()
     jobs = []
     for name, reference in (("small", settings.prune.small), ("large", settings.prune.large)):
-        for fold in [None] if reference.path else [0, 1]:
+        for fold in [None] if reference.path else range(FOLDS):
             jobs.append(
                 Work(
                     name=name,
@@ -73,7 +70,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
                     base=str(inputs["base"].dir("model")),
                     samples=str(inputs["samples"].path("samples.parquet")),
                     sources=settings.sources,
-                    heldout_limit=HELDOUT_QUESTIONS,
+                    heldout_limit=settings.prune.heldout_questions,
                     seed=settings.seed,
                     max_skipped_share=settings.max_skipped_share,
                     out=str(out / "references" / f"{name}-{fold}.json"),

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.register.served import MAX_NEW_TOKENS
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
@@ -29,7 +31,7 @@ def signature() -> ModelSignature:
             ]
         ),
         outputs=Schema([ColSpec("string", "answer")]),
-        params=ParamSchema([ParamSpec("max_new_tokens", "long", 32)]),
+        params=ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS)]),
     )
 
 

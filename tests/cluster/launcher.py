@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.progress import progress_to
 from nvila.components.runner.work import Work
-from nvila.infra.launch import follow, site
+from nvila.infra.launch import follow
+from nvila.infra.launch import launcher as site
 
 
 def work_from(record: dict[str, Any]) -> Work:

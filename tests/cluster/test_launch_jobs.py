@@ -13,20 +13,22 @@ import pytest
 from kube import ApiServer, default_account, service_account, wait_for, write_kubeconfig
 from launches import Launch
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, PreflightError, Rejected
+from nvila.components.contracts.site import Site
 from nvila.components.runner.handover import write_verdict
 from nvila.infra.launch import launcher as site
 from nvila.infra.launch.cluster import JOBSET_LABEL, Cluster
 from nvila.infra.launch.follow import answers, obtain
 from nvila.infra.launch.requests import Patience, Requests
-from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, train_job
+from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, QUEUE_LABEL, RUN_LABEL, train_job
 
 SetStatus = Callable[..., None]
 
 
 def test_the_api_server_keeps_every_field_of_the_job(launch: Launch) -> None:
     """A field that the resource does not have is dropped without a word, and the job runs otherwise than asked."""
-    nodes = Nodes(queue="research")
+    nodes = Site(queue="research")
     job = obtain(launch.cluster, launch.work, nodes, 0)
     wanted = train_job(launch.work, job["metadata"]["annotations"][ATTEMPT], _assignment(launch), nodes)
     kept = launch.job()
@@ -39,7 +41,7 @@ def test_the_api_server_keeps_every_field_of_the_job(launch: Launch) -> None:
 
 def test_a_job_that_the_api_refuses_is_an_error_of_the_settings(cluster: Cluster, launch: Launch) -> None:
     """Asking again would go on for ever."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     body["spec"]["trainer"]["numNodes"] = "two"
     with pytest.raises(ConfigError, match="numNodes"):
         cluster.create(body)
@@ -122,11 +124,11 @@ def test_two_launchers_share_one_job(launch: Launch, set_status: SetStatus) -> N
 
 def test_a_name_that_is_taken_by_other_work_is_an_error(launch: Launch) -> None:
     """Attaching by name alone would pass off another model as this one."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     body["metadata"]["labels"][KEY_LABEL] = "another"
     launch.cluster.create(body)
     with pytest.raises(ConfigError, match="other work"):
-        obtain(launch.cluster, launch.work, Nodes(), 0)
+        obtain(launch.cluster, launch.work, Site(), 0)
 
 
 def test_a_killed_launcher_finds_its_job_again(launch: Launch, set_status: SetStatus) -> None:
@@ -156,7 +158,7 @@ def test_what_was_complete_before_the_launcher_came_back_counts(launch: Launch, 
 
 def test_a_complete_job_with_nothing_to_show_is_made_anew(launch: Launch, set_status: SetStatus) -> None:
     """Someone who has removed the folder from the store could never have the work done again."""
-    obtain(launch.cluster, launch.work, Nodes(), 0)
+    obtain(launch.cluster, launch.work, Site(), 0)
     old = launch.job()["metadata"]["uid"]
     set_status(launch.name, "Complete")
     launch.start()
@@ -205,16 +207,16 @@ def test_the_end_of_a_run_cancels_its_jobs_only(launch: Launch, set_status: SetS
             "run_dir": str(launch.folder / "runs" / run),
             "out": str(launch.folder / "s" / key),
         }
-        names.append(obtain(launch.cluster, launch.work, Nodes(), 0)["metadata"]["name"])
+        names.append(obtain(launch.cluster, launch.work, Site(), 0)["metadata"]["name"])
     set_status(names[1], "Complete")
-    site.close("r1")
+    site.close("r1", Environment.read())
     wait_for(lambda: launch.cluster.get(names[0]) is None, "the job goes on")
     assert launch.cluster.get(names[1]) and launch.cluster.get(names[2])
 
 
 def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking which jobs a run has and deleting them, another run may have begun to wait for one."""
-    first = obtain(launch.cluster, launch.work, Nodes(), 0)
+    first = obtain(launch.cluster, launch.work, Site(), 0)
     find = Cluster.find
 
     def found_and_taken(cluster: Cluster, labels: str) -> list[dict[str, Any]]:
@@ -223,14 +225,14 @@ def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, mon
         return found
 
     monkeypatch.setattr(Cluster, "find", found_and_taken)
-    site.close("r1")
+    site.close("r1", Environment.read())
     assert launch.job()["metadata"]["uid"] == first["metadata"]["uid"]
     assert "deletionTimestamp" not in launch.job()["metadata"]
 
 
 def test_a_job_that_is_cancelled_meanwhile_is_made_anew(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that took over a job in the moment of its end failed for good: somebody had deleted its job."""
-    first = obtain(launch.cluster, launch.work, Nodes(), 0)
+    first = obtain(launch.cluster, launch.work, Site(), 0)
     take_over = Cluster.set_labels
 
     def too_late(cluster: Cluster, name: str, labels: dict[str, str]) -> None:
@@ -239,7 +241,7 @@ def test_a_job_that_is_cancelled_meanwhile_is_made_anew(launch: Launch, monkeypa
 
     monkeypatch.setattr(Cluster, "set_labels", too_late)
     launch.record["run_dir"] = str(launch.folder / "runs" / "r2")
-    second = obtain(launch.cluster, launch.work, Nodes(), 0)
+    second = obtain(launch.cluster, launch.work, Site(), 0)
     assert second["metadata"]["uid"] != first["metadata"]["uid"]
 
 
@@ -250,7 +252,7 @@ def test_without_rights_the_message_names_the_role(
     token = service_account(admin, namespace, "nobody", [])
     stranger = _as(launch, kubeconfig, namespace, token, Patience(denied_seconds=0.5))
     with pytest.raises(PreflightError, match=r"forbidden.*nvila-launcher"):
-        obtain(stranger, launch.work, Nodes(), 0)
+        obtain(stranger, launch.work, Site(), 0)
 
 
 def test_a_cluster_without_trainer_is_named_as_such(admin: Requests, namespace: str) -> None:
@@ -261,7 +263,7 @@ def test_a_cluster_without_trainer_is_named_as_such(admin: Requests, namespace: 
 
 def test_a_missing_namespace_is_named(crds: Path, admin: Requests, launch: Launch) -> None:
     """It is a 404 like a missing job, and must not be taken for one."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     with pytest.raises(PreflightError, match="no-such-namespace"):
         admin.ask("POST", "/apis/trainer.kubeflow.org/v1alpha1/namespaces/no-such-namespace/trainjobs", body=body)
 

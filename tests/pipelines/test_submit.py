@@ -208,7 +208,7 @@ def test_a_page_to_log_in_is_no_answer(status: int) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        server = Server(f"http://127.0.0.1:{gateway.server_port}")
+        server = Server(f"http://127.0.0.1:{gateway.server_port}", Environment.read())
         for ask in (server.multi_user, lambda: server.run("r"), lambda: server.terminate("r")):
             with pytest.raises(ConfigError, match=r"not the API.*--token-file"):
                 ask()

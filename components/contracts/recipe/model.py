@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from nvila.components.contracts.projectors import projection
 from nvila.components.contracts.recipe.section import Section
 
 VisionMode = Literal["resize", "pad", "dynamic", "s2", "dynamic_s2"]
-PROJECTORS = (
-    r"^(identity|linear|mlp[1-9]\d?x_gelu|mlp_downsample(_2x2_fix|_3x3_fix|_3x3_s2|_3x3_s2_new)?"
-    r"|(token_learner|perceiver)_[1-9]\d{0,3})$"
-)
-Projector = Annotated[str, Field(pattern=PROJECTORS)]
-"""The reference's names, and those of the paper's ablation (table 1) with their number of tokens."""
 
 
 class TowerSizes(Section):
@@ -85,9 +80,9 @@ class Video(Section):
 class ModelSettings(Section):
     """Architecture of the model."""
 
-    variant: str
     vision_mode: VisionMode = "dynamic_s2"
-    projector: Projector = "mlp_downsample"
+    projector: str = "mlp_downsample"
+    """One of the reference's names, or `token_learner_N` or `perceiver_N` with the number of tokens of a tile."""
     s2_scales: list[PositiveInt] = Field(default=[448, 896, 1344], min_length=1)
     """Pixels per side of each scale, ascending. The first is the tile, the tower's input; without S2 used alone."""
     s2_output_scale: int = -1
@@ -98,6 +93,11 @@ class ModelSettings(Section):
     max_length_tokens: int = Field(default=8192, ge=1)
     video: Video = Video()
     base: Base
+
+    @field_validator("projector")
+    @classmethod
+    def _is_one(cls, name: str) -> str:
+        return projection(name).name
 
     @property
     def tile_pixels(self) -> int:
@@ -119,7 +119,7 @@ class ModelSettings(Section):
             if self.vision_mode == "dynamic_s2" and self.max_tiles < needed:
                 raise ValueError(f"max_tiles {self.max_tiles} is less than the {needed} tiles of the last of s2_scales")
             single = self.vision_mode == "s2" or self.s2_output_scale % len(self.s2_scales) == 0
-            if "_3x3_" in self.projector and not single:
+            if projection(self.projector).cell == 3 and not single:
                 raise ValueError(
                     f"projector {self.projector} and vision_mode {self.vision_mode} cannot work together: "
                     "S2 blocks are projected one by one and a 3x3 cell would cross or pad their borders; "

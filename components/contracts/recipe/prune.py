@@ -30,5 +30,7 @@ class PruneSettings(Section):
     """Keep ratio of single sources by name, where it differs."""
     score: Literal["sum", "mean"] = "sum"
     """Sum or mean over answer tokens; the paper leaves it open."""
+    heldout_questions: int = Field(default=300, ge=1)
+    """Held-out questions per source on which the references are compared before their scores are believed."""
     small: Reference = Reference()
     large: Reference = Reference()

@@ -139,6 +139,8 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     dotted = ".".join(path)
     others = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
+        if dotted == "model.variant":
+            return ConfigError(f"unknown recipe key {dotted}{others}", where=where, do="It decides nothing: delete it.")
         known = _keys_at(Recipe, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"Did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"Known here: {', '.join(known)}"

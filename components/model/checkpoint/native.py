@@ -18,8 +18,8 @@ import torch
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_checkpoint
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
-from nvila.components.model.checkpoint.shards import INDEX, SINGLE, read_folder
-from nvila.components.model.checkpoint.tensorfile import Stored, read_tensor
+from nvila.components.model.checkpoint.shards import INDEX, SINGLE
+from nvila.components.model.checkpoint.tensorfile import Stored
 from nvila.components.model.checkpoint.weights import canonical, check, fill, require_finite, settle_head
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
@@ -30,7 +30,7 @@ from nvila.components.model.text.timetokens import TIME_FORMAT, check_time_token
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
 from nvila.components.model.vision.tower import drop_unused
 
-__all__ = ["DTYPES", "load_flat", "load_native", "read_config", "read_tensors", "save_native"]
+__all__ = ["DTYPES", "load_flat", "load_native", "read_config", "save_native"]
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,11 +145,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError("unknown dtype", where="dtype", value=name, do=f"Use one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, from one safetensors file or its indexed shards."""
-    return {name: read_tensor(stored, name) for name, stored in read_folder(folder).items()}
 
 
 def unfilled_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:

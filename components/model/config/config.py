@@ -195,7 +195,7 @@ class VideoSettings(Protocol):
 
 
 class Architecture(Protocol):
-    """What `model_config` reads of the recipe's `model` section, with or without `base` and `variant`."""
+    """What `model_config` reads of the recipe's `model` section, with or without `base`."""
 
     @property
     def vision_mode(self) -> str: ...  # noqa: D102

@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, for those who do not have our code: written from a `Template`, and read back into one.
+"""The chat template in Jinja, for those who do not have our code: written from a `Template`, and read back into one.
 
 What is written renders as `conversation.render` does, markers and broken-up control strings included; vLLM and
 transformers run it. What a foreign checkpoint brings is recognised by what it makes of a few short conversations.
@@ -16,7 +16,7 @@ from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.text.controls import BREAK, CONTROLS, IMAGE_TOKEN, MARKERS, VIDEO_TOKEN
-from nvila.components.model.text.templates import QWEN2, TEMPLATES, Template
+from nvila.components.model.text.templates import QWEN2, Template
 
 PICTURES, CLIPS = ("image", "image_url", "input_image"), ("video", "video_url", "input_video")
 """`type` of a content part that is a picture or a clip."""
@@ -44,9 +44,6 @@ def chat_template(
         literal_media: markers in a content that is one text are media. Only for the reference, which writes them there
             itself after it has removed those of the user.
     """
-    end = _text(template.answer_end)
-    if template.last_end:
-        end = f"({_text(template.last_end)} if loop.last and not add_generation_prompt else {end})"
     known = {
         "CONTROLS": _list(controls),
         "WHOLE": _list([c for c in controls if c not in MARKERS]) if literal_media else "controls",
@@ -57,8 +54,7 @@ def chat_template(
         "USER_OPEN": _text(template.user_open),
         "USER_CLOSE": _text(template.user_close),
         "ANSWER_OPEN": _text(template.answer_open),
-        "ANSWER_LEAD": _text(template.answer_lead),
-        "ANSWER_END": end,
+        "ANSWER_END": _text(template.answer_end),
         "ANSWER_CLOSE": _text(template.answer_close),
         "PICTURES": _list(PICTURES),
         "CLIPS": _list(CLIPS),
@@ -129,7 +125,7 @@ _MESSAGES = """
         {% elif m['role'] == 'user' %}
             {{ @USER_OPEN ~ body ~ @USER_CLOSE }}
         {% elif m['role'] == 'assistant' %}
-            {{ @ANSWER_OPEN ~ @ANSWER_LEAD ~ body ~ @ANSWER_END ~ @ANSWER_CLOSE }}
+            {{ @ANSWER_OPEN ~ "" ~ body ~ @ANSWER_END ~ @ANSWER_CLOSE }}
         {% else %}
             {{ raise_exception('unknown role: use system, user or assistant') }}
         {% endif %}
@@ -137,7 +133,8 @@ _MESSAGES = """
 {% endfor %}
 {% if add_generation_prompt %}{{ @ANSWER_OPEN }}{% endif %}
 """
-"""Texts are joined before they are broken up, as in `conversation`: two of them could make a control string."""
+"""Texts are joined before they are broken up, as in `conversation`: two of them could make a control string. The empty
+text of an answer stays: every checkpoint carries these bytes, and is known by their digest."""
 
 
 def _text(value: str) -> str:
@@ -155,15 +152,15 @@ def named_template(name: str, folder: Path) -> str:
     Raises:
         ConfigError: there is no such template.
     """
+    if name == REFERENCE_NAME:
+        return chat_template()
     beside = folder / f"{Path(name).name}.jinja"
-    if name != REFERENCE_NAME and beside.is_file():
-        return beside.read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
-    if name not in TEMPLATES:
+    if not beside.is_file():
         raise ConfigError("no such chat template", where=str(folder / "config.json"), value=name, do=_DO)
-    return chat_template(TEMPLATES[name])
+    return beside.read_text(encoding="utf-8").replace("    ", "").replace("\n", "")
 
 
-_DO = f"Set `chat_template` in config.json to the one of {', '.join(TEMPLATES)} that the model was trained with"
+_DO = f"Set `chat_template` in config.json to {REFERENCE_NAME}, if the model was trained with it"
 _Talk = list[tuple[str, str]]
 _TALK: _Talk = [("user", "Why?"), ("assistant", "So."), ("user", "And now?"), ("assistant", "Not yet!")]
 
@@ -175,21 +172,18 @@ def read_template(written: str, bos_token: str | None = None, eos_token: str | N
     Rendered in the sandbox of transformers, like any chat template.
 
     Raises:
-        ConfigError: none of `TEMPLATES` renders the same.
+        ConfigError: `QWEN2` with its default system prompt does not render the same.
     """
     special: dict[str, Any] = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
     for parts in (False, True):
         asked = _render(written, _TALK[:1], None, True, parts, special)
-        for template in TEMPLATES.values() if asked is not None else ():
-            found = _with_its_system(template, str(asked))
-            if found is not None and all(
-                _render(written, talk, system, generate, parts, special) == _expected(found, talk, system, generate)
-                for talk, system, generate in _PROBES
-            ):
-                return found
-    raise ConfigError(
-        "a chat template that is none of those known here", where="chat_template", value=written[:120], do=_DO
-    )
+        found = _with_its_system(asked) if asked is not None else None
+        if found is not None and all(
+            _render(written, talk, system, generate, parts, special) == _expected(found, talk, system, generate)
+            for talk, system, generate in _PROBES
+        ):
+            return found
+    raise ConfigError("a chat template that is not Qwen2's", where="chat_template", value=written[:120], do=_DO)
 
 
 _PROBES: list[tuple[_Talk, str | None, bool]] = [
@@ -200,15 +194,16 @@ _PROBES: list[tuple[_Talk, str | None, bool]] = [
 ]
 
 
-def _with_its_system(template: Template, asked: str) -> Template | None:
-    """`template` with the default system prompt that the rendered first question shows; None where it cannot be it."""
-    question = _expected(replace(template, system=None), _TALK[:1], None, True)
+def _with_its_system(asked: str) -> Template | None:
+    """`QWEN2` with the default system prompt that the rendered first question shows; None where it cannot be it."""
+    bare = replace(QWEN2, system=None)
+    question = _expected(bare, _TALK[:1], None, True)
     if asked == question:
-        return replace(template, system=None) if template.system_open + template.system_close else template
-    head, tail = template.system_open, template.system_close + question
+        return bare
+    head, tail = QWEN2.system_open, QWEN2.system_close + question
     if len(asked) < len(head) + len(tail) or not (asked.startswith(head) and asked.endswith(tail)):
         return None
-    return replace(template, system=asked[len(head) : len(asked) - len(tail)])
+    return replace(QWEN2, system=asked[len(head) : len(asked) - len(tail)])
 
 
 def _expected(template: Template, talk: _Talk, system: str | None, generate: bool) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from itertools import pairwise
 
 import torch
@@ -11,34 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.projectors import Projection, projection
 from nvila.components.model.vision.resampler import Perceiver, TokenLearner
 
-CELLS = {
-    "mlp_downsample": 2,
-    "mlp_downsample_2x2_fix": 2,
-    "mlp_downsample_3x3_fix": 3,
-    "mlp_downsample_3x3_s2": 3,
-    "mlp_downsample_3x3_s2_new": 3,
-}
-"""Side of the space-to-channel cell of each projector that has one."""
-RESAMPLERS: dict[str, type[nn.Module]] = {"token_learner": TokenLearner, "perceiver": Perceiver}
-"""By the name in front of the number of tokens, as in `perceiver_121`."""
-NAMES = ("identity", "linear", "mlp{N}x_gelu", *CELLS, *(f"{name}_{{N}}" for name in RESAMPLERS))
-_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
-_RESAMPLER = re.compile(rf"({'|'.join(RESAMPLERS)})_([1-9]\d*)")
-
-
-def downsample(kind: str) -> int:
-    """Side of the square of features that becomes one token; 1 for resamplers, whose tokens have no place.
-
-    Raises:
-        ConfigError: no such projector.
-    """
-    if kind in CELLS:
-        return CELLS[kind]
-    if kind in ("identity", "linear") or _MLP.fullmatch(kind) or _resampler(kind):
-        return 1
-    raise ConfigError("unknown projector", where="projector", value=kind, do=f"Use one of {', '.join(NAMES)}")
+MODULES: dict[str, type[nn.Module]] = {"token_learner": TokenLearner, "perceiver": Perceiver}
+"""By the resampler's name."""
 
 
 def projected_side(kind: str, side: int) -> int:
@@ -47,9 +22,7 @@ def projected_side(kind: str, side: int) -> int:
     Raises:
         ConfigError: no such projector.
     """
-    if found := _resampler(kind):
-        return math.isqrt(found[1])
-    return -(-side // downsample(kind))
+    return _read(kind).side(side)
 
 
 class Projector(nn.Module):
@@ -91,18 +64,18 @@ def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
     Raises:
         ConfigError: no such projector, or an identity between different widths.
     """
-    d, h, k = mm_hidden, llm_hidden, downsample(kind)
+    d, h, named = mm_hidden, llm_hidden, _read(kind)
+    k = named.cell
     if kind == "identity" and d != h:
         raise ConfigError(
             f"the identity cannot turn {d} channels into {h}", where="projector", value=kind, do="Use linear"
         )
     layers: list[nn.Module]
-    if found := _resampler(kind):
-        name, tokens = found
-        layers = [RESAMPLERS[name](d, tokens), nn.Linear(d, h), nn.GELU(), nn.Linear(h, h)]
-    elif mlp := _MLP.fullmatch(kind):
+    if named.resampler:
+        layers = [MODULES[named.resampler](d, named.tokens), nn.Linear(d, h), nn.GELU(), nn.Linear(h, h)]
+    elif named.linears:
         layers = [nn.Linear(d, h)]
-        for _ in range(int(mlp[1]) - 1):
+        for _ in range(named.linears - 1):
             layers += [nn.GELU(), nn.Linear(h, h)]
     elif kind == "linear":
         return Projector(nn.Linear(d, h), k)  # `layers.weight` in the reference's files, without a number
@@ -113,15 +86,11 @@ def build_projector(kind: str, mm_hidden: int, llm_hidden: int) -> Projector:
     return Projector(nn.Sequential(*layers), k)
 
 
-def _resampler(kind: str) -> tuple[str, int] | None:
-    """Name and number of tokens; they form a square, as a tile's tokens always do."""
-    match = _RESAMPLER.fullmatch(kind)
-    if match is None:
-        return None
-    tokens = int(match[2])
-    if math.isqrt(tokens) ** 2 != tokens:
-        raise ConfigError("the number of tokens is not a square", where="projector", value=kind)
-    return match[1], tokens
+def _read(kind: str) -> Projection:
+    try:
+        return projection(kind)
+    except ValueError as error:
+        raise ConfigError(str(error), where="projector", value=kind) from None
 
 
 def _widths(kind: str, d: int, h: int) -> list[int]:

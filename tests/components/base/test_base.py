@@ -29,7 +29,7 @@ def settings(**changes: Any) -> ModelSettings:
         "batch": 8,
     } | changes.pop("base", {})
     return ModelSettings.model_validate(
-        {"variant": "test", "s2_scales": [28, 56], "max_tiles": 4, "max_length_tokens": 256, "base": base} | changes
+        {"s2_scales": [28, 56], "max_tiles": 4, "max_length_tokens": 256, "base": base} | changes
     )
 
 

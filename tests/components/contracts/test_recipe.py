@@ -19,7 +19,7 @@ STAGE = {
 }
 RECIPE: dict[str, Any] = {
     "name": "test",
-    "model": {"variant": "test", "s2_scales": [28, 56], "base": {}},
+    "model": {"s2_scales": [28, 56], "base": {}},
     "data": {
         "sources": [
             {"name": "shapes", "kind": "image", "path": "data/shapes"},
@@ -61,6 +61,7 @@ def without(dotted: str) -> dict[str, Any]:
         (changed("prune.small.decoder.hiden", 1), r"Did you mean prune\.small\.decoder\.hidden\?"),
         (changed("evaluate.gate.zzz", 1), r"unknown recipe key evaluate\.gate\.zzz\. Known here: above_question_only"),
         (changed("register.model", 1), r"Did you mean register\.model_name\?"),
+        (changed("model.variant", "mine"), r"unknown recipe key model\.variant\. It decides nothing: delete it"),
     ],
     ids=lambda value: None,
 )
@@ -70,7 +71,7 @@ def test_an_unknown_key_names_its_path_and_the_nearest_one(recipe: dict[str, Any
         parse_recipe(recipe, "test.yaml")
 
 
-@pytest.mark.parametrize("dotted", ["model.variant", "train.stages.4.batch", "evaluate.sources", "data.sources.0.path"])
+@pytest.mark.parametrize("dotted", ["model.base", "train.stages.4.batch", "evaluate.sources", "data.sources.0.path"])
 def test_a_missing_key_is_named(dotted: str) -> None:
     """A default for what must be chosen would choose silently."""
     with pytest.raises(ConfigError, match=f"recipe key {dotted} is missing".replace(".", r"\.")):
@@ -88,6 +89,12 @@ def test_plain_s2_takes_cells_of_three() -> None:
     ("dotted", "value", "message"),
     [
         ("model.projector", "mlp_downsample_3x3_fix", r"model.*mlp_downsample_3x3_fix and vision_mode dynamic_s2"),
+        (
+            "model.projector",
+            "perceiver_120",
+            r"model\.projector: 120 tokens are no square; the nearest are 100 and 121",
+        ),
+        ("model.projector", "mlp_upsample", r"model\.projector: unknown projector.*token_learner_\{N\}"),
         ("model.s2_scales", [28], "needs at least two s2_scales"),
         ("model.s2_scales", [], "s2_scales"),
         ("model.s2_scales", [28, 50], "multiple of the first"),

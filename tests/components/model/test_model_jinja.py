@@ -16,7 +16,7 @@ from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.conversation import Turn, render
 from nvila.components.model.text.jinja import chat_template, read_template
 from nvila.components.model.text.prompt import make_prompt
-from nvila.components.model.text.templates import QWEN2, TEMPLATES, stop_tokens, template_of
+from nvila.components.model.text.templates import QWEN2, template_of
 
 CHATML = (
     "{% for message in messages %}DEFAULT{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
@@ -48,17 +48,16 @@ def test_a_foreign_default_system_prompt_is_kept(written: str, system: str | Non
     assert "system\nBe brief<|im_end|>" in render(turns, system="Be brief", template=found)
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_we_write_is_what_we_read(name: str) -> None:
+def test_what_we_write_is_what_we_read() -> None:
     """Prevents a template from changing when a checkpoint is saved and loaded."""
-    assert read_template(chat_template(TEMPLATES[name])) == TEMPLATES[name]
-    assert read_template(chat_template(TEMPLATES[name], tile_breaks=True, literal_media=True)) == TEMPLATES[name]
+    assert read_template(chat_template()) == QWEN2
+    assert read_template(chat_template(tile_breaks=True, literal_media=True)) == QWEN2
 
 
 @pytest.mark.parametrize("written", [MISTRAL, "{{ nothing.at.all }}", "{% for", "", CHATML.replace("content", "c")])
 def test_what_cannot_be_said_is_refused(written: str) -> None:
     """Prevents prompts in words that the model was not trained with, without a word."""
-    with pytest.raises(ConfigError, match=r"none of those known here.*qwen2"):
+    with pytest.raises(ConfigError, match=r"not Qwen2's.*qwen2"):
         read_template(written)
 
 
@@ -101,19 +100,16 @@ def test_a_checkpoints_own_template_is_spoken(foreign: Path, tmp_path: Path) -> 
     change(foreign / "config.json", chat_template="qwen2")
     model, tokenizer = load_native(foreign)
     assert template_of(tokenizer) == QWEN2 and "Qwen." not in asked(tokenizer, model.config)
-    change(foreign / "config.json", chat_template="vicuna_v1")
-    model, tokenizer = load_native(foreign)
-    assert asked(tokenizer, model.config).endswith("USER: Why? ASSISTANT:")
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_tokens(tokenizer)
 
 
 def test_an_unknown_template_is_refused_at_loading(foreign: Path) -> None:
     """Prevents hours of work with prompts that mean something else to the model."""
-    change(foreign / "config.json", chat_template="mistral")
-    with pytest.raises(ConfigError, match=r"no such chat template.*mistral.*qwen2"):
-        load_native(foreign)
+    for name in ("vicuna_v1", "mistral"):  # the first is one of older VILA models, whose decoders are not read here
+        change(foreign / "config.json", chat_template=name)
+        with pytest.raises(ConfigError, match=rf"no such chat template.*{name}.*qwen2"):
+            load_native(foreign)
     (foreign / "mistral.jinja").write_text(MISTRAL)
-    with pytest.raises(ConfigError, match=r"foreign/llm: .*none of those known here"):
+    with pytest.raises(ConfigError, match=r"foreign/llm: .*not Qwen2's"):
         load_native(foreign)
     (foreign / "mistral.jinja").write_text(WITH_DEFAULT.replace("\n", "\\n"))  # the reference drops line breaks
     assert template_of(load_native(foreign)[1]).system == "You are Qwen. You help."

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from servable import QUESTION
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.model.checkpoint.describe import describe, render
-from nvila.components.model.checkpoint.native import load_native, read_tensors
+from nvila.components.model.checkpoint.native import load_native
 from nvila.components.model.checkpoint.quantized import DynamicInt8Linear, load_quantized, unpack_w4
 from nvila.components.model.text.conversation import Turn
 from nvila.components.quantize.step import Settings, _calibration, run
@@ -40,7 +41,7 @@ def test_map_names_every_linear(quantized: Quantized) -> None:
 
 def test_stored_dtypes_follow_the_map(quantized: Quantized) -> None:
     """A map that says W4A16 over a file that holds bf16 weights would be a lie."""
-    tensors = read_tensors(quantized.out / "model")
+    tensors = load_file(quantized.out / "model/model.safetensors")
     schemes = json.loads((quantized.out / "module_map.json").read_text())
     for name, scheme in schemes.items():
         if scheme == "W8A8":
@@ -90,7 +91,7 @@ def test_same_inputs_same_bytes(quantized: Quantized, tmp_path: Path) -> None:
     """The store promises that the same key gives the same output."""
     again = run(_settings(method="gptq"), quantized.inputs, tmp_path)
     assert again.values == quantized.outcome.values
-    first, second = (read_tensors(folder / "model") for folder in (quantized.out, tmp_path))
+    first, second = (load_file(folder / "model/model.safetensors") for folder in (quantized.out, tmp_path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

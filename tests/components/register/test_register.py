@@ -67,9 +67,9 @@ def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, M
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
     """Two different models under one version would make lineage and rollback lie."""
-    run(SETTINGS, register_inputs, tmp_path)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
     changed = register_inputs["model"].model_copy(update={"values": {"linears": {}}})
-    again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path)
+    again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path, Environment.read())
     assert again.values["version"] == "2"
     challenger = find(runs, "small", CHALLENGER)
     assert challenger is not None and challenger.version == "2"
@@ -81,11 +81,11 @@ def test_damaged_weights_are_not_registered(
 ) -> None:
     """Registered once, the wrong weights are what each later rollout takes; also where the version is there already."""
     if again:
-        run(SETTINGS, register_inputs, tmp_path)
+        run(SETTINGS, register_inputs, tmp_path, Environment.read())
     path = Path(register_inputs["model"].folder, "model", "model.safetensors")
     path.write_text("WEIGHTS")
     with pytest.raises(DamagedError, match="safetensors"):
-        run(SETTINGS, register_inputs, tmp_path)
+        run(SETTINGS, register_inputs, tmp_path, Environment.read())
 
 
 def test_registered_model_loads_through_mlflow_and_answers(
@@ -114,7 +114,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     )
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
     monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
-    run(SETTINGS, register_inputs, tmp_path)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
 
     import mlflow
     from mlflow.exceptions import MlflowException

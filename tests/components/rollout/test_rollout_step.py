@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.model.text.conversation import Place
@@ -97,7 +98,7 @@ def test_promotion_moves_the_aliases(
 
     monkeypatch.setattr(rollout, "reconcile", reconcile)
     for _ in range(2):
-        outcome = rollout.run(settings(policy={"pinned_prompts": 3}), inputs, tmp_path)
+        outcome = rollout.run(settings(policy={"pinned_prompts": 3}), inputs, tmp_path, Environment.read())
         champion, previous = find(runs, "small", "champion"), find(runs, "small", "previous")
         assert champion is not None and champion.version == "2"
         assert previous is not None and previous.version == "1"
@@ -119,7 +120,7 @@ def test_refused_version_moves_no_alias(
 
     monkeypatch.setattr(rollout, "reconcile", refuse)
     with pytest.raises(Rejected):
-        rollout.run(settings(), inputs, tmp_path)
+        rollout.run(settings(), inputs, tmp_path, Environment.read())
     assert find(tracked_run.parent, "small", "champion") is None
 
 
@@ -128,7 +129,7 @@ def test_target_none_starts_nothing(
 ) -> None:
     """A recipe that registers only must not need a serving environment."""
     monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
-    values = rollout.run(settings(target="none"), inputs, tmp_path).values
+    values = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).values
     assert (values["endpoint"], values["decision"]) == (None, "not asked for")
 
 
@@ -147,7 +148,7 @@ def test_other_bytes_than_were_registered_are_not_served(
     if harm == "flipped":
         Path(model.folder, "model", "config.json").write_text("[]")
         with pytest.raises(DamagedError, match=r"config\.json"):
-            rollout.run(settings(), inputs, tmp_path)
+            rollout.run(settings(), inputs, tmp_path, Environment.read())
     else:
         with pytest.raises(Rejected, match="registered with another model"):
-            rollout.run(settings(), inputs, tmp_path)
+            rollout.run(settings(), inputs, tmp_path, Environment.read())

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Preempted
 from nvila.components.runner.work import Work
 from nvila.infra.launch.follow import cancelled_with_us
 from nvila.infra.launch.trainjob import KEY_LABEL, RUN_LABEL
 
-WORK = Work("train-1", "m", "a" * 64, {}, {}, Path("/store/train-1/aaaa"), Path("/runs/r1"))
+WORK = Work("train-1", "m", "a" * 64, {}, {}, Path("/store/train-1/aaaa"), Path("/runs/r1"), Environment())
 
 
 class OneJob:

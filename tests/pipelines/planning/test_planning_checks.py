@@ -76,7 +76,7 @@ def test_a_spoilt_kubeconfig_is_named(content: bytes, tmp_path: Path, monkeypatc
     spoilt.write_bytes(content)
     monkeypatch.setenv("KUBECONFIG", str(spoilt))
     with pytest.raises(PreflightError, match="the kubeconfig cannot be read"):
-        Cluster.connect(None)
+        Cluster.connect(None, str(spoilt))
 
 
 @pytest.mark.parametrize(
