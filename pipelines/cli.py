@@ -37,6 +37,13 @@ Runs = Annotated[
     Path,
     typer.Option("--runs", callback=_local, help="Folder of the runs, the MLflow store and the endpoint's state."),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder or manifest.json, s3://bucket/prefix, hf://id@revision, NAME@ALIAS, NAME/NUMBER, or an alias "
+        "(champion) or number of the newest registered model."
+    ),
+]
 Store = Annotated[Path, typer.Option("--store", callback=_local, help="Folder of finished work, shared between runs.")]
 
 
@@ -134,9 +141,9 @@ def plan(
     from rich.console import Console
 
     from nvila.pipelines.planning import plan as planning
-    from nvila.pipelines.planning.checks import Cluster
+    from nvila.pipelines.planning.checks import configured
 
-    found = None if cluster is False else Cluster.connect(namespace, context.obj.kubeconfig)
+    found = None if cluster is False else configured(context.obj.kubeconfig, namespace)
     if cluster and found is None:
         raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
@@ -221,7 +228,7 @@ class _InOrder(typer.core.TyperCommand):
 @app.command(cls=_InOrder)
 def infer(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://, hf://id@revision, or `champion`.")],
+    model: Model,
     question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
     image: Annotated[
         list[Path] | None, typer.Option("--image", callback=_local, help="Picture, PDF or PDF#page=N; repeatable.")
@@ -260,12 +267,13 @@ def infer(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+    source: Model,
     target: Annotated[Path, typer.Argument(callback=_local, help="New folder to write.")],
     to: Annotated[str, typer.Option("--to", help="Layout to write: native, vila, hf or serving.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default, bfloat16 for serving.")
     ] = None,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a checkpoint in another layout, in little memory; the same command resumes after an interruption.
 
@@ -273,12 +281,13 @@ def convert(
     """
     from nvila.pipelines.commands.checkpoints import convert as run_conversion
 
-    typer.echo(tell(run_conversion(source, target, to, dtype)))
+    typer.echo(tell(run_conversion(source, target, to, dtype, runs)))
 
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="Checkpoint: a folder, s3://bucket/prefix or hf://id@revision.")],
+    source: Model,
+    runs: Runs = Path("runs"),
 ) -> None:
     """Show a checkpoint's variant, parameters, visual tokens and memory.
 
@@ -286,13 +295,13 @@ def inspect(
     """
     from nvila.pipelines.commands.checkpoints import inspect as look
 
-    typer.echo(tell(look(source)))
+    typer.echo(tell(look(source, runs)))
 
 
 @app.command()
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder of a quantized model, or `champion`.")] = "champion",
+    model: Model = "champion",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8321,
     runs: Runs = Path("runs"),
@@ -320,9 +329,7 @@ def stop(runs: Runs = Path("runs")) -> None:
 
 @app.command()
 def trace(
-    model: Annotated[
-        str, typer.Argument(help="Alias or number in the registry, NAME@ALIAS, or path of a manifest.")
-    ] = "champion",
+    model: Model = "champion",
     deep: Annotated[bool, typer.Option("--deep", help="Read every file and medium, not only sizes.")] = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),

@@ -14,6 +14,7 @@ NOUNS: dict[str, set[str]] = {
     "contracts": set(),
     "data": {"contracts"},
     "tracking": {"contracts"},
+    "kube": {"contracts", "tracking"},
     "model": {"contracts", "data"},
     "metrics": {"contracts", "data", "model"},
     "serve": {"contracts", "data", "model"},

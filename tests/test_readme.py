@@ -169,7 +169,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     from nvila.components.model.checkpoint.native import save_native
     from nvila.components.model.config.config import ModelConfig
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     tower = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

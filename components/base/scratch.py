@@ -13,7 +13,7 @@ from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings,
 from nvila.components.data.samples import read_samples
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 

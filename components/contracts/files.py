@@ -15,27 +15,19 @@ from typing import Any
 from nvila.components.contracts.text import say
 
 
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write `text` beside `path` and rename it there; the folder is made when missing.
-
-    Args:
-        path: the file.
-        text: its content.
-        durable: on disk when this returns, and never torn. Not for what is written often and soon out of date.
-    """
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` beside `path` and rename it there; on disk when this returns. The folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process' number: nodes of a job that write to one volume have the same ones.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        if durable:
-            sync(partial)
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if durable:
-        sync(path.parent)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

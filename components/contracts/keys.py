@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -13,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.manifest import digest_json, sha256_file
+from nvila.components.contracts.neutral import NEUTRAL
+from nvila.components.contracts.syntax import Syntax, read_syntax
 
 OURS = "nvila."
-_OUR_MODULE = re.compile(r"nvila(\.[A-Za-z_]\w*)+")
 
 
 def content_key(
@@ -40,7 +39,7 @@ def content_key(
             "settings": settings,
             "inputs": inputs,
             "external": external or {},
-            "code": {name: _file_digest(path) for name, path in modules.items()},
+            "code": {name: file_digest(path) for name, path in (modules | data_files(modules)).items()},
             "libraries": library_versions(modules.values()),
         }
     )
@@ -50,28 +49,40 @@ def import_closure(module: str) -> dict[str, str]:
     """Files of our own modules that `module` reaches by import, at any depth, late imports included: name -> path.
 
     Reads the source, executes nothing. A package's `__init__` counts for each module inside it, and so does a module
-    that is named in a string: a process started with `-m nvila...`, or `import_module("nvila...")`.
+    that is named in a string: a process started with `-m nvila...`, or `import_module("nvila...")`. Without
+    the modules of `NEUTRAL`.
     """
     found: dict[str, str] = {}
     queue = [module]
     while queue:
         name = queue.pop()
-        if name in found:
+        if name in found or name in NEUTRAL:
             continue
         path = _source(name)
         if path is None:
             continue
         found[name] = path
-        queue.extend(n for n in _imported(path) if n.startswith(OURS))
+        queue.extend(n for n in _syntax(path).imported if n.startswith(OURS))
         parent = name.rpartition(".")[0]
         if parent.count(".") >= 1:
             queue.append(parent)
     return dict(sorted(found.items()))
 
 
+def data_files(modules: Mapping[str, str]) -> dict[str, str]:
+    """Files that are no Python in the folders of those modules that are packages: templates, styles, recipes."""
+    return {
+        f"{name}/{file.name}": str(file)
+        for name, path in modules.items()
+        if path.endswith("/__init__.py")
+        for file in sorted(Path(path).parent.iterdir())
+        if file.is_file() and not file.name.startswith(".") and file.suffix not in (".py", ".pyc")
+    }
+
+
 def library_versions(paths: Iterable[str]) -> dict[str, str]:
     """Installed versions of the third-party distributions that the source files import."""
-    tops = {name.partition(".")[0] for path in paths for name in _imported(path)}
+    tops = {name.partition(".")[0] for path in paths for name in _syntax(path).imported}
     tops -= set(sys.stdlib_module_names) | {"nvila", "__future__"}
     owners = _owners()
     found = {}
@@ -105,20 +116,11 @@ def _source(module: str) -> str | None:
     return None
 
 
-@cache
-def _file_digest(path: str) -> str:
-    return sha256_file(path)
+def file_digest(path: str) -> str:
+    """Of what a Python file does (`syntax`), of the bytes of any other."""
+    return _syntax(path).sha256 if path.endswith(".py") else sha256_file(path)
 
 
 @cache
-def _imported(path: str) -> tuple[str, ...]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(Path(path).read_bytes(), filename=path)):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _OUR_MODULE.fullmatch(node.value):
-            names.add(node.value)
-    return tuple(sorted(names))
+def _syntax(path: str) -> Syntax:
+    return read_syntax(Path(path).read_bytes(), path)

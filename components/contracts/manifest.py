@@ -56,8 +56,9 @@ class Manifest(BaseModel):
     """What a step made, from what, and how to check it.
 
     `seconds`, `created`, `machine`, `folder` and the URIs of inputs are facts of one execution and stay out of
-    `digest`, so that the same work done twice, or in another place, has the same identity. Written out, it carries its
-    digest; read in, it must have the digest that it carries.
+    `digest`, so that the same work done twice, or in another place, has the same identity. So does `key`: where a step
+    runs again for an edit and makes the same, nothing behind it runs. Written out, it carries its digest; read in, it
+    must have the digest that it carries.
     """
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
@@ -109,7 +110,7 @@ class Manifest(BaseModel):
     @property
     def digest(self) -> str:
         """sha256 over everything that says what the output is (hex, 64 characters)."""
-        content = self.model_dump(mode="json", exclude={"created", "seconds", "machine", "folder", "digest"})
+        content = self.model_dump(mode="json", exclude={"key", "created", "seconds", "machine", "folder", "digest"})
         for ref in content["inputs"].values():
             del ref["uri"]
         return digest_json(content)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nvila.components.contracts.environment import current, handed_down
-from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Progress:
         if self._file and (last or now - self._written > 0.5):
             self._written = now
             record = {"what": self.what, "done": self.done, "total": self.total, "note": note}
-            write_atomic(self._file, json.dumps(record), durable=False)
+            _write(self._file, record)
         if last or now - self._printed > 20:
             self._printed = now
             of = f"/{self.total}" if self.total is not None else ""
@@ -46,7 +46,7 @@ def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
     say(visible(text))
     if file := current().progress_file:
-        write_atomic(file, json.dumps({"what": text, "done": "", "total": None, "note": ""}), durable=False)
+        _write(file, {"what": text, "done": "", "total": None, "note": ""})
 
 
 @contextmanager
@@ -64,3 +64,15 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
     for item in items:
         yield item
         progress.update()
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """By rename, never torn; lost with the machine, since it is soon out of date (`files.write_atomic` is not)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

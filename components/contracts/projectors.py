@@ -1,4 +1,4 @@
-"""What a projector's name says, for the recipe and the model: the reference's names and those of the ablation (table 1)."""
+"""What a projector's name says, for recipe and model: the reference's names and those of the ablation (table 1)."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import torch
 
 from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, Turn
+from nvila.components.model.decode.answer import generate
+from nvila.components.model.decode.room import leaves_room, say_unanswered
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
-from nvila.components.model.positions import leaves_room, say_unanswered
 from nvila.components.model.text.prompt import Prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
@@ -55,7 +56,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in order; `what` names the work in the progress display.
 
-    A question that fills all positions of the decoder has none (`positions.leaves_room`): its answer is empty, which is
+    A question that fills all positions of the decoder has none (`room.leaves_room`): its answer is empty, which is
     as wrong as it will be once the model is served.
     """
     tokens = TokenIds.of(tokenizer, model.config.video_texts)
@@ -65,7 +66,7 @@ def answers(
     model.eval()
     for start in track(range(0, len(fitting), batch), what):
         some = fitting[start : start + batch]
-        said = model.generate(tokenizer, [prompts[i] for i in some], max_new_tokens=max_new_tokens)
+        said = generate(model, tokenizer, [prompts[i] for i in some], max_new_tokens=max_new_tokens)
         for i, text in zip(some, said, strict=True):
             found[i] = text
     return found

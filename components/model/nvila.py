@@ -5,7 +5,7 @@ The mathematics lies in `visual`, `splice` and their neighbours; this file joins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,30 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.decode.generation import (
-    Sampling,
-    answer_text,
-    decode_steps,
-    decode_tokens,
-    text_pieces,
-    until_stop,
-)
-from nvila.components.model.decode.structured import JsonSchema
 from nvila.components.model.splice import Spliced, splice
 from nvila.components.model.text.conversation import IGNORED
-from nvila.components.model.text.prompt import Prompt
-from nvila.components.model.text.templates import stop_tokens
 from nvila.components.model.text.timetokens import soft_cross_entropy
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
 from nvila.components.model.vision.projector import Projector, build_projector
 from nvila.components.model.vision.tower import tower_features
 from nvila.components.model.vision.visual import VideoMarks, encode_visuals
-
-__all__ = ["NVILA", "Output", "Prompt", "build_model", "init_model", "resized_decoder", "token_logprobs"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +97,7 @@ class NVILA(nn.Module):
         logits = self.llm.lm_head(hidden) if wanted else None
         if spliced.labels_BT is None:
             return Output(None, logits, None)
-        losses, _ = self._token_losses(hidden, spliced.labels_BT, soft=True)
+        losses, _ = self.token_losses(hidden, spliced.labels_BT, soft=True)
         if reduction == "sum":
             return Output(losses.sum(), logits, spliced.labels_BT, len(losses))
         if not len(losses):
@@ -173,7 +159,7 @@ class NVILA(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _token_losses(
+    def token_losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, *, soft: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy (n,) float32 of each supervised token and its row (n,); `soft` blurs targets in time."""
@@ -185,83 +171,6 @@ class NVILA(nn.Module):
         else:
             losses = F.cross_entropy(logits, targets, reduction="none")
         return losses, supervised.nonzero()[:, 0]
-
-    @torch.no_grad()
-    def generate(
-        self,
-        tokenizer: Any,
-        prompts: Sequence[Prompt],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        schema: JsonSchema | None = None,
-    ) -> list[str]:
-        """Answers to a batch of prompts, the same as one by one.
-
-        Args:
-            tokenizer: the model's.
-            prompts: conversations ending with a human turn.
-            max_new_tokens: most tokens per answer; one also ends where the decoder's positions do.
-            temperature: 0 takes the likeliest token; above, samples with `seed`.
-            top_p: sample from the likeliest tokens that together have this probability.
-            seed: each prompt draws from its own generator, seeded by this and its place in the batch.
-            schema: what the answers have to be as JSON; one that ends by itself is complete, one that is cut is not.
-
-        Returns:
-            The answers without special tokens, stripped; control strings in their text are whole again.
-
-        Raises:
-            DataError: a prompt fills all positions of the decoder.
-        """
-        if not prompts:
-            return []
-        sampling = Sampling(
-            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
-        )
-        was_training = self.training
-        self.eval()
-        tokens = decode_tokens(self.llm, self._opening(tokenizer, prompts), sampling)
-        self.train(was_training)
-        return [answer_text(tokenizer, row) for row in tokens]
-
-    def stream(
-        self,
-        tokenizer: Any,
-        prompt: Prompt,
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        schema: JsonSchema | None = None,
-    ) -> Iterator[str]:
-        """The answer to one prompt in pieces as it is made; together they are what `generate` returns.
-
-        The model must be in evaluation mode. Arguments as of `generate`.
-        """
-        assert not self.training, "streaming would leave the mode changed while the caller does something else"
-        sampling = Sampling(
-            max_new_tokens, stop_tokens(tokenizer), temperature, seed, top_p, schema, self.config.positions
-        )
-        with torch.no_grad():
-            opening = self._opening(tokenizer, [prompt])
-        yield from text_pieces(tokenizer, until_stop(decode_steps(self.llm, opening, sampling), sampling.stop))
-
-    def _opening(self, tokenizer: Any, prompts: Sequence[Prompt]) -> Spliced:
-        """The decoder's input that asks for answers, left-padded."""
-        items = [(prompt.encode(tokenizer, generate=True), prompt.visuals) for prompt in prompts]
-        batch = collate(items, self.tokens.pad, side="left").to(self.device)
-        spliced = self.prepare(batch.input_ids, batch.attention_mask, batch.visuals, side="left")
-        length = spliced.embeds_BTH.shape[1]
-        if length >= self.config.positions:
-            raise DataError(
-                f"the prompt is too long: the decoder has {self.config.positions} positions",
-                value=length,
-                do="Ask with less text, fewer media or fewer frames",
-            )
-        return spliced
 
     def prepare_for_training(self) -> None:
         """Training mode; on a CPU with attention in plain matrix products.
@@ -287,21 +196,6 @@ class NVILA(nn.Module):
         for name, buffer in exact.items():
             setattr(rotary, name, buffer.to(getattr(rotary, name).device))
         return self
-
-
-@torch.no_grad()
-def token_logprobs(model: NVILA, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the log-probabilities (nats) of each sample's supervised tokens, and their number.
-
-    Returns:
-        (B,) float32 and (B,) int64, on the model's device. A sample whose answer was cut off counts 0 tokens.
-    """
-    batch = batch.to(model.device)
-    spliced = model.prepare(batch.input_ids, batch.attention_mask, batch.visuals, batch.labels)
-    assert spliced.labels_BT is not None
-    losses, rows = model._token_losses(model.hidden_states(spliced), spliced.labels_BT)
-    sums = torch.zeros(len(batch.input_ids), device=losses.device).index_add(0, rows, -losses)
-    return sums, torch.bincount(rows, minlength=len(batch.input_ids))
 
 
 def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torch.float32) -> NVILA:
@@ -333,32 +227,15 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
     return NVILA(config, tokens, llm, tower, projector)
 
 
-def init_model(config: ModelConfig, tokenizer: Any, seed: int) -> NVILA:
-    """A model with fresh weights; its decoder gets the tokenizer's vocabulary. The global generator is left alone."""
-    tokens = TokenIds.of(tokenizer, config.video_texts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_model(with_vocabulary(config, tokens.vocabulary), tokens)
-
-
-def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
-    """A model with the same tower and tokenizer, and a fresh projector and decoder of other sizes.
+def empty_model(config: ModelConfig, tokens: TokenIds | None = None) -> NVILA:
+    """The modules on the meta device: names, shapes and configurations without a byte of weights.
 
     Args:
-        model: gives tower weights and everything but the sizes.
-        sizes: hidden, layers, heads, kv_heads and mlp, as in the recipe's `DecoderSizes`.
-        seed: of the fresh weights.
+        config: the architecture.
+        tokens: a tokenizer's ids; without them those of Qwen2 behind the configuration's own vocabulary.
     """
-    names = {
-        "hidden": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "mlp": "intermediate_size",
-    }
-    llm = {**model.config.llm, **{names[size]: value for size, value in sizes.items()}}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        resized = build_model(replace(model.config, llm=llm), model.tokens)
-    resized.vision_tower.load_state_dict(model.vision_tower.state_dict())
-    return resized
+    if tokens is None:
+        size = int(config.llm["vocab_size"])
+        tokens = TokenIds(size, size + 1, size + 2, newline=198, end=size - 3, pad=size - 1)
+    with torch.device("meta"):
+        return build_model(with_vocabulary(config, tokens.vocabulary), tokens)

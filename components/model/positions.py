@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from nvila.components.contracts.text import say
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.text.prompt import Prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
 from nvila.components.model.vision.visual import token_count
@@ -32,21 +29,3 @@ def positions(ids: Sequence[int], visuals: Sequence[Visual], config: ModelConfig
     return len(ids) + sum(
         token_count(visual.kind, visual.block_size, len(visual.tiles), config, marks) - 1 for visual in shown if visual
     )
-
-
-def leaves_room(prompt: Prompt, tokenizer: Any, config: ModelConfig, tokens: TokenIds) -> bool:
-    """Whether a question leaves the decoder a position for an answer; one that does not stays without any.
-
-    Cut short it would be another question, and an error would end the evaluation of all the others.
-    """
-    ids = prompt.encode(tokenizer, generate=True).input_ids
-    return positions(ids, prompt.visuals, config, tokens) < config.positions
-
-
-def say_unanswered(what: str, count: int, total: int, config: ModelConfig) -> None:
-    """Tell the terminal of questions that are too long; `what` names who was asked."""
-    if count:
-        say(
-            f"{what}: {count} of {total} questions are too long for the decoder's {config.positions} positions and "
-            "stay without an answer"
-        )

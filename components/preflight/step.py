@@ -17,9 +17,10 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.preflight import checks
-from nvila.components.preflight.port import port_problem
 from nvila.components.runner.execute import Place
+from nvila.components.serve.endpoint import alive
 from nvila.components.serve.interpreter import serve_python
+from nvila.components.serve.ports import why_taken
 
 
 class Settings(Section):
@@ -94,11 +95,18 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
     found = checks.memory_problems(settings.needs.memory_bytes)
     found += checks.package_problems()
     if settings.rollout.target == "local":
-        problem = port_problem(settings.rollout.host, settings.rollout.port, runs / "serving")
-        found += [problem] if problem else []
+        found += port_problems(settings.rollout.host, settings.rollout.port, runs)
     if settings.vllm:
         found += _serving_problems()
     return found
+
+
+def port_problems(host: str, port: int, runs: Path) -> list[str]:
+    """Whether someone else listens where the endpoint is wanted; our own endpoint of an earlier run may."""
+    reason = why_taken(host, port)
+    if reason is None or any(server.port == port for server in alive(runs)):
+        return []
+    return [f"rollout.port: {host}:{port} is in use by someone else ({reason}); free it or choose another"]
 
 
 def _pod_problems(settings: Settings) -> list[str]:

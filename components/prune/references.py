@@ -24,10 +24,12 @@ from nvila.components.data.samples import Sample, read_samples
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.metrics.accuracy import is_correct
 from nvila.components.metrics.answers import Questions, answers
+from nvila.components.model.batch import Batch
 from nvila.components.model.checkpoint.native import load_native
 from nvila.components.model.device import default_device
 from nvila.components.model.feed import Feed
-from nvila.components.model.nvila import NVILA, resized_decoder, token_logprobs
+from nvila.components.model.fresh import resized_decoder
+from nvila.components.model.nvila import NVILA
 
 FOLDS = 2
 BATCH_SCORED = 128
@@ -164,3 +166,18 @@ def _losses(model: NVILA, feed: Feed, samples: Sequence[Sample], tally: Tally) -
                 tally.add([Skipped(sample, "the loss of its answer is not finite")])
         progress.update(len(counts))
     return found
+
+
+@torch.no_grad()
+def token_logprobs(model: NVILA, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the log-probabilities (nats) of each sample's supervised tokens, and their number.
+
+    Returns:
+        (B,) float32 and (B,) int64, on the model's device. A sample whose answer was cut off counts 0 tokens.
+    """
+    batch = batch.to(model.device)
+    spliced = model.prepare(batch.input_ids, batch.attention_mask, batch.visuals, batch.labels)
+    assert spliced.labels_BT is not None
+    losses, rows = model.token_losses(model.hidden_states(spliced), spliced.labels_BT)
+    sums = torch.zeros(len(batch.input_ids), device=losses.device).index_add(0, rows, -losses)
+    return sums, torch.bincount(rows, minlength=len(batch.input_ids))

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.register.served import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
-DATA = "data"
+DATA = "model"
+"""Where the checkpoint lies, as in the step's own folder: what is downloaded is that folder again."""
 LOADER = "nvila.components.register.served"
 
 
@@ -37,7 +39,7 @@ def signature() -> ModelSignature:
 
 def log_model(
     client: MlflowClient,
-    checkpoint: Path,
+    made: Manifest,
     scratch: Path,
     *,
     experiment: str,
@@ -45,10 +47,10 @@ def log_model(
     params: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Upload the checkpoint as a logged model.
+    """Upload the checkpoint as a logged model, with the manifest that it can be held against wherever it is downloaded.
 
     Args:
-        checkpoint: folder of the quantized model.
+        made: manifest of the quantized model; its checkpoint was found whole.
         scratch: an empty folder's path for the layout; it holds links only and is removed again.
         experiment: id of the MLflow experiment.
         name: of the logged model.
@@ -60,7 +62,7 @@ def log_model(
     """
     logged = client.create_logged_model(experiment, name=name, params=dict(params), tags=dict(tags), model_type="nvila")
     try:
-        _lay_out(checkpoint, scratch, logged.model_id)
+        _lay_out(made, scratch, logged.model_id)
         client.log_model_artifacts(logged.model_id, str(scratch))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
@@ -71,15 +73,17 @@ def log_model(
     return {"source": logged.artifact_location, "model_id": logged.model_id}
 
 
-def _lay_out(checkpoint: Path, folder: Path, model_id: str) -> None:
+def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
     """Links instead of copies: a checkpoint may have many gigabytes, and the upload follows links of files."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        link = folder / DATA / path.relative_to(checkpoint)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path.resolve())
+    for file in made.files.values():
+        if file.uri.startswith(f"{DATA}/"):
+            link = folder / file.uri
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(made.folder, file.uri).resolve())
+    made.save(folder / MANIFEST)
     model = Model(signature=signature(), model_id=model_id)
     pyfunc.add_to_model(model, loader_module=LOADER, data=DATA)
     model.save(str(folder / "MLmodel"))

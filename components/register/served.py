@@ -46,6 +46,7 @@ class Answerer:
         return [self._answer(row, limit) for row in model_input.to_dict("records")]
 
     def _answer(self, row: dict[str, Any], max_new_tokens: int) -> str:
+        from nvila.components.model.decode.answer import generate
         from nvila.components.model.text.conversation import Turn, arranged
         from nvila.components.model.text.prompt import make_prompt
         from nvila.components.model.vision.media import load_medium
@@ -59,7 +60,7 @@ class Answerer:
                     media.append((kind, load_medium(_as_file(given, Path(scratch, kind)), kind, config)))
         turns = [Turn("human", str(row["question"]))]
         prompt = make_prompt(turns, arranged(turns, media), config)
-        return self.model.generate(self.tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
+        return generate(self.model, self.tokenizer, [prompt], max_new_tokens=max_new_tokens)[0]
 
 
 def _load_pyfunc(data_path: str) -> Answerer:

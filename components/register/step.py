@@ -46,7 +46,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     """
     runs, name = Place.of(here).run_dir.parent, settings.register_.model_name
     model = inputs["model"]
-    checkpoint = model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
+    model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
     card = model_card(name, inputs)
     (out / CARD).write_text(card, encoding="utf-8")
     lineage = lineage_tags(inputs)
@@ -55,7 +55,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         experiment = experiment_id(client, runs)
         logged = log_model(
             client,
-            checkpoint,
+            model,
             out / "upload",
             experiment=experiment,
             name=name,

@@ -14,16 +14,20 @@ from typing import Any, Literal
 from nvila.components.contracts.environment import Environment, revealed
 from nvila.components.contracts.files import read_json
 from nvila.components.metrics.standing import headline
-from nvila.components.report.collect import RunView, collect
 from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import post
 from nvila.components.runner.execute import Place
+from nvila.components.runner.status import Run, Status
 from nvila.components.runner.work import launcher_of
 from nvila.components.tracking.redact import redact, tell
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
 _STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
-_OUTCOMES: dict[str, Outcome] = {"rejected": "rejected", "preempted": "stopped", "failed": "failed"}
+_OUTCOMES: dict[Status, Outcome] = {
+    Status.REJECTED: "rejected",
+    Status.PREEMPTED: "stopped",
+    Status.FAILED: "failed",
+}
 _MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
 
 
@@ -50,14 +54,14 @@ def close(state: str, message: str | None, here: Environment) -> None:
         return
     run_dir = Place.of(here).run_dir
     _try("jobs of this run may go on", _cancel_jobs, run_dir, here)
-    run = collect(run_dir)
+    run = Run.read(run_dir)
     ended = ending(run, state, message)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
     if url := revealed(here.webhook_url).strip():
         _try("the webhook was not told", _notify, url, run_dir, run, ended, revealed(here.webhook_secret).strip())
 
 
-def ending(run: RunView, state: str, message: str | None) -> Ending:
+def ending(run: Run, state: str, message: str | None) -> Ending:
     """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says.
 
     Only a run whose every step has come through is a success. A step that was killed has left the word `running`; one
@@ -76,7 +80,7 @@ def ending(run: RunView, state: str, message: str | None) -> Ending:
     return Ending("succeeded")
 
 
-def notice(run_dir: Path, run: RunView, ended: Ending) -> dict[str, Any]:
+def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:
     """What the webhook is told, without secrets."""
     began, last = run.span
     full, small = (run.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized"))
@@ -115,7 +119,7 @@ def _end_tracking(run_dir: Path, ended: Ending) -> None:
         close_pipeline_run(run_dir, _MLFLOW.get(ended.outcome, "FAILED"))
 
 
-def _notify(url: str, run_dir: Path, run: RunView, ended: Ending, secret: str) -> None:
+def _notify(url: str, run_dir: Path, run: Run, ended: Ending, secret: str) -> None:
     post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), secret)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from nvila.components.report.collect import CAME_THROUGH, RunView, StepView
+from nvila.components.runner.status import AT_EXIT, Run, Status, StepStatus
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
@@ -32,9 +32,9 @@ DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
 """Name, lane of the rail, what it follows, what it does. A page of its own cannot import the pipeline."""
 
 
-def unfinished(run: RunView) -> list[str]:
+def unfinished(run: Run) -> list[str]:
     """Steps of the DAG that have not come through, in order."""
-    return [name for name, *_ in DAG if name not in run.steps or run.steps[name].status not in CAME_THROUGH]
+    return run.unfinished(name for name, *_ in DAG)
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,24 @@ class Row:
         return "left" if self.left > 100 - self.left - self.width else "right"
 
 
-def rows(run: RunView) -> list[Row]:
+def rows(run: Run) -> list[Row]:
     """Every step of the DAG in order, reached or not, then steps that this table does not know."""
     names = [name for name, *_ in DAG]
     abouts = {name: about for name, _, _, about in DAG}
-    names += [name for name in run.steps if name not in abouts and name != "report"]
+    names += [name for name in run.steps if name not in abouts and name != AT_EXIT]
     began, ended = run.span
     total = (ended - began) or 1.0
     found = []
     for name in names:
-        view = run.steps.get(name) or StepView(name, "not reached")
-        left = 100 * ((view.started or began) - began) / total
-        width = 100 * (view.seconds or 0) / total
-        time = "" if view.status == "not reached" else duration(view.seconds)
-        found.append(Row(name, abouts.get(name, ""), _word(view), time, round(left, 2), round(max(width, 0.4), 2)))
+        step = run.step(name)
+        left = 100 * ((step.started or began) - began) / total
+        width = 100 * step.seconds / total
+        time = "" if step.ended is None else duration(step.seconds)
+        found.append(Row(name, abouts.get(name, ""), _word(step), time, round(left, 2), round(max(width, 0.4), 2)))
     return found
 
 
-def rail(run: RunView, count: int) -> str:
+def rail(run: Run, count: int) -> str:
     """The graph left of the rows, as SVG: a dot per step coloured by its status, a line to each step it follows."""
     lanes = {name: lane for name, lane, _, _ in DAG}
     at = {name: index for index, (name, *_) in enumerate(DAG)}
@@ -90,17 +90,16 @@ def rail(run: RunView, count: int) -> str:
             else:  # a branch comes back right above its child
                 path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
             lines.append(f'<path class="edge" d="{path}"/>')
-        status = _word(run.steps[name]) if name in run.steps else "not reached"
-        dots.append(f'<circle class="node {css(status)}" cx="{x}" cy="{y}" r="6"/>')
+        dots.append(f'<circle class="node {css(_word(run.step(name)))}" cx="{x}" cy="{y}" r="6"/>')
     return (
         f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(lines)}{''.join(dots)}</svg>"
     )
 
 
-def _word(view: StepView) -> str:
-    """The step's status; who still runs when the page is written does so no more."""
-    return "killed" if view.status == "running" else view.status
+def _word(step: StepStatus) -> str:
+    """The step's status in a run that is over: whoever waits has not been reached."""
+    return "not reached" if step.status is Status.WAITING else step.status
 
 
 def css(status: str) -> str:
@@ -108,10 +107,8 @@ def css(status: str) -> str:
     return escape(status.replace(" ", "-"))
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3 min 07 s`, `2 h 05 min`."""
-    if seconds is None:
-        return ""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

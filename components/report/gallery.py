@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.report.collect import RunView
+from nvila.components.runner.status import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ class Card:
     pixelated: bool
 
 
-def cards(run: RunView) -> dict[str, list[Card]]:
+def cards(run: Run) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
     rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
     after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
@@ -70,7 +70,7 @@ def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
     return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
-def _limits(run: RunView) -> Limits:
+def _limits(run: Run) -> Limits:
     """What the run's media may be; a table that is gone or damaged says nothing of it."""
     from nvila.components.data.media import Limits
     from nvila.components.data.samples import SAMPLES_FILE, read_limits

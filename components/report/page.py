@@ -9,8 +9,8 @@ from typing import Any
 
 from nvila.components.metrics.standing import above, change, headline, standing
 from nvila.components.report import charts, flow
-from nvila.components.report.collect import RunView
 from nvila.components.report.gallery import cards, table
+from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.flatten import parameters
 
 STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
@@ -18,7 +18,7 @@ QUARANTINE_ROWS = 60
 CURVE_POINTS = 300
 
 
-def context(run: RunView) -> dict[str, Any]:
+def context(run: Run) -> dict[str, Any]:
     """Everything the template needs. Each part is empty where its step did not get that far."""
     began, ended = run.span
     rows = flow.rows(run)
@@ -49,15 +49,14 @@ def context(run: RunView) -> dict[str, Any]:
     }
 
 
-def verdict(run: RunView) -> dict[str, str]:
+def verdict(run: Run) -> dict[str, str]:
     """The headline: `tone` (good, bad, neutral), `title`, `text`."""
-    bad = run.trouble
-    if bad:
-        titles = {"rejected": f"Rejected by {bad.name}", "preempted": f"Interrupted in {bad.name}"}
+    if bad := run.trouble:
+        titles = {Status.REJECTED: f"Rejected by {bad.name}", Status.PREEMPTED: f"Interrupted in {bad.name}"}
         return {
-            "tone": "neutral" if bad.status == "preempted" else "bad",
+            "tone": "neutral" if bad.status is Status.PREEMPTED else "bad",
             "title": titles.get(bad.status, f"Failed in {bad.name}"),
-            "text": bad.message,
+            "text": bad.message or "",
         }
     if lost := run.lost:
         text = "It left no word. Too little memory and a lost machine are the usual reasons."
@@ -74,7 +73,7 @@ def verdict(run: RunView) -> dict[str, str]:
     return {"tone": "neutral", "title": f"{version} is {state}, but {found.text}", "text": text}
 
 
-def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
+def accuracy_rows(run: Run) -> list[dict[str, Any]]:
     """One row per source: the full model, its baselines, and the quantized model."""
     full = run.values("evaluate").get("accuracy", {})
     after = run.values("evaluate-quantized").get("accuracy", {})
@@ -96,7 +95,7 @@ def accuracy_rows(run: RunView) -> list[dict[str, Any]]:
     return rows
 
 
-def loss_curves(run: RunView) -> list[dict[str, Any]]:
+def loss_curves(run: Run) -> list[dict[str, Any]]:
     """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
     found = []
     for number, step in enumerate(STAGES[1:]):
@@ -127,7 +126,7 @@ def loss_curves(run: RunView) -> list[dict[str, Any]]:
     return found
 
 
-def prune_parts(run: RunView) -> list[dict[str, Any]]:
+def prune_parts(run: Run) -> list[dict[str, Any]]:
     """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
     found = []
     for step in ("prune-image", "prune-video"):
@@ -143,7 +142,7 @@ def prune_parts(run: RunView) -> list[dict[str, Any]]:
     return found
 
 
-def quarantine(run: RunView) -> dict[str, Any]:
+def quarantine(run: Run) -> dict[str, Any]:
     """The first records that validation set aside: column names, rows, how many there are in all."""
     path = run.file("validate", "quarantine.jsonl")
     records = _json_lines(path.read_text()) if path else []
@@ -152,7 +151,7 @@ def quarantine(run: RunView) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "total": len(records)}
 
 
-def _accuracy_chart(run: RunView) -> str:
+def _accuracy_chart(run: Run) -> str:
     groups = []
     for row in accuracy_rows(run):
         dots = [charts.Dot(0, "full model", row["full"]["accuracy"], row["full"].get("low"), row["full"].get("high"))]
@@ -168,7 +167,7 @@ def _accuracy_chart(run: RunView) -> str:
     return charts.dot_plot(groups, "Exact match with 95% intervals beside baselines") if groups else ""
 
 
-def _stages_chart(run: RunView) -> str:
+def _stages_chart(run: Run) -> str:
     stages = run.values("evaluate").get("stages", {})
     shown = [stage for stage in STAGES if stage in stages]
     sources = list(dict.fromkeys(source for stage in shown for source in stages[stage]))
@@ -180,14 +179,13 @@ def _stages_chart(run: RunView) -> str:
     return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
 
 
-def _recipe(run: RunView) -> str:
+def _recipe(run: Run) -> str:
     recipe = run.values("resolve").get("recipe", {})
     return recipe.get("name", "") if isinstance(recipe, Mapping) else str(recipe)
 
 
-def _lineage(run: RunView) -> list[dict[str, Any]]:
+def _lineage(run: Run) -> list[dict[str, Any]]:
     order = {name: i for i, (name, *_) in enumerate(flow.DAG)}
-    done = [view.manifest for view in run.steps.values() if view.manifest]
     return [
         {
             "step": manifest.step,
@@ -195,17 +193,17 @@ def _lineage(run: RunView) -> list[dict[str, Any]]:
             "inputs": {name: ref.digest for name, ref in manifest.inputs.items()},
             "folder": manifest.folder,
         }
-        for manifest in sorted(done, key=lambda m: order.get(m.step, len(order)))
+        for manifest in sorted(run.manifests.values(), key=lambda m: order.get(m.step, len(order)))
     ]
 
 
-def _sources(run: RunView) -> list[dict[str, Any]]:
+def _sources(run: Run) -> list[dict[str, Any]]:
     """The user's files, without those beyond the first hundred."""
-    found = {file.uri: file for view in run.steps.values() if view.manifest for file in view.manifest.sources}
+    found = {file.uri: file for manifest in run.manifests.values() for file in manifest.sources}
     return [{"uri": f.uri, "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
 
 
-def _settings(run: RunView) -> dict[str, dict[str, str]]:
+def _settings(run: Run) -> dict[str, dict[str, str]]:
     return {step: parameters(part) for step, part in run.values("resolve").get("slices", {}).items()}
 
 

@@ -6,7 +6,6 @@ the policy's yes does it take the address. The step decides nothing itself; `pol
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from nvila.components.contracts.environment import revealed
 from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
 from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.recipe.rollout import Policy
-from nvila.components.rollout import endpoint as records
-from nvila.components.rollout.endpoint import Endpoint
 from nvila.components.rollout.pinned import Pinned, observe
 from nvila.components.rollout.policy import Observation, decide
+from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
+from nvila.components.serve.endpoint import Endpoint
+from nvila.components.serve.ports import free_port
 
 HEALTH_SECONDS = 30.0
 
@@ -81,7 +81,7 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
         server.stop(old.pid)
         old = None
     in_place = old is None or (old.host, old.port) != (wanted.host, wanted.port)
-    tried = _try(runs, wanted, wanted.port if in_place else _free_port(wanted.host), prompts, policy, max_tokens, old)
+    tried = _try(runs, wanted, wanted.port if in_place else free_port(wanted.host), prompts, policy, max_tokens, old)
     if isinstance(tried, Rejected):
         if old is None and recorded and recorded.digest != wanted.digest:
             _start_again(runs, recorded, policy, wanted.key)
@@ -215,9 +215,3 @@ def _refusal(reasons: tuple[str, ...]) -> Rejected:
         "rollout refuses the new version: " + "; ".join(reasons),
         do="The version stays in the registry as challenger; what served before still does.",
     )
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -17,10 +17,10 @@ from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
-from nvila.components.rollout.endpoint import exclusive
 from nvila.components.rollout.local import Wanted, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
+from nvila.components.serve.endpoint import exclusive
 from nvila.components.tracking.registry import DIGEST_TAG, find, promote
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import signal
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 from nvila.components.contracts.environment import Environment, entered, name_of, notices
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.files import discard
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
     AGAIN,
@@ -35,6 +34,7 @@ from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.contracts.text import say
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import FOLDER
+from nvila.components.runner.status import Status, StepStatus
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
@@ -121,19 +121,19 @@ def _execute(
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
         manifest, cached = perform(here, step, module, settings, loaded)
         manifest.save(Path(output))
-        status.end("cached" if cached else "done", Exit.DONE, manifest=manifest)
+        status.end(Status.CACHED if cached else Status.DONE, Exit.DONE, manifest=str(Path(manifest.folder, MANIFEST)))
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
         return facts | _scalars(manifest)
     except NvilaError as error:
         damaged = isinstance(error, DamagedError)
-        status.end(_verdict(error.exit_code), error.exit_code, message=str(error), damaged=damaged)
+        status.end(_verdict(error.exit_code), error.exit_code, message=redact_text(str(error)), damaged=damaged)
         _leave(error.exit_code, f"{step}: {error}")
     except KeyboardInterrupt:
-        status.end("preempted", Exit.PREEMPTED, message="interrupted")
+        status.end(Status.PREEMPTED, Exit.PREEMPTED, message="interrupted")
         _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
     except Exception as error:
         print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-        status.end("failed", Exit.FAULT, message=f"{type(error).__name__}: {error}")
+        status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
     finally:
         at_end(here)
@@ -232,12 +232,11 @@ def _track(
 
 
 class _Status:
-    """`runs/<run>/steps/<step>.json`: what the terminal, the report and `summary.json` know of a step."""
+    """Says in the run's folder how far this step is (see `StepStatus`)."""
 
     def __init__(self, run_dir: Path, step: str, on_cluster: bool) -> None:
-        self._on_cluster = on_cluster
-        self._path = run_dir / "steps" / f"{step}.json"
-        self._record: dict[str, Any] = {"name": step, "status": "running", "started": time.time(), "pid": os.getpid()}
+        self._run_dir, self._on_cluster = run_dir, on_cluster
+        self._record = StepStatus(name=step, status=Status.RUNNING, started=time.time(), pid=os.getpid())
 
     def begin(self) -> None:
         """Say that the step is running.
@@ -247,39 +246,16 @@ class _Status:
                 starts another; unlike a tombstone it needs no content key, which some errors come before. Where nobody
                 but a person starts a step again, the step looks again.
         """
-        if self._on_cluster and (verdict := self._verdict()):
-            raise _again(*verdict)
-        write_atomic(self._path, json.dumps(self._record))
+        before = StepStatus.read(self._run_dir, self._record.name)
+        if self._on_cluster and before.exit_code in (Exit.USER, Exit.REJECTED):
+            raise _again(before.exit_code, str(before.message))
+        self._record.write(self._run_dir)
 
-    def _verdict(self) -> tuple[Exit, str] | None:
-        record = read_json(self._path)  # empty: no pod before this one, or a file that a lost node left
-        if record.get("exit_code") not in (Exit.USER, Exit.REJECTED):
-            return None
-        return Exit(record["exit_code"]), str(record.get("message"))
-
-    def end(
-        self,
-        status: str,
-        code: Exit,
-        *,
-        manifest: Manifest | None = None,
-        message: str | None = None,
-        damaged: bool = False,
-    ) -> None:
-        """Say how the step ended; `damaged` where it met damaged work, which the next attempt does again."""
-        ended = time.time()
-        self._record |= {
-            "status": status,
-            "cached": status == "cached",
-            "ended": ended,
-            "seconds": round(ended - self._record["started"], 3),
-            "exit_code": int(code),
-            "manifest": f"{manifest.folder}/{MANIFEST}" if manifest else None,
-            "message": redact_text(message) if message else message,
-        }
-        if damaged:
-            self._record["damaged"] = True
-        write_atomic(self._path, json.dumps(self._record, indent=1))
+    def end(self, status: Status, code: Exit, **said: Any) -> None:
+        """Say how the step ended."""
+        ended = {"status": status, "exit_code": code, "ended": time.time()}
+        self._record = self._record.model_copy(update=ended | said)
+        self._record.write(self._run_dir)
 
 
 def _refuse_other_code(wanted: str | None) -> None:
@@ -307,8 +283,8 @@ def _again(code: Exit, message: str) -> NvilaError:
     return error
 
 
-def _verdict(code: Exit) -> str:
-    return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(code, "failed")
+def _verdict(code: Exit) -> Status:
+    return {Exit.REJECTED: Status.REJECTED, Exit.PREEMPTED: Status.PREEMPTED}.get(code, Status.FAILED)
 
 
 def _preempted(signum: int, frame: object) -> NoReturn:

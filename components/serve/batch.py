@@ -41,7 +41,7 @@ class Request:
 def generate_with_vllm(
     model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int = 1
 ) -> list[str]:
-    """Greedy answers, in the order of `requests`; a question that is too long for the model (`positions.leaves_room`)
+    """Greedy answers, in the order of `requests`; a question that is too long for the model (`room.leaves_room`)
     has an empty one.
 
     Args:
@@ -83,7 +83,7 @@ def generate_with_vllm(
             )
     unanswered = sum(text is None for text in answers.values())
     if unanswered:
-        from nvila.components.model.positions import say_unanswered
+        from nvila.components.model.decode.room import say_unanswered
 
         say_unanswered("vLLM", unanswered, len(requests), served_config(model_dir))
     return [answers[index] or "" for index in range(len(requests))]

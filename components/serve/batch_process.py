@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
@@ -15,16 +15,15 @@ from nvila.components.data.media import Limits
 from nvila.components.model.checkpoint.describe import image_tokens, video_tokens
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.decode.generation import answer_text
-from nvila.components.model.positions import leaves_room
+from nvila.components.model.decode.room import leaves_room
 from nvila.components.model.text.conversation import VIDEO_TOKEN, Turn, encode
 from nvila.components.model.text.prompt import make_prompt, picture_marker
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.vision.media import load_medium
 from nvila.components.serve.batch import answer_line, read_answers, served_config
 
-if TYPE_CHECKING:
-    from nvila.components.serve import plugin  # noqa: F401 - loaded by vLLM, so part of the content key
-
+PLUGIN = "nvila.components.serve.plugin:register"
+"""What vLLM calls by our entry point; named here, so that it is part of the content key."""
 CHUNK = 256
 """Requests between two writes of answers: large enough to keep the batch full."""
 

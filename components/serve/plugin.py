@@ -6,12 +6,7 @@ by a string, so that registering imports no torch; what it says is in `model`, `
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from nvila.components.contracts.environment import before_importing
-
-if TYPE_CHECKING:  # the code behind the string below: it belongs to the content key of whatever runs through vLLM
-    from nvila.components.serve import architecture  # noqa: F401
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 CONNECTOR = "nvila"

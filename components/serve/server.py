@@ -8,7 +8,6 @@ import json
 import mimetypes
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
 from nvila.components.serve.guard import RequireKey
 from nvila.components.serve.interpreter import serve_python, serve_variables
+from nvila.components.serve.ports import why_taken
 
 ENGINE_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
@@ -97,17 +97,13 @@ def require_free_port(host: str, port: int) -> None:
     """Raises:
     PreflightError: something listens on the port already.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PreflightError(
-                f"port {port} is in use by another program ({error.strerror})",
-                where="rollout.port",
-                value=port,
-                do="Stop that program, or set rollout.port to a free port.",
-            ) from None
+    if reason := why_taken(host, port):
+        raise PreflightError(
+            f"port {port} is in use by another program ({reason})",
+            where="rollout.port",
+            value=port,
+            do="Stop that program, or set rollout.port to a free port.",
+        )
 
 
 def wait_ready(url: str, deadline_seconds: float, pid: int, log_path: Path | None = None) -> float:

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import DamagedError
+from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
 from nvila.components.tracking.connect import connected
@@ -129,6 +129,29 @@ def find(runs: Path, name: str, reference: str) -> Version | None:
         return _version(client.get_model_version(name, found.version)) if found else None
 
 
+def download(runs: Path, version: Version, name: str, folder: Path) -> None:
+    """Bring one file of the registered model into `folder`, under its name.
+
+    Raises:
+        DataError: MLflow has no such file, or it does not come.
+    """
+    with connected(runs) as client:
+        place, uri = client.get_model_version_download_uri(version.name, version.version), client.tracking_uri
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    target = folder / name
+    try:  # not under the lock: it may take minutes
+        download_artifacts(artifact_uri=f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
+    except (MlflowException, OSError) as error:
+        raise DataError(
+            f"MLflow does not give the file {name} of {version.uri}: {error}",
+            where=redact_text(place),
+            do="Give the folder of a checkpoint, or run the recipe again where this MLflow is set: it registers the "
+            "model with its files.",
+        ) from error
+
+
 def champion(runs: Path, name: str) -> Version | None:
     """The version that users are served."""
     return find(runs, name, CHAMPION)
@@ -137,7 +160,7 @@ def champion(runs: Path, name: str) -> Version | None:
 def models(runs: Path) -> list[str]:
     """Names of the registered models, the most recently changed first."""
     with connected(runs) as client:
-        found = client.search_registered_models(max_results=100)
+        found = list(_pages(client.search_registered_models, max_results=100))
         return [m.name for m in sorted(found, key=lambda m: m.last_updated_timestamp or 0, reverse=True)]
 
 
@@ -151,13 +174,19 @@ def _with_digest(client: MlflowClient, name: str, digest: str) -> Version | None
 
 
 def _versions(client: MlflowClient, name: str) -> list[Version]:
-    found, page = [], None
+    found = _pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=200)
+    return [_version(one) for one in found]
+
+
+def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow finds, page after page."""
+    page = None
     while True:
-        some = client.search_model_versions(f"name = '{name}'", max_results=200, page_token=page)
-        found += [_version(v) for v in some]
+        some = search(page_token=page, **options)
+        yield from some
         page = some.token
         if not page:
-            return found
+            return
 
 
 def _by_alias(client: MlflowClient, name: str, alias: str) -> Version | None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from nvila.components.contracts.digests import file_sha256
-from nvila.components.contracts.errors import ConfigError, NvilaError
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.manifest import File, InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST, Store
-from nvila.components.tracking.connect import has_store
 from nvila.components.tracking.media import changed_media
-from nvila.components.tracking.registry import Version, find, models, registered_inputs
+from nvila.components.tracking.named import named
+from nvila.components.tracking.registry import registered_inputs
 
 State = Literal["sound", "missing", "altered", "damaged"]
 """`altered`: the manifest's digest is another than its reader recorded. `damaged`: files of the step are."""
@@ -68,8 +68,7 @@ def trace(store_root: Path, reference: str = "champion", *, runs: Path = Path("r
 
     Args:
         store_root: the store. A path in another one, or a version whose manifest is not in this one, is walked there.
-        reference: path of a manifest or of a step's folder; an alias or a number of the registry's latest model; or
-            `name@alias` or `name/number`.
+        reference: path of a manifest, of a step's folder or of a checkpoint in it, or a version (`named`).
         runs: the runs folder, which holds the local registry.
         deep: read every file and every picture and clip, not only their sizes.
 
@@ -77,21 +76,21 @@ def trace(store_root: Path, reference: str = "champion", *, runs: Path = Path("r
         ConfigError: the reference names nothing.
         DataError, DamagedError: the manifest or version to start from cannot be read.
     """
-    path = Path(reference)
-    if path.is_dir() or path.is_file():
-        start = path / MANIFEST if path.is_dir() else path
+    found = named(reference, runs)
+    if isinstance(found, Path):
+        beside = found.parent / MANIFEST
+        start = found if found.is_file() else beside if beside.is_file() else found / MANIFEST
         manifest = Store(store_root).load(start)
         if start.absolute().parts[-3:-2] == (manifest.step,):
             store_root = start.absolute().parents[2]
         roots = [InputRef(step=manifest.step, uri=str(start), digest=manifest.digest)]
         title = str(start)
     else:
-        version = _registered(runs, reference)
-        roots = registered_inputs(version)
+        roots = registered_inputs(found)
         if not any(_place(store_root, ref).exists() for ref in roots):
             store_root = Path(roots[0].uri).parents[2]
-        aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
-        title = f"{version.name} version {version.version}{aliases}"
+        aliases = f" ({', '.join(found.aliases)})" if found.aliases else ""
+        title = f"{found.name} version {found.version}{aliases}"
     return Tree(title, tuple(_walk(Store(store_root), roots, deep)), deep)
 
 
@@ -133,30 +132,6 @@ def _verdict(tree: Tree) -> str:
     if wrong:
         result = f"broken at {', '.join(wrong)}"
     return f"{counted}: {result}"
-
-
-def _registered(runs: Path, reference: str) -> Version:
-    """The version that the reference names.
-
-    Raises:
-        ConfigError: there is none, or it was not registered by us.
-        DamagedError: its tags were edited.
-    """
-    separator = "@" if "@" in reference else "/"
-    name, found, key = reference.rpartition(separator)
-    candidates = ([name] if found else models(runs)) if has_store(runs) else []
-    for model in candidates:
-        version = find(runs, model, key)
-        if version is None:
-            continue
-        if not registered_inputs(version):
-            raise ConfigError("this version was not registered by a run", where=version.uri)
-        return version
-    raise ConfigError(
-        "neither a manifest nor a version of the registry",
-        value=reference,
-        do=f"Registered models: {', '.join(candidates) or 'none'}. Give a path, an alias, or NAME@ALIAS.",
-    )
 
 
 def _walk(store: Store, roots: list[InputRef], deep: bool) -> list[Node]:

@@ -18,18 +18,19 @@ from nvila.components.contracts.errors import Cancelled, ConfigError, NvilaError
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
+from nvila.components.kube.requests import Patience
 from nvila.components.runner.handover import folder_of, hand_over, read_outcome
 from nvila.components.runner.work import Work
 from nvila.components.tracking.redact import tell
-from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.state import COMPLETE, FAILED, condition, finished, is_running, why_waiting
-from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, RUN_LABEL, job_name, label, train_job
+from nvila.infra.launch.job import COMPLETE, FAILED, Job
+from nvila.infra.launch.jobs import Jobs
+from nvila.infra.launch.state import why_waiting
+from nvila.infra.launch.trainjob import ATTEMPT, job_name, label, train_job
 
 LOOK_SECONDS = 15.0
 """A job is looked at when it changes, and at least this often: its pods change without it."""
 CANCEL_SECONDS = 20.0
 """A pod that is asked to stop has 30 s to do so."""
-Job = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -38,7 +39,7 @@ def say(work: Work, text: str) -> None:
     print(tell(f"{work.step}: {text}"), file=sys.stderr, flush=True)
 
 
-def obtain(cluster: Cluster, work: Work, site: Site, outcome_seconds: float) -> Job:
+def obtain(jobs: Jobs, work: Work, site: Site, outcome_seconds: float) -> Job:
     """The one job for this work: the one that is there, else a new one.
 
     A job that runs is attached to, whoever made it. One that has failed is this run's answer; for a new run it is
@@ -48,45 +49,43 @@ def obtain(cluster: Cluster, work: Work, site: Site, outcome_seconds: float) -> 
         ConfigError: a job of this name belongs to other work, or the cluster refuses the job.
         PreflightError: no right to make jobs, or no Kubeflow Trainer.
     """
-    name, run = job_name(work), label(work.run_dir.name)
+    name, key, run = job_name(work), label(work.key), label(work.run_dir.name)
     while True:
-        job = cluster.get(name)
+        job = jobs.get(name)
         if job is None:
             attempt = uuid.uuid4().hex[:12]
             body = train_job(work, attempt, hand_over(work, attempt), site)
-            if job := cluster.create(body):
-                say(work, f"job {name}: created in namespace {cluster.namespace}, {_size(body)}")
+            if job := jobs.create(body):
+                say(work, f"job {name}: created in namespace {jobs.namespace}, {_size(body)}")
                 return job
             continue  # another launcher, or a lost answer to this one: look who has it
-        labels = job["metadata"].get("labels", {})
-        if labels.get(KEY_LABEL) != label(work.key):
+        if job.key != key:
             raise ConfigError(
                 "a job of this name does other work",
                 where=f"trainjob/{name}",
-                value=labels.get(KEY_LABEL),
+                value=job.key,
                 do=f"Look at it, then `kubectl delete trainjob {name}`, and run again.",
             )
-        state = finished(job)
-        if job["metadata"].get("deletionTimestamp"):
+        if job.deleting:
             say(work, f"job {name}: an earlier one is being deleted; waiting until its pods have gone")
-            _wait_until_gone(cluster, job)
-        elif state is None and labels.get(RUN_LABEL) != run:
-            cluster.set_labels(name, {RUN_LABEL: run})  # and look again: its run may just have cancelled it
-        elif state is None:
+            _wait_until_gone(jobs, job)
+        elif job.ended is None and job.run != run:
+            jobs.take_over(name, run)  # and look again: its run may just have cancelled it
+        elif job.ended is None:
             say(work, f"job {name}: attached to the one that is there")
             return job
-        elif state == COMPLETE and outcome_of(work, job, outcome_seconds) is not None:
+        elif job.ended == COMPLETE and outcome_of(work, job, outcome_seconds) is not None:
             say(work, f"job {name}: has been completed")
             return job
-        elif state == FAILED and labels.get(RUN_LABEL) == run:
+        elif job.ended == FAILED and job.run == run:
             return job
         else:
-            why = "it has left nothing" if state == COMPLETE else f"it failed in run {labels.get(RUN_LABEL)}"
+            why = "it has left nothing" if job.ended == COMPLETE else f"it failed in run {job.run}"
             say(work, f"job {name}: {why}; deleting it and beginning anew")
-            cluster.delete(job)
+            jobs.delete(job)
 
 
-def follow(cluster: Cluster, job: Job) -> Job:
+def follow(jobs: Jobs, job: Job) -> Job:
     """The job when it is complete or has failed.
 
     Every round begins by asking how things stand, so that nothing depends on having seen each change.
@@ -94,25 +93,25 @@ def follow(cluster: Cluster, job: Job) -> Job:
     Raises:
         Cancelled: somebody has deleted the job.
     """
-    name, uid, shown = job["metadata"]["name"], job["metadata"]["uid"], ""
+    shown = ""
     while True:
-        current = cluster.get(name)
-        if current is None or current["metadata"]["uid"] != uid:
+        current = jobs.get(job.name)
+        if current is None or current.uid != job.uid:
             raise Cancelled(
                 "the job was deleted while it was at work",
-                where=f"trainjob/{name}",
+                where=f"trainjob/{job.name}",
                 do="Its checkpoints are kept: run the pipeline again and it resumes.",
             )
-        if finished(current):
+        if current.ended:
             return current
-        text = _progress(cluster, current)
+        text = _progress(jobs, current)
         if text and text != shown:
-            waiting_for(f"job {name}: {text}")
+            waiting_for(f"job {job.name}: {text}")
             shown = text
-        cluster.wait_for_change(current, LOOK_SECONDS)
+        jobs.wait_for_change(current, LOOK_SECONDS)
 
 
-def outcome_of(work: Work, job: Mapping[str, Any], seconds: float) -> Outcome | None:
+def outcome_of(work: Work, job: Job, seconds: float) -> Outcome | None:
     """What the job has made, or None where it has left nothing in that time."""
     return in_time(partial(read_outcome, answers(work, job)), seconds)
 
@@ -125,20 +124,19 @@ def in_time(read: Callable[[], T | None], seconds: float) -> T | None:
     return found
 
 
-def answers(work: Work, job: Mapping[str, Any]) -> Path:
+def answers(work: Work, job: Job) -> Path:
     """The folder in which the job leaves its outcome or its verdicts.
 
     Raises:
         NvilaError: the job does not say on which attempt it works.
     """
-    attempt = job["metadata"].get("annotations", {}).get(ATTEMPT)
-    if not attempt:
-        raise NvilaError(f"the job has no annotation {ATTEMPT}", where=f"trainjob/{job['metadata']['name']}")
-    return folder_of(work.out, attempt)
+    if not job.attempt:
+        raise NvilaError(f"the job has no annotation {ATTEMPT}", where=f"trainjob/{job.name}")
+    return folder_of(work.out, job.attempt)
 
 
 @contextmanager
-def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
+def cancelled_with_us(jobs: Jobs, work: Work) -> Iterator[None]:
     """When this step is asked to stop, its job is deleted: nobody else would end it.
 
     Not when this pod is only being moved (its node is drained, say): a successor attaches to the job, or else the exit
@@ -148,31 +146,31 @@ def cancelled_with_us(cluster: Cluster, work: Work) -> Iterator[None]:
         yield
     except (Preempted, KeyboardInterrupt):
         with _undisturbed():
-            if _is_moved(cluster):
+            if _is_moved(jobs):
                 say(work, f"job {job_name(work)}: goes on; this pod is being moved")
                 raise
-            _cancel(cluster, work)
+            _cancel(jobs, work)
         raise
 
 
-def _cancel(cluster: Cluster, work: Work) -> None:
-    name = job_name(work)
+def _cancel(jobs: Jobs, work: Work) -> None:
+    name, ours = job_name(work), (label(work.key), label(work.run_dir.name))
+    patience = Patience.within(CANCEL_SECONDS / 2)
     try:
-        ours = {KEY_LABEL: label(work.key), RUN_LABEL: label(work.run_dir.name)}
-        while job := cluster.get(name, within_seconds=CANCEL_SECONDS / 2):
-            if finished(job) or not ours.items() <= job["metadata"].get("labels", {}).items():
+        while job := jobs.get(name, patience):
+            if job.ended or (job.key, job.run) != ours:
                 return
-            if cluster.delete(job, within_seconds=CANCEL_SECONDS / 2):
+            if jobs.delete(job, patience):
                 say(work, f"job {name}: cancelled, as this step was asked to stop")
                 return
     except NvilaError as error:
         say(work, f"job {name}: NOT cancelled: {error}. Delete it by hand, or run again to go on with it.")
 
 
-def _is_moved(cluster: Cluster) -> bool:
+def _is_moved(jobs: Jobs) -> bool:
     """Whether Kubernetes says that this pod's node, and not this pipeline run, is the reason to stop."""
-    pod = cluster.pod(here.hostname) if (here := current()).in_cluster else None
-    return bool(pod and condition(pod, "DisruptionTarget"))
+    pod = jobs.pod(here.hostname) if (here := current()).in_cluster else None
+    return pod is not None and pod.moved
 
 
 @contextmanager
@@ -187,20 +185,19 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait_until_gone(cluster: Cluster, job: Job) -> None:
-    while (current := cluster.get(job["metadata"]["name"])) and current["metadata"]["uid"] == job["metadata"]["uid"]:
-        cluster.wait_for_change(current, LOOK_SECONDS)
+def _wait_until_gone(jobs: Jobs, job: Job) -> None:
+    while (current := jobs.get(job.name)) and current.uid == job.uid:
+        jobs.wait_for_change(current, LOOK_SECONDS)
 
 
-def _progress(cluster: Cluster, job: Job) -> str:
+def _progress(jobs: Jobs, job: Job) -> str:
     """What there is to say about a job that has not ended; nothing once it runs, as then it speaks for itself."""
-    name = job["metadata"]["name"]
-    if job["metadata"].get("deletionTimestamp"):
+    if job.deleting:
         return "is being deleted; waiting until its pods have gone"
-    pods = cluster.pods(name)
-    if pods is None or is_running(pods):
+    pods = jobs.pods(job.name)
+    if pods is None or any(pod.runs for pod in pods):
         return ""
-    return why_waiting(job, pods, cluster.warnings(name), cluster.workload(job))
+    return why_waiting(job, pods, jobs.warnings(job.name), jobs.queue(job))
 
 
 def _size(body: Mapping[str, Any]) -> str:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from functools import partial
 
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import NvilaError, PreflightError
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.text import say
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.connect import connect
+from nvila.components.kube.errors import NoCluster
+from nvila.components.kube.requests import Requests
 from nvila.components.runner.handover import read_verdict
 from nvila.components.runner.work import Work
-from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.follow import answers, cancelled_with_us, follow, in_time, obtain, outcome_of
+from nvila.infra.launch.job import COMPLETE
+from nvila.infra.launch.jobs import ADVICE, Jobs
 from nvila.infra.launch.logs import LogCopy
-from nvila.infra.launch.requests import Requests
-from nvila.infra.launch.state import COMPLETE, failure, finished
+from nvila.infra.launch.state import failure
 from nvila.infra.launch.trainjob import RUN_LABEL, label
 
 HEAVY = ("train-", "prune-")
@@ -39,21 +43,20 @@ def run(work: Work) -> Outcome:
     Raises:
         NvilaError: what the job reported, with its exit code; or what became of it otherwise.
     """
-    cluster = Cluster(Requests())
-    with cancelled_with_us(cluster, work):
-        job = obtain(cluster, work, work.here.site or Site(), OUTCOME_SECONDS)
-        if finished(job) is None:
-            with LogCopy(cluster, job["metadata"]["name"]):
-                job = follow(cluster, job)
-    name = job["metadata"]["name"]
-    if finished(job) != COMPLETE:
+    jobs = _jobs(work.here)
+    with cancelled_with_us(jobs, work):
+        job = obtain(jobs, work, work.here.site or Site(), OUTCOME_SECONDS)
+        if job.ended is None:
+            with LogCopy(jobs, job.name):
+                job = follow(jobs, job)
+    if job.ended != COMPLETE:
         verdict = in_time(partial(read_verdict, answers(work, job)), VERDICT_SECONDS)
-        raise verdict or failure(job, cluster.pods(name) or [])
+        raise verdict or failure(job, jobs.pods(job.name) or [])
     outcome = outcome_of(work, job, OUTCOME_SECONDS)
     if outcome is None:
         raise NvilaError(
             "the job is complete but has left no outcome",
-            where=f"trainjob/{name}: {answers(work, job)}",
+            where=f"trainjob/{job.name}: {answers(work, job)}",
             do="The job's pods and this one must mount the same volume at the same place.",
         )
     return outcome
@@ -61,8 +64,20 @@ def run(work: Work) -> Outcome:
 
 def close(run: str, here: Environment) -> None:
     """Cancel the jobs of a pipeline run that have not ended."""
-    cluster, ours = Cluster(Requests()), f"{RUN_LABEL}={label(run)}"
-    while going := [j for j in cluster.find(ours) if not finished(j) and not j["metadata"].get("deletionTimestamp")]:
+    jobs, ours = _jobs(here), f"{RUN_LABEL}={label(run)}"
+    while going := [job for job in jobs.find(ours) if not job.ended and not job.deleting]:
         for job in going:
-            if cluster.delete(job):
-                say(f"job {job['metadata']['name']}: cancelled, as its run has ended")
+            if jobs.delete(job):
+                say(f"job {job.name}: cancelled, as its run has ended")
+
+
+def _jobs(here: Environment) -> Jobs:
+    """Those of the namespace that `KUBECONFIG` names, or that this pod is in."""
+    try:
+        return Jobs(Cluster(Requests(connect(here.kubeconfig), advice=ADVICE)))
+    except NoCluster as error:
+        raise PreflightError(
+            f"there is no cluster here that could take the job: {error}",
+            where="NVILA_SITE",
+            do="Set KUBECONFIG, or unset NVILA_SITE: steps then work in their own processes.",
+        ) from None

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TextIO
 
+from nvila.components.kube.errors import Away
 from nvila.components.tracking.redact import tell
-from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.requests import broken
-from nvila.infra.launch.state import first_pod, items
+from nvila.infra.launch.job import Pod
+from nvila.infra.launch.jobs import Jobs
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 SILENCE_SECONDS = 60.0
@@ -22,8 +22,8 @@ SILENCE_SECONDS = 60.0
 class LogCopy:
     """A thread that follows the log while the context is open; leaving it waits a little for the last lines."""
 
-    def __init__(self, cluster: Cluster, job_name: str, out: TextIO | None = None, pause_seconds: float = 2.0) -> None:
-        self._cluster, self._job = cluster, job_name
+    def __init__(self, jobs: Jobs, job_name: str, out: TextIO | None = None, pause_seconds: float = 2.0) -> None:
+        self._jobs, self._job = jobs, job_name
         self._out = out if out is not None else sys.stdout
         self._pause = pause_seconds
         self._over = threading.Event()
@@ -43,22 +43,27 @@ class LogCopy:
         while True:
             last_round = self._over.is_set()
             try:
-                pod = first_pod(self._cluster.pods(self._job) or [])
-                if pod is not None and _has_begun(pod):
-                    if place is None or place.pod != pod["metadata"]["uid"]:
-                        place = Place(pod["metadata"]["uid"])
-                    self._copy(pod["metadata"]["name"], place)
-            except broken():
+                pod = first_pod(self._jobs.pods(self._job) or [])
+                if pod is not None and pod.has_log:
+                    if place is None or place.pod != pod.uid:
+                        place = Place(pod.uid)
+                    self._copy(pod.name, place)
+            except (Away, OSError, ValueError):
                 pass  # the log is a courtesy: what becomes of the job is told elsewhere
             if last_round:
                 return
             self._over.wait(self._pause)
 
     def _copy(self, pod: str, place: Place) -> None:
-        with self._cluster.log(pod, place.since, SILENCE_SECONDS) as lines:
+        with self._jobs.log(pod, place.since, SILENCE_SECONDS) as lines:
             for text in place.fresh(lines):
                 self._out.write(tell(text) + "\n")
                 self._out.flush()
+
+
+def first_pod(pods: Sequence[Pod]) -> Pod | None:
+    """The newest pod of the first node, whose log tells of the whole job."""
+    return next((pod for pod in reversed(pods) if pod.node == 0), None)
 
 
 class Place:
@@ -104,9 +109,3 @@ def _sortable(stamp: str) -> str | None:
     if zone not in ("", "+00:00"):
         seconds = datetime.fromisoformat(seconds + zone).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     return f"{seconds}.{fraction:0<9}"
-
-
-def _has_begun(pod: Mapping[str, Any]) -> bool:
-    """Whether there is a log at all."""
-    states = [state.get("state", {}) for state in items(pod, "status", "containerStatuses")]
-    return any("running" in state or "terminated" in state for state in states)

@@ -49,10 +49,11 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         ConfigError: no such model, a schema that cannot be kept, or an answer was cut before its JSON ended.
         DataError: a picture, clip or document cannot be read, or is of a kind that the texts have no place for.
     """
-    folder = _folder(reference, runs)
+    folder = find_model(reference, runs).folder
     before_importing("transformers")
 
     from nvila.components.model.checkpoint.loading import load
+    from nvila.components.model.decode.answer import stream
     from nvila.components.model.decode.structured import JsonSchema
     from nvila.components.model.text.conversation import Turn, arranged, count_literals, split_media
     from nvila.components.model.text.prompt import make_prompt
@@ -73,7 +74,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         so_far = sum(count_literals(earlier) for earlier in turns)
         prompt = make_prompt(tuple(turns), [*front, *placed[:so_far]], loaded.config, system=question.system)
         pieces = []
-        for piece in loaded.stream(tokenizer, prompt, answering.max_new_tokens, **options):
+        for piece in stream(loaded, tokenizer, prompt, answering.max_new_tokens, **options):
             pieces.append(piece)
             yield piece
         turns.append(Turn("gpt", "".join(pieces)))
@@ -104,11 +105,3 @@ def _check_complete(answer: str, max_new_tokens: int) -> None:
             value=max_new_tokens,
             do="Allow longer answers",
         ) from None
-
-
-def _folder(reference: str, runs: Path) -> Path:
-    if "://" not in reference:
-        return find_model(reference, runs.absolute()).folder
-    from nvila.components.data.fetch import fetch
-
-    return fetch(reference)

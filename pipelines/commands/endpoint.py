@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
-from nvila.components.rollout import endpoint as records
 from nvila.components.rollout.local import Wanted, start
+from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
 from nvila.pipelines.commands.models import find_model
 
@@ -25,11 +25,11 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
     """
     runs = runs.absolute()
     model = find_model(reference, runs)
-    if model.native:
+    if not model.served:
         raise ConfigError(
-            "vLLM does not read a native checkpoint",
+            "vLLM reads the layout `serving` only",
             where=str(model.folder),
-            do="Serve the folder `model` that the step quantize wrote, or ask this one with `nvila infer`.",
+            do=f"nvila convert {reference} FOLDER --to serving, and serve that; or ask this one with `nvila infer`.",
         )
     wanted = Wanted(model.name, model.version, model.digest, model.folder, host, port, key)
     with records.exclusive(runs):

@@ -1,19 +1,19 @@
-"""Which model a person means on the command line: a folder, or an alias of the registry."""
+"""The model that a name on the command line means, as a checkpoint on this machine that was found to be that model."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError
-from nvila.components.contracts.manifest import MANIFEST, Manifest, digest_json, written_by
+from nvila.components.contracts.files import read_json
+from nvila.components.contracts.manifest import MANIFEST, InputRef, Manifest, digest_json, written_by
 from nvila.components.contracts.places import is_address
-from nvila.components.tracking.connect import has_store, tracking_uri
-from nvila.components.tracking.redact import redact_text
-
-QUANTIZE = "quantize"
-"""The step whose output is served."""
+from nvila.components.tracking.named import named
+from nvila.components.tracking.registry import DIGEST_TAG, Version, download, registered_inputs
 
 
 @dataclass(frozen=True)
@@ -23,64 +23,89 @@ class Model:
     folder: Path
     name: str
     """What requests call it."""
-    version: str
-    """Number in the registry; 0 for a folder."""
-    digest: str
-    """Of the step's manifest; for a folder that no step wrote, of the names and digests of its files."""
+    version: str = "0"
+    """Number in the registry; 0 for any other checkpoint."""
+    made: Manifest | None = None
+    """Of the step that wrote it; None for a checkpoint from elsewhere."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the step's manifest; of a checkpoint that no step wrote, of the names and digests of its files."""
+        if self.made is not None:
+            return self.made.digest
+        paths = sha256_of(path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        return digest_json({path.relative_to(self.folder).as_posix(): sha256 for path, sha256 in paths.items()})
 
     @property
-    def native(self) -> bool:
-        """In the three-folder layout (`llm`, `vision_tower`, `mm_projector`), which vLLM does not read."""
-        return (self.folder / "llm").is_dir()
+    def served(self) -> bool:
+        """In the layout that vLLM reads."""
+        return "nvila" in read_json(self.folder / "config.json")
 
 
 def find_model(reference: str, runs: Path) -> Model:
-    """The model in a folder, or the registered one with this alias or number (of the latest model, or `NAME@ALIAS`).
+    """The checkpoint at a path (a folder, or the manifest of a step that wrote one), at `s3://bucket/prefix` or
+    `hf://id@revision`, or of a version of the registry (`named`), whose files are brought here where they are not.
 
-    Its files are read and are those that the step wrote; a folder from elsewhere has nothing to be held against.
+    What a step wrote is read, and is what it wrote; what was registered, too. A checkpoint from elsewhere has nothing
+    to be held against.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of these.
+        DataError: it cannot be brought here.
         DamagedError: files or manifest are not what the step wrote, or not what was registered.
+        Unreachable: S3 or the hub does not answer.
     """
     if is_address(reference):
-        do = f"Write it into a folder first: nvila convert {reference} FOLDER --to LAYOUT"
-        raise ConfigError("neither a folder here nor a registered model", value=reference, do=do)
-    folder = Path(reference)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError("no checkpoint: config.json is missing", where=reference)
-        made = written_by(folder)
-        return Model(folder.absolute(), folder.absolute().name, "0", made.digest if made else _digest(folder))
-    return _registered(reference, runs)
+        from nvila.components.data.fetch import fetch
+
+        return _at(fetch(reference), reference.rstrip("/").rpartition("/")[2].partition("@")[0])
+    found = named(reference, runs := runs.absolute())
+    if isinstance(found, Path):
+        return _at(found.absolute(), found.absolute().name)
+    return _registered(found, runs)
 
 
-def _registered(reference: str, runs: Path) -> Model:
-    do = "Give the folder of a checkpoint, or run a recipe first."
-    if not has_store(runs):
-        raise ConfigError(f"no such folder, and {runs} has no registry", value=reference, do=do)
-    from nvila.components.tracking.registry import find, models, registered_inputs
-
-    name, _, alias = reference.rpartition("@")
-    for candidate in [name] if name else models(runs):
-        if version := find(runs, candidate, alias):
-            made = next((ref for ref in registered_inputs(version) if ref.step == QUANTIZE), None)
-            if made is None:
-                raise ConfigError("this version was not registered by a run", where=version.uri)
-            manifest = Manifest.load(made.uri)
-            if manifest.digest != made.digest:
-                raise DamagedError(
-                    f"this is not the model that was registered as {version.uri}",
-                    where=str(Path(manifest.folder, MANIFEST)),
-                    value={"registry": made.digest[:12], "there": manifest.digest[:12]},
-                    do="Run the recipe again to make and register it, or give the folder of a checkpoint.",
-                )
-            return Model(manifest.dir("model", fresh=True), version.name, version.version, made.digest)
-    raise ConfigError(
-        f"no registered model has the alias or number {alias!r}", where=redact_text(tracking_uri(runs)), do=do
-    )
+def _at(place: Path, name: str) -> Model:
+    manifest = place / MANIFEST if place.is_dir() else place
+    if manifest.is_file():
+        made = Manifest.load(manifest)
+        return Model(made.dir("model", fresh=True), name if place.is_dir() else place.parent.name, made=made)
+    return Model(place, name, made=written_by(place))
 
 
-def _digest(folder: Path) -> str:
-    paths = sha256_of(path for path in sorted(folder.rglob("*")) if path.is_file())
-    return digest_json({path.relative_to(folder).as_posix(): sha256 for path, sha256 in paths.items()})
+def _registered(version: Version, runs: Path) -> Model:
+    made = next((ref for ref in registered_inputs(version) if ref.digest == version.tags.get(DIGEST_TAG)), None)
+    if made is None:
+        raise ConfigError("this version was not registered by a run", where=version.uri)
+    manifest = Manifest.load(made.uri) if os.path.lexists(made.uri) else _downloaded(version, made, runs)
+    _require(manifest, made, version)
+    return Model(manifest.dir("model", fresh=True), version.name, version.version, manifest)
+
+
+def _downloaded(version: Version, made: InputRef, runs: Path) -> Manifest:
+    """The manifest in the cache, with the model's files beside it: those that are not there yet come from MLflow."""
+    from nvila.components.data.remote.cache import alone, cache
+
+    folder = cache() / "registry" / made.digest
+    with alone(f"registry/{made.digest}", version.uri):
+        if not (folder / MANIFEST).is_file():
+            download(runs, version, MANIFEST, folder)
+        manifest = Manifest.load(folder / MANIFEST)
+        _require(manifest, made, version)
+        files = [name for name in manifest.files if name.startswith("model/")]
+        for name in manifest.faults(files, deep=True, fresh=False):
+            download(runs, version, name, folder)
+    return manifest
+
+
+def _require(manifest: Manifest, made: InputRef, version: Version) -> None:
+    """Raises:
+    DamagedError: the manifest is not that of the registered model.
+    """
+    if manifest.digest != made.digest:
+        raise DamagedError(
+            f"this is not the model that was registered as {version.uri}",
+            where=str(Path(manifest.folder, MANIFEST)),
+            value={"registry": made.digest[:12], "there": manifest.digest[:12]},
+            do="Run the recipe again to make and register it, or give the folder of a checkpoint.",
+        )

@@ -286,13 +286,13 @@ def _code_in(reason: str) -> Exit | None:
 
 def _state(name: str, task: Any, now: datetime) -> StepState:
     if task is None:
-        return StepState(name, "waiting", 0.0, "", {})
+        return StepState(name, "waiting", 0.0, "")
     status = _STATUS.get(task.state, (task.state or "waiting").lower())
     note = ""
     if status == "failed":
         note = _reason(task)
         status = {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(_code_in(note) or Exit.FAULT, "failed")
-    return StepState(name, status, _seconds(task, now), note, {})
+    return StepState(name, status, _seconds(task, now), note)
 
 
 def _seconds(task: V2beta1PipelineTaskDetail, now: datetime) -> float:

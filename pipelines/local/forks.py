@@ -23,9 +23,9 @@ import psutil
 
 from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.environment import take_over
-from nvila.components.contracts.files import read_json
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
+from nvila.components.runner.status import Status, statuses
 from nvila.components.tracking.connect import load_client
 
 _ALWAYS_NEEDED = (
@@ -91,8 +91,8 @@ class _Forks:
 
     def _has_work(self) -> bool:
         """Whether a step was not skipped: then those that follow it will not be either."""
-        records = map(read_json, (self._run_dir / "steps").glob("*.json"))
-        return any(not record.get("cached", True) and record.get("name") not in ALWAYS for record in records)
+        steps = statuses(self._run_dir)
+        return any(step.status is Status.DONE and step.name not in ALWAYS for step in steps)
 
     def _step(self, source: str, arguments: list[str], environment: dict[str, str], parent: int) -> None:
         """In the fork: what KFP's command would do in a new interpreter."""

@@ -15,10 +15,10 @@ class MemorySampler(threading.Thread):
     PSS shares a page's size out over the processes that map it, so a sum counts no page twice.
     """
 
-    def __init__(self, pid: int, serving: Path, interval_seconds: float = 1.0) -> None:
+    def __init__(self, pid: int, runs: Path, interval_seconds: float = 1.0) -> None:
         super().__init__(name="memory", daemon=True)
         self.peak_pss_bytes = 0
-        self._pid, self._serving, self._interval = pid, serving, interval_seconds
+        self._pid, self._runs, self._interval = pid, runs, interval_seconds
         self._done = threading.Event()
 
     def run(self) -> None:
@@ -36,9 +36,9 @@ class MemorySampler(threading.Thread):
         self.join()
 
     def _servers(self) -> list[int]:
-        from nvila.components.preflight.port import our_servers
+        from nvila.components.serve.endpoint import alive
 
-        return [server.pid for server in our_servers(self._serving)]
+        return [server.pid for server in alive(self._runs)]
 
 
 def pss_bytes(pid: int) -> int:

@@ -24,14 +24,16 @@ from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
+from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
 from nvila.pipelines.commands.overrides import parse_overrides
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.peak_memory import MemorySampler
 from nvila.pipelines.show.results import REPORT, short, show_closing
-from nvila.pipelines.show.summary import KILLED, LOG, Finished, write_summary
+from nvila.pipelines.show.summary import LOG, write_summary
 from nvila.pipelines.show.watch import Watch, print_line, read_states
+from nvila.pipelines.steps import STEPS
 
 
 def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
@@ -65,7 +67,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
     print_line(console, where)
     began = time.monotonic()
-    sampler = MemorySampler(os.getpid(), run_dir.parent / "serving")
+    sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
     threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
     code = _watched(run_dir, store, console)
@@ -75,18 +77,18 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
         print_line(console, tell(f"{damage}\nthe damaged work is done again"))
         code = _watched(run_dir, store, console)
     sampler.stop()
-    finished = Finished.read(run_dir)
-    exit_code = _exit_code(finished, code)
-    summary = write_summary(finished, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
+    over = Run.read(run_dir)
+    exit_code = _exit_code(over, code)
+    summary = write_summary(over, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
     _write_report(run_dir)
     _close_tracking(run_dir, exit_code)
-    show_closing(finished, summary, console)
+    show_closing(over, summary, console)
     return exit_code
 
 
 def _damage_met(run_dir: Path) -> str | None:
     """What the step that ended the run said of damaged work that it should have read."""
-    return next((s.note for s in read_states(run_dir) if s.status == "failed" and s.record.get("damaged")), None)
+    return next((step.message for step in statuses(run_dir) if step.damaged), None)
 
 
 def _watched(run_dir: Path, store: Path, console: Console) -> int:
@@ -126,11 +128,10 @@ def _write_report(run_dir: Path) -> None:
     """The report, where the step that writes it was not reached: the run was stopped or killed."""
     if (run_dir / REPORT).is_file():
         return
-    from nvila.components.report.collect import collect
     from nvila.components.report.step import render
 
     try:
-        write_atomic(run_dir / REPORT, render(collect(run_dir)))
+        write_atomic(run_dir / REPORT, render(Run.read(run_dir)))
     except Exception as problem:
         say(redact_text(f"no report: {type(problem).__name__}: {problem}"))
 
@@ -178,15 +179,13 @@ class _Stop:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _exit_code(finished: Finished, worker_code: int) -> Exit:
+def _exit_code(run: Run, worker_code: int) -> Exit:
     """That of the first step that did not come through; else the worker's own. Done is only a run of which all are."""
     if worker_code == Exit.PREEMPTED:
         return Exit.PREEMPTED
-    if finished.failed:
-        return Exit(finished.failed.record["exit_code"])
-    if worker_code == Exit.DONE and not all(state.came_through for state in finished.states):
-        return Exit.FAULT
-    if any(state.status == KILLED for state in finished.states):
+    if run.trouble:
+        return run.trouble.exit_code or Exit.FAULT
+    if run.lost or (worker_code == Exit.DONE and run.unfinished(STEPS)):
         return Exit.FAULT
     return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
 

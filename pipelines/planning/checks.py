@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import KEY, Site
+from nvila.components.kube.cluster import CONFIG_MAP, NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
+from nvila.components.kube.connect import connect
+from nvila.components.kube.errors import Denied, NoCluster
+from nvila.components.kube.requests import Patience, Requests
 from nvila.pipelines.compile import names
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -52,106 +55,25 @@ class Need:
         )
 
 
-class Cluster:
-    """The cluster of the current context, or the one that this process runs in."""
+def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
+    """The cluster of the current context, or the one that this process runs in; None where none is configured.
 
-    def __init__(self, client: Any, name: str, namespace: str) -> None:
-        self.name, self.namespace = name, namespace
-        self._client = client
-
-    @classmethod
-    def connect(cls, namespace: str | None, kubeconfig: str | None) -> Cluster | None:
-        """The cluster; None where none is configured.
-
-        Raises:
-            PreflightError: the kubeconfig cannot be used.
-        """
-        import yaml
-        from kubernetes import client, config
-
-        file = kubeconfig or "~/.kube/config"
-        try:
-            _, context = config.list_kube_config_contexts(file)
-        except config.ConfigException:
-            return cls._around(namespace)
-        except (yaml.YAMLError, OSError, ValueError, TypeError, AttributeError) as error:  # the last are its content's
-            why = " ".join(str(error).split())
-            raise PreflightError(f"the kubeconfig cannot be read: {why}", where="KUBECONFIG", value=file) from None
-        try:
-            return cls(
-                config.new_client_from_config(file),
-                context["name"],
-                namespace or context["context"].get("namespace") or "default",
-            )
-        except (config.ConfigException, client.ApiException, OSError, KeyError) as error:
-            raise PreflightError(f"the kubeconfig cannot be used: {error}", where="KUBECONFIG") from None
-
-    @classmethod
-    def _around(cls, namespace: str | None) -> Cluster | None:
-        from kubernetes import client, config
-
-        try:
-            config.load_incluster_config()
-        except config.ConfigException:
-            return None
-        file = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-        own = file.read_text(encoding="utf-8").strip() if file.is_file() else "default"
-        return cls(client.ApiClient(), "this cluster", namespace or own)
-
-    def get(self, path: str) -> dict[str, Any] | None:
-        """An object by its path; None where it, or its kind, is not there.
-
-        Raises:
-            Denied: this account may not read it.
-            PreflightError: the cluster does not answer.
-        """
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            answer: dict[str, Any] = self._client.call_api(
-                path,
-                "GET",
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=TIMEOUT_SECONDS,
-            )
-            return answer
-        except ApiException as error:
-            if error.status == 404:
-                return None
-            if error.status == 403:
-                raise Denied from None
-            if error.status == 401:
-                raise PreflightError("the cluster does not accept the credentials", where=self.name) from None
-            raise PreflightError(f"the cluster answers {error.status}", where=self.name, value=path) from None
-        except HTTPError as error:
-            raise PreflightError(f"no answer: {getattr(error, 'reason', None) or error}", where=self.name) from None
-
-    def in_namespace(self, kind: str, name: str) -> dict[str, Any] | None:
-        """An object of the core API in the namespace."""
-        return self.get(f"/api/v1/namespaces/{self.namespace}/{kind}/{name}")
-
-    def version(self, group: str, plural: str) -> str | None:
-        """The version of a group that serves this resource, the preferred one first."""
-        versions = (self.get(f"/apis/{group}") or {}).get("versions", [])
-        for version in (entry["version"] for entry in versions):
-            served = self.get(f"/apis/{group}/{version}") or {}
-            if any(resource["name"] == plural for resource in served.get("resources", [])):
-                return str(version)
+    Raises:
+        PreflightError: the kubeconfig cannot be used.
+    """
+    default = Path("~/.kube/config").expanduser()
+    try:
+        connection = connect(kubeconfig or (str(default) if default.is_file() else None), namespace)
+    except NoCluster:
         return None
-
-
-class Denied(Exception):
-    """This account may not look there."""
+    return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS)))
 
 
 def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
     """Everything that is wrong or worth knowing, what is refused first.
 
     Raises:
-        PreflightError: the cluster does not answer.
+        ApiError: the cluster does not answer, or lets nobody in.
     """
     site = _site(cluster)
     if site.gpus_per_node == 0:  # jobs of this site run on CPUs and ask for no GPU
@@ -180,20 +102,20 @@ def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
 def _site(cluster: Cluster) -> Site:
     """As the site's ConfigMap says, which may be missing."""
     try:
-        data = (cluster.in_namespace("configmaps", names.CONFIG_MAP) or {}).get("data") or {}
+        data = (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
     except Denied:
         data = {}
     return Site.read(data) or Site()
 
 
 def _namespace(cluster: Cluster) -> Iterator[Finding]:
-    if cluster.get(f"/api/v1/namespaces/{cluster.namespace}") is None:
+    if cluster.get(NAMESPACE, cluster.namespace) is None:
         yield Finding(True, f"there is no namespace {cluster.namespace}; give --namespace")
 
 
 def _claims(cluster: Cluster) -> Iterator[Finding]:
     for name in (names.VOLUME_CLAIM, names.CACHE_CLAIM):
-        claim = cluster.in_namespace("persistentvolumeclaims", name)
+        claim = cluster.get(VOLUME_CLAIM, name)
         if claim is None:
             yield Finding(
                 True, f"there is no volume claim {name} in {cluster.namespace}; the chart makes it, or give --namespace"
@@ -218,17 +140,18 @@ def _runtime(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
             True,
             f"train.gpus: {need.gpus} processes do not fill nodes of {per_node} GPUs; ask for a multiple, or fewer",
         )
-    version = cluster.version(TRAINER, "trainjobs")
+    version = cluster.served_version(TRAINER, "trainjobs")
     if version is None:
         yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
         return
     name = site.training_runtime
-    if cluster.get(f"/apis/{TRAINER}/{version}/clustertrainingruntimes/{name}") is None:
+    runtimes = Kind(version, "ClusterTrainingRuntime", "clustertrainingruntimes", namespaced=False)
+    if cluster.get(runtimes, name) is None:
         yield Finding(True, f"there is no ClusterTrainingRuntime {name}; the chart makes it")
 
 
 def _credentials(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
-    secret = cluster.in_namespace("secrets", names.SECRET)
+    secret = cluster.get(SECRET, names.SECRET)
     keys = set((secret or {}).get("data") or {})
     aws = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     if need.s3 and (missing := sorted(aws - keys)):
@@ -238,9 +161,8 @@ def _credentials(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
 
 
 def _quota(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
-    quotas = cluster.get(f"/api/v1/namespaces/{cluster.namespace}/resourcequotas") or {}
     key = f"requests.{site.gpu_resource}"
-    for quota in quotas.get("items", []):
+    for quota in cluster.find(QUOTA):
         hard = quota.get("spec", {}).get("hard", {}).get(key)
         if hard is None:
             continue
@@ -260,16 +182,16 @@ def _queue(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
     name = site.queue
     if not name or not site.launcher:
         return
-    version = cluster.version(KUEUE, "localqueues")
+    version = cluster.served_version(KUEUE, "localqueues")
     if version is None:
         yield Finding(True, f"{KEY} names queue {name}, and the cluster knows no LocalQueue; install Kueue ({KUEUE})")
         return
-    local = cluster.get(f"/apis/{KUEUE}/{version}/namespaces/{cluster.namespace}/localqueues/{name}")
+    local = cluster.get(Kind(version, "LocalQueue", "localqueues"), name)
     if local is None:
         yield Finding(True, f"there is no LocalQueue {name} in {cluster.namespace}")
         return
     queue = str(local["spec"].get("clusterQueue"))
-    found = cluster.get(f"/apis/{KUEUE}/{version}/clusterqueues/{queue}")
+    found = cluster.get(Kind(version, "ClusterQueue", "clusterqueues", namespaced=False), queue)
     if found is None:
         yield Finding(True, f"LocalQueue {name} leads to ClusterQueue {queue}, which is not there")
         return
@@ -293,8 +215,7 @@ def _queue(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
 def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Finding]:
     if not need.gpus:
         return
-    items = (cluster.get("/api/v1/nodes") or {}).get("items", [])
-    nodes = [node for node in items if _takes_pods(node)]
+    nodes = [node for node in cluster.find(NODE) if _takes_pods(node)]
     each = min(need.gpus, site.gpus_per_node)
     wanted = math.ceil(need.gpus / each)
     resource = site.gpu_resource

@@ -16,6 +16,8 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
@@ -23,7 +25,7 @@ from nvila.pipelines.commands.overrides import parse_overrides
 from nvila.pipelines.compile.package import resources
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
-from nvila.pipelines.planning.checks import Cluster, Finding, Need, look
+from nvila.pipelines.planning.checks import Finding, Need, look
 from nvila.pipelines.planning.cost import GPUS, Gpu, Subset
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
@@ -117,9 +119,9 @@ def make_plan(
         try:
             findings = look(cluster, Need.of(checked), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
-        except PreflightError as error:
+        except ApiError as error:
             if insist:
-                raise
+                raise PreflightError(str(error)) from None
             looked = f"{error}; only this machine was looked at"
     return Plan(
         recipe=checked.name,

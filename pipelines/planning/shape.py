@@ -86,7 +86,7 @@ def count(config: ModelConfig) -> Shape:
     from torch import nn
 
     from nvila.components.model.checkpoint.describe import image_tokens, video_tokens
-    from nvila.components.model.config.variants import empty_model
+    from nvila.components.model.nvila import empty_model
     from nvila.components.model.vision.tower import used_blocks
     from nvila.components.model.vision.visual import token_count
 

@@ -13,8 +13,10 @@ from rich.text import Text
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import shell_word, visible, visible_lines
-from nvila.pipelines.show.summary import LOG, Finished
-from nvila.pipelines.show.watch import print_line, step_table
+from nvila.components.runner.status import Run
+from nvila.pipelines.show.summary import LOG, verdict
+from nvila.pipelines.show.watch import StepState, print_line, step_table
+from nvila.pipelines.steps import STEPS
 
 REPORT = "report.html"
 _KINDS = {
@@ -30,16 +32,16 @@ _LARGEST_ARGUMENT_BYTES = 64 * 2**10
 """Of a picture: Linux lets a program have no argument above 128 KiB, and base64 and the question add to it."""
 
 
-def show_closing(finished: Finished, summary: dict[str, Any], console: Console) -> None:
+def show_closing(run: Run, summary: dict[str, Any], console: Console) -> None:
     """Print the summary of a run that has ended, however it ended."""
     minutes, gib = summary["seconds_total"] / 60, summary["peak_pss_bytes"] / 2**30
     title = (
         f"{summary['run']}: {summary['decision']} after {minutes:.1f} min "
         f"(overhead {summary['seconds_overhead']:.1f} s, peak memory {gib:.1f} GiB)"
     )
-    _print_table(console, title, step_table(finished.states))
+    _print_table(console, title, step_table([StepState.of(run.step(name)) for name in STEPS]))
     if summary["accuracy"]:
-        found = finished.headline
+        found = verdict(run)
         colour = "green" if found.good and summary["exit_code"] == Exit.DONE else "yellow"
         print_line(console, f"\n{visible(found.text)}", style=f"bold {colour}")
     if summary["accuracy"]:
@@ -48,16 +50,16 @@ def show_closing(finished: Finished, summary: dict[str, Any], console: Console) 
     if summary["stages"]:
         _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
     console.print()
-    for label, value in _places(finished, summary):
+    for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
-    if summary["endpoint"] and (example := curl_example(finished)):
+    if summary["endpoint"] and (example := curl_example(run)):
         console.print("\nask the served model about a picture:")
         print_line(console, example)
     if summary["message"]:
         print_line(console, f"\n{visible_lines(summary['message'])}")
 
 
-def curl_example(finished: Finished) -> str | None:
+def curl_example(run: Run) -> str | None:
     """A shell command that asks the endpoint a held-out question about its picture; None where no question has one.
 
     Names and questions come from the user's data. The body stands in single quotes, in which a shell reads nothing, and
@@ -65,10 +67,10 @@ def curl_example(finished: Finished) -> str | None:
     """
     from nvila.components.model.text.conversation import Turn, messages_of
 
-    held_out = _held_out(finished)
+    held_out = _held_out(run)
     if held_out is None:
         return None
-    served = finished.values("rollout")
+    served = run.values("rollout")
     picture, question = held_out
     url = {"url": f"data:image/{_KINDS.get(picture.suffix.lower(), 'png')};base64,"}
     content = [
@@ -98,15 +100,15 @@ def _quoted(content: Any) -> str:
     return json.dumps(content, separators=(",", ":")).replace("'", "\\u0027").replace("\x7f", "\\u007f")
 
 
-def _held_out(finished: Finished) -> tuple[Path, str] | None:
+def _held_out(run: Run) -> tuple[Path, str] | None:
     """A held-out picture and its question as the record has it, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
 
-    samples = read_samples(finished.manifests["validate"].path("samples.parquet"), split="heldout")
+    samples = read_samples(run.manifests["validate"].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         return None
-    measured = finished.values("evaluate")["accuracy"]
+    measured = run.values("evaluate")["accuracy"]
     best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
     return best.root / best.media[0], best.conversations[0].text
 
@@ -138,16 +140,16 @@ def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _places(finished: Finished, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    run_dir = finished.run_dir
+def _places(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    run_dir = run.folder
     places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
     if (run_dir / REPORT).is_file():
         places.append(("report", short(run_dir / REPORT)))
     store = run_dir.parent / "mlflow.db"
     if store.is_file():
         places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
-    if version := finished.values("register").get("version"):
-        places.append(("registered", f"{finished.values('register')['name']} version {version}"))
+    if version := run.values("register").get("version"):
+        places.append(("registered", f"{run.values('register')['name']} version {version}"))
     if summary["endpoint"]:
         places.append(("endpoint", f"{summary['endpoint']} (`nvila stop` ends it)"))
     return places

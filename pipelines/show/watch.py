@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -15,34 +13,34 @@ from rich.table import Table
 from rich.text import Text
 
 from nvila.components.contracts.text import visible
+from nvila.components.runner.status import Status, StepStatus, progress
 from nvila.pipelines.steps import STEPS
 
 PROGRESS_EVERY_SECONDS = 15.0
-_COLOUR = {
-    "running": "cyan",
-    "done": "green",
-    "cached": "blue",
-    "rejected": "yellow",
-    "failed": "red",
-    "killed": "red",
-    "preempted": "yellow",
+_COLOUR: dict[str, str] = {
+    Status.RUNNING: "cyan",
+    Status.DONE: "green",
+    Status.CACHED: "blue",
+    Status.REJECTED: "yellow",
+    Status.FAILED: "red",
+    Status.KILLED: "red",
+    Status.PREEMPTED: "yellow",
 }
 
 
 @dataclass(frozen=True)
 class StepState:
-    """One step as its status and progress files tell it, or a cluster."""
+    """One row of the table: a step as its status and progress files tell it, or a cluster in its own words."""
 
     name: str
     status: str
     seconds: float
     note: str
-    record: dict[str, Any]
 
-    @property
-    def came_through(self) -> bool:
-        """Whether the step has done its work, or found it done."""
-        return self.status in ("done", "cached")
+    @classmethod
+    def of(cls, step: StepStatus, note: str = "") -> StepState:
+        """A step's own words."""
+        return cls(step.name, step.status, step.seconds, step.message or note)
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:
@@ -52,7 +50,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def read_states(run_dir: Path) -> list[StepState]:
     """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
-    return [_state(run_dir, name) for name in STEPS]
+    return [StepState.of(StepStatus.read(run_dir, name), progress(run_dir, name)) for name in STEPS]
 
 
 class Watch:
@@ -91,12 +89,14 @@ class Watch:
 
     def _lines(self, states: list[StepState]) -> None:
         for state in states:
-            if state.status != self._seen.get(state.name, "waiting"):
+            if state.status != self._seen.get(state.name, Status.WAITING):
                 self._seen[state.name] = state.status
-                took = "" if state.status in ("running", "waiting") else f" in {state.seconds:.1f} s"
+                took = "" if state.status in (Status.RUNNING, Status.WAITING) else f" in {state.seconds:.1f} s"
                 self._say(f"{state.name}: {state.status}{took}")
         if time.monotonic() - self._spoke > PROGRESS_EVERY_SECONDS:
-            running = [f"{s.name}: {s.note or 'running'} [{s.seconds:.0f} s]" for s in states if s.status == "running"]
+            running = [
+                f"{s.name}: {s.note or 'running'} [{s.seconds:.0f} s]" for s in states if s.status == Status.RUNNING
+            ]
             self._say("; ".join(running) or self._title())
 
     def _say(self, line: str) -> None:
@@ -113,31 +113,6 @@ def step_table(states: list[StepState]) -> Table:
     table.add_column("", overflow="ellipsis", no_wrap=True)
     for state in states:
         colour = _COLOUR.get(state.status, "dim")
-        seconds = "" if state.status == "waiting" else f"{state.seconds:.1f}"
+        seconds = "" if state.status == Status.WAITING else f"{state.seconds:.1f}"
         table.add_row(visible(state.name), Text(visible(state.status), colour), seconds, Text(visible(state.note)))
     return table
-
-
-def _state(run_dir: Path, name: str) -> StepState:
-    record = _json(run_dir / "steps" / f"{name}.json")
-    status = record.get("status", "waiting")
-    if status == "running":
-        note = _progress(_json(run_dir / "progress" / f"{name}.json"))
-        return StepState(name, status, time.time() - record.get("started", time.time()), note, record)
-    return StepState(name, status, record.get("seconds", 0.0), record.get("message") or "", record)
-
-
-def _progress(record: dict[str, Any]) -> str:
-    if not record:
-        return ""
-    of = f"/{record['total']}" if record.get("total") is not None else ""
-    return f"{record.get('what', '')} {record.get('done', '')}{of} {record.get('note', '')}".strip()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Content of a file that is written by rename; empty while it is not there, or where it is torn."""
-    try:
-        content = json.loads(path.read_bytes().decode())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

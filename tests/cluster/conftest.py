@@ -16,8 +16,10 @@ import pytest
 from kube import CRDS, ApiServer, install_crd, write_kubeconfig, write_status
 from launches import Launch
 
-from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.requests import Patience, Requests
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.connect import connect
+from nvila.components.kube.requests import Patience, Requests
+from nvila.infra.launch.jobs import ADVICE, Jobs
 
 QUICK = Patience(contact_seconds=10, denied_seconds=1)
 
@@ -46,7 +48,7 @@ def kubeconfig() -> Path:
 @pytest.fixture(scope="session")
 def admin(kubeconfig: Path) -> Requests:
     """The API server, as the current context."""
-    return Requests(QUICK)
+    return Requests(connect(str(kubeconfig)), QUICK, ADVICE)
 
 
 @pytest.fixture(scope="session")
@@ -75,9 +77,9 @@ def namespaced(kubeconfig: Path, namespace: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster(crds: Path, namespaced: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The launcher's own view of the test's namespace; `KUBECONFIG` points there too."""
+    """The test's namespace; `KUBECONFIG` points there too."""
     monkeypatch.setenv("KUBECONFIG", str(namespaced))
-    return Cluster(Requests(QUICK))
+    return Cluster(Requests(connect(str(namespaced)), QUICK, ADVICE))
 
 
 @pytest.fixture
@@ -101,6 +103,6 @@ def api_server(kubeconfig: Path) -> Iterator[ApiServer]:
 @pytest.fixture
 def launch(cluster: Cluster, tmp_path: Path) -> Iterator[Launch]:
     """Work for two whole nodes that nobody has done before."""
-    found = Launch.of_new_work(tmp_path, cluster)
+    found = Launch.of_new_work(tmp_path, Jobs(cluster))
     yield found
     found.end()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nvila.infra.launch.requests import NotThere, Requests
+from nvila.components.kube.errors import NotThere
+from nvila.components.kube.requests import MERGE, Requests
 
 CRDS = ("trainer.kubeflow.org_trainjobs", "trainer.kubeflow.org_clustertrainingruntimes")
 """What the launcher deals with."""
@@ -127,4 +128,4 @@ def write_status(admin: Requests, namespace: str, name: str, *conditions: str, m
         for kind in conditions
     ]
     path = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{namespace}/trainjobs/{name}/status"
-    admin.ask("PATCH", path, body={"status": {"conditions": rows}})
+    admin.ask("PATCH", path, body={"status": {"conditions": rows}}, form=MERGE)

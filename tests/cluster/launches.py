@@ -16,8 +16,9 @@ from launcher import work_from
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import write_outcome
 from nvila.components.runner.work import Work
-from nvila.infra.launch.cluster import Cluster
 from nvila.infra.launch.follow import answers
+from nvila.infra.launch.job import Job
+from nvila.infra.launch.jobs import Jobs
 from nvila.infra.launch.trainjob import job_name
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -28,12 +29,12 @@ class Launch:
     """Starts launchers of one piece of work, and plays the job's part."""
 
     folder: Path
-    cluster: Cluster
+    jobs: Jobs
     record: dict[str, Any]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @classmethod
-    def of_new_work(cls, folder: Path, cluster: Cluster) -> Launch:
+    def of_new_work(cls, folder: Path, jobs: Jobs) -> Launch:
         """Work for two whole nodes that nobody has done before."""
         key = os.urandom(32).hex()
         record = {
@@ -45,7 +46,7 @@ class Launch:
             "out": str(folder / "store" / "train-1" / key[:20]),
             "run_dir": str(folder / "runs" / "r1"),
         }
-        return cls(folder, cluster, record)
+        return cls(folder, jobs, record)
 
     def end(self) -> None:
         """Nothing that was started here outlives the test."""
@@ -77,11 +78,11 @@ class Launch:
         """What that launcher has printed."""
         return (self.folder / f"log.{range(len(self.started))[number]}").read_text()
 
-    def job(self) -> dict[str, Any]:
+    def job(self) -> Job:
         """The job, once it is there."""
-        return wait_for(lambda: self.cluster.get(self.name), "there is no job")
+        return wait_for(lambda: self.jobs.get(self.name), "there is no job")
 
-    def attached(self, number: int = -1) -> dict[str, Any]:
+    def attached(self, number: int = -1) -> Job:
         """The job, once that launcher follows it."""
         wait_for(lambda: " created in " in self.said(number) or "attached" in self.said(number), self.said(number))
         return self.job()

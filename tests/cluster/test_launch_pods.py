@@ -16,8 +16,9 @@ import pytest
 from kube import default_account, service_account, wait_for, write_kubeconfig
 from launches import Launch
 
-from nvila.infra.launch.cluster import JOBSET_LABEL
-from nvila.infra.launch.requests import Requests
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.requests import Requests
+from nvila.infra.launch.jobs import JOBSET_LABEL, TRAIN_JOB
 
 sys.path.append(str(Path(__file__).parents[1] / "charts"))
 from helming import find, render
@@ -26,17 +27,17 @@ LINES = 40
 
 
 def test_the_charts_role_is_all_a_launcher_needs(
-    launch: Launch, admin: Requests, kubeconfig: Path, set_status: Callable[..., None]
+    launch: Launch, cluster: Cluster, admin: Requests, kubeconfig: Path, set_status: Callable[..., None]
 ) -> None:
     """A right too few stops every run of every user; without that to logs, the log is missing without a word."""
     image = os.environ.get("NVILA_NODE_IMAGE") or pytest.skip("NVILA_NODE_IMAGE is not set")
-    namespace = launch.cluster.namespace
+    namespace = launch.jobs.namespace
     rules = find(render(), "Role", "nvila-launcher")["rules"]
     token = service_account(admin, namespace, "pipeline-runner", rules)
     mine = write_kubeconfig(kubeconfig, launch.folder / "runner", namespace, token)
     launch.record |= {"step": "prune-video", "module": "nvila.components.prune.step", "settings": NOTHING_TO_PRUNE}
     process = launch.start(KUBECONFIG=str(mine))
-    job = launch.attached()
+    job = cluster.get(TRAIN_JOB, launch.attached().name) or {}
     default_account(admin, namespace)
     pods = f"/api/v1/namespaces/{namespace}/pods"
     admin.ask("POST", pods, body=_pod_of(job, launch, image))

@@ -141,7 +141,7 @@ def _row(root: Path, name: str, kind: str, media: str, question: str, answer: st
 def _save_model(folder: Path, texts: list[str]) -> None:
     from nvila.components.model.checkpoint.native import save_native
     from nvila.components.model.config.config import ModelConfig
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 QUESTION = "Which digit is in row 2, column 1?"

@@ -1,8 +1,9 @@
 """`nvila convert`, `nvila inspect` and `nvila infer` over a toy checkpoint, as a user starts them."""
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
@@ -69,17 +70,17 @@ def test_infer_takes_media_in_order_and_several_questions(toy: Path, monkeypatch
     """Prevents media from being sorted by kind, and a second question from forgetting the first and its answer."""
     from typer.testing import CliRunner
 
-    from nvila.components.model.nvila import NVILA
+    from nvila.components.model.decode import answer
     from nvila.pipelines.cli import app
 
     prompts = []
-    stream = NVILA.stream
+    stream = answer.stream
 
-    def listening(self: NVILA, tokenizer: object, prompt: object, *args: object, **options: object) -> object:
+    def listening(model: Any, tokenizer: Any, prompt: Any, *args: Any, **options: Any) -> Iterator[str]:
         prompts.append(prompt)
-        return stream(self, tokenizer, prompt, *args, **options)  # type: ignore[arg-type]
+        return stream(model, tokenizer, prompt, *args, **options)
 
-    monkeypatch.setattr(NVILA, "stream", listening)
+    monkeypatch.setattr(answer, "stream", listening)
     media = ["--video", str(toy / "frames"), "--image", str(toy / "frames/1.png"), "--video", str(toy / "frames")]
     asked = [str(toy / "model"), *media, "First?", "And <vila/video> here?", "--max-new-tokens", "6", "--system", ""]
     result = CliRunner().invoke(app, ["infer", *asked], catch_exceptions=False)

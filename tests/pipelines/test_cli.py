@@ -14,7 +14,8 @@ import yaml
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.reader import recipe_text
-from nvila.pipelines import ask, cli
+from nvila.pipelines import cli
+from nvila.pipelines.commands import ask
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")

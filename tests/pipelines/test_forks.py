@@ -14,7 +14,7 @@ import psutil
 import pytest
 from kfp import dsl, local
 
-from nvila.pipelines.local.run import forks
+from nvila.pipelines.local import forks
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -87,7 +87,7 @@ def seen(path: Path) -> dict[str, Any]:
 
 def test_tasks_share_nothing_but_what_was_imported_for_them(forked: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A step that finds another's variables works otherwise here than in a container, where nobody sees it."""
-    (forked / "steps" / "validate.json").write_text('{"name": "validate", "cached": false}')
+    (forked / "steps" / "validate.json").write_text('{"name": "validate", "status": "done"}')
     notes(first=str(forked / "first"), second=str(forked / "second"), seconds=1.5)
     first, second = seen(forked / "first"), seen(forked / "second")
     assert first["parent"] == second["parent"] == os.getpid() and first["pid"] != second["pid"]
@@ -101,8 +101,8 @@ def test_tasks_share_nothing_but_what_was_imported_for_them(forked: Path, capfd:
 
 def test_a_run_that_only_skips_waits_for_no_import(forked: Path) -> None:
     """torch takes seconds to import, and a run that finds everything finished needs none of it."""
-    for name, cached in (("validate", True), ("report", False)):
-        (forked / "steps" / f"{name}.json").write_text(json.dumps({"name": name, "cached": cached}))
+    for name, status in (("validate", "cached"), ("report", "done")):
+        (forked / "steps" / f"{name}.json").write_text(json.dumps({"name": name, "status": status}))
     notes(first=str(forked / "first"), second=str(forked / "second"), seconds=0.5)
     assert not seen(forked / "second")["library"] and "library_of_the_test" not in sys.modules
 

@@ -1,16 +1,22 @@
-"""Which checkpoint `serve`, `infer`, `convert` and `inspect` take, and that it is the one that was written."""
+"""Which checkpoint `trace`, `serve`, `infer`, `convert` and `inspect` take, and that it is the one that was written."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import DamagedError
+from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.tracking.connect import connected
+from nvila.components.register.package import log_model
+from nvila.components.serve.ports import free_port
+from nvila.components.serve.server import stop, wait_ready
+from nvila.components.tracking.connect import connected, experiment_id
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
 from nvila.pipelines.commands import checkpoints
 from nvila.pipelines.commands.models import find_model
@@ -19,7 +25,7 @@ from nvila.pipelines.commands.models import find_model
 def made(root: Path, weights: str = "weights") -> Manifest:
     folder = root / "store" / "quantize" / "k"
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "config.json").write_text('{"nvila": {}}')
     (folder / "model" / "model.safetensors").write_text(weights)
     manifest = Manifest(step="quantize", key="k" * 64, kind="model", files=describe_files(folder), folder=str(folder))
     manifest.save(folder / "manifest.json")
@@ -37,8 +43,8 @@ def test_a_folder_of_the_store_is_read_before_it_is_used(tmp_path: Path) -> None
     folder = Path(manifest.folder, "model")
     assert find_model(str(folder), tmp_path).digest == manifest.digest
     (folder / "model.safetensors").write_text("WEIGHTS")
-    for take in (lambda: find_model(str(folder), tmp_path), lambda: checkpoints.inspect(str(folder)),
-                 lambda: checkpoints.convert(str(folder), tmp_path / "out", "native", None)):  # fmt: skip
+    for take in (lambda: find_model(str(folder), tmp_path), lambda: checkpoints.inspect(str(folder), tmp_path),
+                 lambda: checkpoints.convert(str(folder), tmp_path / "out", "native", None, tmp_path)):  # fmt: skip
         with pytest.raises(DamagedError, match="safetensors"):
             take()
 
@@ -74,3 +80,55 @@ def test_a_registered_model_is_the_one_that_was_registered(tmp_path: Path, monke
     made(tmp_path, "WEIGHTS")
     with pytest.raises(DamagedError, match="not the model that was registered"):
         find_model("champion", runs)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A real MLflow server that keeps the artifacts itself, set as a user sets it; gives the folder of these."""
+    url, command = f"http://127.0.0.1:{(port := free_port('127.0.0.1'))}", [sys.executable, "-m", "mlflow", "server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", str(tmp_path / "kept")]
+    with (tmp_path / "server.log").open("w") as log:
+        started = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_ready(url, 180, started.pid, tmp_path / "server.log")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+        monkeypatch.setenv("NVILA_CACHE", str(tmp_path / "cache"))
+        yield tmp_path / "kept"
+    finally:
+        stop(started.pid)
+
+
+@pytest.mark.slow
+def test_a_version_of_another_machine_is_brought_here(tmp_path: Path, server: Path) -> None:
+    """`nvila infer champion` and `nvila serve champion` ended with 2 wherever the store of the run was not mounted."""
+    manifest, runs = made(tmp_path), tmp_path / "runs"
+
+    def log(client: Any) -> dict[str, Any]:
+        experiment = experiment_id(client, runs)
+        placed = log_model(client, manifest, tmp_path / "up", experiment=experiment, name="small", params={}, tags={})
+        return placed | {"run_id": client.create_run(experiment).info.run_id}
+
+    tags = lineage_tags({"model": manifest})
+    promote(runs, "small", register_version(runs, "small", manifest.digest, log, description="", tags=tags).version)
+    shutil.move(tmp_path / "store", tmp_path / "there")
+    for name in ("champion", "1", "small@champion", "small/1"):
+        found = find_model(name, tmp_path / "elsewhere")
+        assert (found.folder / "model.safetensors").read_text() == "weights" and found.digest == manifest.digest
+        assert (found.name, found.version) == ("small", "1") and found.served
+    assert find_model(str(found.folder), tmp_path).digest == manifest.digest  # as rollout's start looks at it
+    (found.folder / "model.safetensors").write_text("WEIGHTS")
+    assert (find_model("champion", runs).folder / "model.safetensors").read_text() == "weights"
+
+    (kept,) = server.rglob("model.safetensors")
+    kept.write_text("WEIGHTS")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DamagedError, match="safetensors"):
+        find_model("champion", runs)
+    kept.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(DataError, match=r"does not give the file model/model\.safetensors"):
+        find_model("champion", runs)
+    shutil.copytree(tmp_path / "there", tmp_path / "store")  # mounted again
+    assert find_model("champion", runs).folder == Path(manifest.folder, "model")

@@ -15,10 +15,11 @@ from rich.console import Console
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.text import visible
+from nvila.components.runner.status import Run
 from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
 from nvila.pipelines.local.run import _exit_code, _new_run, _point_latest
 from nvila.pipelines.show import results as closing
-from nvila.pipelines.show.summary import Finished, write_summary
+from nvila.pipelines.show.summary import write_summary
 from nvila.pipelines.show.watch import Watch, read_states
 from nvila.pipelines.steps import STEPS
 
@@ -61,7 +62,7 @@ def _write_step(folder: Path, name: str, status: str, *, started: float = 100.0,
 
 def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
     """CI and dashboards read these names."""
-    summary = write_summary(Finished.read(run_dir), 60.0, 123, 0)
+    summary = write_summary(Run.read(run_dir), 60.0, 123, 0)
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert summary["decision"] == "promoted" and summary["endpoint"] == "http://127.0.0.1:8321"
     assert [step["name"] for step in summary["steps"]] == list(STEPS)
@@ -79,7 +80,7 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
 def test_overhead_is_what_no_steps_function_used(run_dir: Path) -> None:
     """Skipped steps did no work, although their manifests say how long it once took."""
     worked = (len(STEPS) - 1) * 2.0
-    assert write_summary(Finished.read(run_dir), 60.0, 0, 0)["seconds_overhead"] == pytest.approx(60.0 - worked)
+    assert write_summary(Run.read(run_dir), 60.0, 0, 0)["seconds_overhead"] == pytest.approx(60.0 - worked)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_the_first_step_that_failed_gives_the_exit_code(run_dir: Path, status: s
     """Later failures follow from the first; a script must see the first's code."""
     _write_step(run_dir, "gate", status, started=50.0, code=code)
     _write_step(run_dir, "report", "failed", started=90.0, code=1)
-    finished = Finished.read(run_dir)
+    finished = Run.read(run_dir)
     assert _exit_code(finished, 1) == code
     summary = write_summary(finished, 1.0, 0, code)
     assert (summary["decision"], summary["message"]) == (decision, f"gate {status}: because")
@@ -98,13 +99,13 @@ def test_the_first_step_that_failed_gives_the_exit_code(run_dir: Path, status: s
 def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> None:
     """75 tells the launcher to run the same command again."""
     _write_step(run_dir, "train-1", "failed", code=1)
-    assert _exit_code(Finished.read(run_dir), Exit.PREEMPTED) == Exit.PREEMPTED
+    assert _exit_code(Run.read(run_dir), Exit.PREEMPTED) == Exit.PREEMPTED
 
 
 def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
     """`stopped` alone reads as if somebody had stopped it, and does not say whom to call."""
     _write_step(run_dir, "base", "preempted", started=50.0, code=75)
-    finished = Finished.read(run_dir)
+    finished = Run.read(run_dir)
     assert _exit_code(finished, 1) == Exit.PREEMPTED
     assert write_summary(finished, 1.0, 0, 75)["message"] == "base stopped: because"
 
@@ -112,8 +113,8 @@ def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
 def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
     """A step killed by the kernel leaves `running` behind: that is no success."""
     (run_dir / "steps" / "train-3.json").write_text(json.dumps({"name": "train-3", "status": "running", "started": 1}))
-    assert _exit_code(Finished.read(run_dir), 1) == Exit.FAULT
-    assert _exit_code(Finished.read(run_dir), -9) == Exit.FAULT
+    assert _exit_code(Run.read(run_dir), 1) == Exit.FAULT
+    assert _exit_code(Run.read(run_dir), -9) == Exit.FAULT
 
 
 def test_data_that_cannot_be_built_is_explained(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_data_that_cannot_be_built_is_explained(tmp_path: Path) -> None:
     folder = tmp_path / "r1"
     folder.mkdir()
     (folder / "log.txt").write_text("building\ndata/digits: other files lie here\n\n")
-    finished = Finished.read(folder)
+    finished = Run.read(folder)
     code = _exit_code(finished, Exit.USER)
     summary = write_summary(finished, 1.0, 0, code)
     assert (code, summary["decision"]) == (Exit.USER, "failed")
@@ -133,7 +134,7 @@ def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / "a.png", "Which digit?"))
     (run_dir / "report.html").write_text("x")
     (run_dir.parent / "mlflow.db").write_text("x")
-    finished = Finished.read(run_dir)
+    finished = Run.read(run_dir)
     out = io.StringIO()
     closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
     for part in ("promoted", "1.0 GiB", "0.700", "0.690", "0.300", "question text", "report.html", "mlflow.db", "curl"):
@@ -148,7 +149,7 @@ def _measured(run_dir: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, q
     monkeypatch.setattr(closing, "_held_out", lambda finished: None)
     for name in ("evaluate", "evaluate-quantized"):
         _write_step(run_dir, name, "done")
-    finished, out = Finished.read(run_dir), io.StringIO()
+    finished, out = Run.read(run_dir), io.StringIO()
     summary = write_summary(finished, 1.0, 0, 0)
     closing.show_closing(finished, summary, Console(file=out, width=140, force_terminal=True, color_system="standard"))
     assert summary["headline"] in out.getvalue()
@@ -171,7 +172,7 @@ def test_only_a_good_model_gets_a_green_headline(
 def test_a_run_without_pictures_ends_well(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example could not be made of clips alone, and its error was the end of a run that had come through."""
     monkeypatch.setattr(closing, "_held_out", lambda finished: None)
-    finished, out = Finished.read(run_dir), io.StringIO()
+    finished, out = Run.read(run_dir), io.StringIO()
     closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
     assert "curl" not in out.getvalue() and "http://127.0.0.1:8321" in out.getvalue()
 
@@ -198,7 +199,7 @@ def test_the_curl_command_works_by_copy_and_paste(
     fake.write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done\n')
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
-    command = closing.curl_example(Finished.read(run_dir))
+    command = closing.curl_example(Run.read(run_dir))
     assert command is not None and visible(command) == command
     ran = subprocess.run(
         ["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
@@ -225,7 +226,7 @@ def test_a_photograph_reaches_curl_too(
     fake.parent.mkdir()
     fake.write_text("#!/bin/sh\ncat\n")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    command = closing.curl_example(Finished.read(run_dir))
+    command = closing.curl_example(Run.read(run_dir))
     assert command is not None
     environment = os.environ | {"PATH": f"{fake.parent}:{os.environ['PATH']}"}
     ran = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, check=True)
@@ -249,9 +250,9 @@ def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest
     _write_step(run_dir, "report", "failed", code=1)
     path = run_dir / "steps" / "report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"message": f"{HOSTILE} password=hunter2"}))
-    finished, out = Finished.read(run_dir), io.StringIO()
+    finished, out = Run.read(run_dir), io.StringIO()
     console = Console(file=out, width=400)
-    with Watch(HOSTILE, lambda: finished.states, console) as watch:
+    with Watch(HOSTILE, lambda: read_states(run_dir), console) as watch:
         watch.refresh()
     summary = write_summary(finished, 1.0, 0, 1)
     closing.show_closing(finished, summary | {"decision": HOSTILE, "run": HOSTILE}, console)
@@ -305,7 +306,7 @@ def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:
     _write_step(run_dir, "validate", "failed", code=2)
     path = run_dir / "steps" / "validate.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"message": "no such path [/data] [bold]"}))
-    finished = Finished.read(run_dir)
+    finished = Run.read(run_dir)
     out = io.StringIO()
     closing.show_closing(
         finished, write_summary(finished, 1.0, 0, 2) | {"endpoint": None}, Console(file=out, width=140)

@@ -23,9 +23,8 @@ from nvila.components.model.checkpoint.tensorfile import Stored
 from nvila.components.model.checkpoint.weights import canonical, check, fill, require_finite, settle_head
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.config.variants import empty_model
 from nvila.components.model.device import use_flash_attention
-from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.nvila import NVILA, build_model, empty_model
 from nvila.components.model.text.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
 from nvila.components.model.vision.tower import drop_unused

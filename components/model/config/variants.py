@@ -1,15 +1,11 @@
-"""The published variants as configurations, and models without weights to count and check by."""
+"""The published variants as configurations."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from nvila.components.model.config.config import ModelConfig, with_vocabulary
-from nvila.components.model.nvila import NVILA, build_model
-from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.model.config.config import ModelConfig
 
 SIGLIP: dict[str, Any] = {
     "hidden_size": 1152,
@@ -107,17 +103,3 @@ def _shape(config: ModelConfig) -> tuple[Any, ...]:
     projector = "mlp_downsample" if config.projector == "mlp_downsample_2x2_fix" else config.projector
     parts = (tuple(part.get(name) for name in sizes) for part in (config.vision, config.llm))
     return (*parts, projector, config.vision_mode, config.s2_scales)
-
-
-def empty_model(config: ModelConfig, tokens: TokenIds | None = None) -> NVILA:
-    """The modules on the meta device: names, shapes and configurations without a byte of weights.
-
-    Args:
-        config: the architecture.
-        tokens: a tokenizer's ids; without them those of Qwen2 behind the configuration's own vocabulary.
-    """
-    if tokens is None:
-        size = int(config.llm["vocab_size"])
-        tokens = TokenIds(size, size + 1, size + 2, newline=198, end=size - 3, pad=size - 1)
-    with torch.device("meta"):
-        return build_model(with_vocabulary(config, tokens.vocabulary), tokens)

@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +19,11 @@ sys.path.append(str(Path(__file__).parents[2] / "cluster"))
 from kube import CRDS, ApiServer, install_crd, wait_for, write_kubeconfig, write_status
 from launches import Launch
 
-from nvila.infra.launch.cluster import Cluster
-from nvila.infra.launch.requests import Requests
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.connect import connect
+from nvila.components.kube.requests import Requests
+from nvila.infra.launch.job import Job
+from nvila.infra.launch.jobs import Jobs
 from nvila.infra.launch.trainjob import STEP_LABEL
 
 OUTAGE_SECONDS = 30.0
@@ -33,7 +37,7 @@ def rows() -> Iterator[Row]:
         print(f"no rows of the launcher: {', '.join(missing)} not set", file=sys.stderr)
         return
     kubeconfig, crds, tools = (Path(os.environ[name]) for name in names)
-    admin, namespace = Requests(), f"nvila-bench-{uuid.uuid4().hex[:8]}"
+    admin, namespace = Requests(connect(str(kubeconfig))), f"nvila-bench-{uuid.uuid4().hex[:8]}"
     for name in CRDS:
         install_crd(admin, crds / f"{name}.yaml")
     admin.ask("POST", "/api/v1/namespaces", body={"metadata": {"name": namespace}})
@@ -41,7 +45,7 @@ def rows() -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as name:
             inside = write_kubeconfig(kubeconfig, Path(name, "kubeconfig"), namespace)
             with mock.patch.dict(os.environ, KUBECONFIG=str(inside)):
-                launch = Launch.of_new_work(Path(name), Cluster(Requests()))
+                launch = Launch.of_new_work(Path(name), Jobs(Cluster(Requests(connect(str(inside))))))
                 try:
                     yield from _survived(launch, admin, ApiServer(tools, kubeconfig.parent))
                 finally:
@@ -64,7 +68,7 @@ def _survived(launch: Launch, admin: Requests, server: ApiServer) -> Iterator[Ro
     yield f"{away}: the launcher goes on", "s", back - began, time.monotonic() - back, "the outage"
     yield _jobs(launch, job, away)
     # The server's watch cache begins at its start, so the version that the job had before has expired.
-    launch.cluster.wait_for_change({**job, "metadata": {**job["metadata"], "resourceVersion": "1"}}, 5)
+    launch.jobs.wait_for_change(replace(job, version="1"), 5)
     yield _jobs(launch, job, "watch expired (410)")
     process.kill()
     process.wait()
@@ -72,15 +76,15 @@ def _survived(launch: Launch, admin: Requests, server: ApiServer) -> Iterator[Ro
     launch.attached()
     yield _jobs(launch, job, "launcher killed and started again")
     launch.answer(done=True)
-    write_status(admin, launch.cluster.namespace, launch.name, "Complete")
+    write_status(admin, launch.jobs.namespace, launch.name, "Complete")
     began = time.monotonic()
     assert launch.ends(process) == 0, launch.said()
     yield "from `Complete` to the outcome", "s", 15.0, time.monotonic() - began, "looking at it every 15 s"
 
 
-def _jobs(launch: Launch, before: dict[str, object], what: str) -> Row:
+def _jobs(launch: Launch, before: Job, what: str) -> Row:
     """Jobs of this step, each with the identity that the job had before; another identity counts as one more."""
-    found = launch.cluster.find(f"{STEP_LABEL}=train-1")
-    same = [job for job in found if job["metadata"]["uid"] == before["metadata"]["uid"]]  # type: ignore[index]
+    found = launch.jobs.find(f"{STEP_LABEL}=train-1")
+    same = [job for job in found if job.uid == before.uid]
     others = len(found) - len(same) + (not same)
     return f"{what}: jobs", "jobs", 1.0, float(len(same) + others), "the job before"

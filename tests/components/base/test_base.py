@@ -108,7 +108,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
 
     from nvila.components.base.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
-    from nvila.components.model.nvila import init_model
+    from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
 
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts import keys
+from nvila.components.contracts.neutral import NEUTRAL
+from nvila.components.contracts.syntax import read_syntax
 
 STEP = "nvila.trial.step"
 FILES = {
@@ -40,7 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """A process sees one version of the code; a test sees several."""
-    for cached in (keys._source, keys._file_digest, keys._imported):
+    for cached in (keys._source, keys._syntax):
         cached.cache_clear()
 
 
@@ -71,8 +74,55 @@ def test_whatever_the_work_depends_on_changes_the_key(other: Callable[[], str]) 
 def test_own_code_at_any_depth_changes_the_key(package: Path, name: str) -> None:
     """A fix in code that is imported late, or started as a process by its name, must run the step again."""
     before = key()
-    (package / name).write_text(FILES[name] + "# another version\n")
+    (package / name).write_text(FILES[name] + "another = 1\n")
     assert key() != before
+
+
+@pytest.mark.parametrize("name", ["step.py", "near.py", "late.py", "__init__.py"])
+def test_what_is_said_in_code_does_not_change_the_key(package: Path, name: str) -> None:
+    """A remark that trains five stages again is a remark that nobody writes."""
+    before = key()
+    (package / name).write_text(f'"""What it is for."""\n# why\n\n{FILES[name]}"""Of what stands above."""\n')
+    assert key() == before
+
+
+def test_files_that_steps_read_change_the_key(package: Path) -> None:
+    """A page made from yesterday's template, or a run of yesterday's recipe, would pass for today's."""
+    before = key()
+    (package / "page.html").write_text("<p>")
+    first = key()
+    (package / "page.html").write_text("<p> ")
+    (package / ".page.html.swp").touch()
+    assert len({before, first, key()}) == 3
+    (package / ".page.html.swp").unlink()
+    assert len({before, first, key()}) == 3
+
+
+def test_what_only_type_checkers_import_is_left_out(package: Path) -> None:
+    """Types are never executed: they would tie a step to code that it does not run."""
+    (package / "near.py").write_text("from typing import TYPE_CHECKING\nhelper = 1\n")
+    before = key()
+    (package / "near.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nvila.trial import unrelated\nhelper = 1\n"
+    )
+    assert key() == before
+
+
+def test_an_entry_point_in_a_string_counts() -> None:
+    """vLLM imports our architecture by its name: nothing else would tell that the quantized model is computed by it."""
+    closure = keys.import_closure("nvila.components.evaluate.quantized")
+    assert {"nvila.components.serve.plugin", "nvila.components.serve.architecture"} <= set(closure)
+
+
+@pytest.mark.parametrize("module", sorted(NEUTRAL))
+def test_a_neutral_module_brings_nothing_along(module: str) -> None:
+    """Whatever a module of the list imports would leave the key with it, unseen."""
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin
+    imported = read_syntax(Path(spec.origin).read_bytes()).imported
+    ours = {name for name in imported if keys._source(name)} if imported else set()
+    others = {name.partition(".")[0] for name in imported} - {"nvila", "pydantic"} - set(sys.stdlib_module_names)
+    assert ours <= NEUTRAL | {module.rpartition(".")[0]} and not others
 
 
 def test_unrelated_code_does_not_change_the_key(package: Path) -> None:
@@ -100,7 +150,7 @@ def test_versions_of_the_libraries_used_change_the_key(monkeypatch: pytest.Monke
 def test_the_real_train_step_is_seen_whole() -> None:
     """The worker runs under torchrun and is imported by nobody: without it an engine could change unseen."""
     closure = keys.import_closure("nvila.components.train.step")
-    assert {f"nvila.components.train.{name}" for name in ("step", "launch", "worker", "engine", "data")} <= set(closure)
+    assert {f"nvila.components.train.{name}" for name in ("step", "launch", "loop", "engine", "data")} <= set(closure)
     assert "nvila.components.evaluate.step" not in closure
     libraries = keys.library_versions(closure.values())
     assert {"torch", "deepspeed", "transformers"} <= set(libraries)

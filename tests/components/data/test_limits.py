@@ -112,8 +112,8 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed
     from nvila.components.model.text.tokenizer import load_tokenizer
-    from nvila.components.report.collect import RunView, StepView
     from nvila.components.report.gallery import cards
+    from nvila.components.runner.status import Run
 
     out = validated(tmp_path, **ALLOWED)
     assert (out / "quarantine.jsonl").read_text() == ""
@@ -129,7 +129,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
         "validate": Manifest(step="validate", key="k", kind="dataset", files=describe_files(out), folder=str(out))
     }
     manifests["evaluate"] = predictions(known, tmp_path / "evaluate")
-    run = RunView("r", {name: StepView(name, "done", manifest=made) for name, made in manifests.items()})
+    run = Run(tmp_path, manifests=manifests)
     shown = [card.picture for some in cards(run).values() for card in some]
     assert len(shown) == 12 and None not in shown  # the report
 

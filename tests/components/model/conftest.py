@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.tokenizer import train_tokenizer
 
 TEXTS = ["Which digit is in row 2, column 1?", "Is the circle red?\nyes no", "three four seven", "naïve café 東京"]

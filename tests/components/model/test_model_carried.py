@@ -13,7 +13,8 @@ from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe, render
 from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.native import load_native, save_native
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 
 PROJECTORS = [
     *("identity", "linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix"),

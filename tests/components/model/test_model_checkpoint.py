@@ -12,7 +12,8 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.checkpoint.native import load_native, read_config, save_native
 from nvila.components.model.checkpoint.native import native as checkpoint
 from nvila.components.model.config.config import LINE_BREAK_AFTER, ModelConfig
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from nvila.components.model.checkpoint.layouts import open_checkpoint, recognise
 from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.native import convert as module
 from nvila.components.model.checkpoint.native import read_config, save_native
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 from nvila.components.model.vision.preprocess import preprocess_image
 
 LAYOUTS = ("native", "vila", "hf", "serving")
@@ -248,7 +249,7 @@ from pathlib import Path
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.layouts import open_checkpoint
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
-from nvila.components.model.config.variants import empty_model
+from nvila.components.model.nvila import empty_model
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 checkpoint = open_checkpoint(source)
 empty_model(checkpoint.config, TokenIds.of(load_tokenizer(checkpoint.tokenizer)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.decode.answer import generate, stream
 from nvila.components.model.decode.generation import Sampling, nucleus, text_pieces
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.conversation import Turn, render, split_media
@@ -24,8 +25,8 @@ def test_streamed_equals_whole(model: NVILA, tokenizer: Any, picture: Picture, o
     dialogue = [Turn("human", "<image>\nWhich <vila/video> digit?"), Turn("gpt", "four"), Turn("human", "And?")]
     for turns, media in ((dialogue[:1], [picture()]), (dialogue, [picture(), frames]), (dialogue[2:], [])):
         prompt = make_prompt(turns, media, model.config)
-        (whole,) = model.generate(tokenizer, [prompt], 24, **options)
-        pieces = list(model.stream(tokenizer, prompt, 24, **options))
+        (whole,) = generate(model, tokenizer, [prompt], 24, **options)
+        pieces = list(stream(model, tokenizer, prompt, 24, **options))
         assert "".join(pieces) == whole and all(pieces)
         assert len(pieces) > 1 or not options  # the greedy answer of random weights may be empty
 
@@ -65,9 +66,9 @@ def test_nucleus(weights: list[int], top_p: float) -> None:
 def test_a_tiny_nucleus_is_greedy(model: NVILA, tokenizer: Any, picture: Picture) -> None:
     """Prevents top_p from being ignored."""
     prompt = make_prompt([Turn("human", "Which?")], [picture()], model.config)
-    greedy = model.generate(tokenizer, [prompt], 16)
-    assert model.generate(tokenizer, [prompt], 16, temperature=5.0, top_p=1e-6) == greedy
-    assert model.generate(tokenizer, [prompt], 16, temperature=5.0) != greedy
+    greedy = generate(model, tokenizer, [prompt], 16)
+    assert generate(model, tokenizer, [prompt], 16, temperature=5.0, top_p=1e-6) == greedy
+    assert generate(model, tokenizer, [prompt], 16, temperature=5.0) != greedy
 
 
 @pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"top_p": 1.2}, {"temperature": -1.0}])
@@ -82,7 +83,7 @@ def test_a_prompt_beyond_the_decoder_is_refused(model: NVILA, tokenizer: Any) ->
     most = model.llm.config.max_position_embeddings
     prompt = make_prompt([Turn("human", "9 " * most)], [], model.config)
     with pytest.raises(DataError, match=f"too long.*{most} positions"):
-        model.generate(tokenizer, [prompt], 4)
+        generate(model, tokenizer, [prompt], 4)
 
 
 def test_an_answer_ends_where_the_positions_do(model: NVILA, tokenizer: Any) -> None:
@@ -91,12 +92,12 @@ def test_an_answer_ends_where_the_positions_do(model: NVILA, tokenizer: Any) -> 
     short, long = (make_prompt([Turn("human", "9" * n)], [], model.config) for n in (1, most - 25))
     left = most - len(long.encode(tokenizer, generate=True).input_ids)
     assert 0 < left < 25
-    whole, cut = (model.generate(tokenizer, [prompt], 40, temperature=5.0) for prompt in (short, long))
-    assert model.generate(tokenizer, [short, long], 40)[0] == model.generate(tokenizer, [short], 40)[0]
+    whole, cut = (generate(model, tokenizer, [prompt], 40, temperature=5.0) for prompt in (short, long))
+    assert generate(model, tokenizer, [short, long], 40)[0] == generate(model, tokenizer, [short], 40)[0]
     assert (
-        model.generate(tokenizer, [long], left, temperature=5.0) == cut != model.generate(tokenizer, [long], left - 1)
+        generate(model, tokenizer, [long], left, temperature=5.0) == cut != generate(model, tokenizer, [long], left - 1)
     )
-    assert whole and "".join(model.stream(tokenizer, long, 40, temperature=5.0)) == cut[0]
+    assert whole and "".join(stream(model, tokenizer, long, 40, temperature=5.0)) == cut[0]
 
 
 def test_media_without_a_place_come_first(configure: Any, picture: Picture) -> None:

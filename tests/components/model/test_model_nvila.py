@@ -8,12 +8,15 @@ from PIL import Image
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import NVILA, Prompt, build_model, init_model, resized_decoder, token_logprobs
+from nvila.components.model.decode.answer import generate
+from nvila.components.model.fresh import init_model, resized_decoder
+from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.text.conversation import Turn
-from nvila.components.model.text.prompt import make_prompt
+from nvila.components.model.text.prompt import Prompt, make_prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.tower import tower_features
 from nvila.components.model.vision.visual import token_count
+from nvila.components.prune.references import token_logprobs
 
 Picture = Callable[..., Image.Image]
 
@@ -123,13 +126,13 @@ def test_training_learns_and_generation_repeats_it(model: NVILA, tokenizer: Any,
     losses = fit(model, batch_of(prompts, tokenizer), 60)
     assert losses[-1] < 0.1 < losses[0]
     questions = [Prompt(p.turns[:1], p.visuals, p.markers) for p in prompts]
-    together = model.generate(tokenizer, questions, 12)
+    together = generate(model, tokenizer, questions, 12)
     assert together == ["three", "yes\nno", "4"]
     assert model.training
-    assert [model.generate(tokenizer, [q], 12)[0] for q in questions] == together
-    short = model.generate(tokenizer, questions, 1)
+    assert [generate(model, tokenizer, [q], 12)[0] for q in questions] == together
+    short = generate(model, tokenizer, questions, 1)
     assert all(whole.startswith(start) for whole, start in zip(together, short, strict=True))
-    assert model.to(torch.bfloat16).generate(tokenizer, questions, 12) == together
+    assert generate(model.to(torch.bfloat16), tokenizer, questions, 12) == together
 
 
 def test_generation_stops_early(model: NVILA, tokenizer: Any, picture: Picture) -> None:
@@ -144,16 +147,16 @@ def test_generation_stops_early(model: NVILA, tokenizer: Any, picture: Picture) 
 
     model.llm.model.norm.register_forward_hook(count)
     questions = [Prompt(p.turns[:1], p.visuals, p.markers) for p in prompts]
-    assert model.generate(tokenizer, questions, 50) == ["3", "4", "5"]
+    assert generate(model, tokenizer, questions, 50) == ["3", "4", "5"]
     assert steps == 2
-    assert model.generate(tokenizer, [], 5) == []
+    assert generate(model, tokenizer, [], 5) == []
 
 
 def test_untrained_generation_equals_full_forwards(model: NVILA, tokenizer: Any, picture: Picture) -> None:
     """Prevents a cache, mask or position error that a fitted answer would hide."""
     prompts = prompts_of(model.config, picture)
     questions = [Prompt(p.turns[:1], p.visuals, p.markers) for p in prompts]
-    said = model.generate(tokenizer, questions, 6)
+    said = generate(model, tokenizer, questions, 6)
     for question, answer in zip(questions, said, strict=True):
         encoded = question.encode(tokenizer, generate=True)
         ids = list(encoded.input_ids)
@@ -169,7 +172,7 @@ def test_untrained_generation_equals_full_forwards(model: NVILA, tokenizer: Any,
 def test_sampling_follows_the_seed(model: NVILA, tokenizer: Any) -> None:
     """Prevents sampling that cannot be repeated or that ignores its seed."""
     prompts = [Prompt([Turn("human", "Which?")])] * 2
-    said = [model.generate(tokenizer, prompts, 12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
+    said = [generate(model, tokenizer, prompts, 12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
 
 

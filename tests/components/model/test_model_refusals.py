@@ -12,7 +12,7 @@ from nvila.components.model.checkpoint.layouts import open_checkpoint
 from nvila.components.model.checkpoint.native import image_processor, load_flat, load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.timetokens import add_time_tokens
 from nvila.components.model.text.tokenizer import load_tokenizer, save_tokenizer, with_markers
 

@@ -12,7 +12,7 @@ from nvila.components.model.checkpoint.native import load_flat, load_native, sav
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 
 THETA, POSITIONS = 1e6, 64
 HEAD = 8

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.decode.answer import generate, stream
 from nvila.components.model.decode.structured import JsonSchema
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.conversation import Turn
@@ -38,17 +39,17 @@ def prompt(model: NVILA, picture: Picture) -> Prompt:
 def test_answers_keep_the_schema(model: NVILA, tokenizer: Any, prompt: Prompt, options: dict[str, Any]) -> None:
     """Prevents text outside of the schema, greedy, sampled, streamed or in a batch, from weights that know no JSON."""
     schema = JsonSchema(tokenizer, SHAPE)
-    answers = model.generate(tokenizer, [prompt, prompt, prompt], 100, schema=schema, **options)
+    answers = generate(model, tokenizer, [prompt, prompt, prompt], 100, schema=schema, **options)
     for answer in answers:
         jsonschema.validate(json.loads(answer), SHAPE)
-    assert "".join(model.stream(tokenizer, prompt, 100, schema=schema, **options)) == answers[0]
+    assert "".join(stream(model, tokenizer, prompt, 100, schema=schema, **options)) == answers[0]
 
 
 def test_a_cut_answer_is_the_beginning(model: NVILA, tokenizer: Any, prompt: Prompt) -> None:
     """Prevents a limit that changes what comes before it."""
     schema = JsonSchema(tokenizer, SHAPE)
-    (whole,) = model.generate(tokenizer, [prompt], 100, schema=schema)
-    (cut,) = model.generate(tokenizer, [prompt], 8, schema=schema)
+    (whole,) = generate(model, tokenizer, [prompt], 100, schema=schema)
+    (cut,) = generate(model, tokenizer, [prompt], 8, schema=schema)
     assert whole.startswith(cut) and len(cut) < len(whole)
 
 

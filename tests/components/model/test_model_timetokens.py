@@ -7,7 +7,7 @@ import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.batch import collate
-from nvila.components.model.nvila import init_model
+from nvila.components.model.fresh import init_model
 from nvila.components.model.text.conversation import Turn
 from nvila.components.model.text.prompt import make_prompt
 from nvila.components.model.text.timetokens import (

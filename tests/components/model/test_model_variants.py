@@ -1,8 +1,8 @@
 import pytest
 
 from nvila.components.model.checkpoint.describe import image_tokens, video_tokens
-from nvila.components.model.config.variants import VARIANTS, empty_model, variant_of
-from nvila.components.model.nvila import NVILA
+from nvila.components.model.config.variants import VARIANTS, variant_of
+from nvila.components.model.nvila import NVILA, empty_model
 
 TOWER = 588 * 1152 + 1152 + 1024 * 1152
 TOWER += 27 * (4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152) + 2 * 1152

@@ -18,7 +18,8 @@ from nvila.components.model.checkpoint.native import load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.checkpoint.serving import write_serving
 from nvila.components.model.checkpoint.tensorfile import is_finite
-from nvila.components.model.nvila import NVILA, init_model
+from nvila.components.model.fresh import init_model
+from nvila.components.model.nvila import NVILA
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -1,7 +1,6 @@
 """The step `preflight` and its single checks."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.preflight import checks, step
 from nvila.components.preflight.checks import weights_problems
-from nvila.components.preflight.port import our_servers, port_problem
+from nvila.components.serve import endpoint
+from nvila.components.serve.endpoint import Endpoint
 
 RECORD = [{"id": "1", "image": "a.png", "conversations": []}]
 
@@ -123,30 +123,20 @@ def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:
         "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
         "print(s.getsockname()[1], flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, "vllm"], stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline())
-            assert port_problem("127.0.0.1", port, tmp_path) is not None
-            record = {
-                "pid": server.pid,
-                "url": f"http://127.0.0.1:{port}",
-                "born": psutil.Process(server.pid).create_time(),
-            }
-            (tmp_path / "endpoint.json").write_text(json.dumps(record))
-            assert port_problem("127.0.0.1", port, tmp_path) is None
-            (tmp_path / "endpoint.json").write_text(json.dumps(record | {"born": 1.0}))
-            assert port_problem("127.0.0.1", port, tmp_path) is not None, "the pid was given to another program"
+            assert step.port_problems("127.0.0.1", port, tmp_path)
+            born = psutil.Process(server.pid).create_time()
+            names = {"host": "127.0.0.1", "model": "m", "version": "1", "digest": "d", "model_dir": "/m", "log": "/l"}
+            record = Endpoint(pid=server.pid, url=f"http://127.0.0.1:{port}", born=born, port=port, **names)
+            endpoint.write(tmp_path, record)
+            assert step.port_problems("127.0.0.1", port, tmp_path) == []
+            endpoint.write(tmp_path, record.model_copy(update={"born": 1.0}))
+            assert step.port_problems("127.0.0.1", port, tmp_path), "the pid was given to another program"
         finally:
             server.kill()
-
-
-def test_records_that_cannot_be_read_are_no_servers(tmp_path: Path) -> None:
-    """A half-written or foreign file in the folder must not stop a run."""
-    (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.json").write_text("[1]")
-    (tmp_path / "c.json").write_text(json.dumps({"pid": os.getpid(), "url": "http://x:1", "born": 0}))
-    assert our_servers(tmp_path) == []
 
 
 def test_a_missing_serving_environment_is_told_early(

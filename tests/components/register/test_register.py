@@ -10,6 +10,7 @@ import pandas
 import pytest
 import torch
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.register.card import model_card
@@ -31,10 +32,10 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     """A repeated step must not fill the registry with copies, and a removed alias must come back."""
     out = tmp_path / "out"
     out.mkdir()
-    first = run(SETTINGS, register_inputs, out)
+    first = run(SETTINGS, register_inputs, out, Environment.read())
     with connected(runs) as client:
         client.delete_registered_model_alias("small", CHALLENGER)
-    second = run(SETTINGS, register_inputs, out)
+    second = run(SETTINGS, register_inputs, out, Environment.read())
     assert first.values == second.values == {"name": "small", "version": "1", "model_uri": "models:/small/1"}
     version = find(runs, "small", CHALLENGER)
     assert version is not None and version.version == "1"
@@ -52,7 +53,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
     stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
               Path(logged.artifact_location.removeprefix("file://")).rglob("*") if p.is_file()}  # fmt: skip
-    assert {"MLmodel", "data/config.json", "data/model.safetensors"} <= stored
+    assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
     assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
     assert not (out / "upload").exists()
 
@@ -101,9 +102,9 @@ def test_registered_model_loads_through_mlflow_and_answers(
 
         def eval(self) -> None: ...
 
-        def generate(self, tokenizer: object, prompts: list, max_new_tokens: int) -> list[str]:
-            seen.append((prompts[0][1][0].size, max_new_tokens))
-            return [f"{prompts[0][0][0].text} yes"]
+    def generate(model: Small, tokenizer: object, prompts: list, max_new_tokens: int) -> list[str]:
+        seen.append((prompts[0][1][0].size, max_new_tokens))
+        return [f"{prompts[0][0][0].text} yes"]
 
     def load(folder: Path) -> tuple[Small, None]:
         assert (Path(folder) / "model.safetensors").read_text() == "weights"
@@ -114,7 +115,8 @@ def test_registered_model_loads_through_mlflow_and_answers(
     )
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
     monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
-    run(SETTINGS, register_inputs, tmp_path, Environment.read())
+    monkeypatch.setitem(sys.modules, "nvila.components.model.decode.answer", types.SimpleNamespace(generate=generate))
+    run(SETTINGS, register_inputs, tmp_path)
 
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -145,6 +147,7 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
 
     from nvila.components.data.media import load_video_frames
     from nvila.components.model.checkpoint.serving import write_serving
+    from nvila.components.model.decode import answer
     from nvila.components.model.text.conversation import Turn
     from nvila.components.model.text.prompt import Prompt, make_prompt
     from nvila.components.register.served import Answerer
@@ -154,7 +157,7 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
     path, question = clip(tmp_path / "clip.mp4", 1), "Which <vila/video> digit?"
     seen: list[Prompt] = []
     served = Answerer(tmp_path / "model")
-    monkeypatch.setattr(served.model, "generate", lambda tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
+    monkeypatch.setattr(answer, "generate", lambda model, tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
     assert served.predict(pandas.DataFrame({"question": [question], "video": [str(path)]})) == ["four"]
     expected, other = (
         make_prompt([Turn("human", question)], [load_video_frames(path, 4, fps=fps)], model.config)

@@ -14,8 +14,8 @@ import pytest
 from nvila.components.contracts.environment import Environment
 from nvila.components.report import close_run as closing
 from nvila.components.report.close_run import Ending, close, ending, notice
-from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG
+from nvila.components.runner.status import Run
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.runs import record_step
 
@@ -55,7 +55,7 @@ def test_a_run_that_came_through(make_run: MakeRun, told: list[Any], monkeypatch
 )
 def test_the_step_that_ended_it_is_named(make_run: MakeRun, verdict: str, outcome: str) -> None:
     """`The run failed` makes everybody open the run; and KFP knows no difference between a refusal and a fault."""
-    run = collect(make_run(stop_at="train-4", verdict=verdict))
+    run = Run.read(make_run(stop_at="train-4", verdict=verdict))
     ended = ending(run, "FAILED", "exit code 3")
     assert (ended.outcome, ended.step) == (outcome, "train-4")
     assert ended.message and "the gate says no" in ended.message
@@ -68,19 +68,19 @@ def test_the_step_that_ended_it_is_named(make_run: MakeRun, verdict: str, outcom
 def test_a_step_that_was_killed_has_left_no_word(make_run: MakeRun, state: str, outcome: str) -> None:
     """Its file still says `running`: that is no success, whatever KFP has noticed so far."""
     run = make_run(stop_at="train-4", verdict="running")
-    assert (ending(collect(run), state, None).outcome, ending(collect(run), state, None).step) == (outcome, "train-4")
+    assert (ending(Run.read(run), state, None).outcome, ending(Run.read(run), state, None).step) == (outcome, "train-4")
 
 
 @pytest.mark.parametrize("state", ["", None, "RUNNING", "SUCCEEDED"])
 def test_a_run_that_was_ended_between_two_steps(make_run: MakeRun, state: Any) -> None:
     """Everything that began came through, so it was told as a success; the model was not even trained."""
     run, names = make_run(), [name for name, *_ in DAG]
-    assert ending(collect(run), state, None) == Ending("succeeded")
+    assert ending(Run.read(run), state, None) == Ending("succeeded")
     for name in reversed(names):
         (run / "steps" / f"{name}.json").unlink()
-        ended = ending(collect(run), state, None)
+        ended = ending(Run.read(run), state, None)
         assert ended == Ending("stopped", None, f"the run was ended before {name} began")
-        assert notice(run, collect(run), ended)["outcome"] == "stopped"
+        assert notice(run, Run.read(run), ended)["outcome"] == "stopped"
 
 
 def test_every_branch_counts(make_run: MakeRun) -> None:
@@ -89,20 +89,20 @@ def test_every_branch_counts(make_run: MakeRun) -> None:
     for name, *_ in DAG:
         file = run / "steps" / f"{name}.json"
         file.rename(run / name)
-        assert ending(collect(run), "", None).outcome == "stopped", name
+        assert ending(Run.read(run), "", None).outcome == "stopped", name
         (run / name).rename(file)
 
 
 def test_a_run_of_which_nothing_began(tmp_path: Path) -> None:
     """Terminated while `resolve` waited for a node: there is not even a folder."""
-    assert ending(collect(tmp_path), "RUNNING", None).outcome == "stopped"
+    assert ending(Run.read(tmp_path), "RUNNING", None).outcome == "stopped"
 
 
 @pytest.mark.parametrize(("state", "outcome"), [("CANCELLED", "stopped"), ("FAILED", "failed"), ("RUNNING", "stopped")])
 def test_a_step_that_waits_is_no_success(make_run: MakeRun, state: str, outcome: str) -> None:
     """A step whose pod waits for a node has no status file, whatever those beside it say."""
     run = make_run(stop_at="prune-image", verdict="cached")
-    ended = ending(collect(run), state, None)
+    ended = ending(Run.read(run), state, None)
     assert (ended.outcome, ended.step) == (outcome, None)
 
 
@@ -111,7 +111,7 @@ def test_the_step_with_a_reason_is_named(make_run: MakeRun) -> None:
     run = make_run(stop_at="prune-video", verdict="failed")
     moved = json.loads((run / "steps" / "prune-image.json").read_text())
     (run / "steps" / "prune-image.json").write_text(json.dumps(moved | {"status": "preempted", "exit_code": 75}))
-    ended = ending(collect(run), "FAILED", None)
+    ended = ending(Run.read(run), "FAILED", None)
     assert (ended.outcome, ended.step) == ("failed", "prune-video")
 
 
@@ -120,7 +120,7 @@ def test_a_report_that_fails_is_not_why_the_run_ended(make_run: MakeRun) -> None
     run = make_run(stop_at="gate")
     record = {"name": "report", "status": "failed", "started": 1.0, "ended": 2.0, "exit_code": 1, "message": "no room"}
     (run / "steps" / "report.json").write_text(json.dumps(record))
-    assert ending(collect(run), "FAILED", None).step == "gate"
+    assert ending(Run.read(run), "FAILED", None).step == "gate"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "3"])
@@ -128,13 +128,13 @@ def test_a_damaged_status_file_is_no_success(make_run: MakeRun, content: str) ->
     """Closing a run reads what a lost node may have left."""
     run = make_run()
     (run / "steps" / "quantize.json").write_text(content)
-    ended = ending(collect(run), "SUCCEEDED", None)
+    ended = ending(Run.read(run), "SUCCEEDED", None)
     assert (ended.outcome, ended.step) == ("failed", "quantize")
 
 
 def test_a_run_whose_pods_never_started_has_failed(tmp_path: Path) -> None:
     """A wrong image name leaves no status file at all."""
-    ended = ending(collect(tmp_path), "FAILED", "")
+    ended = ending(Run.read(tmp_path), "FAILED", "")
     assert (ended.outcome, ended.step) == ("failed", None) and "KFP" in (ended.message or "")
 
 
@@ -142,7 +142,7 @@ def test_secrets_do_not_leave(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
     """Messages quote what went wrong, and that may hold a password."""
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijk")
     run = make_run(stop_at="base", text="s3://user:word@host hf_abcdefghijk")
-    text = json.dumps(notice(run, collect(run), ending(collect(run), "FAILED", None)))
+    text = json.dumps(notice(run, Run.read(run), ending(Run.read(run), "FAILED", None)))
     assert "hf_abcdefghijk" not in text and "user:word" not in text
 
 

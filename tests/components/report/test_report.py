@@ -11,10 +11,10 @@ import pytest
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.report.close_run import Ending, notice
-from nvila.components.report.collect import collect
 from nvila.components.report.flow import DAG, duration
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
+from nvila.components.runner.status import Run, Status, StepStatus
 from nvila.pipelines.show.readme import steps_table
 from nvila.pipelines.steps import STEPS
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 
 def page(run_dir: Path) -> Page:
-    return Page(render(collect(run_dir)))
+    return Page(render(Run.read(run_dir)))
 
 
 def test_finished_run_tells_everything(make_run: MakeRun) -> None:
@@ -77,7 +77,7 @@ def test_finished_run_tells_everything(make_run: MakeRun) -> None:
 
 def test_page_needs_no_network_and_runs_nothing(make_run: MakeRun) -> None:
     """Offline means offline, and a report that is mailed around must not be able to call home."""
-    html = render(collect(make_run()))
+    html = render(Run.read(make_run()))
     seen = Page(html)
     assert "script" not in seen.tags and seen.events == []
     assert [link for link in seen.links if not link.startswith(("data:image/", "#"))] == []
@@ -114,7 +114,7 @@ def test_only_a_good_model_gets_a_green_headline(
     make_run: MakeRun, accuracy: float, quantized: float | None, tone: str, said: str
 ) -> None:
     """Gates may ask for nothing; the page must not call a model good that guesses or that quantization broke."""
-    run = collect(make_run())
+    run = Run.read(make_run())
     full, small = (run.values(step)["accuracy"] for step in ("evaluate", "evaluate-quantized"))
     full["digits"] |= {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
     if quantized is None:
@@ -128,7 +128,7 @@ def test_only_a_good_model_gets_a_green_headline(
 
 def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
     """With fewer questions for the quantized model, two accuracies differ for reasons other than quantization."""
-    run = collect(make_run())
+    run = Run.read(make_run())
     run.values("evaluate-quantized")["accuracy"]["digits"] |= {"accuracy": 0.6, "full": 0.61}
     (row,) = [row for row in accuracy_rows(run) if row["source"] == "digits"]
     assert row["change"] == pytest.approx(-0.01)
@@ -136,7 +136,7 @@ def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
 
 def test_no_text_looks_like_another_or_gives_a_secret_away(make_run: MakeRun) -> None:
     """The report is mailed around; a name that turns the direction of writing reads like another one."""
-    html = render(collect(make_run(text="abc\u202egnp.exe\x1b[31m token=hunter2hunter2 hf_" + "a1" * 17)))
+    html = render(Run.read(make_run(text="abc\u202egnp.exe\x1b[31m token=hunter2hunter2 hf_" + "a1" * 17)))
     assert "\u202e" not in html and "\x1b" not in html and "\\u202e" in html
     assert "hunter2" not in html and "a1a1a1" not in html
 
@@ -179,7 +179,7 @@ def test_damaged_run_still_gets_a_page(make_run: MakeRun) -> None:
     Path(json.loads((run_dir / "steps" / "train-1.json").read_text())["manifest"]).parent.joinpath(
         "loss.jsonl"
     ).unlink()
-    assert "the status file is not JSON" in page(run_dir).text
+    assert "the status file is damaged" in page(run_dir).text
 
 
 def test_a_file_changed_since_is_left_out_of_the_page(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,7 +187,7 @@ def test_a_file_changed_since_is_left_out_of_the_page(make_run: MakeRun, capsys:
     run_dir = make_run()
     losses = Path(json.loads((run_dir / "steps" / "train-1.json").read_text())["manifest"]).parent / "loss.jsonl"
     losses.write_text(losses.read_text().replace("1", "2"))
-    assert collect(run_dir).file("train-1", "loss.jsonl") is None
+    assert Run.read(run_dir).file("train-1", "loss.jsonl") is None
     assert "left out" in capsys.readouterr().err
 
 
@@ -209,7 +209,7 @@ def test_samples_without_a_score_do_not_break_the_page(make_run: MakeRun, score:
 
 def test_settings_are_shown_without_secrets(make_run: MakeRun) -> None:
     """The page gets attached to mails and tickets."""
-    html = render(collect(make_run()))
+    html = render(Run.read(make_run()))
     assert "hunter2" not in html
     assert "[redacted]" in html
 
@@ -219,12 +219,16 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
 ) -> None:
     """KFP shows the one, people open the other."""
     run_dir = make_run()
+    StepStatus(name="report", status=Status.RUNNING, started=2_000_000.0).write(run_dir)
     monkeypatch.setenv("NVILA_RUN", str(run_dir))
     out = tmp_path / "out"
     out.mkdir()
     outcome = run(Settings(), {}, out, Environment.read())
     assert outcome.files == ("report.html",)
-    assert (out / "report.html").read_text() == (run_dir / "report.html").read_text()
+    html = (out / "report.html").read_text()
+    assert html == (run_dir / "report.html").read_text()
+    found = HEADLINE.search(html)
+    assert found and "is serving" in found[2], "the step that writes the page runs while it does"
 
 
 def test_flow_names_every_step_of_the_pipeline() -> None:
@@ -249,9 +253,9 @@ def test_step_unknown_to_the_picture_is_listed(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, ""), (0.44, "0.4 s"), (59.4, "59 s"), (127, "2 min 07 s"), (7500, "2 h 05 min")]
+    ("seconds", "text"), [(0.44, "0.4 s"), (59.4, "59 s"), (127, "2 min 07 s"), (7500, "2 h 05 min")]
 )
-def test_durations_read_well(seconds: float | None, text: str) -> None:
+def test_durations_read_well(seconds: float, text: str) -> None:
     """127 seconds is not what anyone says."""
     assert duration(seconds) == text
 
@@ -260,4 +264,4 @@ def test_manifest_digests_link_the_steps(make_run: MakeRun) -> None:
     """Lineage on the page must be the manifests' own digests."""
     run_dir = make_run()
     status = json.loads((run_dir / "steps" / "quantize.json").read_text())
-    assert Manifest.load(status["manifest"]).digest in render(collect(run_dir))
+    assert Manifest.load(status["manifest"]).digest in render(Run.read(run_dir))

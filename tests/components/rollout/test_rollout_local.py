@@ -14,12 +14,13 @@ import pytest
 from nvila.components.contracts.errors import DamagedError, PreflightError, Rejected, RolloutError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.rollout import Policy
-from nvila.components.rollout import endpoint as records
 from nvila.components.rollout import local
-from nvila.components.rollout.endpoint import Endpoint, exclusive
 from nvila.components.rollout.local import Served, Wanted, reconcile
 from nvila.components.rollout.pinned import Pinned
+from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
+from nvila.components.serve.endpoint import Endpoint, exclusive
+from nvila.components.serve.ports import free_port
 
 FAKE = """
 import json, sys, pathlib
@@ -66,9 +67,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port("127.0.0.1")
 
 
 def wanted(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wanted:

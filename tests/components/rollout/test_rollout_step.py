@@ -12,9 +12,9 @@ from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.model.text.conversation import Place
 from nvila.components.rollout import local
 from nvila.components.rollout import step as rollout
-from nvila.components.rollout.endpoint import Endpoint
 from nvila.components.rollout.local import Served, Wanted
 from nvila.components.rollout.pinned import Pinned, choose
+from nvila.components.serve.endpoint import Endpoint
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import find
 

@@ -123,7 +123,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     yield Bench(tmp_path, monkeypatch)
     for name in [name for name in sys.modules if name.startswith("nvila.elsewhere")]:
         sys.modules.pop(name)
-    for cached in (keys._source, keys._file_digest, keys._imported):
+    for cached in (keys._source, keys._syntax):
         cached.cache_clear()
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, Qwen2Config
 from nvila.components.contracts.errors import DataError
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.checkpoint.serving import chat_template, serving_tensors, write_serving
+from nvila.components.model.decode.answer import generate
 from nvila.components.model.text.conversation import Turn, render
 from nvila.components.model.text.prompt import make_prompt
 
@@ -24,7 +25,7 @@ def test_serving_folder_gives_the_same_answers(tmp_path: Path) -> None:
     for seed in range(4):
         image = Image.open(picture(tmp_path / f"{seed}.png", seed))
         prompts.append(make_prompt([Turn("human", "Which digit?")], [image], model.config))
-    assert again.generate(its_tokenizer, prompts, 6) == model.generate(tokenizer, prompts, 6)
+    assert generate(again, its_tokenizer, prompts, 6) == generate(model, tokenizer, prompts, 6)
 
 
 def test_only_what_is_computed_is_stored() -> None:

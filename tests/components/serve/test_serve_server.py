@@ -13,6 +13,7 @@ import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.serve import server
+from nvila.components.serve.ports import free_port
 
 
 @pytest.fixture
@@ -70,9 +71,7 @@ def test_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     script.chmod(0o755)
     monkeypatch.setenv("NVILA_SERVE_PYTHON", str(script))
     (tmp_path / "config.json").write_text('{"nvila": {"num_video_frames": 4}}')
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port("127.0.0.1")
     log = tmp_path / "log"
     started = server.start(tmp_path, port=port, served_name="m", log_path=log, api_key="sesame")
     while server.is_alive(started.pid):

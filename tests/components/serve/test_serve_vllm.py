@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request, generate_with_vllm
 from nvila.components.serve.interpreter import serve_python
+from nvila.components.serve.ports import free_port
 
 
 def _missing() -> str:
@@ -125,9 +125,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("served")
     model, tokenizer = servable_model()
     write_serving(model, tokenizer, root / "model", dtype=torch.float32)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port("127.0.0.1")
     log = root / "log"
     started = server.start(root / "model", port=port, served_name="tiny", log_path=log, api_key="sesame")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import plain_torch
 import pytest
 
 from nvila.components.contracts.errors import TrainingError
+from nvila.components.serve.ports import free_port
 from nvila.components.train.job import Job
 from nvila.components.train.losses import read_losses
 
@@ -135,10 +135,8 @@ def two_ranks(jobs: list[Job]) -> None:
     """Train jobs one after the other by two processes that torchrun could have started."""
     listing = Path(jobs[0].out).parent / "jobs.jsonl"
     listing.write_text("\n".join(job.model_dump_json() for job in jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_LOG_LEVEL": "warning"}
+    port = str(free_port("127.0.0.1"))
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_LOG_LEVEL": "warning"}
     command = [sys.executable, plain_torch.__file__, str(listing)]
     ranks = [
         subprocess.Popen(command, env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.runner.handover import hand_over, read_outcome
 from nvila.components.runner.work import Work
+from nvila.components.serve.ports import free_port
 from nvila.components.train import meeting
 
 
@@ -28,7 +28,7 @@ def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stag
     weights = []
     for nodes in (1, 2):
         job = _job(small, tmp_path / str(nodes), image_stage)
-        port = _free_port()
+        port = free_port("127.0.0.1")
         started = [_node(job, nodes, node, port) for node in range(nodes)]
         assert [node.wait(120) for node in started] == [0] * nodes
         outcome = read_outcome(job.parent)
@@ -45,7 +45,7 @@ def test_a_node_that_waits_for_the_others_can_be_stopped(
 ) -> None:
     """Killed after minutes instead, it holds its GPUs so long and counts as a failure of the job."""
     job = _job(small, tmp_path / "out", image_stage)
-    port = _free_port()
+    port = free_port("127.0.0.1")
     node = _node(job, 2, rank, port)
     try:
         deadline = time.monotonic() + 60
@@ -63,7 +63,7 @@ def test_a_node_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None
     """A pod replaced while the others wait would stand for one that is not there, and torchrun's deaf wait begins."""
     monkeypatch.setattr(meeting, "MEET_SECONDS", 4.0)
     with ThreadPoolExecutor(3) as threads:
-        port = _free_port()
+        port = free_port("127.0.0.1")
         nodes = [threads.submit(meeting.meet, "127.0.0.1", port, 3, node) for node in (0, 1, 1)]
         assert str(nodes[0].exception()).startswith("only 2 of 3 nodes came")
 
@@ -71,7 +71,7 @@ def test_a_node_that_comes_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nodes_that_wait_outlive_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the first pod was preempted, the others ended with exit code 1, which the job may hear first."""
     monkeypatch.setattr(meeting, "MEET_SECONDS", 60.0)
-    port = _free_port()
+    port = free_port("127.0.0.1")
     code = f"from nvila.components.train import meeting; meeting.meet('127.0.0.1', {port}, 3, 0)"
     first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     with ThreadPoolExecutor(3) as threads:
@@ -83,12 +83,6 @@ def test_nodes_that_wait_outlive_the_first(monkeypatch: pytest.MonkeyPatch) -> N
             first.wait()
         nodes = [waiting, *(threads.submit(meeting.meet, "127.0.0.1", port, 3, node) for node in (0, 2))]
         assert [node.exception() for node in nodes] == [None, None, None]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _job(small: Any, out: Path, stage: dict[str, Any]) -> Path:

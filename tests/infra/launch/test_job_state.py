@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.exits import Exit
-from nvila.infra.launch.state import failure, finished, first_pod, is_running, why_waiting
+from nvila.infra.launch.job import Job, Pod
+from nvila.infra.launch.logs import first_pod
+from nvila.infra.launch.state import failure, why_waiting
 
 
-def job(*conditions: tuple[str, str, str]) -> dict[str, Any]:
+def job(*conditions: tuple[str, str, str]) -> Job:
     rows = [{"type": kind, "status": status, "reason": "R", "message": message} for kind, status, message in conditions]
-    return {"metadata": {"name": "j"}, "status": {"conditions": rows} if rows else None}
+    return Job.of({"metadata": {"name": "j"}, "status": {"conditions": rows} if rows else None})
 
 
-def pod(name: str, phase: str = "Pending", *, index: int = 0, **status: Any) -> dict[str, Any]:
+def pod(name: str, phase: str = "Pending", *, index: int = 0, **status: Any) -> Pod:
     label = {"batch.kubernetes.io/job-completion-index": str(index)}
-    return {"metadata": {"name": name, "labels": label}, "status": {"phase": phase, **status}}
+    return Pod.of({"metadata": {"name": name, "labels": label}, "status": {"phase": phase, **status}})
 
 
 def ended(code: int, reason: str, at: str) -> dict[str, Any]:
@@ -26,20 +28,17 @@ def ended(code: int, reason: str, at: str) -> dict[str, Any]:
 
 def test_only_complete_and_failed_are_ends() -> None:
     """A job that Kueue resumes may never show that it runs, and is `Suspended` again and again."""
-    assert finished({"metadata": {}}) is None
-    assert finished(job(("Suspended", "False", ""), ("Complete", "False", ""))) is None
-    assert finished(job(("Suspended", "True", ""))) is None
-    assert finished(job(("Suspended", "False", ""), ("Complete", "True", ""))) == "Complete"
-    assert finished(job(("Failed", "True", ""))) == "Failed"
+    assert job().ended is None
+    assert job(("Suspended", "False", ""), ("Complete", "False", "")).ended is None
+    assert job(("Suspended", "True", "")).ended is None
+    assert job(("Suspended", "False", ""), ("Complete", "True", "")).ended == "Complete"
+    assert job(("Failed", "True", "")).ended == "Failed"
 
 
 def test_a_queue_speaks_for_itself() -> None:
     """`Suspended` alone sends people to look for an error."""
     held = job(("Suspended", "True", "TrainJob is suspended"))
-    workload = {
-        "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": "needs 8 more GPUs"}]}
-    }
-    assert why_waiting(held, [], [], workload) == "queued: needs 8 more GPUs"
+    assert why_waiting(held, [], [], "needs 8 more GPUs") == "queued: needs 8 more GPUs"
     assert why_waiting(held, [], [], None) == "queued: TrainJob is suspended"
 
 
@@ -50,7 +49,7 @@ def test_pods_that_cannot_start_say_why() -> None:
     image = {"state": {"waiting": {"reason": "ImagePullBackOff"}}}
     assert why_waiting(job(), [pod("p", containerStatuses=[image])], [], None) == "p: ImagePullBackOff"
     assert why_waiting(job(), [], ["old", "FailedCreate: quota exceeded"], None) == "FailedCreate: quota exceeded"
-    assert is_running([pod("p"), pod("q", "Running")])
+    assert [each.runs for each in (pod("p"), pod("q", "Running"))] == [False, True]
 
 
 def test_the_first_pod_to_end_badly_is_the_one_to_blame() -> None:
@@ -83,5 +82,5 @@ def test_the_newest_pod_of_the_first_node_has_the_log() -> None:
     """A restarted job has pods of several attempts, oldest first."""
     pods = [pod("old"), pod("other", index=1), pod("new"), pod("another", index=1)]
     found = first_pod(pods)
-    assert found and found["metadata"]["name"] == "new"
+    assert found and found.name == "new"
     assert first_pod([]) is None

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from urllib3.exceptions import ProtocolError
-
-from nvila.infra.launch.cluster import Cluster
+from nvila.components.kube.cluster import Cluster
+from nvila.components.kube.connect import Connection
+from nvila.components.kube.errors import Away
+from nvila.infra.launch.job import Pod
+from nvila.infra.launch.jobs import Jobs
 from nvila.infra.launch.logs import LogCopy, Place
 
 Lines = list[tuple[str, str]]
@@ -25,9 +27,9 @@ class Pods:
         """By pod: after how many lines each connection breaks; later ones do not."""
         self.read = threading.Event()
 
-    def pods(self, job_name: str) -> list[dict[str, Any]]:
+    def pods(self, job_name: str) -> list[Pod]:
         state = {"containerStatuses": [{"state": {"running": {}}}]}
-        return [{"metadata": {"name": name, "uid": name}, "status": state} for name in self.logs]
+        return [Pod.of({"metadata": {"name": name, "uid": name}, "status": state}) for name in self.logs]
 
     def _asked(self, pod: str, since: str | None) -> Lines:
         return [(time, text) for time, text in self.logs[pod] if since is None or time >= since[:-1]]
@@ -40,7 +42,7 @@ class Pods:
         def lines() -> Iterator[bytes]:
             for number, (time, text) in enumerate(self._asked(pod, since)):
                 if number == limit:
-                    raise ProtocolError("broken")
+                    raise Away("broken")
                 yield f"{time} {text}".encode()
             self.read.set()
 
@@ -116,10 +118,10 @@ def test_the_log_of_the_training_container_is_asked_for() -> None:
     asked: list[Mapping[str, Any]] = []
 
     class Asking:
-        host, namespace = "", "team-a"
+        connection = Connection(None, "c", "team-a")
 
         def lines(self, path: str, query: Mapping[str, Any], silence_seconds: float) -> None:
             asked.append(query)
 
-    Cluster(Asking()).log("p", None, 1.0)  # type: ignore[arg-type]
+    Jobs(Cluster(Asking())).log("p", None, 1.0)  # type: ignore[arg-type]
     assert asked[0]["container"] == "node"

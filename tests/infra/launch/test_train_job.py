@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.contracts.site import Site
 from nvila.components.runner.work import Work
 from nvila.infra.launch import launcher as site
@@ -63,6 +63,17 @@ def test_labels_are_what_kubernetes_takes() -> None:
     """A run with a long name would have no job at all."""
     assert label("a" * 80) == "a" * 63
     assert label("-run one/two-") == "run-one-two"
+
+
+def test_without_a_cluster_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`NVILA_SITE` left in a shell makes every local run want a cluster."""
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(PreflightError, match="unset NVILA_SITE"):
+        site.run(work())
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(PreflightError, match=f"KUBECONFIG={tmp_path}"):
+        site.close("r1")
 
 
 def test_heavy_steps_become_jobs() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from nvila.pipelines.planning.checks import Cluster, Need, look
+sys.path.append(str(Path(__file__).parents[2] / "cluster"))
+from kube import install_crd
+
+from nvila.components.kube.cluster import CONFIG_MAP, NODE, POD, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
+from nvila.components.kube.connect import connect
+from nvila.components.kube.requests import Patience, Requests
+from nvila.pipelines.planning.checks import Need, look
 
 pytestmark = pytest.mark.cluster
 
@@ -29,73 +34,40 @@ Make = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
-def client() -> Any:
+def admin() -> Requests:
     """The API server, as the current context, with the definitions installed."""
     for variable in ("KUBECONFIG", "NVILA_CRDS"):
         if not os.environ.get(variable):
             pytest.skip(f"{variable} is not set")
-    from kubernetes import client, config
-
-    made = config.new_client_from_config(os.environ["KUBECONFIG"])
-    definitions = client.ApiextensionsV1Api(made)
+    requests = Requests(connect(os.environ["KUBECONFIG"]), Patience(denied_seconds=1))
     for name in NEEDED:
-        _define(definitions, Path(os.environ["NVILA_CRDS"], f"{name}.yaml"))
-    return made
-
-
-def _define(definitions: Any, file: Path) -> None:
-    """A definition that is not there yet, in the form that an old test cluster takes."""
-    text = file.read_text()
-    name = yaml.safe_load(text)["metadata"]["name"]
-    if any(item.metadata.name == name for item in definitions.list_custom_resource_definition().items):
-        return
-    if tools := os.environ.get("NVILA_KUBE_TOOLS"):
-        command = [sys.executable, str(Path(tools, "crd-downgrade.py")), str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    definitions.create_custom_resource_definition(yaml.safe_load(text))
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        status = definitions.read_custom_resource_definition(name).status
-        if any(c.type == "Established" and c.status == "True" for c in status.conditions or []):
-            time.sleep(1)  # discovery follows a moment later
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{name} is not served")
+        install_crd(requests, Path(os.environ["NVILA_CRDS"], f"{name}.yaml"))
+    time.sleep(1)  # discovery follows a moment later
+    return requests
 
 
 @pytest.fixture
-def cluster(client: Any) -> Iterator[Cluster]:
+def cluster(admin: Requests) -> Iterator[Cluster]:
     """A namespace of its own."""
     name = f"nvila-plan-{uuid.uuid4().hex[:8]}"
-    _call(client, "POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-    yield Cluster(client, "test", name)
-    _call(client, "DELETE", f"/api/v1/namespaces/{name}")
+    admin.ask("POST", "/api/v1/namespaces", body={"metadata": {"name": name}})
+    yield Cluster(Requests(replace(admin.connection, namespace=name), Patience.once(10)))
+    admin.ask("DELETE", f"/api/v1/namespaces/{name}")
 
 
 @pytest.fixture
-def make(client: Any, cluster: Cluster) -> Iterator[Make]:
-    """`make(path, name, **content)`: an object, in the namespace where the path has `{ns}`; the others go again."""
+def make(admin: Requests, cluster: Cluster) -> Iterator[Make]:
+    """`make(kind, name, **content)`: an object, in the namespace if there are such; the others go again."""
     made: list[str] = []
 
-    def create(path: str, name: str, **content: Any) -> None:
-        at = path.format(ns=cluster.namespace)
-        _call(client, "POST", at, {"metadata": {"name": name} | content.pop("metadata", {})} | content)
-        if "{ns}" not in path:
-            made.append(f"{at}/{name}")
+    def create(kind: Kind, name: str, **content: Any) -> None:
+        cluster.create(kind, {"metadata": {"name": name} | content.pop("metadata", {})} | content)
+        if not kind.namespaced:
+            made.append(cluster.path(kind, name))
 
     yield create
     for path in made:
-        _call(client, "DELETE", path)
-
-
-def _call(client: Any, method: str, path: str, body: Any = None, kind: str = "application/json") -> Any:
-    group = path.split("/")[2:4] if path.startswith("/apis/") else ["v1"]
-    if method == "POST":
-        body = {"apiVersion": "/".join(group)} | body
-    return client.call_api(
-        path, method, body=body, header_params={"Content-Type": kind}, response_type="object",
-        auth_settings=["BearerToken"], _return_http_data_only=True,
-    )  # fmt: skip
+        admin.ask("DELETE", path)
 
 
 def _texts(cluster: Cluster, need: Need) -> tuple[str, str]:
@@ -114,54 +86,47 @@ def _set_up(make: Make, cluster: Cluster, gpus: int) -> None:
         "NVILA_QUEUE": "nvila",
         "NVILA_GPUS_PER_NODE": "8",
     }
-    make("/api/v1/namespaces/{ns}/configmaps", "nvila-site", data=settings)
+    make(CONFIG_MAP, "nvila-site", data=settings)
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")
-    make("/api/v1/namespaces/{ns}/secrets", "nvila-credentials", stringData=dict.fromkeys(keys, "x"))
+    make(SECRET, "nvila-credentials", stringData=dict.fromkeys(keys, "x"))
     for claim in ("nvila", "nvila-cache"):
         size = {"requests": {"storage": "1Gi"}}
         spec = {"accessModes": ["ReadWriteMany"], "storageClassName": "none", "resources": size}
-        make("/api/v1/namespaces/{ns}/persistentvolumeclaims", claim, spec=spec)
+        make(VOLUME_CLAIM, claim, spec=spec)
     container = {"name": "node", "image": "nvila"}
     template = {"spec": {"template": {"spec": {"containers": [container], "restartPolicy": "Never"}}}}
     make(
-        "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes",
+        Kind("trainer.kubeflow.org/v1alpha1", "ClusterTrainingRuntime", "clustertrainingruntimes", namespaced=False),
         f"{cluster.namespace}-torch",
-        kind="ClusterTrainingRuntime",
         spec={"template": {"spec": {"replicatedJobs": [{"name": "node", "template": template}]}}},
     )
-    kueue = cluster.version("kueue.x-k8s.io", "localqueues")
+    kueue = cluster.served_version("kueue.x-k8s.io", "localqueues") or "none"
     flavor = {"name": "gpu", "resources": [{"name": "nvidia.com/gpu", "nominalQuota": str(gpus)}]}
     make(
-        f"/apis/kueue.x-k8s.io/{kueue}/clusterqueues",
+        Kind(kueue, "ClusterQueue", "clusterqueues", namespaced=False),
         queue,
-        kind="ClusterQueue",
         spec={
             "namespaceSelector": {},
             "resourceGroups": [{"coveredResources": ["nvidia.com/gpu"], "flavors": [flavor]}],
         },
     )
-    make(
-        f"/apis/kueue.x-k8s.io/{kueue}/namespaces/{{ns}}/localqueues",
-        "nvila",
-        kind="LocalQueue",
-        spec={"clusterQueue": queue},
-    )
+    make(Kind(kueue, "LocalQueue", "localqueues"), "nvila", spec={"clusterQueue": queue})
 
 
 @pytest.fixture
-def nodes(client: Any, make: Make) -> None:
+def nodes(cluster: Cluster, make: Make) -> None:
     """Two nodes of 8 GPUs that no pod is put on."""
     for number in range(2):
         name = f"nvila-plan-{uuid.uuid4().hex[:8]}-{number}"
         taint = {"key": "nvila-test", "effect": "NoSchedule"}
         label = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
-        make("/api/v1/nodes", name, metadata={"labels": label}, spec={"taints": [taint]})
+        make(NODE, name, metadata={"labels": label}, spec={"taints": [taint]})
         status = {
             "allocatable": {"nvidia.com/gpu": "8"},
             "capacity": {"nvidia.com/gpu": "8"},
             "conditions": [{"type": "Ready", "status": "True"}],
         }
-        _call(client, "PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, "application/merge-patch+json")
+        cluster.patch(NODE, name, {"status": status}, "status")
 
 
 def test_an_empty_namespace_is_refused_with_what_to_do(cluster: Cluster) -> None:
@@ -182,10 +147,10 @@ def test_a_namespace_of_the_chart_passes(cluster: Cluster, make: Make) -> None:
 
 
 @pytest.mark.usefixtures("nodes")
-def test_too_little_quota_is_told_from_quota_that_is_taken(client: Any, cluster: Cluster, make: Make) -> None:
+def test_too_little_quota_is_told_from_quota_that_is_taken(cluster: Cluster, make: Make) -> None:
     """The one never starts, the other waits; nobody should cancel a run that only waits."""
     _set_up(make, cluster, gpus=8)
-    make("/api/v1/namespaces/{ns}/resourcequotas", "gpus", spec={"hard": {"requests.nvidia.com/gpu": "8"}})
+    make(QUOTA, "gpus", spec={"hard": {"requests.nvidia.com/gpu": "8"}})
     refused, _ = _texts(cluster, LARGE)
     assert "ResourceQuota gpus allows 8 GPUs, a stage asks for 16" in refused
     assert "holds 8 GPUs, a stage asks for 16: never admitted" in refused
@@ -196,7 +161,7 @@ def test_too_little_quota_is_told_from_quota_that_is_taken(client: Any, cluster:
         ],
         "nodeSelector": {"nvila-test": "never"},
     }  # fmt: skip
-    make("/api/v1/namespaces/{ns}/pods", "taker", spec=pod)
+    make(POD, "taker", spec=pod)
     deadline = time.monotonic() + 15
     while "are taken" not in (texts := tuple(_texts(cluster, small)))[1] and time.monotonic() < deadline:
         time.sleep(0.3)  # the controller counts
@@ -212,12 +177,10 @@ def test_nodes_that_are_not_there_are_counted(cluster: Cluster, make: Make) -> N
     assert refused == "" and "take --launch cpu" in remarked
 
 
-def test_what_this_account_may_not_see_is_said(client: Any, cluster: Cluster) -> None:
+def test_what_this_account_may_not_see_is_said(cluster: Cluster) -> None:
     """A scientist may not list nodes or read secrets: that is no fault of the cluster."""
-    from kubernetes.client import ApiClient
-
-    nobody = ApiClient(client.configuration)
-    nobody.set_default_header("Impersonate-User", "nobody-of-this-test")
-    findings = look(Cluster(nobody, "test", cluster.namespace), LARGE, "h100")
+    nobody = connect(os.environ["KUBECONFIG"], cluster.namespace)
+    nobody.client.set_default_header("Impersonate-User", "nobody-of-this-test")
+    findings = look(Cluster(Requests(nobody, Patience.once(10))), LARGE, "h100")
     assert all("may not look" in f.text for f in findings if not f.refused and "names no" not in f.text)
     assert {f.text.partition(":")[0] for f in findings} >= {"the nodes", "the quota", "the credentials"}

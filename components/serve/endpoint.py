@@ -1,4 +1,7 @@
-"""The record of the server that users talk to: `<runs folder>/serving/endpoint.json`, written by rename."""
+"""The records of servers on this machine: `<runs folder>/serving/{endpoint,challenger}.json`, written by rename.
+
+Rollout and `nvila serve` write them; whoever asks what is being served, or who holds the port, reads them here.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,12 @@ def read(runs: Path, name: str = ENDPOINT) -> Endpoint | None:
         return Endpoint.model_validate(read_json(_path(runs, name)))
     except ValidationError:
         return None
+
+
+def alive(runs: Path) -> list[Endpoint]:
+    """The servers that were recorded and still run."""
+    found = (read(runs, name) for name in (ENDPOINT, CHALLENGER))
+    return [endpoint for endpoint in found if endpoint and endpoint.alive]
 
 
 def write(runs: Path, endpoint: Endpoint, name: str = ENDPOINT) -> None:

@@ -1,0 +1,23 @@
+"""The modules that a step may import and whose code is not part of its content key: they cannot change what it makes.
+
+They serve whoever watches a step, and what becomes of its process. A module belongs here when no edit of it that keeps
+its tests green could change a byte of a finished step's output; one that a step could do without belongs out of the
+step's imports instead. It imports the standard library, pydantic and modules of this list (a test), so that nothing
+else comes along. Everything that is not named here counts, new modules too.
+"""
+
+NEUTRAL = frozenset(
+    {
+        "nvila.components.contracts.children",  # ends a child process with its parent
+        "nvila.components.contracts.environment",  # where things are; the one value in an output is in `resolve.external`
+        "nvila.components.contracts.errors",  # what a step says that makes no output
+        "nvila.components.contracts.exits",  # the number that it then ends with
+        "nvila.components.contracts.neutral",
+        "nvila.components.contracts.places",  # refuses a folder
+        "nvila.components.contracts.progress",  # how far it is
+        "nvila.components.contracts.site",  # what jobs ask of a cluster
+        "nvila.components.contracts.text",  # a line on stderr
+        "nvila.components.tracking.redact",  # without secrets
+        "nvila.components.tracking.tokens",
+    }
+)

@@ -1,0 +1,1 @@
+"""Talks to Kubernetes: the connection, patient requests, and the objects of a namespace as plain data."""
