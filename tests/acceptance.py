@@ -24,15 +24,16 @@ def first_run(summary: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     yield f"took {seconds / 60:.1f} min, at most {MAX_SECONDS / 60:.0f}", seconds <= MAX_SECONDS
     yield f"peak memory {peak / 1e9:.2f} GB, at most {MAX_BYTES / 1e9:.0f}", 0 < peak <= MAX_BYTES
     for source, row in summary["accuracy"].items():
-        low, blind = row["bf16_interval"][0], row["question_only_interval"][1]
-        yield f"{source}: {row['bf16']:.3f} (from {low:.3f}) above question only (to {blind:.3f})", low > blind
-        yield f"{source}: {row['n']} held-out questions", row["n"] >= 1000
+        full, blind = row["full"], row["question_only"]["high"]
+        said = f"{source}: {full['value']:.3f} (from {full['low']:.3f}) above question only (to {blind:.3f})"
+        yield said, full["low"] > blind
+        yield f"{source}: {full['n']} held-out questions", full["n"] >= 1000
         yield f"{source}: quantized {row['quantized']}", row["quantized"] is not None
-    digits = summary["accuracy"].get("digits", {}).get("bf16", 0)
+    digits = summary["accuracy"]["digits"]["full"]["value"] if "digits" in summary["accuracy"] else 0
     yield f"digits {digits:.3f}, at least {MIN_DIGITS}", digits >= MIN_DIGITS
     stages = summary["stages"]
     for source, stage, before in (("digits", "train-4", "train-3"), ("clips", "train-5", "train-4")):
-        old, new = stages[before][source], stages[stage][source]
+        old, new = (stages[step][source]["value"] for step in (before, stage))
         yield f"{stage} takes {source} from {old:.3f} to {new:.3f}", new > old
 
 

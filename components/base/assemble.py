@@ -14,6 +14,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
+from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.fetch import fetch_version
 from nvila.components.model.checkpoint.layouts import open_checkpoint, read_json
 from nvila.components.model.checkpoint.native import checked
@@ -23,7 +24,7 @@ from nvila.components.model.text.jinja import REFERENCE_NAME
 from nvila.components.model.vision.projector import build_projector
 
 
-def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]:
+def assemble(settings: ModelSettings, seed: int, folder: Path) -> Initialization:
     """Write `folder` in the native layout and return what is worth showing of it: counts, and what was fetched.
 
     Args:
@@ -53,10 +54,10 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> dict[str, Any]
     # A decoder's own chat template, with its own system prompt, is not what NVILA is trained in.
     write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
     checked(open_checkpoint(folder))
-    return {
-        "parameters": {part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
-        "weights": {part: version for part, (_, version) in fetched.items()},
-    }
+    return Initialization(
+        parameters={part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
+        weights={part: version for part, (_, version) in fetched.items()},
+    )
 
 
 _WANTED = {".safetensors", ".json", ".txt", ".jinja"}

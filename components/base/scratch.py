@@ -10,6 +10,7 @@ import torch
 from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
+from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.samples import read_samples
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
@@ -19,7 +20,7 @@ from nvila.components.model.text.tokenizer import train_tokenizer
 
 def make(
     settings: ModelSettings, seed: int, samples: Manifest, folder: Path, max_skipped_share: float = 0.01
-) -> dict[str, Any]:
+) -> Initialization:
     """Make the model and save it to `folder`; returns what is worth showing of it."""
     # The matrices are too small to share: the tiny tower took 87 s on two threads and 70 s on one.
     torch.set_num_threads(1)
@@ -41,18 +42,18 @@ def make(
         model, records, epochs=base.tower_epochs, learning_rate=base.learning_rate, batch=base.batch, seed=seed
     )
     save_native(model, tokenizer, folder)
-    return {
-        "parameters": {
+    return Initialization(
+        parameters={
             part: sum(p.numel() for p in getattr(model, part).parameters())
             for part in ("vision_tower", "mm_projector", "llm")
         },
-        "vocabulary": len(tokenizer),
-        "label_pictures": len(records.tiles),
-        "labels": len(records.labels),
-        "skipped": records.skipped,
-        "tower_label_accuracy": round(tower["accuracy"], 4),
-        "tower_steps": int(tower["steps"]),
-    }
+        vocabulary=len(tokenizer),
+        label_pictures=len(records.tiles),
+        labels=len(records.labels),
+        skipped=records.skipped,
+        tower_label_accuracy=round(tower["accuracy"], 4),
+        tower_steps=int(tower["steps"]),
+    )
 
 
 def tower_config(sizes: TowerSizes, tile_pixels: int) -> dict[str, Any]:

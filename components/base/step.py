@@ -48,17 +48,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     if base.vision_tower and base.llm:
         from nvila.components.base.assemble import assemble
 
-        values = assemble(settings.model, settings.seed, out / "model")
-        read = values["weights"]
+        result = assemble(settings.model, settings.seed, out / "model")
     else:
         from nvila.components.base.scratch import make
 
-        values = make(settings.model, settings.seed, inputs["samples"], out / "model", settings.max_skipped_share)
-        read = None
+        result = make(settings.model, settings.seed, inputs["samples"], out / "model", settings.max_skipped_share)
     return Outcome(
         kind="model",
-        values=values,
+        result=result,
         files=("model/**/*",),
-        read=read,
+        read=result.weights,
         measured={"seconds": round(time.monotonic() - began, 1)},
     )

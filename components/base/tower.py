@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress, track
+from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.data.media import Limits, load_image, load_video_frame
 from nvila.components.data.samples import Label, read_labels
 from nvila.components.data.skipped import Skipped, Tally
@@ -52,7 +52,7 @@ class LabelRecords:
     """float, (n,): how often a record is drawn. Sources count equally: a source with many boxes per picture would drown
     the others."""
     labels: list[str]
-    skipped: dict[str, Any]
+    skipped: SkippedRecords
     """Pictures that could not be read: how many, and the first ones."""
 
 

@@ -8,9 +8,19 @@ import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    computed_field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from nvila.components.contracts.digests import sha256_file as sha256_file
@@ -19,15 +29,22 @@ from nvila.components.contracts.errors import DamagedError, DataError, NvilaErro
 from nvila.components.contracts.files import digest_json as digest_json
 from nvila.components.contracts.files import read_bytes
 from nvila.components.contracts.files import write_atomic as write_atomic
+from nvila.components.contracts.results import Result, result_type
+
+R = TypeVar("R", bound=Result)
 
 MANIFEST = "manifest.json"
 SUSPECT = "suspect"
 """Beside a manifest: a reader found the work damaged. Whoever wants to skip the work looks at it closely first."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEY_CHARACTERS = 20
 """Characters of the 64 that name the folder: 80 bits, so that two keys never meet and paths stay readable."""
 AGAIN = "Run the recipe again: the step is then repeated."
 Kind = Literal["slices", "report", "dataset", "model", "metrics", "version", "endpoint"]
+
+
+class OlderVersion(DataError):
+    """A manifest that an older version of the platform wrote: the work is done again where it is wanted."""
 
 
 class File(BaseModel):
@@ -63,7 +80,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     step: str
     key: str
     kind: Kind
@@ -71,8 +88,8 @@ class Manifest(BaseModel):
     sources: list[File] = Field(default_factory=list)
     """The user's own files that were read: the far end of the lineage."""
     files: dict[str, File] = Field(default_factory=dict)
-    values: dict[str, Any] = Field(default_factory=dict)
-    """Small results as JSON: metrics, counts, names."""
+    result: Result | None = None
+    """What the step found out, in the form of that step (see `results`); None where it has nothing to tell."""
     created: str = ""
     seconds: float = 0.0
     machine: dict[str, Any] = Field(default_factory=dict)
@@ -86,6 +103,24 @@ class Manifest(BaseModel):
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"{name!r} is no plain name")
         return name
+
+    @field_validator("result", mode="before")
+    @classmethod
+    def _of_its_step(cls, result: Any, info: ValidationInfo) -> Any:
+        kind = result_type(info.data.get("step", ""))
+        if result is None or isinstance(result, kind):
+            return result
+        try:
+            return kind.model_validate(result)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("result", *first["loc"])))
+            raise ValueError(f"{where} is no {kind.__name__}'s: {first['msg']}") from None
+
+    @field_serializer("result")
+    def _as_told(self, result: Result | None) -> dict[str, Any] | None:
+        """Without what the step left at its default: a field that is new has no part in the digest of older work."""
+        return result.model_dump(mode="json", exclude_unset=True) if result else None
 
     @field_validator("files")
     @classmethod
@@ -114,6 +149,16 @@ class Manifest(BaseModel):
         for ref in content["inputs"].values():
             del ref["uri"]
         return digest_json(content)
+
+    def told(self, kind: type[R]) -> R:
+        """The result, which is of this kind.
+
+        Raises:
+            DamagedError: the step has told something else, or nothing.
+        """
+        if not isinstance(self.result, kind):
+            raise DamagedError(f"no {kind.__name__} of {self.step}", where=f"{self.folder}/{MANIFEST}", do=AGAIN)
+        return self.result
 
     def path(self, name: str, *, fresh: bool = False) -> Path:
         """Local path of the file called `name`, whose bytes are those that the step wrote.
@@ -187,8 +232,8 @@ class Manifest(BaseModel):
         """Read a manifest. Of a `manifest.json` the files are those beside it, wherever it was written: stores move.
 
         Raises:
-            DataError: no such file, or one of a newer version of the platform.
-            DamagedError: not a manifest, cut off, or edited since it was written.
+            DataError: no such file, or one of another version of the platform (`OlderVersion`).
+            DamagedError: not a manifest, cut off, edited since it was written, or with the result of another step.
         """
         place = Path(path).absolute()
         try:
@@ -202,12 +247,13 @@ class Manifest(BaseModel):
         except (ValueError, RecursionError) as error:
             raise DamagedError("the manifest is cut off or no JSON", where=str(path), do=AGAIN) from error
         version = content.get("schema_version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise DataError(
-                f"a manifest of a newer version of the platform (this one reads schema version {SCHEMA_VERSION})",
+        if isinstance(version, int) and version != SCHEMA_VERSION:
+            older = version < SCHEMA_VERSION
+            raise (OlderVersion if older else DataError)(
+                f"written by {'an older' if older else 'a newer'} version of the platform (schema {version}; this one "
+                f"reads schema {SCHEMA_VERSION})",
                 where=str(path),
-                value=version,
-                do="Use the version that wrote it, or another store.",
+                do=AGAIN if older else "Use the version that wrote it, or another store.",
             )
         if not isinstance(content, dict) or "digest" not in content:
             raise DamagedError("not a manifest, or one without its digest", where=str(path), do=AGAIN)

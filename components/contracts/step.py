@@ -16,6 +16,7 @@ from typing import Any
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import File, Kind
+from nvila.components.contracts.results import Result
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Outcome:
     """What a step made; `execute` turns it into the manifest."""
 
     kind: Kind
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """Small JSON results, the same in every execution of the same work: no times, no paths of a run."""
+    result: Result | None = None
+    """What was found out, in the form of this step; the same in every execution of the same work."""
     sources: list[File] = field(default_factory=list)
     """The user's own files that were read."""
     files: tuple[str, ...] = ("**/*",)

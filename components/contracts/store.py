@@ -14,7 +14,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import DamagedError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
-from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest
+from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest, OlderVersion
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.text import say
@@ -42,13 +42,16 @@ class Store:
             inputs: digest of each input's manifest; the work must have been made from these.
 
         Raises:
-            DataError: a newer version of the platform wrote it.
+            DataError: a newer version of the platform wrote it. Work of an older one is not there, which is said.
         """
         place = self.folder(step, key)
         if not os.path.lexists(place / MANIFEST):
             return None
         try:
             return self._sound(place, step, key, inputs)
+        except OlderVersion as error:
+            say(f"{step}: to be done again: {error.what}")
+            return None
         except DamagedError as error:
             say(f"{step}: damaged, to be done again: {error.where}: {error.what}")
             return None

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.contracts.text import say
 
 NAMED = 10
@@ -68,10 +68,10 @@ class Tally:
                 do=f"Repair or remove them, or raise train.max_skipped_share ({self.share})",
             )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> SkippedRecords:
         """For the manifest: how many records, and the first ones with their reasons."""
         named = sorted(self._met.values(), key=lambda one: one.id)[:NAMED]
-        return {"records": len(self._met), "first": [str(one) for one in named]}
+        return SkippedRecords(records=len(self._met), first=[str(one) for one in named])
 
     def _reasons(self) -> str:
         """The commonest reasons, each with its number of records and the first of them."""

@@ -10,8 +10,10 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.accuracy import Evaluation, Passed, QuantizedEvaluation
+from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
-from nvila.components.metrics.gates import objections
+from nvila.components.metrics.gates import objections, objections_to_quantized
 
 
 class Settings(Section):
@@ -31,11 +33,17 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     Raises:
         Rejected: the model misses what the gate asks.
     """
-    measured = inputs["metrics"].values["accuracy"]
-    reasons = objections(settings.gate, measured)
+    metrics, gate = inputs["metrics"], settings.gate
+    measured: Mapping[str, Measured]
+    if isinstance(gate, QuantizeGate):
+        measured = small = metrics.told(QuantizedEvaluation).accuracy
+        reasons = objections_to_quantized(gate, small)
+    else:
+        measured = full = metrics.told(Evaluation).accuracy
+        reasons = objections(gate, full)
     if reasons:
         raise Rejected(
             "the gate refuses the model: " + "; ".join(reasons),
             do="Everything is kept; see the report. Train longer, or change the gate in the recipe.",
         )
-    return Outcome(kind="metrics", values={"passed": True, "sources": sorted(measured)})
+    return Outcome(kind="metrics", result=Passed(sources=sorted(measured)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.accuracy import QuantizedEvaluation, Retained
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.evaluate.step import Tasks
@@ -55,12 +56,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     seconds = time.monotonic() - began
     return Outcome(
         kind="metrics",
-        values={
-            "accuracy": _compare(before, rows),
-            "same_answer": round(sum(is_correct(r["prediction"], r["prediction_full"]) for r in rows) / len(rows), 4),
-            "through": "vllm" if settings.through_vllm else "torch",
-            "max_new_tokens": settings.evaluate.max_new_tokens,
-        },
+        result=QuantizedEvaluation(
+            accuracy=_compare(before, rows),
+            same_answer=round(sum(is_correct(r["prediction"], r["prediction_full"]) for r in rows) / len(rows), 4),
+            through="vllm" if settings.through_vllm else "torch",
+            max_new_tokens=settings.evaluate.max_new_tokens,
+        ),
         files=("predictions.parquet",),
         measured={"seconds": seconds, "questions_per_second": len(rows) / seconds},
     )
@@ -71,19 +72,16 @@ def _first_of_each_source(rows: list[dict[str, Any]], limit: int | None) -> list
     return [row for source in sources for row in [r for r in rows if r["source"] == source][:limit]]
 
 
-def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per source: accuracy with interval, accuracy of the full model on the same questions, and the fall with noise."""
+def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Retained]:
+    """What is left of each source's value."""
     found = {}
     for source in dict.fromkeys(row["source"] for row in before):
         full = [row["correct"] for row in before if row["source"] == source]
         now = [row["correct"] for row in after if row["source"] == source]
         lost, noise = fall(full, now)
-        found[source] = {
-            **accuracy(now),
-            "full": accuracy(full)["accuracy"],
-            "fall": round(lost, 4),
-            "fall_noise": round(noise, 4),
-        }
+        found[source] = Retained(
+            **accuracy(now).model_dump(), full=accuracy(full), fall=round(lost, 4), fall_noise=round(noise, 4)
+        )
     return found
 
 

@@ -11,9 +11,11 @@ from typing import Any
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.accuracy import Baseline, Evaluation, Scored
+from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
-from nvila.components.metrics.accuracy import Accuracy, QuestionOnly, accuracy, is_correct
+from nvila.components.metrics.accuracy import QuestionOnly, accuracy, is_correct
 
 STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
 """Models measured, in the order of the DAG; the last is the final one."""
@@ -59,33 +61,32 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     feed = Feed(tokenizer, model.config)
     asked = {source: Questions.prepare(heldout(table, source, tasks, settings.seed), feed) for source in tasks.sources}
     how: dict[str, Any] = {"batch": tasks.batch, "max_new_tokens": tasks.max_new_tokens}
-    values: dict[str, Any] = {"accuracy": {}, "stages": {}}
+    scored: dict[str, Scored] = {}
+    stages: dict[str, dict[str, Measured]] = {stage: {} for stage in STAGES}
     rows: list[dict[str, Any]] = []
     for source, questions in asked.items():
         said = {
             show: answers(model, tokenizer, questions.prompts(show), what=f"{source}, {show} picture", **how)
             for show in ("own", "blank", "other")
         }
-        values["accuracy"][source] = _beside_baselines(questions.samples, said, known)
+        scored[source] = _beside_baselines(questions.samples, said, known)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
     for stage in STAGES[:-1]:
         model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16", device=device)
-        values["stages"][stage] = {}
         for source, questions in asked.items():
             prompts = questions.prompts("own", tasks.stage_limit)
             predicted = answers(model, tokenizer, prompts, what=f"{stage}: {source}", **how)
             right = [is_correct(p, s.answer) for p, s in zip(predicted, questions.samples, strict=False)]
-            values["stages"][stage][source] = accuracy(right)["accuracy"]
-    values["stages"][STAGES[-1]] = {
-        source: accuracy([row["correct"] for row in rows if row["source"] == source][: tasks.stage_limit])["accuracy"]
-        for source in asked
-    }
+            stages[stage][source] = accuracy(right)
+    for source in asked:
+        right = [row["correct"] for row in rows if row["source"] == source]
+        stages[STAGES[-1]][source] = accuracy(right[: tasks.stage_limit])
     _write(rows, out / "predictions.parquet")
-    _plot(values["stages"], out / "stages.png")
+    _plot(stages, out / "stages.png")
     seconds = time.monotonic() - began
     return Outcome(
         kind="metrics",
-        values=values,
+        result=Evaluation(accuracy=scored, stages=stages),
         files=("predictions.parquet", "stages.png"),
         measured={"seconds": seconds, "questions": len(rows)},
     )
@@ -100,8 +101,8 @@ def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:
     return samples[: tasks.limit]
 
 
-def _beside_baselines(samples: list[Sample], said: Mapping[str, list[str]], known: QuestionOnly) -> dict[str, Any]:
-    def measure(given: list[str]) -> Accuracy:
+def _beside_baselines(samples: list[Sample], said: Mapping[str, list[str]], known: QuestionOnly) -> Scored:
+    def measure(given: list[str]) -> Measured:
         return accuracy([is_correct(g, s.answer) for g, s in zip(given, samples, strict=True)])
 
     baselines = {
@@ -109,13 +110,13 @@ def _beside_baselines(samples: list[Sample], said: Mapping[str, list[str]], know
         "blank picture": measure(said["blank"]),
         "other picture": measure(said["other"]),
     }
-    strongest = max(baselines, key=lambda kind: baselines[kind]["accuracy"])
-    return {
-        **measure(said["own"]),
-        "majority": measure([known.majority(s.source) for s in samples])["accuracy"],
-        "question_only": {"kind": strongest, **baselines[strongest]},
-        "baselines": baselines,
-    }
+    strongest = max(baselines, key=lambda kind: baselines[kind].value)
+    return Scored(
+        **measure(said["own"]).model_dump(),
+        majority=measure([known.majority(s.source) for s in samples]),
+        question_only=Baseline(kind=strongest, **baselines[strongest].model_dump()),
+        baselines=baselines,
+    )
 
 
 def _row(sample: Sample, own: str, blank: str, other: str) -> dict[str, Any]:
@@ -140,13 +141,13 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def _plot(stages: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def _plot(stages: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     for source in next(iter(stages.values())):
-        axes.plot(list(stages), [stage[source] for stage in stages.values()], marker="o", label=source)
+        axes.plot(list(stages), [stage[source].value for stage in stages.values()], marker="o", label=source)
     axes.set(ylabel="exact match", ylim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=100)

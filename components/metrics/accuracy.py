@@ -6,21 +6,12 @@ import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
 
+from nvila.components.contracts.results.result import Measured
 from nvila.components.data.samples import Sample
 from nvila.components.model.text.controls import BREAK
 
 Z95 = 1.959964
-
-
-class Accuracy(TypedDict):
-    """Share of right answers with its 95% interval."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
 
 
 def normal_form(answer: str) -> str:
@@ -38,20 +29,16 @@ def is_correct(prediction: str, answer: str) -> bool:
     return normal_form(prediction) == normal_form(answer)
 
 
-def accuracy(correct: Sequence[bool]) -> Accuracy:
+def accuracy(correct: Sequence[bool]) -> Measured:
     """Share of right answers with the Wilson score interval (95%)."""
     n = len(correct)
     if n == 0:
-        return {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+        return Measured(metric="accuracy", value=0.0, low=0.0, high=1.0, n=0)
     p = sum(correct) / n
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    return {
-        "accuracy": round(p, 4),
-        "low": round(max(0.0, centre - half), 4),
-        "high": round(min(1.0, centre + half), 4),
-        "n": n,
-    }
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Measured(metric="accuracy", value=round(p, 4), low=round(low, 4), high=round(high, 4), n=n)
 
 
 def fall(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:

@@ -6,16 +6,14 @@ pass is the recipe's affair (it may ask for nothing); this is not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nvila.components.contracts.recipe.quantize import QuantizeGate
+from nvila.components.contracts.results.accuracy import Baseline, Evaluation, QuantizedEvaluation, Retained, Scored
+from nvila.components.contracts.results.result import Measured, Result
 
-Measured = Mapping[str, Any]
-"""`accuracy`, `low`, `high` of a source; for the full model also `question_only`, for the quantized one `full`: what
-the full model reached on the questions that both were asked."""
 Standing = Literal[
     "learnt",
     "not above its baseline",
@@ -26,6 +24,16 @@ Standing = Literal[
 LARGEST_LOSS = QuantizeGate().max_loss
 
 
+class Compared(Result):
+    """What is told of a source wherever values are told: the model before and after quantization, and its baselines."""
+
+    full: Measured
+    quantized: Measured | None
+    """None where the run did not come that far."""
+    majority: Measured
+    question_only: Baseline
+
+
 @dataclass(frozen=True)
 class Headline:
     """What to say of all sources together; `good` where nothing is to be said against the model."""
@@ -34,47 +42,44 @@ class Headline:
     text: str
 
 
-def number(measured: Measured, name: str) -> float:
-    """A measured number; NaN, with which every comparison fails, where it is missing, null, infinite or none at all."""
-    value = measured.get(name)
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+def compared(full: Evaluation | None, quantized: QuantizedEvaluation | None) -> dict[str, Compared]:
+    """By source; empty where nothing was measured."""
+    after: Mapping[str, Measured] = quantized.accuracy if quantized else {}
+    return {
+        source: Compared(full=m, quantized=after.get(source), majority=m.majority, question_only=m.question_only)
+        for source, m in (full.accuracy if full else {}).items()
+    }
 
 
 def above(measured: Measured, baseline: Measured) -> bool:
-    """Whether the 95% interval of a model lies above that of a baseline; False where a number is missing."""
-    return number(measured, "low") > number(baseline, "high")
+    """Whether the 95% interval of a model lies above that of a baseline."""
+    return measured.low > baseline.high
 
 
-def standing(full: Measured, quantized: Measured | None) -> Standing:
+def standing(full: Scored, quantized: Retained | None) -> Standing:
     """What may be said of one source."""
-    baseline = full.get("question_only") or {}
-    if not above(full, baseline):
+    if not above(full, full.question_only):
         return "not above its baseline"
-    if not quantized:
+    if quantized is None:
         return "not measured after quantization"
-    if not -change(full, quantized) <= LARGEST_LOSS:
+    if -change(quantized) > LARGEST_LOSS:
         return "lost by quantization"
-    return "learnt" if above(quantized, baseline) else "not above its baseline after quantization"
+    return "learnt" if above(quantized, full.question_only) else "not above its baseline after quantization"
 
 
-def change(full: Measured, quantized: Measured) -> float:
-    """What quantization did to exact match, on the questions that both models answered; a loss is negative."""
-    before = number(quantized if "full" in quantized else full, "full" if "full" in quantized else "accuracy")
-    return round(number(quantized, "accuracy") - before, 4)
+def change(quantized: Retained) -> float:
+    """What quantization did to the value, on the questions that both models answered; a loss is negative."""
+    return round(quantized.value - quantized.full.value, 4)
 
 
-def headline(full: Mapping[str, Measured], quantized: Mapping[str, Measured]) -> Headline:
-    """What may be said of the whole model.
-
-    Args:
-        full: `accuracy` of the step `evaluate`, by source.
-        quantized: that of `evaluate-quantized`; empty where the run did not come that far.
-    """
-    if not full:
+def headline(full: Evaluation | None, quantized: QuantizedEvaluation | None) -> Headline:
+    """What may be said of the whole model, as far as its run came."""
+    if full is None:
         return Headline(False, "not measured")
+    after = quantized.accuracy if quantized else {}
     found: dict[Standing, list[str]] = {}
-    for source, measured in full.items():
-        found.setdefault(standing(measured, quantized.get(source)), []).append(source)
+    for source, measured in full.accuracy.items():
+        found.setdefault(standing(measured, after.get(source)), []).append(source)
     if list(found) == ["learnt"]:
         return Headline(True, "learnt: every source is above its baseline, after quantization too")
     against = [f"{what}: {', '.join(sources)}" for what, sources in found.items() if what != "learnt"]

@@ -14,6 +14,7 @@ from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import RolloutSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.preflight import checks
@@ -46,7 +47,7 @@ def prepare(settings: Settings) -> None:
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
-    """Values: which data files were found. Nothing is written.
+    """Tells which data files were found. Nothing is written.
 
     Raises:
         PreflightError: every problem that was found, in one message.
@@ -56,7 +57,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     refuse(checks.weights_problems(settings.weights))
     return Outcome(
         kind="report",
-        values={"annotations": _annotation_digests(settings.data)},
+        result=Preflight(annotations=_annotation_digests(settings.data)),
         measured={"memory_available_bytes": float(checks.memory_available_bytes())},
     )
 

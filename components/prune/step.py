@@ -16,6 +16,7 @@ from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.model import PrunedSource, Pruning
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.fetch import identity
@@ -57,7 +58,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     if not settings.sources:
         _write([], out / "scores.parquet")
-        return Outcome(kind="dataset", values={"sources": {}}, files=("scores.parquet",))
+        return Outcome(kind="dataset", result=Pruning(sources={}), files=("scores.parquet",))
     began = time.monotonic()
     jobs = []
     for name, reference in (("small", settings.prune.small), ("large", settings.prune.large)):
@@ -90,11 +91,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     _plot(rows, out / "histogram.png")
     return Outcome(
         kind="dataset",
-        values={
-            "sources": _summary(rows, small["accuracy"], large["accuracy"]),
-            "score": settings.prune.score,
-            "skipped": tally.summary(),
-        },
+        result=Pruning(
+            sources=_summary(rows, small["accuracy"], large["accuracy"]),
+            score=settings.prune.score,
+            skipped=tally.summary(),
+        ),
         files=("scores.parquet", "histogram.png"),
         read={"small": small["weights"], "large": large["weights"]},
         measured={"seconds": time.monotonic() - began, "samples": len(rows)},
@@ -173,19 +174,19 @@ def _table(small: Mapping[str, Any], large: Mapping[str, Any], settings: Setting
 
 def _summary(
     rows: list[dict[str, Any]], small: Mapping[str, float], large: Mapping[str, float]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, PrunedSource]:
     """Per source: counts, and whether the scores mean anything (the large reference must be better held out)."""
     found = {}
     for source in sorted({row["source"] for row in rows}):
         of = [row for row in rows if row["source"] == source]
-        found[source] = {
-            "n": len(of),
-            "kept": sum(row["kept"] for row in of),
-            "accuracy_small": small[source],
-            "accuracy_large": large[source],
-            "informative": large[source] > small[source],
-            "mean_delta": round(sum(row["delta"] for row in of) / len(of), 4),
-        }
+        found[source] = PrunedSource(
+            n=len(of),
+            kept=sum(row["kept"] for row in of),
+            accuracy_small=small[source],
+            accuracy_large=large[source],
+            informative=large[source] > small[source],
+            mean_delta=round(sum(row["delta"] for row in of) / len(of), 4),
+        )
     return found
 
 

@@ -18,6 +18,8 @@ from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.model import Quantization
+from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.contracts.step import Outcome
 from nvila.components.quantize.scheme import PLAIN, UNUSED, Group, groups, linears, module_map
 
@@ -78,15 +80,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     )
     return Outcome(
         kind="model",
-        values={
-            "bytes_before": before,
-            "bytes_after": after,
-            "linears": dict(sorted(Counter(schemes.values()).items())),
-            "method": wanted.method,
-            "group_size": wanted.group_size,
-            "calibration_samples": len(batches),
-            "skipped": skipped,
-        },
+        result=Quantization(
+            bytes_before=before,
+            bytes_after=after,
+            linears=dict(sorted(Counter(schemes.values()).items())),
+            method=wanted.method,
+            group_size=wanted.group_size,
+            calibration_samples=len(batches),
+            skipped=skipped,
+        ),
         files=("model/*", MODULE_MAP),
         measured={"seconds": time.monotonic() - began},
     )
@@ -94,7 +96,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
 def _calibration(
     model: NVILA, tokenizer: Any, samples: Manifest, settings: Settings
-) -> tuple[list[Batch], dict[str, Any]]:
+) -> tuple[list[Batch], SkippedRecords]:
     """Training samples, one to a batch, and what was skipped of them.
 
     Raises:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.metrics.standing import headline
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.model import Quantization, Validation
+from nvila.components.contracts.results.result import Measured
+from nvila.components.metrics.standing import Compared, compared, headline
 
 
 def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
@@ -16,7 +18,7 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
         name: in the registry.
         inputs: `model`, `metrics`, `full`, `samples`, as `register` gets them.
     """
-    full, quantized = inputs["full"].values["accuracy"], inputs["metrics"].values["accuracy"]
+    full, quantized = inputs["full"].told(Evaluation), inputs["metrics"].told(QuantizedEvaluation)
     said = headline(full, quantized).text
     parts = [
         f"# {name}",
@@ -27,10 +29,10 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
         "baselines reaches which do not see the right picture.",
         _table(
             ["source", "questions", "most common answer", "without the picture", "full model", "quantized"],
-            [_accuracy_row(source, full.get(source, {}), measured) for source, measured in quantized.items()],
+            [_accuracy_row(source, m) for source, m in compared(full, quantized).items() if m.quantized],
         ),
-        *_data(inputs["samples"]),
-        *_quantization(inputs["model"]),
+        *_data(inputs["samples"].told(Validation)),
+        *_quantization(inputs["model"].told(Quantization)),
         "## Limits",
         "Answers only what its training sources ask; other questions and other kinds of pictures were not measured.",
         "## Lineage",
@@ -39,36 +41,26 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _accuracy_row(source: str, full: Mapping[str, Any], quantized: Mapping[str, Any]) -> list[str]:
-    only = full.get("question_only", {})
-    blind = f"{_interval(only)}, {only.get('kind', '')}" if only else "-"
-    majority = f"{full['majority']:.3f}" if "majority" in full else "-"
-    return [source, str(quantized.get("n", "-")), majority, blind, _interval(full), _interval(quantized)]
+def _accuracy_row(source: str, m: Compared) -> list[str]:
+    blind = f"{_interval(m.question_only)}, {m.question_only.kind}"
+    questions = m.quantized.n if m.quantized else m.full.n
+    return [source, str(questions), f"{m.majority.value:.3f}", blind, _interval(m.full), _interval(m.quantized)]
 
 
-def _interval(measured: Mapping[str, Any]) -> str:
-    if "accuracy" not in measured:
-        return "-"
-    text = f"{measured['accuracy']:.3f}"
-    return f"{text} ({measured['low']:.3f} to {measured['high']:.3f})" if "low" in measured else text
+def _interval(measured: Measured | None) -> str:
+    return f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})" if measured else "-"
 
 
-def _data(samples: Manifest) -> list[str]:
-    counts: Mapping[str, Mapping[str, int]] = samples.values.get("records", {})
-    if not counts:
-        return []
-    splits = list(dict.fromkeys(split for of in counts.values() for split in of))
-    rows = [[source, *(str(of.get(split, 0)) for split in splits)] for source, of in counts.items()]
-    set_aside = sum(samples.values.get("quarantined", {}).values())
+def _data(samples: Validation) -> list[str]:
+    splits = list(dict.fromkeys(split for of in samples.records.values() for split in of))
+    rows = [[source, *(str(of.get(split, 0)) for split in splits)] for source, of in samples.records.items()]
+    set_aside = sum(samples.quarantined.values())
     return ["## Data", _table(["source", *splits], rows), f"{set_aside} spoilt records were set aside."]
 
 
-def _quantization(model: Manifest) -> list[str]:
-    values = model.values
-    lines = [f"- {scheme}: {count} linear layers" for scheme, count in values.get("linears", {}).items()]
-    if values.get("bytes_before") and values.get("bytes_after"):
-        lines.append(f"- {values['bytes_before']} bytes before, {values['bytes_after']} after")
-    return ["## Quantization", "\n".join(lines)] if lines else []
+def _quantization(model: Quantization) -> list[str]:
+    lines = [f"- {scheme}: {count} linear layers" for scheme, count in model.linears.items()]
+    return ["## Quantization", "\n".join([*lines, f"- {model.bytes_before} bytes before, {model.bytes_after} after"])]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.tracking.datasets import dataset_inputs
 from nvila.components.tracking.flatten import batches, metrics
 
@@ -30,7 +31,8 @@ def record_metrics(
     client.log_outputs(run, [LoggedModelOutput(model_id, step=0)])
     data = {"dataset_name": datasets[0].dataset.name, "dataset_digest": datasets[0].dataset.digest} if datasets else {}
     now = int(time.time() * 1000)
-    values = metrics({"full": inputs["full"].values["accuracy"], "quantized": inputs["metrics"].values["accuracy"]})
+    told = {"full": inputs["full"].told(Evaluation), "quantized": inputs["metrics"].told(QuantizedEvaluation)}
+    values = metrics({name: result.model_dump()["accuracy"] for name, result in told.items()})
     rows = [Metric(key, value, now, 0, model_id=model_id, **data) for key, value in values.items()]
     for some in batches(rows, 1000):
         client.log_batch(run, metrics=some)

@@ -15,6 +15,8 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.rollout import RegisterSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.model import Quantization
+from nvila.components.contracts.results.run import Registration
 from nvila.components.contracts.step import Outcome
 from nvila.components.register.card import model_card
 from nvila.components.register.package import log_model
@@ -59,7 +61,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
             out / "upload",
             experiment=experiment,
             name=name,
-            params={key: str(value) for key, value in model.values.get("linears", {}).items()},
+            params={key: str(value) for key, value in model.told(Quantization).linears.items()},
             tags=lineage,
         )
         run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)
@@ -68,5 +70,5 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     version = register_version(runs, name, model.digest, log, description=card, tags=lineage)
     set_alias(runs, name, CHALLENGER, version.version)
     return Outcome(
-        kind="version", values={"name": name, "version": version.version, "model_uri": version.uri}, files=(CARD,)
+        kind="version", result=Registration(name=name, version=version.version, model_uri=version.uri), files=(CARD,)
     )

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from nvila.components.contracts.environment import Environment, revealed
 from nvila.components.contracts.files import read_json
-from nvila.components.metrics.standing import headline
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.run import Registration, Resolution
+from nvila.components.metrics.standing import compared, headline
 from nvila.components.report.flow import unfinished
 from nvila.components.report.webhook import post
 from nvila.components.runner.execute import Place
@@ -83,12 +85,8 @@ def ending(run: Run, state: str, message: str | None) -> Ending:
 def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:
     """What the webhook is told, without secrets."""
     began, last = run.span
-    full, small = (run.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized"))
-    sources = {
-        source: {"trained": row["accuracy"], "quantized": small.get(source, {}).get("accuracy")}
-        for source, row in full.items()
-    }
-    version, measured = run.values("register"), headline(full, small)
+    full, quantized = run.result(Evaluation), run.result(QuantizedEvaluation)
+    recipe, version = run.result(Resolution), run.result(Registration)
     return dict(
         redact(
             {
@@ -96,11 +94,11 @@ def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:
                 "outcome": ended.outcome,
                 "step": ended.step,
                 "message": ended.message,
-                "recipe": run.values("resolve").get("recipe", {}).get("name"),
+                "recipe": recipe.name if recipe else None,
                 "seconds": round(last - began, 1),
-                "headline": measured.text,
-                "accuracy": sources,
-                "registered": {key: version[key] for key in ("name", "version") if key in version} or None,
+                "headline": headline(full, quantized).text,
+                "accuracy": {source: m.model_dump() for source, m in compared(full, quantized).items()},
+                "registered": version.model_dump(include={"name", "version"}) if version else None,
                 "links": _links(run_dir),
             }
         )

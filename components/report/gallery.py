@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.runner.status import Run
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def cards(run: Run) -> dict[str, list[Card]]:
     after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
     limits = _limits(run)
     found = {}
-    for source in run.values("evaluate").get("accuracy", {}):
+    evaluation = run.result(Evaluation)
+    for source in evaluation.accuracy if evaluation else ():
         mine = [row for row in rows if row["source"] == source]
         chosen = _spread([row for row in mine if row["correct"]], RIGHT_PER_SOURCE)
         chosen += _spread([row for row in mine if not row["correct"]], WRONG_PER_SOURCE)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from nvila.components.metrics.standing import above, change, headline, standing
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
+from nvila.components.metrics.standing import above, change, compared, headline, standing
 from nvila.components.report import charts, flow
 from nvila.components.report.gallery import cards, table
 from nvila.components.runner.status import Run, Status
@@ -22,9 +24,10 @@ def context(run: Run) -> dict[str, Any]:
     """Everything the template needs. Each part is empty where its step did not get that far."""
     began, ended = run.span
     rows = flow.rows(run)
+    recipe, validation, evaluation = run.result(Resolution), run.result(Validation), run.result(Evaluation)
     return {
         "run": run.name,
-        "recipe": _recipe(run),
+        "recipe": recipe.name if recipe else "",
         "verdict": verdict(run),
         "total": flow.duration(ended - began),
         "rows": rows,
@@ -32,20 +35,20 @@ def context(run: Run) -> dict[str, Any]:
         "row_pixels": flow.ROW_PIXELS,
         "accuracy": accuracy_rows(run),
         "accuracy_chart": _accuracy_chart(run),
-        "stages": run.values("evaluate").get("stages", {}),
+        "stages": evaluation.stages if evaluation else {},
         "stages_chart": _stages_chart(run),
         "curves": loss_curves(run),
         "prune": prune_parts(run),
         "cards": cards(run),
-        "counts": run.values("validate").get("records", {}),
-        "quarantined": run.values("validate").get("quarantined", {}),
+        "counts": validation.records if validation else {},
+        "quarantined": validation.quarantined if validation else {},
         "quarantine": quarantine(run),
-        "quantize": run.values("quantize"),
-        "register": run.values("register"),
-        "rollout": run.values("rollout"),
+        "quantize": run.result(Quantization),
+        "register": run.result(Registration),
+        "rollout": run.result(Rollout),
         "lineage": _lineage(run),
         "sources": _sources(run),
-        "settings": _settings(run),
+        "settings": {step: parameters(part) for step, part in recipe.slices.items()} if recipe else {},
     }
 
 
@@ -63,33 +66,30 @@ def verdict(run: Run) -> dict[str, str]:
         return {"tone": "bad", "title": f"Killed in {lost.name}", "text": text}
     if left := flow.unfinished(run):
         return {"tone": "neutral", "title": "Not finished", "text": f"The run was ended before {left[0]} began."}
-    rollout = run.values("rollout")
-    version = f"{rollout.get('model', 'model')} version {rollout.get('version', '?')}"
-    where = f"Rollout: {rollout.get('decision', '')}"
-    state, text = ("serving", str(rollout["endpoint"])) if rollout.get("endpoint") else ("registered", where)
-    found = headline(run.values("evaluate").get("accuracy", {}), run.values("evaluate-quantized").get("accuracy", {}))
+    rollout = run.result(Rollout)
+    version = f"{rollout.model} version {rollout.version}" if rollout else "the model"
+    where = f"Rollout: {rollout.decision}" if rollout else ""
+    state, text = ("serving", rollout.endpoint) if rollout and rollout.endpoint else ("registered", where)
+    found = headline(run.result(Evaluation), run.result(QuantizedEvaluation))
     if found.good:
         return {"tone": "good", "title": f"{version} is {state}", "text": text}
     return {"tone": "neutral", "title": f"{version} is {state}, but {found.text}", "text": text}
 
 
 def accuracy_rows(run: Run) -> list[dict[str, Any]]:
-    """One row per source: the full model, its baselines, and the quantized model."""
-    full = run.values("evaluate").get("accuracy", {})
-    after = run.values("evaluate-quantized").get("accuracy", {})
+    """One row per source: what was measured, and what may be said of it."""
+    full, quantized = run.result(Evaluation), run.result(QuantizedEvaluation)
     rows = []
-    for source, measured in full.items():
-        quantized = after.get(source)
-        only = measured.get("question_only") or {}
+    for source, m in compared(full, quantized).items():
+        after = quantized.accuracy.get(source) if quantized else None
+        said = full and standing(full.accuracy[source], after)
         rows.append(
             {
                 "source": source,
-                "full": measured,
-                "only": only,
-                "quantized": quantized,
-                "change": change(measured, quantized) if quantized else None,
-                "above": above(measured, only),
-                "kept": standing(measured, quantized) == "learnt",
+                "measured": m,
+                "change": change(after) if after else None,
+                "above": above(m.full, m.question_only),
+                "kept": said == "learnt",
             }
         )
     return rows
@@ -97,7 +97,7 @@ def accuracy_rows(run: Run) -> list[dict[str, Any]]:
 
 def loss_curves(run: Run) -> list[dict[str, Any]]:
     """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
-    found = []
+    found, trained = [], run.results(Training)
     for number, step in enumerate(STAGES[1:]):
         path = run.file(step, "loss.jsonl")
         if path is None:
@@ -112,11 +112,10 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
             charts.Line(number, "loss", _thinned(points), faint=True),
             charts.Line(number, "smoothed loss", _thinned(smooth)),
         ]
-        name = run.values(step).get("stage", {}).get("name", "")
         found.append(
             {
                 "step": step,
-                "name": name,
+                "name": trained[step].name if step in trained else "",
                 "steps": len(points),
                 "first": smooth[0][1],
                 "last": smooth[-1][1],
@@ -129,9 +128,9 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
 def prune_parts(run: Run) -> list[dict[str, Any]]:
     """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
     found = []
-    for step in ("prune-image", "prune-video"):
+    for step, pruning in run.results(Pruning).items():
         scores = table(run.file(step, "scores.parquet"))
-        for source, told in run.values(step).get("sources", {}).items():
+        for source, told in pruning.sources.items():
             mine = [row for row in scores if row["source"] == source]
             chart = charts.histogram(
                 [row["delta"] for row in mine if row["kept"]],
@@ -153,35 +152,23 @@ def quarantine(run: Run) -> dict[str, Any]:
 
 def _accuracy_chart(run: Run) -> str:
     groups = []
-    for row in accuracy_rows(run):
-        dots = [charts.Dot(0, "full model", row["full"]["accuracy"], row["full"].get("low"), row["full"].get("high"))]
-        if row["quantized"]:
-            q = row["quantized"]
-            dots.append(charts.Dot(1, "quantized", q["accuracy"], q.get("low"), q.get("high")))
-        if row["only"]:
-            only = row["only"]
-            dots.append(charts.Dot(7, "question only", only["accuracy"], only.get("low"), only.get("high")))
-        if "majority" in row["full"]:
-            dots.append(charts.Dot(7, "majority", row["full"]["majority"]))
-        groups.append((row["source"], dots))
+    for source, m in compared(run.result(Evaluation), run.result(QuantizedEvaluation)).items():
+        found = ((0, "full model", m.full), (1, "quantized", m.quantized), (7, "question only", m.question_only))
+        dots = [charts.Dot(series, label, v.value, v.low, v.high) for series, label, v in found if v]
+        groups.append((source, [*dots, charts.Dot(7, "majority", m.majority.value)]))
     return charts.dot_plot(groups, "Exact match with 95% intervals beside baselines") if groups else ""
 
 
 def _stages_chart(run: Run) -> str:
-    stages = run.values("evaluate").get("stages", {})
-    shown = [stage for stage in STAGES if stage in stages]
-    sources = list(dict.fromkeys(source for stage in shown for source in stages[stage]))
+    evaluation = run.result(Evaluation)
+    stages = evaluation.stages if evaluation else {}
+    sources = list(dict.fromkeys(source for measured in stages.values() for source in measured))
     lines = [
-        charts.Line(i, source, [(x, stages[stage][source]) for x, stage in enumerate(shown) if source in stages[stage]])
+        charts.Line(i, source, [(x, m[source].value) for x, m in enumerate(stages.values()) if source in m])
         for i, source in enumerate(sources)
     ]
-    labels = [stage.replace("train-", "stage ") for stage in shown]
+    labels = [stage.replace("train-", "stage ") for stage in stages]
     return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
-
-
-def _recipe(run: Run) -> str:
-    recipe = run.values("resolve").get("recipe", {})
-    return recipe.get("name", "") if isinstance(recipe, Mapping) else str(recipe)
 
 
 def _lineage(run: Run) -> list[dict[str, Any]]:
@@ -201,10 +188,6 @@ def _sources(run: Run) -> list[dict[str, Any]]:
     """The user's files, without those beyond the first hundred."""
     found = {file.uri: file for manifest in run.manifests.values() for file in manifest.sources}
     return [{"uri": f.uri, "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
-
-
-def _settings(run: Run) -> dict[str, dict[str, str]]:
-    return {step: parameters(part) for step, part in run.values("resolve").get("slices", {}).items()}
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

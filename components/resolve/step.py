@@ -11,6 +11,7 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.reader import Form, fill_in, recipe_text, shipped
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
 
 Settings = Form
@@ -27,12 +28,11 @@ def external(settings: Mapping[str, Any], here: Environment) -> dict[str, str]:
 
 
 def run(settings: Form, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
-    """Values: `recipe` (all of it, defaults filled in) and `slices` (by step name).
+    """Tells `recipe` (all of it, defaults filled in) and `slices` (by step name).
 
     Raises:
         ConfigError: names the dotted option and the nearest right key.
     """
     recipe = fill_in(settings, root=here.root)
-    return Outcome(
-        kind="slices", values={"recipe": recipe.model_dump(mode="json", by_alias=True), "slices": slices(recipe)}
-    )
+    whole = recipe.model_dump(mode="json", by_alias=True)
+    return Outcome(kind="slices", result=Resolution(recipe=whole, slices=slices(recipe)))

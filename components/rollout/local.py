@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
@@ -166,7 +165,7 @@ def _try(
         server.stop(challenger.pid)
         records.forget(runs, records.CHALLENGER)
         return _refusal(verdict.reasons)
-    pinned: dict[str, Any] = {"asked": seen.asked, "agreed": seen.agreed, "right": seen.right, "errors": seen.errors}
+    pinned: dict[str, int] = {"asked": seen.asked, "agreed": seen.agreed, "right": seen.right, "errors": seen.errors}
     measured = {"seconds_until_ready": ready, "seconds_per_answer": seconds}
     return challenger.model_copy(update={"pinned": pinned}), measured
 

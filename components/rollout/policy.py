@@ -68,4 +68,4 @@ def decide(challenger: Observation, champion: Observation | None, policy: Policy
 
 def _clearly_worse(challenger: Observation, champion: Observation) -> bool:
     mine, other = (accuracy([i < seen.right for i in range(seen.asked)]) for seen in (challenger, champion))
-    return mine["high"] < other["low"]
+    return mine.high < other.low

@@ -13,9 +13,10 @@ from pydantic import Field
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.accuracy import QuantizedEvaluation
+from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.step import Outcome
 from nvila.components.rollout.local import Wanted, reconcile
 from nvila.components.rollout.pinned import choose
@@ -46,15 +47,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         Rejected: the policy said no, or the registry holds another model under this version.
         RolloutError: the promoted version did not come up at its address.
     """
-    version = inputs["version"].values
-    values = {"model": version["name"], "version": version["version"]}
+    version = inputs["version"].told(Registration)
+    told = Rollout(model=version.name, version=version.version, endpoint=None, decision="not asked for", pinned={})
     if settings.rollout.target == "none":
-        return Outcome(kind="endpoint", values=values | {"endpoint": None, "decision": "not asked for", "pinned": {}})
+        return Outcome(kind="endpoint", result=told)
     runs, rollout = Place.of(here).run_dir.parent, settings.rollout
-    _agree(runs, version["name"], version["version"], inputs["model"])
+    _agree(runs, version.name, version.version, inputs["model"])
     wanted = Wanted(
-        model=version["name"],
-        version=version["version"],
+        model=version.name,
+        version=version.version,
         digest=inputs["model"].digest,
         model_dir=inputs["model"].dir("model", fresh=True),
         host=rollout.host,
@@ -62,13 +63,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         key=here.api_key,
     )
     prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
-    longest = inputs["metrics"].values.get("max_new_tokens", EvaluateSettings.model_fields["max_new_tokens"].default)
+    longest = inputs["metrics"].told(QuantizedEvaluation).max_new_tokens
     with exclusive(runs):
         served = reconcile(runs, wanted, prompts, rollout.policy, longest)
         promote(runs, wanted.model, wanted.version)
     return Outcome(
         kind="endpoint",
-        values=values | {"endpoint": served.endpoint.url, "decision": "promoted", "pinned": served.endpoint.pinned},
+        result=told.model_copy(
+            update={"endpoint": served.endpoint.url, "decision": "promoted", "pinned": served.endpoint.pinned}
+        ),
         measured=served.measured,
     )
 

@@ -21,7 +21,6 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
-    AGAIN,
     MANIFEST,
     SUSPECT,
     InputRef,
@@ -29,6 +28,7 @@ from nvila.components.contracts.manifest import (
     describe_files,
 )
 from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import call
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.contracts.text import say
@@ -41,6 +41,7 @@ from nvila.components.tracking.redact import redact_text, tell
 
 COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
 """Steps that let a model go further: their inputs must be those that MLflow knows."""
+_INTERVAL = frozenset({"low", "high"})
 ALWAYS = frozenset({"register", "rollout", "report"})
 """Steps that act on the world, or describe this very run: they are never skipped."""
 
@@ -112,9 +113,7 @@ def _execute(
         status.begin()
         _refuse_other_code(here.code)
         if slices is not None:
-            every = Manifest.load(slices).values.get("slices")
-            if not isinstance(every, dict):
-                raise DamagedError("the manifest holds no slices", where=slices, do=AGAIN)
+            every = Manifest.load(slices).told(Resolution).slices
             if step not in every:
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
@@ -201,7 +200,7 @@ def perform(
             },
             sources=outcome.sources,
             files=files,
-            values=dict(outcome.values),
+            result=outcome.result,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(time.time() - began, 3),
             machine=dict(outcome.machine),
@@ -270,10 +269,11 @@ def _refuse_other_code(wanted: str | None) -> None:
 
 
 def _scalars(manifest: Manifest) -> dict[str, float]:
-    """Numbers for the table of scalar metrics in the UI; what lies deeper than three levels is left to the report."""
+    """Numbers for the table of scalar metrics in the UI; intervals, and what lies deep, are left to the report."""
     if manifest.kind != "metrics":
         return {}
-    return {n: v for n, v in metrics(manifest.values).items() if n.count("/") < 3 and math.isfinite(v)}
+    found = metrics(manifest.result).items() if manifest.result else ()
+    return {n: v for n, v in found if n.count("/") < 4 and n.rpartition("/")[2] not in _INTERVAL and math.isfinite(v)}
 
 
 def _again(code: Exit, message: str) -> NvilaError:

@@ -13,11 +13,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from nvila.components.contracts.errors import NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
+from nvila.components.contracts.results import result_type
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.work import Work
@@ -74,7 +75,8 @@ def folder_of(out: Path, attempt: str) -> Path:
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Leave what the step made."""
-    record = dataclasses.asdict(outcome) | {"sources": [file.model_dump() for file in outcome.sources]}
+    told = outcome.result.model_dump(mode="json", exclude_unset=True) if outcome.result else None
+    record = dataclasses.asdict(outcome) | {"sources": [file.model_dump() for file in outcome.sources], "result": told}
     write_atomic(folder / OUTCOME, json.dumps(record))
 
 
@@ -88,14 +90,16 @@ def clear_verdict(folder: Path, node: int) -> None:
     (folder / f"verdict-{node}.json").unlink(missing_ok=True)
 
 
-def read_outcome(folder: Path) -> Outcome | None:
-    """What the step made, or None where the job has left nothing."""
+def read_outcome(folder: Path, step: str) -> Outcome | None:
+    """What the step of this name made, or None where the job has left nothing."""
     # Listing first: a network file system remembers for a while that a file was missing.
     if not folder.is_dir() or OUTCOME not in {path.name for path in folder.iterdir()}:
         return None
     try:
-        return TypeAdapter(Outcome).validate_json((folder / OUTCOME).read_bytes())
-    except ValidationError:  # a machine that went down with the file in its cache leaves it empty
+        record = json.loads((folder / OUTCOME).read_bytes())
+        told = record["result"] and result_type(step).model_validate(record["result"])
+        return TypeAdapter(Outcome).validate_python(record | {"result": told})
+    except (ValueError, KeyError, TypeError):  # a machine that went down with the file in its cache leaves it empty
         return None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,9 +20,11 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import read_bytes, write_atomic
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results import Result
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import redact_text
 
+R = TypeVar("R", bound=Result)
 AT_EXIT = "report"
 """The step that tells of the others, however they ended: it is why a run ended only where no other is."""
 
@@ -133,9 +135,13 @@ class Run:
         """One step, begun or not."""
         return self.steps.get(name) or StepStatus(name=name, status=Status.WAITING)
 
-    def values(self, step: str) -> dict[str, Any]:
-        """The results of a step, empty when it has none."""
-        return self.manifests[step].values if step in self.manifests else {}
+    def results(self, kind: type[R]) -> dict[str, R]:
+        """What the steps that came through have told of this kind, by step."""
+        return {step: made.result for step, made in self.manifests.items() if isinstance(made.result, kind)}
+
+    def result(self, kind: type[R]) -> R | None:
+        """The same where one step tells of it; None where it did not come through."""
+        return next(iter(self.results(kind).values()), None)
 
     def unfinished(self, names: Iterable[str]) -> list[str]:
         """Those of the named steps that have not come through."""

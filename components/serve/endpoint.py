@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -40,7 +39,7 @@ class Endpoint(BaseModel):
     """Of the model's manifest."""
     model_dir: str
     log: str
-    pinned: dict[str, Any] = {}
+    pinned: dict[str, int] = {}
     """What it did with the pinned prompts before it became champion."""
 
     @property

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+from nvila.components.contracts.results.result import Result
 from nvila.components.tracking.redact import redact
 
 T = TypeVar("T")
@@ -20,10 +21,13 @@ def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
     return {name: _cut(text) for name, text in _leaves(redact(settings), ".")}
 
 
-def metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers in `values` by `/`-joined key (MLflow groups charts by it). Booleans and lists are not metrics."""
+def metrics(values: Result | Mapping[str, Any]) -> dict[str, float]:
+    """Numbers in `values` by `/`-joined key (MLflow groups charts by it). Booleans and lists are not metrics.
+
+    A measured value goes by the name of its metric, beside its `low`, `high` and `n`.
+    """
     found: dict[str, float] = {}
-    for name, value in _walk(values, "/"):
+    for name, value in _walk(values.model_dump() if isinstance(values, Result) else values, "/"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name] = float(value)
     return found
@@ -42,7 +46,8 @@ def _leaves(values: Mapping[str, Any], separator: str) -> Iterator[tuple[str, st
 def _walk(values: Any, separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves with their joined keys; a list of mappings goes by index, any other list is one leaf."""
     if isinstance(values, Mapping):
-        items = [(str(key), value) for key, value in values.items()]
+        metric = {"value": str(values["metric"])} if "metric" in values else {}
+        items = [(metric.get(key, str(key)), value) for key, value in values.items()]
     elif isinstance(values, list) and values and all(isinstance(item, Mapping) for item in values):
         items = [(str(index), value) for index, value in enumerate(values)]
     else:

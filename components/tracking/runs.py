@@ -77,8 +77,9 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
         parent, _ = _parent(client, run_dir)
         summary = run_dir / "summary.json"
         if summary.is_file():
-            now = _ms(summary.stat().st_mtime)
-            _log_metrics(client, parent, [(k, v, now, 0) for k, v in metrics(read_json(summary)).items()])
+            now, told = _ms(summary.stat().st_mtime), read_json(summary)
+            told.pop("schema_version", None)
+            _log_metrics(client, parent, [(k, v, now, 0) for k, v in metrics(told).items()])
         for path in (summary, run_dir / "report.html"):
             if path.is_file():
                 client.log_artifact(parent, str(path))
@@ -124,8 +125,8 @@ def _log(
     if datasets := dataset_inputs(inputs, manifest):
         client.log_inputs(run, datasets)
     numbers = dict(measured)
-    if manifest and manifest.kind != "slices":  # the slices are settings, which other steps log
-        numbers = metrics(manifest.values) | numbers
+    if manifest and manifest.result and manifest.kind != "slices":  # the slices are settings, which other steps log
+        numbers = metrics(manifest.result) | numbers
     rows = [(key, value, _ms(ended), 0) for key, value in numbers.items()]
     _log_metrics(client, run, rows + (_curve(Path(manifest.folder), _ms(ended)) if manifest else []))
     if manifest:

@@ -11,6 +11,7 @@ from typing import Any
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.results.model import Training
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.skipped import Tally
@@ -54,14 +55,14 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     tail = [r["loss"] for r in records[-max(1, len(records) // 10) :] if r["loss"] is not None]
     return Outcome(
         kind="model",
-        values={
-            "stage": settings.stage.model_dump(mode="json"),
-            "precision": settings.run.precision,
-            "steps": steps,
-            "samples": samples,
-            "skipped": tally.summary(),
-            "final_loss": round(sum(tail) / len(tail), 4) if tail else None,
-        },
+        result=Training(
+            stage=settings.stage.model_dump(mode="json"),
+            precision=settings.run.precision,
+            steps=steps,
+            samples=samples,
+            skipped=tally.summary(),
+            final_loss=round(sum(tail) / len(tail), 4) if tail else None,
+        ),
         files=(*TRAINED, "loss.png"),
         measured={"seconds": seconds, "samples_per_second": samples / seconds},
     )

@@ -13,6 +13,7 @@ from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import File, Manifest, digest_json, write_atomic
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings, Source
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.model import Validation
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
 from nvila.components.validate.annotations import Row, annotation_files, read_label_rows, read_records
@@ -87,12 +88,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     _refuse(sources, results, out)
     return Outcome(
         kind="dataset",
-        values={
-            "records": counts,
-            "quarantined": dict(sorted(Counter(record["reason"] for record in quarantine.values()).items())),
-            "media_files": len(findings),
-            "media_digest": _digest(findings),
-        },
+        result=Validation(
+            records=counts,
+            quarantined=dict(sorted(Counter(record["reason"] for record in quarantine.values()).items())),
+            media_files=len(findings),
+            media_digest=_digest(findings),
+        ),
         sources=[
             File(uri=str(path), size_bytes=path.stat().st_size, sha256=file_sha256(path))
             for source in sources

@@ -113,7 +113,7 @@ def follow(jobs: Jobs, job: Job) -> Job:
 
 def outcome_of(work: Work, job: Job, seconds: float) -> Outcome | None:
     """What the job has made, or None where it has left nothing in that time."""
-    return in_time(partial(read_outcome, answers(work, job)), seconds)
+    return in_time(partial(read_outcome, answers(work, job), work.step), seconds)
 
 
 def in_time(read: Callable[[], T | None], seconds: float) -> T | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from rich.text import Text
 
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.results.accuracy import Evaluation
+from nvila.components.contracts.results.result import Measured
+from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.text import shell_word, visible, visible_lines
+from nvila.components.metrics.standing import Compared
 from nvila.components.runner.status import Run
-from nvila.pipelines.show.summary import LOG, verdict
+from nvila.pipelines.show.summary import LOG, Summary, verdict
 from nvila.pipelines.show.watch import StepState, print_line, step_table
 from nvila.pipelines.steps import STEPS
 
@@ -32,31 +37,31 @@ _LARGEST_ARGUMENT_BYTES = 64 * 2**10
 """Of a picture: Linux lets a program have no argument above 128 KiB, and base64 and the question add to it."""
 
 
-def show_closing(run: Run, summary: dict[str, Any], console: Console) -> None:
+def show_closing(run: Run, summary: Summary, console: Console) -> None:
     """Print the summary of a run that has ended, however it ended."""
-    minutes, gib = summary["seconds_total"] / 60, summary["peak_pss_bytes"] / 2**30
+    minutes, gib = summary.seconds_total / 60, summary.peak_pss_bytes / 2**30
     title = (
-        f"{summary['run']}: {summary['decision']} after {minutes:.1f} min "
-        f"(overhead {summary['seconds_overhead']:.1f} s, peak memory {gib:.1f} GiB)"
+        f"{summary.run}: {summary.decision} after {minutes:.1f} min "
+        f"(overhead {summary.seconds_overhead:.1f} s, peak memory {gib:.1f} GiB)"
     )
     _print_table(console, title, step_table([StepState.of(run.step(name)) for name in STEPS]))
-    if summary["accuracy"]:
+    if summary.accuracy:
         found = verdict(run)
-        colour = "green" if found.good and summary["exit_code"] == Exit.DONE else "yellow"
+        colour = "green" if found.good and summary.exit_code == Exit.DONE else "yellow"
         print_line(console, f"\n{visible(found.text)}", style=f"bold {colour}")
-    if summary["accuracy"]:
+    if summary.accuracy:
         title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
-        _print_table(console, title, _accuracy_table(summary["accuracy"]))
-    if summary["stages"]:
-        _print_table(console, "exact match after base and after each stage", _stage_table(summary["stages"]))
+        _print_table(console, title, _accuracy_table(summary.accuracy))
+    if summary.stages:
+        _print_table(console, "exact match after base and after each stage", _stage_table(summary.stages))
     console.print()
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
-    if summary["endpoint"] and (example := curl_example(run)):
+    if summary.endpoint and (example := curl_example(run)):
         console.print("\nask the served model about a picture:")
         print_line(console, example)
-    if summary["message"]:
-        print_line(console, f"\n{visible_lines(summary['message'])}")
+    if summary.message:
+        print_line(console, f"\n{visible_lines(summary.message)}")
 
 
 def curl_example(run: Run) -> str | None:
@@ -67,10 +72,9 @@ def curl_example(run: Run) -> str | None:
     """
     from nvila.components.model.text.conversation import Turn, messages_of
 
-    held_out = _held_out(run)
-    if held_out is None:
+    held_out, served = _held_out(run), run.result(Rollout)
+    if held_out is None or served is None or served.endpoint is None:
         return None
-    served = run.values("rollout")
     picture, question = held_out
     url = {"url": f"data:image/{_KINDS.get(picture.suffix.lower(), 'png')};base64,"}
     content = [
@@ -78,7 +82,7 @@ def curl_example(run: Run) -> str | None:
         for part in messages_of([Turn("human", question)], [picture])[0].parts
         if part
     ]
-    body = {"messages": [{"role": "user", "content": content}], "model": served["model"], "temperature": 0}
+    body = {"messages": [{"role": "user", "content": content}], "model": served.model, "temperature": 0}
     text = _quoted(body)
     before, after = text.split(_quoted(url), 1)  # its quotes are escaped wherever a question says the same
     opening, closing = _quoted(url)[:-2], _quoted(url)[-2:]
@@ -88,7 +92,7 @@ def curl_example(run: Run) -> str | None:
         f"'{closing}{after}'",
     )
     key = f'-H "Authorization: Bearer ${name_of("api_key")}" ' if current().api_key else ""
-    address = shell_word(f"{served['endpoint'].rstrip('/')}/v1/chat/completions")
+    address = shell_word(f"{served.endpoint.rstrip('/')}/v1/chat/completions")
     command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
     if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:
         return f"{{ printf %s {start}; {picture_in_base64}; printf %s {end}; }} | {command} @-"
@@ -108,39 +112,42 @@ def _held_out(run: Run) -> tuple[Path, str] | None:
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         return None
-    measured = run.values("evaluate")["accuracy"]
-    best = pictures[max(pictures, key=lambda source: measured.get(source, {}).get("accuracy", 0.0))]
+    evaluation = run.result(Evaluation)
+    measured = evaluation.accuracy if evaluation else {}
+    best = pictures[max(pictures, key=lambda source: measured[source].value if source in measured else 0.0)]
     return best.root / best.media[0], best.conversations[0].text
 
 
-def _accuracy_table(accuracy: dict[str, dict[str, Any]]) -> Table:
+def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("source", "n", "majority", "question only", "trained", "quantized"):
         table.add_column(column, justify="left" if column == "source" else "right")
-    for source, row in accuracy.items():
+    for source, m in accuracy.items():
         table.add_row(
             Text(visible(source)),
-            str(row["n"]),
-            f"{row['majority']:.3f}",
-            f"{_interval(row['question_only'], row['question_only_interval'])} {row['question_only_kind']}",
-            _interval(row["bf16"], row["bf16_interval"]),
-            _interval(row["quantized"], row["quantized_interval"]),
+            str(m.full.n),
+            f"{m.majority.value:.3f}",
+            f"{_interval(m.question_only)} {m.question_only.kind}",
+            _interval(m.full),
+            _interval(m.quantized),
         )
     return table
 
 
-def _stage_table(stages: dict[str, dict[str, float]]) -> Table:
+def _stage_table(stages: Mapping[str, Mapping[str, Measured]]) -> Table:
     sources = sorted({source for row in stages.values() for source in row})
     table = Table(box=None, pad_edge=False)
     table.add_column("after")
     for source in sources:
         table.add_column(Text(visible(source)), justify="right")
     for stage, row in stages.items():
-        table.add_row(Text(visible(stage)), *(f"{row[source]:.3f}" if source in row else "" for source in sources))
+        table.add_row(
+            Text(visible(stage)), *(f"{row[source].value:.3f}" if source in row else "" for source in sources)
+        )
     return table
 
 
-def _places(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _places(run: Run, summary: Summary) -> list[tuple[str, str]]:
     run_dir = run.folder
     places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
     if (run_dir / REPORT).is_file():
@@ -148,10 +155,10 @@ def _places(run: Run, summary: dict[str, Any]) -> list[tuple[str, str]]:
     store = run_dir.parent / "mlflow.db"
     if store.is_file():
         places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
-    if version := run.values("register").get("version"):
-        places.append(("registered", f"{run.values('register')['name']} version {version}"))
-    if summary["endpoint"]:
-        places.append(("endpoint", f"{summary['endpoint']} (`nvila stop` ends it)"))
+    if version := run.result(Registration):
+        places.append(("registered", f"{version.name} version {version.version}"))
+    if summary.endpoint:
+        places.append(("endpoint", f"{summary.endpoint} (`nvila stop` ends it)"))
     return places
 
 
@@ -161,10 +168,8 @@ def _print_table(console: Console, title: str, table: Table) -> None:
     console.print(table)
 
 
-def _interval(value: float | None, interval: list[float] | None) -> str:
-    if value is None or interval is None:
-        return "-"
-    return f"{value:.3f} ({interval[0]:.3f}-{interval[1]:.3f})"
+def _interval(measured: Measured | None) -> str:
+    return f"{measured.value:.3f} ({measured.low:.3f}-{measured.high:.3f})" if measured else "-"
 
 
 def short(path: Path) -> str:

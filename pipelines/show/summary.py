@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Literal
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.metrics.standing import Headline, headline
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.result import Measured, Result
+from nvila.components.contracts.results.run import Resolution, Rollout
+from nvila.components.metrics.standing import Compared, Headline, compared, headline
 from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.redact import redact_text
 from nvila.pipelines.steps import STEPS
@@ -17,38 +19,72 @@ LOG = "log.txt"
 """In the run's folder: everything that KFP and the steps print."""
 
 
-def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> dict[str, Any]:
+class StepSummary(Result):
+    """One step of the run."""
+
+    name: str
+    status: Status
+    seconds: float
+    cached: bool
+
+
+class Summary(Result):
+    """What `summary.json` holds."""
+
+    schema_version: Literal[2] = 2
+    run: str
+    recipe: str | None
+    exit_code: Exit
+    decision: str
+    """What the rollout decided; `rejected`, `preempted` or `failed` where the run did not come that far."""
+    message: str | None
+    """Why it did not come through."""
+    steps: list[StepSummary]
+    headline: str
+    accuracy: dict[str, Compared]
+    """By source."""
+    stages: dict[str, dict[str, Measured]]
+    """By step and source."""
+    endpoint: str | None
+    seconds_total: float
+    seconds_overhead: float
+    """Of these no step worked."""
+    peak_pss_bytes: int
+
+
+def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> Summary:
     """Write the run's `summary.json` and return its content."""
-    summary = {
-        "run": run.name,
-        "recipe": run.values("resolve").get("recipe", {}).get("name"),
-        "exit_code": int(exit_code),
-        "decision": _decision(run, exit_code),
-        "message": _message(run, exit_code),
-        "steps": [
-            {
-                "name": step.name,
-                "status": step.status,
-                "seconds": round(step.seconds, 3),
-                "cached": step.status is Status.CACHED,
-            }
+    recipe, rollout, evaluation = run.result(Resolution), run.result(Rollout), run.result(Evaluation)
+    summary = Summary(
+        run=run.name,
+        recipe=recipe.name if recipe else None,
+        exit_code=Exit(exit_code),
+        decision=_decision(rollout, exit_code),
+        message=_message(run, exit_code),
+        steps=[
+            StepSummary(
+                name=step.name,
+                status=step.status,
+                seconds=round(step.seconds, 3),
+                cached=step.status is Status.CACHED,
+            )
             for step in map(run.step, STEPS)
         ],
-        "headline": verdict(run).text,
-        "accuracy": accuracy(run),
-        "stages": run.values("evaluate").get("stages", {}),
-        "endpoint": run.values("rollout").get("endpoint"),
-        "seconds_total": round(seconds_total, 3),
-        "seconds_overhead": round(max(seconds_total - _work_seconds(run), 0.0), 3),
-        "peak_pss_bytes": peak_pss_bytes,
-    }
-    write_atomic(run.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        headline=verdict(run).text,
+        accuracy=compared(evaluation, run.result(QuantizedEvaluation)),
+        stages=evaluation.stages if evaluation else {},
+        endpoint=rollout.endpoint if rollout else None,
+        seconds_total=round(seconds_total, 3),
+        seconds_overhead=round(max(seconds_total - _work_seconds(run), 0.0), 3),
+        peak_pss_bytes=peak_pss_bytes,
+    )
+    write_atomic(run.folder / SUMMARY, summary.model_dump_json(indent=1) + "\n")
     return summary
 
 
 def verdict(run: Run) -> Headline:
     """What may be said of the model by what was measured."""
-    return headline(*(run.values(step).get("accuracy", {}) for step in ("evaluate", "evaluate-quantized")))
+    return headline(run.result(Evaluation), run.result(QuantizedEvaluation))
 
 
 def _work_seconds(run: Run) -> float:
@@ -60,10 +96,9 @@ def _work_seconds(run: Run) -> float:
     )
 
 
-def _decision(run: Run, exit_code: int) -> str:
-    """`promoted` and the like from the rollout; else `rejected`, `preempted` or `failed`."""
-    if exit_code == Exit.DONE:
-        return str(run.values("rollout")["decision"])
+def _decision(rollout: Rollout | None, exit_code: int) -> str:
+    if exit_code == Exit.DONE and rollout:
+        return rollout.decision
     return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(Exit(exit_code), "failed")
 
 
@@ -83,25 +118,3 @@ def _message(run: Run, exit_code: int) -> str | None:
     log = run.folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     return next((redact_text(line.strip()) for line in reversed(lines) if line.strip()), None)
-
-
-def accuracy(run: Run) -> dict[str, dict[str, Any]]:
-    """Exact match per source: trained, quantized, and the baselines; null where the step did not come through."""
-    full = run.values("evaluate").get("accuracy", {})
-    quantized = run.values("evaluate-quantized").get("accuracy", {})
-    found = {}
-    for source, row in full.items():
-        small = quantized.get(source, {})
-        blind = row["question_only"]
-        found[source] = {
-            "bf16": row["accuracy"],
-            "bf16_interval": [row["low"], row["high"]],
-            "quantized": small.get("accuracy"),
-            "quantized_interval": [small["low"], small["high"]] if small else None,
-            "majority": row["majority"],
-            "question_only": blind["accuracy"],
-            "question_only_interval": [blind["low"], blind["high"]],
-            "question_only_kind": blind["kind"],
-            "n": row["n"],
-        }
-    return found

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     work = work_from(json.loads(Path(sys.argv[1]).read_text()))
     try:
         with progress_to(work.run_dir / "progress" / f"{work.step}.json"):
-            print("made", json.dumps(dict(site.run(work).values)), flush=True)
+            print("made", json.dumps(site.run(work).result.model_dump()), flush=True)
     except NvilaError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(int(error.exit_code))

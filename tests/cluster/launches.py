@@ -12,6 +12,7 @@ from typing import Any
 
 from kube import wait_for
 from launcher import work_from
+from telling import training
 
 from nvila.components.contracts.step import Outcome
 from nvila.components.runner.handover import write_outcome
@@ -87,9 +88,9 @@ class Launch:
         wait_for(lambda: " created in " in self.said(number) or "attached" in self.said(number), self.said(number))
         return self.job()
 
-    def answer(self, **values: Any) -> None:
+    def answer(self, **told: Any) -> None:
         """What the job's first node would leave."""
-        write_outcome(answers(self.work, self.job()), Outcome(kind="model", values=values))
+        write_outcome(answers(self.work, self.job()), Outcome(kind="model", result=training(**told)))
 
     def ends(self, process: subprocess.Popen[bytes], seconds: float = 30) -> int:
         """Exit code of a launcher that ends by itself."""

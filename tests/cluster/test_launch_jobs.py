@@ -57,10 +57,10 @@ def test_a_complete_job_gives_its_outcome_without_ever_running(launch: Launch, s
     set_status(launch.name, "Suspended", message="waiting for quota of flavor h100")
     progress = launch.work.run_dir / "progress" / "train-1.json"
     wait_for(lambda: progress.exists() and "quota" in progress.read_text(), "nobody is told that the job is queued")
-    launch.answer(loss=1.5)
+    launch.answer(final_loss=1.5)
     set_status(launch.name, "!Suspended", "Complete")
     assert launch.ends(process) == 0, launch.said()
-    assert 'made {"loss": 1.5}' in launch.said()
+    assert '"final_loss": 1.5' in launch.said()
 
 
 def test_a_failed_job_is_final_for_its_run_only(launch: Launch, set_status: SetStatus) -> None:
@@ -76,7 +76,7 @@ def test_a_failed_job_is_final_for_its_run_only(launch: Launch, set_status: SetS
     process = launch.start(run="r2")
     second = launch.attached()
     assert second.uid != first.uid
-    launch.answer(again=True)
+    launch.answer(steps=2)
     set_status(launch.name, "Complete")
     assert launch.ends(process) == 0, launch.said()
 
@@ -119,7 +119,7 @@ def test_two_launchers_share_one_job(launch: Launch, set_status: SetStatus) -> N
     both = [launch.start(), launch.start()]
     uids = {launch.attached(number).uid for number in (0, 1)}
     assert len(uids) == 1
-    launch.answer(shared=1)
+    launch.answer(steps=3)
     set_status(launch.name, "Complete")
     assert [launch.ends(process) for process in both] == [0, 0], launch.said(0) + launch.said(1)
     assert launch.said(0).count(" created in ") + launch.said(1).count(" created in ") == 1
@@ -142,7 +142,7 @@ def test_a_killed_launcher_finds_its_job_again(launch: Launch, set_status: SetSt
     first.wait()
     second = launch.start()
     assert launch.attached().uid == uid
-    launch.answer(kept=True)
+    launch.answer(steps=4)
     set_status(launch.name, "Complete")
     assert launch.ends(second) == 0, launch.said()
     assert len(launch.jobs.find(f"{RUN_LABEL}=r1")) == 1
@@ -153,10 +153,10 @@ def test_what_was_complete_before_the_launcher_came_back_counts(launch: Launch, 
     first = launch.start()
     launch.attached()
     first.kill()
-    launch.answer(early=True)
+    launch.answer(steps=5)
     set_status(launch.name, "Complete")
     assert launch.ends(launch.start()) == 0, launch.said()
-    assert 'made {"early": true}' in launch.said()
+    assert '"steps": 5' in launch.said()
 
 
 def test_a_complete_job_with_nothing_to_show_is_made_anew(launch: Launch, set_status: SetStatus) -> None:
@@ -288,7 +288,7 @@ def test_an_api_server_that_dies_does_no_harm(
     expired = replace(old, version="1")
     assert _watch_has_expired(launch, kubeconfig, expired)
     launch.jobs.wait_for_change(expired, 5)
-    launch.answer(survived=True)
+    launch.answer(steps=6)
     set_status(launch.name, "Complete")
     assert launch.ends(process) == 0, launch.said()
     assert launch.said().count("asking again") == 1

@@ -39,7 +39,7 @@ def left(run: Path, *done: str, running: str = "") -> Path:
         record: dict[str, Any] = {"name": name, "status": "running", "started": 100.0, "pid": 1}
         if name != running:
             manifest = run / "made" / f"{name}.json"
-            Manifest(step=name, key="k", kind="metrics", values={"decision": "promoted"}).save(manifest)
+            Manifest(step=name, key="k", kind="metrics").save(manifest)
             record |= {"status": "done", "ended": 101.0, "seconds": 1.0, "exit_code": 0, "manifest": str(manifest)}
         (run / "steps" / f"{name}.json").write_text(json.dumps(record))
     return run
@@ -51,9 +51,9 @@ def test_a_killed_step_is_not_shown_as_running(tmp_path: Path) -> None:
     finished = Run.read(run)
     code = _exit_code(finished, 1)
     summary = write_summary(finished, 1.0, 0, code)
-    assert (code, summary["decision"]) == (Exit.FAULT, "failed")
-    assert {s["name"]: s["status"] for s in summary["steps"]}["validate"] == "killed"
-    assert "validate was killed" in (summary["message"] or "")
+    assert (code, summary.decision) == (Exit.FAULT, "failed")
+    assert {s.name: s.status for s in summary.steps}["validate"] == "killed"
+    assert "validate was killed" in (summary.message or "")
     out = io.StringIO()
     show_closing(finished, summary, Console(file=out, width=140))
     assert "running" not in out.getvalue() and "killed" in out.getvalue()
@@ -64,7 +64,7 @@ def test_only_a_whole_run_is_done(tmp_path: Path, count: int) -> None:
     """A worker that ends with 0 before the last step has begun is no success, whatever made it end."""
     finished = Run.read(left(tmp_path / "r", *list(STEPS)[:count]))
     assert _exit_code(finished, Exit.DONE) == Exit.FAULT
-    assert write_summary(finished, 1.0, 0, Exit.FAULT)["decision"] == "failed"
+    assert write_summary(finished, 1.0, 0, Exit.FAULT).decision == "failed"
 
 
 def test_a_whole_run_is_done(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_the_ui_gets_numbers_and_texts_that_it_can_show(first: tuple[Path, int, 
 
     measured = metadata("evaluate")
     assert {s: measured[f"accuracy/{s}/accuracy"] for s in summary["accuracy"]} == {
-        source: row["bf16"] for source, row in summary["accuracy"].items()
+        source: row["full"]["value"] for source, row in summary["accuracy"].items()
     }
     assert "accuracy/digits/accuracy" in metadata("evaluate-quantized") and "kept" not in str(metadata("prune-image"))
     assert (tasks / "register" / "card").read_text().startswith("# nvila-micro\n")

@@ -7,13 +7,15 @@ import os
 import stat
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from telling import evaluation, quantized_evaluation, retained, scored
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.text import visible
 from nvila.components.runner.status import Run
 from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
@@ -23,14 +25,14 @@ from nvila.pipelines.show.summary import write_summary
 from nvila.pipelines.show.watch import Watch, read_states
 from nvila.pipelines.steps import STEPS
 
-BLIND = {"kind": "question text", "accuracy": 0.3, "low": 0.2, "high": 0.4}
-ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "n": 1000, "majority": 0.1, "question_only": BLIND}
-VALUES: dict[str, dict[str, Any]] = {
-    "resolve": {"recipe": {"name": "tiny"}},
-    "evaluate": {"accuracy": {"digits": ROW}, "stages": {"base": {"digits": 0.1}, "train-4": {"digits": 0.6}}},
-    "evaluate-quantized": {"accuracy": {"digits": {"accuracy": 0.69, "low": 0.59, "high": 0.79, "n": 1000}}},
-    "register": {"name": "nvila-tiny", "version": "3"},
-    "rollout": {"endpoint": "http://127.0.0.1:8321", "model": "nvila-tiny", "decision": "promoted"},
+TOLD: dict[str, Result] = {
+    "resolve": Resolution(recipe={"name": "tiny"}, slices={}),
+    "evaluate": evaluation({"digits": scored(0.7, 0.1)}, {"base": {"digits": 0.1}, "train-4": {"digits": 0.6}}),
+    "evaluate-quantized": quantized_evaluation({"digits": retained(0.69, full=0.7)}),
+    "register": Registration(name="nvila-tiny", version="3", model_uri=""),
+    "rollout": Rollout(
+        endpoint="http://127.0.0.1:8321", model="nvila-tiny", version="3", decision="promoted", pinned={}
+    ),
 }
 
 
@@ -45,7 +47,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def _write_step(folder: Path, name: str, status: str, *, started: float = 100.0, code: int = 0) -> None:
     manifest = folder / "store" / name / "manifest.json"
-    Manifest(step=name, key="k", kind="metrics", values=VALUES.get(name, {}), seconds=2.0).save(manifest)
+    Manifest(step=name, key="k", kind="metrics", result=TOLD.get(name), seconds=2.0).save(manifest)
     record = {
         "name": name,
         "status": status,
@@ -63,24 +65,24 @@ def _write_step(folder: Path, name: str, status: str, *, started: float = 100.0,
 def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
     """CI and dashboards read these names."""
     summary = write_summary(Run.read(run_dir), 60.0, 123, 0)
-    assert json.loads((run_dir / "summary.json").read_text()) == summary
-    assert summary["decision"] == "promoted" and summary["endpoint"] == "http://127.0.0.1:8321"
-    assert [step["name"] for step in summary["steps"]] == list(STEPS)
-    row = summary["accuracy"]["digits"]
-    assert (row["bf16"], row["quantized"], row["majority"], row["question_only"], row["n"]) == (
-        0.7,
-        0.69,
-        0.1,
-        0.3,
-        1000,
-    )
-    assert summary["stages"]["train-4"] == {"digits": 0.6}
+    assert json.loads((run_dir / "summary.json").read_text()) == summary.model_dump(mode="json")
+    assert summary.decision == "promoted" and summary.endpoint == "http://127.0.0.1:8321"
+    assert [step.name for step in summary.steps] == list(STEPS)
+    told = json.loads((run_dir / "summary.json").read_text())
+    row = told["accuracy"]["digits"]
+    assert {name: (row[name]["metric"], row[name]["value"], row[name]["n"]) for name in row} == {
+        "full": ("accuracy", 0.7, 1000),
+        "quantized": ("accuracy", 0.69, 1000),
+        "majority": ("accuracy", 0.1, 1000),
+        "question_only": ("accuracy", 0.3, 1000),
+    }
+    assert (told["schema_version"], told["stages"]["train-4"]["digits"]["value"]) == (2, 0.6)
 
 
 def test_overhead_is_what_no_steps_function_used(run_dir: Path) -> None:
     """Skipped steps did no work, although their manifests say how long it once took."""
     worked = (len(STEPS) - 1) * 2.0
-    assert write_summary(Run.read(run_dir), 60.0, 0, 0)["seconds_overhead"] == pytest.approx(60.0 - worked)
+    assert write_summary(Run.read(run_dir), 60.0, 0, 0).seconds_overhead == pytest.approx(60.0 - worked)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_the_first_step_that_failed_gives_the_exit_code(run_dir: Path, status: s
     finished = Run.read(run_dir)
     assert _exit_code(finished, 1) == code
     summary = write_summary(finished, 1.0, 0, code)
-    assert (summary["decision"], summary["message"]) == (decision, f"gate {status}: because")
+    assert (summary.decision, summary.message) == (decision, f"gate {status}: because")
 
 
 def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> None:
@@ -107,7 +109,7 @@ def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
     _write_step(run_dir, "base", "preempted", started=50.0, code=75)
     finished = Run.read(run_dir)
     assert _exit_code(finished, 1) == Exit.PREEMPTED
-    assert write_summary(finished, 1.0, 0, 75)["message"] == "base stopped: because"
+    assert write_summary(finished, 1.0, 0, 75).message == "base stopped: because"
 
 
 def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
@@ -125,8 +127,8 @@ def test_data_that_cannot_be_built_is_explained(tmp_path: Path) -> None:
     finished = Run.read(folder)
     code = _exit_code(finished, Exit.USER)
     summary = write_summary(finished, 1.0, 0, code)
-    assert (code, summary["decision"]) == (Exit.USER, "failed")
-    assert summary["message"] == "data/digits: other files lie here"
+    assert (code, summary.decision) == (Exit.USER, "failed")
+    assert summary.message == "data/digits: other files lie here"
 
 
 def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,22 +139,21 @@ def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.Monkey
     finished = Run.read(run_dir)
     out = io.StringIO()
     closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
-    for part in ("promoted", "1.0 GiB", "0.700", "0.690", "0.300", "question text", "report.html", "mlflow.db", "curl"):
+    for part in ("promoted", "1.0 GiB", "0.700", "0.690", "0.300", "blank picture", "report.html", "mlflow.db", "curl"):
         assert part in out.getvalue(), part
 
 
 def _measured(run_dir: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, quantized: float) -> str:
-    small = {"accuracy": quantized, "low": quantized - 0.02, "high": quantized + 0.02, "n": 1000}
-    full = ROW | {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
-    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {"digits": full}, "stages": {}})
-    monkeypatch.setitem(VALUES, "evaluate-quantized", {"accuracy": {"digits": small}})
+    monkeypatch.setitem(TOLD, "evaluate", evaluation({"digits": scored(accuracy, blind=0.38)}))
+    small = quantized_evaluation({"digits": retained(quantized, full=accuracy)})
+    monkeypatch.setitem(TOLD, "evaluate-quantized", small)
     monkeypatch.setattr(closing, "_held_out", lambda finished: None)
     for name in ("evaluate", "evaluate-quantized"):
         _write_step(run_dir, name, "done")
     finished, out = Run.read(run_dir), io.StringIO()
     summary = write_summary(finished, 1.0, 0, 0)
     closing.show_closing(finished, summary, Console(file=out, width=140, force_terminal=True, color_system="standard"))
-    assert summary["headline"] in out.getvalue()
+    assert summary.headline in out.getvalue()
     return out.getvalue()
 
 
@@ -242,8 +243,9 @@ HOSTILE = "[red]:dog:\x1b[31m\r\u202e[/x]"
 
 def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Source names, notes and messages come from recipes, data, servers: no escape or markup of them counts."""
-    monkeypatch.setitem(VALUES, "evaluate", {"accuracy": {HOSTILE: ROW}, "stages": {"base": {HOSTILE: 0.1}}})
-    monkeypatch.setitem(VALUES, "rollout", {"endpoint": HOSTILE, "model": HOSTILE, "decision": HOSTILE})
+    monkeypatch.setitem(TOLD, "evaluate", evaluation({HOSTILE: scored(0.7)}, {"base": {HOSTILE: 0.1}}))
+    served = Rollout(endpoint=HOSTILE, model=HOSTILE, version="3", decision=HOSTILE, pinned={})
+    monkeypatch.setitem(TOLD, "rollout", served)
     monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / f"{HOSTILE}.png", HOSTILE))
     for name in ("evaluate", "rollout"):
         _write_step(run_dir, name, "done")
@@ -255,11 +257,11 @@ def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest
     with Watch(HOSTILE, lambda: read_states(run_dir), console) as watch:
         watch.refresh()
     summary = write_summary(finished, 1.0, 0, 1)
-    closing.show_closing(finished, summary | {"decision": HOSTILE, "run": HOSTILE}, console)
+    closing.show_closing(finished, summary.model_copy(update={"decision": HOSTILE, "run": HOSTILE}), console)
     shown = out.getvalue()
     assert all(line.isprintable() for line in shown.splitlines())
     assert shown.count(visible(HOSTILE)) >= 8
-    assert "hunter2" not in json.dumps(summary)
+    assert "hunter2" not in summary.model_dump_json()
 
 
 def test_latest_always_points_at_a_whole_run(tmp_path: Path) -> None:
@@ -309,6 +311,6 @@ def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:
     finished = Run.read(run_dir)
     out = io.StringIO()
     closing.show_closing(
-        finished, write_summary(finished, 1.0, 0, 2) | {"endpoint": None}, Console(file=out, width=140)
+        finished, write_summary(finished, 1.0, 0, 2).model_copy(update={"endpoint": None}), Console(file=out, width=140)
     )
     assert out.getvalue().count("no such path [/data] [bold]") == 2

@@ -97,7 +97,7 @@ def test_a_label_picture_that_is_gone_is_left_out_and_named(halves: Path) -> Non
     records = read_label_records(halves / "labels.parquet", 28, 0.05)
     assert len(records.tiles) == len(records.targets) == len(records.known) == len(records.weights) == 38
     assert sorted(set(records.tiles[:, 0, 0, 0].tolist())) == [n for n in range(20) if n != 7]
-    assert records.skipped["records"] == 1 and "7.png" in records.skipped["first"][0]
+    assert records.skipped.records == 1 and "7.png" in records.skipped.first[0]
     with pytest.raises(DataError, match=r"1 of 20 records .*7\.png"):
         read_label_records(halves / "labels.parquet", 28, 0.0)
 
@@ -166,13 +166,13 @@ def test_the_step_writes_a_model_that_loads_and_is_the_same_again(small: Any, tm
     """A base that differs from run to run makes every stage after it a new piece of work."""
     given = step.Settings(model=settings(), seed=3)
     outcomes = [step.run(given, {"samples": small.samples}, tmp_path / name) for name in "ab"]
-    assert outcomes[0].values == outcomes[1].values
+    assert outcomes[0].result == outcomes[1].result
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     model, tokenizer = load_native(tmp_path / "a" / "model")
-    values = outcomes[0].values
-    assert values["parameters"]["llm"] == sum(p.numel() for p in model.llm.parameters())
-    assert (values["label_pictures"], values["labels"], len(tokenizer)) == (24, 6, values["vocabulary"])
+    told = outcomes[0].result
+    assert told.parameters["llm"] == sum(p.numel() for p in model.llm.parameters())
+    assert (told.label_pictures, told.labels, len(tokenizer)) == (24, 6, told.vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_published_weights_arrive_unchanged(published: Path, tmp_path: Path, tow
     assert ours and all(torch.equal(p, theirs[name]) for name, p in ours.items())
     decoder = load_file(published / "qwen2" / "model.safetensors")
     assert all(torch.equal(p, decoder[name]) for name, p in model.llm.state_dict().items())
-    assert outcome.values["parameters"]["llm"] == sum(p.numel() for p in decoder.values())
+    assert outcome.result.parameters["llm"] == sum(p.numel() for p in decoder.values())
     assert not list((tmp_path / "model").rglob("*.py"))
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") is not None
 
@@ -312,7 +312,7 @@ def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_pat
     given = step.Settings(model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0)
     before = step.external(given.model_dump(mode="json"))
     made = step.run(given, dict[str, Manifest](), tmp_path)
-    assert made.read == before and made.values["weights"] == before
+    assert made.read == before and made.result.weights == before
     changed = bytearray(s3.objects["tower/model.safetensors"].body)
     changed[-1] ^= 1
     s3.put("tower/model.safetensors", bytes(changed))

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import training
 
 from nvila.components.contracts.errors import DamagedError, DataError, NvilaError
 from nvila.components.contracts.files import read_json, write_atomic
 from nvila.components.contracts.manifest import SUSPECT, File, Manifest, describe_files, written_by
+from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.store import MANIFEST, TOMBSTONE, Store
 
 KEY = "0123456789abcdef" * 4
@@ -29,7 +31,7 @@ def made(tmp_path: Path) -> Manifest:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         files = describe_files(folder, ("model/**/*", "loss.jsonl"))
-        return store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=files, values={"a": 0.5}))
+        return store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=files, result=training()))
 
 
 def flip(folder: Path) -> None:
@@ -146,13 +148,13 @@ BROKEN: dict[str, Harm] = {
     "no UTF-8": lambda path: path.write_bytes(b'{"step": "\xff\xfe"}'),
     "a list": lambda path: path.write_text("[1]"),
     "null": lambda path: path.write_text("null"),
-    "another shape": lambda path: path.write_text('{"schema_version": 1, "digest": "", "step": 5}'),
+    "another shape": lambda path: path.write_text('{"schema_version": 2, "digest": "", "step": 5}'),
     "deep": lambda path: path.write_text("[" * 100_000),
     "a folder": lambda path: (path.unlink(), path.mkdir(), (path / "x").touch()),
     "a link": lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "edited": lambda path: edited(path.parent, False, values={"a": 0.99}),
+    "edited": lambda path: edited(path.parent, False, result=training(final_loss=0.01).model_dump()),
     "its digest taken out": lambda path: path.write_text(
         json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"})
     ),
@@ -181,7 +183,7 @@ def test_a_broken_manifest_is_named_and_the_work_done_again(
 def test_a_newer_manifest_is_refused_and_kept(made: Manifest) -> None:
     """An older version that deletes the work of a newer one destroys weeks."""
     store, path = Store(Path(made.folder).parents[1]), Path(made.folder, MANIFEST)
-    edited(path.parent, False, schema_version=2, more={"of": "it"})
+    edited(path.parent, False, schema_version=3, more={"of": "it"})
     with pytest.raises(DataError, match=r"newer version.*another store") as error:
         store.finished("train-1", KEY)
     assert error.value.exit_code == 2 and path.exists()
@@ -209,7 +211,7 @@ def test_a_manifest_of_a_step_that_is_a_path_is_refused(name: str) -> None:
 
 def test_numbers_that_are_none_keep_the_digest(tmp_path: Path) -> None:
     """A loss that is not finite was read back as null: other content, another digest, damaged for ever."""
-    made = Manifest(step="a", key="k", kind="metrics", values={"loss": float("nan"), "low": float("-inf"), "n": (1, 2)})
+    made = Manifest(step="a", key="k", kind="metrics", result=Other(loss=float("nan"), low=float("-inf"), n=(1, 2)))
     made.save(tmp_path / "m.json")
     assert Manifest.load(tmp_path / "m.json").digest == made.digest
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import training
 
 from nvila.components.contracts.errors import DataError, Rejected
 from nvila.components.contracts.exits import Exit
@@ -93,8 +94,8 @@ def test_digest_does_not_depend_on_place_or_time(store: Store, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "change",
-    [{"values": {"accuracy": 0.5}}, {"sources": [File(uri="/data/sft.json", size_bytes=1, sha256="0")]}],
-    ids=["values", "sources"],
+    [{"result": training(final_loss=0.1)}, {"sources": [File(uri="/data/sft.json", size_bytes=1, sha256="0")]}],
+    ids=["result", "sources"],
 )
 def test_digest_depends_on_the_result(store: Store, change: dict[str, Any]) -> None:
     """Equal digests of different results would let later steps keep what they made of the old one."""
@@ -106,7 +107,7 @@ def test_digest_depends_on_the_result(store: Store, change: dict[str, Any]) -> N
 def test_a_manifest_of_another_kind_is_refused(tmp_path: Path) -> None:
     """A file that is no manifest must be named, not crash the reader."""
     path = tmp_path / "manifest.json"
-    path.write_text('{"schema_version": 2, "step": "a"}')
+    path.write_text('{"schema_version": 3, "step": "a"}')
     with pytest.raises(DataError, match=str(path)):
         Manifest.load(path)
     with pytest.raises(DataError, match="no manifest here"):

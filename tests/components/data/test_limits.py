@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
+from telling import evaluation, scored
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
@@ -186,9 +187,9 @@ def predictions(known: list[samples.Sample], folder: Path) -> Manifest:
     for wrong in rows[::2]:
         wrong["correct"] = False
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions.parquet")
-    values = {"accuracy": {row["source"]: {} for row in rows}}
+    told = evaluation({row["source"]: scored(0.5) for row in rows})
     files = describe_files(folder)
-    return Manifest(step="evaluate", key="k", kind="metrics", files=files, values=values, folder=str(folder))
+    return Manifest(step="evaluate", key="k", kind="metrics", files=files, result=told, folder=str(folder))
 
 
 def test_limits_share_one_object(tmp_path: Path) -> None:

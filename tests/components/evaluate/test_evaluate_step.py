@@ -9,6 +9,8 @@ import pytest
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.result import Measured
 from nvila.components.evaluate import quantized, step
 from nvila.components.metrics.accuracy import accuracy, is_correct
 
@@ -24,14 +26,15 @@ def inputs(small: Any) -> dict[str, Manifest]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Manifest]:
+def evaluated(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Manifest]:
     """Values of the step, and a manifest of its files."""
     out = tmp_path_factory.mktemp("evaluate")
     outcome = step.run(settings(), inputs(small), out)
     files = describe_files(out, outcome.files)
     assert sorted(files) == ["predictions.parquet", "stages.png"]
-    manifest = Manifest(step="evaluate", key="k", kind="metrics", files=files, values=dict(outcome.values))
-    return dict(outcome.values), manifest.model_copy(update={"folder": str(out)})
+    manifest = Manifest(step="evaluate", key="k", kind="metrics", files=files, result=outcome.result)
+    assert isinstance(outcome.result, Evaluation)
+    return outcome.result, manifest.model_copy(update={"folder": str(out)})
 
 
 def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
@@ -40,7 +43,7 @@ def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
     return list(parquet.read_table(manifest.path("predictions.parquet")).to_pylist())
 
 
-def test_each_question_has_its_row(evaluated: tuple[dict[str, Any], Manifest], small: Any) -> None:
+def test_each_question_has_its_row(evaluated: tuple[Evaluation, Manifest], small: Any) -> None:
     """The report, the quantized comparison and the pinned prompts read these columns."""
     rows = rows_of(evaluated[1])
     shown = ["prediction", "prediction_blank", "prediction_other", "correct", "root", "media"]
@@ -51,50 +54,50 @@ def test_each_question_has_its_row(evaluated: tuple[dict[str, Any], Manifest], s
     assert all(Path(row["root"], name).exists() for row in rows for name in row["media"])
 
 
-def test_accuracy_stands_beside_its_baselines(evaluated: tuple[dict[str, Any], Manifest]) -> None:
+def test_accuracy_stands_beside_its_baselines(evaluated: tuple[Evaluation, Manifest]) -> None:
     """An accuracy without interval and baselines says nothing of whether the model looks at the picture."""
-    values, manifest = evaluated
-    assert list(values["accuracy"]) == ["colours", "clips"]
-    for source, found in values["accuracy"].items():
+    told, manifest = evaluated
+    assert list(told.accuracy) == ["colours", "clips"]
+    for source, found in told.accuracy.items():
         rows = [row for row in rows_of(manifest) if row["source"] == source]
         own = accuracy([row["correct"] for row in rows])
-        assert {key: found[key] for key in own} == own
-        assert 0.0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1.0
-        assert set(found["baselines"]) == {"question text", "blank picture", "other picture"}
+        assert Measured(**found.model_dump(include=set(Measured.model_fields))) == own
+        assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+        assert set(found.baselines) == {"question text", "blank picture", "other picture"}
         for kind, column in (("blank picture", "prediction_blank"), ("other picture", "prediction_other")):
-            assert found["baselines"][kind] == accuracy([is_correct(row[column], row["answer"]) for row in rows])
-        strongest = max(found["baselines"].values(), key=lambda baseline: baseline["accuracy"])
-        assert found["question_only"]["accuracy"] == strongest["accuracy"]
-        assert found["baselines"][found["question_only"]["kind"]]["high"] == found["question_only"]["high"]
+            assert found.baselines[kind] == accuracy([is_correct(row[column], row["answer"]) for row in rows])
+        strongest = max(found.baselines.values(), key=lambda baseline: baseline.value)
+        assert found.question_only.value == strongest.value
+        assert found.baselines[found.question_only.kind].high == found.question_only.high
 
 
 def test_question_text_baselines_are_those_of_the_training_answers(
-    evaluated: tuple[dict[str, Any], Manifest],
+    evaluated: tuple[Evaluation, Manifest],
 ) -> None:
     """Counted by hand: of 12 training pictures 3 are red, so `no` is right for "Is it red?" of 6 in 8 held-out ones.
 
     The colour question has four equally common answers: 2 of 8. Over all questions `no` is the most common answer.
     """
-    found = evaluated[0]["accuracy"]["colours"]
-    assert found["baselines"]["question text"]["accuracy"] == (6 + 2) / 16
-    assert found["majority"] == 6 / 16
+    found = evaluated[0].accuracy["colours"]
+    assert found.baselines["question text"].value == (6 + 2) / 16
+    assert found.majority.value == 6 / 16
 
 
-def test_every_stage_is_measured_on_the_same_first_questions(evaluated: tuple[dict[str, Any], Manifest]) -> None:
+def test_every_stage_is_measured_on_the_same_first_questions(evaluated: tuple[Evaluation, Manifest]) -> None:
     """Stages measured on different questions cannot be compared; here all six are one model, and must be equal."""
-    values, manifest = evaluated
-    assert list(values["stages"]) == ["base", "train-1", "train-2", "train-3", "train-4", "train-5"]
+    told, manifest = evaluated
+    assert list(told.stages) == ["base", "train-1", "train-2", "train-3", "train-4", "train-5"]
     for source in TASKS["sources"]:  # type: ignore[attr-defined]
         first = [row["correct"] for row in rows_of(manifest) if row["source"] == source][:3]
-        assert {stage[source] for stage in values["stages"].values()} == {accuracy(first)["accuracy"]}
+        assert all(stage[source] == accuracy(first) for stage in told.stages.values())
 
 
-def test_the_same_work_gives_the_same_values(
-    evaluated: tuple[dict[str, Any], Manifest], small: Any, tmp_path: Path
+def test_the_same_work_gives_the_same_result(
+    evaluated: tuple[Evaluation, Manifest], small: Any, tmp_path: Path
 ) -> None:
     """Values with a time or a path of the run make every later step a new piece of work."""
     outcome = step.run(settings(), inputs(small), tmp_path)
-    assert outcome.values == evaluated[0]
+    assert outcome.result == evaluated[0]
     assert rows_of(evaluated[1].model_copy(update={"folder": str(tmp_path)})) == rows_of(evaluated[1])
 
 
@@ -127,7 +130,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_the_quantized_model_is_compared_question_by_question(
-    evaluated: tuple[dict[str, Any], Manifest], small: Any, tmp_path: Path, asked: dict[str, str], limit: int | None
+    evaluated: tuple[Evaluation, Manifest], small: Any, tmp_path: Path, asked: dict[str, str], limit: int | None
 ) -> None:
     """Answers paired with other questions turn a perfect model into a broken one, or hide a broken one."""
     full = rows_of(evaluated[1])
@@ -142,10 +145,11 @@ def test_the_quantized_model_is_compared_question_by_question(
     assert [row["id"] for row in rows] == [row["id"] for row in kept]
     assert [row["prediction_full"] for row in rows] == [row["prediction"] for row in kept]
     assert {row["id"] for row in rows if not row["correct"]} == {wrong}
-    found = outcome.values["accuracy"]["colours"]
+    assert isinstance(outcome.result, QuantizedEvaluation)
+    found = outcome.result.accuracy["colours"]
     count = sum(row["source"] == "colours" for row in rows)
     before = [row["correct"] for row in kept if row["source"] == "colours"]
-    assert found["accuracy"] == pytest.approx(1 - 1 / count, abs=1e-4)
-    assert found["fall"] == pytest.approx(sum(before) / count - found["accuracy"], abs=1e-3)
-    assert found["fall_noise"] > 0
+    assert found.value == pytest.approx(1 - 1 / count, abs=1e-4) and found.full == accuracy(before)
+    assert found.fall == pytest.approx(sum(before) / count - found.value, abs=1e-3)
+    assert found.fall_noise > 0
     assert outcome.files == ("predictions.parquet",)

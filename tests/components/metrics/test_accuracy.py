@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.results.result import Measured
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.metrics.accuracy import QuestionOnly, accuracy, fall, is_correct
 
@@ -34,14 +35,14 @@ def test_interval_solves_the_wilson_equation() -> None:
             low, high = (middle, high) if (excess(middle) > 0) == (excess(low) > 0) else (low, middle)
         return low
 
-    assert got["accuracy"] == 0.37
-    assert got["low"] == pytest.approx(end(1e-9, 0.37), abs=1e-3)
-    assert got["high"] == pytest.approx(end(1 - 1e-9, 0.37), abs=1e-3)
+    assert got.value == 0.37
+    assert got.low == pytest.approx(end(1e-9, 0.37), abs=1e-3)
+    assert got.high == pytest.approx(end(1 - 1e-9, 0.37), abs=1e-3)
 
 
 def test_no_questions_prove_nothing() -> None:
     """Prevents a source without questions from passing a gate."""
-    assert accuracy([]) == {"accuracy": 0.0, "low": 0.0, "high": 1.0, "n": 0}
+    assert accuracy([]) == Measured(metric="accuracy", value=0.0, low=0.0, high=1.0, n=0)
 
 
 def _fall(lost: int, won: int, n: int) -> tuple[float, float]:

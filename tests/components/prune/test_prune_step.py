@@ -17,6 +17,7 @@ from buckets import Bucket
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.results.model import Pruning
 from nvila.components.contracts.sealed import seal
 from nvila.components.prune import step
 
@@ -87,9 +88,9 @@ def test_delta_is_the_small_loss_minus_the_large_one(small: Any, tmp_path: Path,
     assert [rows[i]["loss_small"] - rows[i]["loss_large"] for i in IDS] == [rows[i]["delta"] for i in IDS]
     assert {i for i in IDS if rows[i]["kept"]} == set(IDS[-6:])
     assert {row["answer_tokens"] for row in rows.values()} == {4}
-    found = outcome.values["sources"]["colours"]
-    assert (found["n"], found["kept"], found["mean_delta"]) == (24, 6, 9.5 / divisor)
-    assert (found["accuracy_small"], found["accuracy_large"], found["informative"]) == (0.25, 0.5, True)
+    found = outcome.result.sources["colours"]
+    assert (found.n, found.kept, found.mean_delta) == (24, 6, 9.5 / divisor)
+    assert (found.accuracy_small, found.accuracy_large, found.informative) == (0.25, 0.5, True)
 
 
 @pytest.mark.parametrize(("small_accuracy", "large_accuracy"), [(0.5, 0.5), (0.6, 0.5)])
@@ -102,7 +103,7 @@ def test_scores_of_a_large_reference_that_is_no_better_are_called_uninformative(
         {"small": small_accuracy, "large": large_accuracy},
         {"small": lambda i: (1.0, 1), "large": lambda i: (1.0, 1)},
     )
-    assert not step.run(settings(), inputs(small), tmp_path).values["sources"]["colours"]["informative"]
+    assert not step.run(settings(), inputs(small), tmp_path).result.sources["colours"].informative
 
 
 def test_losses_are_those_of_the_answer(small: Any, tmp_path: Path, here: list[Any]) -> None:
@@ -131,7 +132,7 @@ def test_losses_are_those_of_the_answer(small: Any, tmp_path: Path, here: list[A
         assert rows[sample.id]["answer_tokens"] == tokens
         assert rows[sample.id]["loss_small"] == pytest.approx(loss, rel=0.02)
         assert rows[sample.id]["delta"] == 0.0
-    assert outcome.values["sources"]["clips"]["kept"] == 4
+    assert outcome.result.sources["clips"].kept == 4
 
 
 def test_no_reference_scores_a_picture_it_was_trained_on(
@@ -175,7 +176,7 @@ def test_only_missing_references_are_made(small: Any, tmp_path: Path, here: list
 def test_without_sources_the_table_is_empty(small: Any, tmp_path: Path, here: list[Any]) -> None:
     """A recipe without clips still has a video prune step; its table must be readable by the stages."""
     outcome = step.run(settings().model_copy(update={"sources": []}), {}, tmp_path)
-    assert (table(tmp_path), here, outcome.values) == ({}, [], {"sources": {}})
+    assert (table(tmp_path), here, outcome.result) == ({}, [], Pruning(sources={}))
 
 
 def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[Any]) -> None:
@@ -257,9 +258,9 @@ def test_unusable_samples_have_no_score_and_do_not_stay(
     allowed = settings().model_copy(update={"max_skipped_share": 0.1})
     outcome = step.run(allowed, given, tmp_path)
     assert sorted(table(tmp_path)) == sorted(set(IDS) - {"colours/sft/3-a", "colours/sft/3-b"})
-    assert outcome.values["skipped"]["records"] == 2
-    assert all("sft-3.png" in one for one in outcome.values["skipped"]["first"])
-    assert outcome.values["sources"]["colours"]["n"] == 22
+    assert outcome.result.skipped.records == 2
+    assert all("sft-3.png" in one for one in outcome.result.skipped.first)
+    assert outcome.result.sources["colours"].n == 22
     with pytest.raises(DataError, match=r"2 of 24 records .*sft-3\.png"):
         step.run(settings(), given, tmp_path)
 

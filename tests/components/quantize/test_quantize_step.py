@@ -32,7 +32,7 @@ def test_map_names_every_linear(quantized: Quantized) -> None:
     schemes = json.loads((quantized.out / "module_map.json").read_text())
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(schemes) == len(linears)
-    assert quantized.outcome.values["linears"] == {"W4A16": 14, "W8A8": 12, "bf16": 3, "unused": 6}
+    assert quantized.outcome.result.linears == {"W4A16": 14, "W8A8": 12, "bf16": 3, "unused": 6}
     assert schemes["vision_tower.vision_model.encoder.layers.1.mlp.fc2"] == "W8A8"
     assert schemes["vision_tower.vision_model.encoder.layers.2.mlp.fc2"] == "unused"
     assert schemes["llm.model.layers.0.self_attn.q_proj"] == "W4A16"
@@ -54,8 +54,8 @@ def test_stored_dtypes_follow_the_map(quantized: Quantized) -> None:
             assert tensors[f"{name}.weight"].dtype == torch.bfloat16
         else:
             assert f"{name}.weight" not in tensors
-    assert quantized.outcome.values["bytes_after"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert quantized.outcome.values["bytes_after"] < 0.7 * quantized.outcome.values["bytes_before"]
+    assert quantized.outcome.result.bytes_after == sum(tensor.nbytes for tensor in tensors.values())
+    assert quantized.outcome.result.bytes_after < 0.7 * quantized.outcome.result.bytes_before
 
 
 def test_config_is_mixed_precision_with_a_format_per_group(quantized: Quantized) -> None:
@@ -90,7 +90,7 @@ def test_other_methods(
 def test_same_inputs_same_bytes(quantized: Quantized, tmp_path: Path) -> None:
     """The store promises that the same key gives the same output."""
     again = run(_settings(method="gptq"), quantized.inputs, tmp_path)
-    assert again.values == quantized.outcome.values
+    assert again.result == quantized.outcome.result
     first, second = (load_file(folder / "model/model.safetensors") for folder in (quantized.out, tmp_path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -100,8 +100,8 @@ def test_nothing_to_quantize_still_gives_a_servable_folder(quantized: Quantized,
     """`none` for both parts is the plain baseline of the same form."""
     outcome = run(_settings(vision_tower="none", llm="none"), quantized.inputs, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
-    assert outcome.values["bytes_after"] == outcome.values["bytes_before"]
-    assert set(outcome.values["linears"]) == {"bf16", "unused"}
+    assert outcome.result.bytes_after == outcome.result.bytes_before
+    assert set(outcome.result.linears) == {"bf16", "unused"}
 
 
 def test_group_size_that_does_not_divide_is_the_users_error(quantized: Quantized, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_calibration_leaves_out_what_cannot_be_read(inputs: dict[str, Manifest],
     model, tokenizer = load_native(inputs["model"].dir("model"))
     given = {"quantize": {"group_size": 32, "calibration_samples": 10}, "seed": 0}
     batches, skipped = _calibration(model, tokenizer, samples, Settings.model_validate(given))
-    assert len(batches) == 9 and skipped["records"] == 1
-    assert gone["id"] in skipped["first"][0] and "gone.png" in skipped["first"][0]
+    assert len(batches) == 9 and skipped.records == 1
+    assert gone["id"] in skipped.first[0] and "gone.png" in skipped.first[0]
 
 
 @pytest.fixture
@@ -185,5 +185,5 @@ def test_inspect_describes_it(quantized: Quantized) -> None:
     hidden, mlp = block["hidden_size"], block["intermediate_size"]
     unused = 4 * hidden * (hidden + 1) + 2 * hidden * mlp + hidden + mlp + 4 * hidden + 2 * hidden
     assert found.parameters["vision_tower"] == plain.parameters["vision_tower"] - unused
-    assert found.stored_bytes == quantized.outcome.values["bytes_after"] < found.bf16_bytes
+    assert found.stored_bytes == quantized.outcome.result.bytes_after < found.bf16_bytes
     assert "quantized to W4A16" in render(found) and "14 Linears" in render(found)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
+from telling import evaluation, quantization, quantized_evaluation, retained, scored
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results.run import Registration
 from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
@@ -36,7 +38,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     with connected(runs) as client:
         client.delete_registered_model_alias("small", CHALLENGER)
     second = run(SETTINGS, register_inputs, out, Environment.read())
-    assert first.values == second.values == {"name": "small", "version": "1", "model_uri": "models:/small/1"}
+    assert first.result == second.result == Registration(name="small", version="1", model_uri="models:/small/1")
     version = find(runs, "small", CHALLENGER)
     assert version is not None and version.version == "1"
     assert version.tags["nvila.digest"] == register_inputs["model"].digest
@@ -48,7 +50,7 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert "**Learnt: every source is above its baseline" in made.description
     assert "- W4A16: 21 linear layers" in made.description
     assert "| digits | 4000 | 1000 |" in made.description
-    assert "| digits | 1000 | 0.110 | 0.300 (0.270 to 0.330), blank picture |" in made.description
+    assert "| digits | 1000 | 0.110 | 0.300 (0.280 to 0.320), blank picture |" in made.description
     assert history["quantized/digits/accuracy"].value == 0.71
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
     stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
@@ -60,18 +62,18 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
 
 def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, Manifest]) -> None:
     """Whoever picks a version in the registry reads nothing else."""
-    register_inputs["metrics"].values["accuracy"]["digits"] |= {"accuracy": 0.21, "low": 0.18, "high": 0.24}
+    register_inputs["metrics"].result = quantized_evaluation({"digits": retained(0.21, full=0.71)})
     assert "**Lost by quantization: digits**" in model_card("small", register_inputs)
-    register_inputs["full"].values["accuracy"]["digits"] |= {"low": 0.3}
+    register_inputs["full"].result = evaluation({"digits": scored(0.71, 0.41)})
     assert "**Not above its baseline: digits**" in model_card("small", register_inputs)
 
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
     """Two different models under one version would make lineage and rollback lie."""
     run(SETTINGS, register_inputs, tmp_path, Environment.read())
-    changed = register_inputs["model"].model_copy(update={"values": {"linears": {}}})
+    changed = register_inputs["model"].model_copy(update={"result": quantization(linears={})})
     again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path, Environment.read())
-    assert again.values["version"] == "2"
+    assert isinstance(again.result, Registration) and again.result.version == "2"
     challenger = find(runs, "small", CHALLENGER)
     assert challenger is not None and challenger.version == "2"
 

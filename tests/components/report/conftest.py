@@ -10,8 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import (
+    evaluation,
+    pruned,
+    quantization,
+    quantized_evaluation,
+    retained,
+    scored,
+    training,
+    validation,
+)
 
 from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files
+from nvila.components.contracts.results.model import PrunedSource, Pruning
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 NAMES = ("shapes", "digits", "clips")
@@ -74,7 +87,7 @@ STEPS: tuple[tuple[str, float, str, tuple[str, ...]], ...] = (
 def _manifest(root: Path, step: str, kind: Any, inputs: dict[str, Manifest], text: str) -> Manifest:
     folder = root / "store" / step / "0123456789"
     folder.mkdir(parents=True, exist_ok=True)
-    values = _values(root, folder, step, text)
+    result = _result(root, folder, step, text)
     refs = {n: InputRef(step=m.step, uri=f"{m.folder}/manifest.json", digest=m.digest) for n, m in inputs.items()}
     sources = [File(uri=f"/data/{name}/sft.json", size_bytes=12345, sha256="ab" * 32) for name in NAMES]
     manifest = Manifest(
@@ -83,7 +96,7 @@ def _manifest(root: Path, step: str, kind: Any, inputs: dict[str, Manifest], tex
         kind=kind,
         inputs=refs,
         files=describe_files(folder),
-        values=values,
+        result=result,
         folder=str(folder),
         sources=sources if step == "validate" else [],
     )
@@ -91,41 +104,44 @@ def _manifest(root: Path, step: str, kind: Any, inputs: dict[str, Manifest], tex
     return manifest
 
 
-def _values(root: Path, folder: Path, step: str, text: str) -> dict[str, Any]:
+def _result(root: Path, folder: Path, step: str, text: str) -> Result | None:
     dice = random.Random(step)
     if step == "resolve":
         slices = {
             "validate": {"data": {"sources": [{"name": "shapes", "path": text}]}},
             "train-1": {"api_key": "hunter2"},
         }
-        return {"recipe": {"name": "tiny"}, "slices": slices}
+        return Resolution(recipe={"name": "tiny"}, slices=slices)
     if step == "validate":
         spoilt = [{"source": n, "id": f"{n}-{i}", "line": i, "reason": text} for i, n in enumerate(NAMES)]
         (folder / "quarantine.jsonl").write_text("\n".join(map(json.dumps, spoilt)))
-        return {"records": {n: {"sft": 4000, "heldout": 1000} for n in NAMES}, "quarantined": {text: 3}}
+        return validation({n: {"sft": 4000, "heldout": 1000} for n in NAMES}, {text: 3})
     if step.startswith("prune"):
-        return {"sources": _scores(folder, ("clips",) if step.endswith("video") else ("shapes", "digits"), dice)}
+        sources = ("clips",) if step.endswith("video") else ("shapes", "digits")
+        return Pruning(sources=_scores(folder, sources, dice))
     if step.startswith("train"):
         rows = [{"step": i, "loss": 2 * math.exp(-i / 90) + 0.4 + dice.gauss(0, 0.07), "lr": 1e-3} for i in range(400)]
         (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return {"stage": {"name": text}, "steps": 400}
+        return training(stage={"name": text})
     if step.startswith("evaluate"):
         return _evaluation(root, folder, step, text)
-    return {
-        "quantize": {"bytes_before": 4_200_000, "bytes_after": 1_700_000, "linears": {"W8A8": 18, "W4A16": 21}},
-        "register": {"name": "nvila-tiny", "version": "3", "model_uri": "models:/nvila-tiny/3"},
-        "rollout": {
-            "endpoint": "http://127.0.0.1:8321",
-            "decision": "promote",
-            "model": "nvila-tiny",
-            "version": "3",
-            "pinned": {"asked": 12, "agreed": 12},
-            "reasons": [text],
-        },
-    }.get(step, {})
+    told: dict[str, Result] = {
+        "quantize": quantization(
+            bytes_before=4_200_000, bytes_after=1_700_000, linears={"W8A8": 18, "W4A16": 21, text: 1}
+        ),
+        "register": Registration(name="nvila-tiny", version="3", model_uri="models:/nvila-tiny/3"),
+        "rollout": Rollout(
+            endpoint="http://127.0.0.1:8321",
+            decision="promote",
+            model="nvila-tiny",
+            version="3",
+            pinned={"asked": 12, "agreed": 12},
+        ),
+    }
+    return told.get(step)
 
 
-def _scores(folder: Path, sources: tuple[str, ...], dice: random.Random) -> dict[str, Any]:
+def _scores(folder: Path, sources: tuple[str, ...], dice: random.Random) -> dict[str, PrunedSource]:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -134,11 +150,10 @@ def _scores(folder: Path, sources: tuple[str, ...], dice: random.Random) -> dict
         deltas = sorted((dice.gauss(0.3, 0.8) for _ in range(800)), reverse=True)
         rows += [{"id": f"{source}-{i}", "source": source, "delta": d, "kept": i < 400} for i, d in enumerate(deltas)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "scores.parquet")
-    told = {"n": 800, "kept": 400, "informative": True, "accuracy_small": 0.41, "accuracy_large": 0.55}
-    return {source: told | ({"informative": False} if source == "digits" else {}) for source in sources}
+    return {source: pruned(informative=source != "digits") for source in sources}
 
 
-def _evaluation(root: Path, folder: Path, step: str, text: str) -> dict[str, Any]:
+def _evaluation(root: Path, folder: Path, step: str, text: str) -> Result:
     import pyarrow
     import pyarrow.parquet as parquet
     from PIL import Image
@@ -166,14 +181,7 @@ def _evaluation(root: Path, folder: Path, step: str, text: str) -> dict[str, Any
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions.parquet")
     scores = {"shapes": 0.81, "digits": 0.72, "clips": 0.64}
     if step == "evaluate-quantized":
-        return {
-            "accuracy": {
-                n: {"accuracy": a - 0.01, "low": a - 0.03, "high": a + 0.01, "n": 1000} for n, a in scores.items()
-            }
-        }
-    only = {"kind": "blank picture", "accuracy": 0.3, "low": 0.27, "high": 0.33}
-    full = {n: {"accuracy": a, "low": a - 0.025, "high": a + 0.022, "n": 1000, "majority": 0.11, "question_only": only}
-            for n, a in scores.items()}  # fmt: skip
+        return quantized_evaluation({n: retained(a - 0.01, full=a) for n, a in scores.items()})
     names = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
     stages = {s: {n: round(a * min(1, (i + 1) / 5), 3) for n, a in scores.items()} for i, s in enumerate(names)}
-    return {"accuracy": full, "stages": stages}
+    return evaluation({n: scored(a, majority=0.11) for n, a in scores.items()}, stages)

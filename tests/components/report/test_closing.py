@@ -46,7 +46,9 @@ def test_a_run_that_came_through(make_run: MakeRun, told: list[Any], monkeypatch
     assert (url, kind, secret) == ("https://h/x", "run.succeeded", "s")
     assert (data["outcome"], data["step"], data["recipe"]) == ("succeeded", None, "tiny")
     assert data["registered"] == {"name": "nvila-tiny", "version": "3"}
-    assert data["accuracy"]["shapes"]["quantized"] == pytest.approx(data["accuracy"]["shapes"]["trained"] - 0.01)
+    shapes = data["accuracy"]["shapes"]
+    assert shapes["quantized"]["value"] == pytest.approx(shapes["full"]["value"] - 0.01)
+    assert (shapes["full"]["metric"], shapes["full"]["n"]) == ("accuracy", 1000)
     json.dumps(data)
 
 

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from telling import retained, scored
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.report.close_run import Ending, notice
 from nvila.components.report.flow import DAG, duration
 from nvila.components.report.page import accuracy_rows
@@ -65,7 +67,7 @@ def test_finished_run_tells_everything(make_run: MakeRun) -> None:
     seen = page(make_run())
     text = " ".join(seen.text.split())
     for part in (
-        "nvila-tiny version 3 is serving", "http://127.0.0.1:8321", "18 min 59 s", "81.0%", "78.5% to 83.2%",
+        "nvila-tiny version 3 is serving", "http://127.0.0.1:8321", "18 min 59 s", "81.0%", "79.0% to 83.0%",
         "blank picture", "Stage 5", "400 of 800 samples stay", "Uninformative", "Set aside: 3", "W8A8: 18 linear",
         "2.47 times smaller", "models:/nvila-tiny/3", "18 manifests", "quarantine",
     ):  # fmt: skip
@@ -115,12 +117,12 @@ def test_only_a_good_model_gets_a_green_headline(
 ) -> None:
     """Gates may ask for nothing; the page must not call a model good that guesses or that quantization broke."""
     run = Run.read(make_run())
-    full, small = (run.values(step)["accuracy"] for step in ("evaluate", "evaluate-quantized"))
-    full["digits"] |= {"accuracy": accuracy, "low": accuracy - 0.02, "high": accuracy + 0.02}
-    if quantized is None:
-        del small["digits"]
-    else:
-        small["digits"] |= {"accuracy": quantized, "low": quantized - 0.02, "high": quantized + 0.02}
+    full, small = run.result(Evaluation), run.result(QuantizedEvaluation)
+    assert full and small
+    full.accuracy["digits"] = scored(accuracy)
+    del small.accuracy["digits"]
+    if quantized is not None:
+        small.accuracy["digits"] = retained(quantized, full=accuracy)
     found = HEADLINE.search(render(run))
     assert found and found[1] == tone and said in found[2]
     assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, Ending("succeeded"))["headline"]
@@ -129,7 +131,9 @@ def test_only_a_good_model_gets_a_green_headline(
 def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
     """With fewer questions for the quantized model, two accuracies differ for reasons other than quantization."""
     run = Run.read(make_run())
-    run.values("evaluate-quantized")["accuracy"]["digits"] |= {"accuracy": 0.6, "full": 0.61}
+    small = run.result(QuantizedEvaluation)
+    assert small
+    small.accuracy["digits"] = retained(0.6, full=0.61)
     (row,) = [row for row in accuracy_rows(run) if row["source"] == "digits"]
     assert row["change"] == pytest.approx(-0.01)
 

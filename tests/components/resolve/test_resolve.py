@@ -69,7 +69,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     form = Form(recipe=_without_gate(), overrides=json.dumps(overrides | stages | evaluate))
     before = step.external(form.model_dump(), Environment.read())
     monkeypatch.setenv("NVILA_ROOT", "/volume")
-    slices = step.run(form, {}, tmp_path, Environment.read()).values["slices"]
+    slices = step.run(form, {}, tmp_path, Environment.read()).result.slices
     assert slices["validate"]["data"]["sources"][0]["path"] == "/volume/data/plates"
     base = slices["base"]["model"]["base"]
     assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
@@ -141,16 +141,16 @@ def test_a_name_that_looks_like_a_date_is_a_name() -> None:
 def test_the_step_writes_a_slice_for_every_step(tmp_path: Path) -> None:
     """The outcome's values are what every other step and the report read."""
     outcome = step.run(Form(recipe="micro"), {}, tmp_path, Environment.read())
-    assert outcome.values["recipe"]["register"]["model_name"] == "nvila-micro"
-    assert outcome.values["slices"]["train-4"]["stage"]["pruned"] is True
+    assert outcome.result.recipe["register"]["model_name"] == "nvila-micro"
+    assert outcome.result.slices["train-4"]["stage"]["pruned"] is True
 
 
 def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> None:
     """Otherwise a changed evaluation task would train everything anew."""
-    before = step.run(Form(recipe="tiny"), {}, tmp_path, Environment.read()).values["slices"]
+    before = step.run(Form(recipe="tiny"), {}, tmp_path, Environment.read()).result.slices
     after = step.run(
         Form(recipe="tiny", overrides='{"evaluate": {"limit": 5}}'), {}, tmp_path, Environment.read()
-    ).values["slices"]
+    ).result.slices
     assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import quantized_evaluation
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.model.text.conversation import Place
 from nvila.components.rollout import local
 from nvila.components.rollout import step as rollout
@@ -20,7 +23,7 @@ from nvila.components.tracking.registry import find
 
 
 def manifest(
-    root: Path, step: str, kind: Kind, values: dict[str, Any], rows: list[dict[str, Any]] | None = None
+    root: Path, step: str, kind: Kind, result: Result | None, rows: list[dict[str, Any]] | None = None
 ) -> Manifest:
     import pyarrow
     import pyarrow.parquet as parquet
@@ -31,7 +34,7 @@ def manifest(
     if rows:
         name = "samples.parquet" if kind == "dataset" else "predictions.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
-    return Manifest(step=step, key="k" * 64, kind=kind, values=values, files=describe_files(folder), folder=str(folder))
+    return Manifest(step=step, key="k" * 64, kind=kind, result=result, files=describe_files(folder), folder=str(folder))
 
 
 @pytest.fixture
@@ -47,10 +50,10 @@ def inputs(tmp_path: Path) -> dict[str, Manifest]:
             )
             predictions.append(same | {"prediction": "7", "correct": i == 7})
     return {
-        "version": manifest(tmp_path, "register", "version", {"name": "small", "version": "2"}),
-        "model": manifest(tmp_path, "quantize", "model", {}),
-        "metrics": manifest(tmp_path, "evaluate-quantized", "metrics", {"max_new_tokens": 5}, predictions),
-        "samples": manifest(tmp_path, "validate", "dataset", {}, samples),
+        "version": manifest(tmp_path, "register", "version", Registration(name="small", version="2", model_uri="")),
+        "model": manifest(tmp_path, "quantize", "model", None),
+        "metrics": manifest(tmp_path, "evaluate-quantized", "metrics", quantized_evaluation({}, 5), predictions),
+        "samples": manifest(tmp_path, "validate", "dataset", None, samples),
     }
 
 
@@ -102,10 +105,9 @@ def test_promotion_moves_the_aliases(
         champion, previous = find(runs, "small", "champion"), find(runs, "small", "previous")
         assert champion is not None and champion.version == "2"
         assert previous is not None and previous.version == "1"
-    assert outcome.values == {
-        "model": "small", "version": "2", "endpoint": "http://127.0.0.1:1", "decision": "promoted",
-        "pinned": {"asked": 3},
-    }  # fmt: skip
+    assert outcome.result == Rollout(
+        model="small", version="2", endpoint="http://127.0.0.1:1", decision="promoted", pinned={"asked": 3}
+    )
     wanted, prompts, longest = asked[0]
     assert (wanted.digest, len(prompts), longest) == (inputs["model"].digest, 3, 5)
 
@@ -129,8 +131,8 @@ def test_target_none_starts_nothing(
 ) -> None:
     """A recipe that registers only must not need a serving environment."""
     monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
-    values = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).values
-    assert (values["endpoint"], values["decision"]) == (None, "not asked for")
+    told = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).result
+    assert isinstance(told, Rollout) and (told.endpoint, told.decision) == (None, "not asked for")
 
 
 @pytest.mark.parametrize("harm", ["flipped", "registered otherwise"])

@@ -20,6 +20,8 @@ import pytest
 from nvila.components.contracts import keys
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.results.result import Other
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.runner.code import code_digest
 
 STEP = """
@@ -28,6 +30,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import DataError, Rejected
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results import Other
 from nvila.components.contracts.step import Outcome
 
 
@@ -53,7 +56,8 @@ def run(settings, inputs, out):
         (out / "waiting").touch()
         time.sleep(60)
     (out / "result.txt").write_text(str(len(inputs)))
-    return Outcome(kind="dataset", values={"n": 1}, files=("result.txt",), measured={"speed": 2.0})
+    result = Other(n=1) if out.parent.name == "try" else None
+    return Outcome(kind="dataset", result=result, files=("result.txt",), measured={"speed": 2.0})
 """
 
 TRACKING = """
@@ -128,7 +132,7 @@ class Bench:
         (self.root / "runs" / run).mkdir(parents=True, exist_ok=True)
         slices, output = self.root / "slices.json", self.root / "output" / f"{step}.json"
         given = {step: {"do": do, "calls": str(self.root / "calls")}}
-        Manifest(step="resolve", key="k", kind="slices", values={"slices": given}).save(slices)
+        Manifest(step="resolve", key="k", kind="slices", result=Resolution(recipe={}, slices=given)).save(slices)
         variables = {"NVILA_STORE": str(self.root / "store"), "NVILA_RUN": str(self.root / "runs" / run)}
         return [step, str(slices), str(output)], variables
 
@@ -180,7 +184,8 @@ def test_work_is_done_once_and_then_found(bench: Bench) -> None:
         "damaged": False,
         **{"started": 0, "ended": 0, "pid": 0},
     }
-    assert (first.path("result.txt").read_text(), first.values, sorted(first.files)) == ("0", {"n": 1}, ["result.txt"])
+    assert (first.path("result.txt").read_text(), first.result) == ("0", Other(n=1))
+    assert sorted(first.files) == ["result.txt"]
     assert bench.tracked() == [["try", first.digest, None, {"speed": 2.0}, True]]
     code, _ = bench.run("work", run="run-2")
     assert (code, len(bench.calls)) == (0, 1)
@@ -383,7 +388,7 @@ def test_a_manifest_edited_by_hand_is_not_believed(bench: Bench) -> None:
     path.write_text(path.read_text().replace('"n": 1', '"n": 99'))
     code, errors = bench.run("work")
     assert code == 0 and "damaged or edited" in errors
-    assert Manifest.load(path).values == {"n": 1} and len(bench.calls) == 2
+    assert Manifest.load(path).result == Other(n=1) and len(bench.calls) == 2
 
 
 def test_the_manifest_says_where_it_was_made_and_the_key_does_not(bench: Bench) -> None:

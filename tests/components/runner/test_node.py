@@ -29,6 +29,7 @@ import os, time
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results import Other
 from nvila.components.contracts.step import Outcome
 
 
@@ -47,8 +48,8 @@ def run(settings, inputs, out):
     Progress("elsewhere", 2).update(1)
     (out / "deep").mkdir(exist_ok=True)
     (out / "deep" / "result.txt").write_text("made")
-    values = {"pair": (1, 2), "share": 0.1, "inputs": {n: m.digest for n, m in inputs.items()}}
-    return Outcome(kind="dataset", values=values, measured={"seconds": 2.5})
+    told = Other(pair=(1, 2), share=0.1, inputs={n: m.digest for n, m in inputs.items()})
+    return Outcome(kind="dataset", result=told, measured={"seconds": 2.5})
 
 
 def join(settings, inputs, out):
@@ -71,7 +72,7 @@ def run(work):
     codes.append(subprocess.run([sys.executable, "-m", "nvila.components.runner.node", str(job)]).returncode)
     if codes[-1]:
         raise read_verdict(job.parent)
-    return read_outcome(job.parent)
+    return read_outcome(job.parent, work.step)
 """
 
 
@@ -167,7 +168,7 @@ def test_other_code_in_the_job_is_refused(bench: Bench) -> None:
     node = bench.node(job)
     assert node.wait(30) == Exit.USER
     assert "other code" in str(handover.read_verdict(job.parent))
-    assert handover.read_outcome(job.parent) is None
+    assert handover.read_outcome(job.parent, "heavy") is None
 
 
 def test_a_node_that_is_stopped_says_so(bench: Bench) -> None:
@@ -186,7 +187,7 @@ def test_a_node_that_is_started_again_forgets_its_last_verdict(bench: Bench) -> 
     handover.write_verdict(job.parent, 0, Preempted("moved"))
     assert bench.node(job).wait(30) == Exit.DONE
     assert handover.read_verdict(job.parent) is None
-    made = handover.read_outcome(job.parent)
+    made = handover.read_outcome(job.parent, "heavy")
     assert made is not None and made.measured == {"seconds": 2.5}
 
 
@@ -195,7 +196,7 @@ def test_further_nodes_join_and_leave_the_outcome_to_the_first(bench: Bench) -> 
     job = bench.assign()
     assert bench.node(job, PET_NODE_RANK="1").wait(30) == Exit.DONE
     assert (bench.root / "out" / "joined-1").exists()
-    assert handover.read_outcome(job.parent) is None
+    assert handover.read_outcome(job.parent, "heavy") is None
 
 
 def test_the_verdict_that_explains_most_counts(tmp_path: Path) -> None:
@@ -230,5 +231,5 @@ def test_answers_that_a_crash_has_emptied_are_none(tmp_path: Path) -> None:
     (tmp_path / handover.OUTCOME).touch()
     (tmp_path / "verdict-0.json").touch()
     handover.write_verdict(tmp_path, 1, Rejected("known"))
-    assert handover.read_outcome(tmp_path) is None
+    assert handover.read_outcome(tmp_path, "heavy") is None
     assert str(handover.read_verdict(tmp_path)) == "known"

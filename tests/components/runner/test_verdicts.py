@@ -14,6 +14,7 @@ import pytest
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Preempted, Rejected
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
 from nvila.components.resolve import step as resolve_step
 from nvila.components.runner import execute as runner
@@ -114,7 +115,7 @@ def test_steps_that_always_run_end_at_once_as_well(place: Path) -> None:
 
 
 def no_slice(run: Path) -> dict[str, Any]:
-    Manifest(step="resolve", key="k", kind="slices", values={"slices": {}}).save(run / "slices.json")
+    Manifest(step="resolve", key="k", kind="slices", result=Resolution(recipe={}, slices={})).save(run / "slices.json")
     return {"slices": str(run / "slices.json")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from telling import evaluation, scored
 
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
@@ -22,7 +23,7 @@ def away(runs: Path) -> None:
 def measured(tmp_path: Path, tracked_run: Path) -> Manifest:
     """The metrics of an evaluation that MLflow knows."""
     with Store(tmp_path / "store").working("evaluate", "k" * 64) as folder:
-        made = Manifest(step="evaluate", key="k" * 64, kind="metrics", values={"accuracy": 0.2})
+        made = Manifest(step="evaluate", key="k" * 64, kind="metrics", result=evaluation({"digits": scored(0.2)}))
         made = Store(tmp_path / "store").finish(folder, made)
     record_step(tracked_run, "evaluate", {}, {}, made, 0.0, 1.0, None, {})
     return made
@@ -34,14 +35,14 @@ def test_an_edited_manifest_with_a_new_digest_is_refused(
     """Whoever can write the store writes 0.99 into the metrics, and a digest that fits."""
     compare(tracked_run.parent, "gate", {"metrics": measured})
     assert capsys.readouterr().err == ""
-    forged = measured.model_copy(update={"values": {"accuracy": 0.99}})
+    forged = measured.model_copy(update={"result": evaluation({"digits": scored(0.99)})})
     with pytest.raises(Rejected, match=r"evaluate.*is not the one that MLflow recorded.*Remove .*store/evaluate"):
         compare(tracked_run.parent, "gate", {"metrics": forged})
 
 
 def test_work_done_twice_with_different_results_is_known_twice(tracked_run: Path, measured: Manifest) -> None:
     """With other threads the same work rounds differently; both results were recorded."""
-    again = measured.model_copy(update={"values": {"accuracy": 0.21}})
+    again = measured.model_copy(update={"result": evaluation({"digits": scored(0.21)})})
     record_step(tracked_run, "evaluate", {}, {}, again, 0.0, 1.0, None, {})
     for one in (measured, again):
         compare(tracked_run.parent, "gate", {"metrics": one})

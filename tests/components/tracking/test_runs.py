@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.manifest import File, Manifest, describe_files
+from nvila.components.contracts.results.result import Other
+from nvila.components.contracts.results.run import Resolution
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.runs import CURVE_POINTS, close_pipeline_run, record_step
 
@@ -52,7 +54,8 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
     ]
     (folder / "loss.jsonl").write_text("\n".join([*rows, *noise]))
     source = File(uri="/data/digits/sft.json", size_bytes=3, sha256="a" * 64)
-    made = manifest(folder, values={"accuracy": {"digits": 0.5}, "informative": True}, sources=[source])
+    told = Other(accuracy={"digits": 0.5}, informative=True)
+    made = manifest(folder, "try", result=told, sources=[source])
     samples = manifest(tmp_path / "samples", "validate")
     settings = {"stage": {"name": "align", "data": {"digits.sft": 1}, "long": "x" * 900}}
     record(
@@ -79,13 +82,14 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
 def test_the_logged_manifest_holds_no_secret(tracked_run: Path, tmp_path: Path) -> None:
     """The manifest of `resolve` is the recipe; everybody who sees the tracking server may read its files."""
     folder = tmp_path / "store"
-    made = manifest(folder, values={"slices": {"base": {"api_key": SECRET, "max_new_tokens": 8}}}, kind="slices")
+    told = Resolution(recipe={}, slices={"base": {"api_key": SECRET, "max_new_tokens": 8}})
+    made = manifest(folder, "resolve", result=told, kind="slices")
     made.save(folder / "manifest.json")
     record(tracked_run, "resolve", manifest=made)
     (child,) = children(tracked_run)
     with connected(tracked_run.parent) as client:
         logged = Path(client.download_artifacts(child.info.run_id, "manifest.json", str(tmp_path))).read_text()
-    assert json.loads(logged)["values"] == {"slices": {"base": {"api_key": "[redacted]", "max_new_tokens": 8}}}
+    assert json.loads(logged)["result"]["slices"] == {"base": {"api_key": "[redacted]", "max_new_tokens": 8}}
     assert json.loads(logged)["key"] == "k" * 64
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telling import validation
 
 from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.errors import ConfigError
@@ -69,7 +70,7 @@ def test_missing_manifest_is_shown_where_it_is_missing(tmp_path: Path, line: dic
 
 def test_altered_manifest_is_found_by_its_reader(tmp_path: Path, line: dict[str, Manifest]) -> None:
     """Lineage that can be edited afterwards proves nothing."""
-    forged = line["validate"].model_copy(update={"values": {"counts": {"shapes": 1}}})
+    forged = line["validate"].model_copy(update={"result": validation({"shapes": {"sft": 1}}, {})})
     forged.save(Path(forged.folder) / "manifest.json")
     assert states(tmp_path, line)["validate"] == "altered"
 

@@ -31,8 +31,8 @@ def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stag
         port = free_port("127.0.0.1")
         started = [_node(job, nodes, node, port) for node in range(nodes)]
         assert [node.wait(120) for node in started] == [0] * nodes
-        outcome = read_outcome(job.parent)
-        assert outcome is not None and outcome.values["steps"] == 6
+        outcome = read_outcome(job.parent, "train-1")
+        assert outcome is not None and outcome.result.steps == 6
         folder = tmp_path / str(nodes)
         assert list(folder.glob("torchrun-*")) == []
         weights.append({name: file.sha256 for name, file in describe_files(folder, ["model/**/*"]).items()})

@@ -73,8 +73,8 @@ def test_a_stage_is_stopped_and_ends_on_the_second_call(small: Any, tmp_path: Pa
     outcome = step.run(settings(), inputs(small), tmp_path)
     records = read_losses(tmp_path / "loss.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-    assert (outcome.values["steps"], outcome.values["samples"]) == (STEPS, STEPS * 8)
-    assert outcome.values["final_loss"] == pytest.approx(sum(r["loss"] for r in records[-2:]) / 2, abs=1e-4)
+    assert (outcome.result.steps, outcome.result.samples) == (STEPS, STEPS * 8)
+    assert outcome.result.final_loss == pytest.approx(sum(r["loss"] for r in records[-2:]) / 2, abs=1e-4)
     assert set(describe_files(tmp_path, outcome.files)) == {
         "loss.jsonl",
         "loss.png",
@@ -112,9 +112,9 @@ def test_a_stage_killed_before_its_manifest_is_not_trained_again(
     """The model is there and whole: training it again costs the stage a second time."""
     finished(tmp_path, small)
     monkeypatch.setattr(step, "launch", lambda job: pytest.fail("trained again"))
-    first = step.run(settings(), inputs(small), tmp_path).values
+    first = step.run(settings(), inputs(small), tmp_path).result
     assert first["steps"] == STEPS
-    assert step.run(settings(), inputs(small), tmp_path).values == first
+    assert step.run(settings(), inputs(small), tmp_path).result == first
 
 
 def _torn(file: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_lost_loss_log_is_made_again(small: Any, tmp_path: Path, monkeypatch: 
         (tmp_path / "loss.jsonl").write_text(whole)
 
     monkeypatch.setattr(step, "launch", launch)
-    assert step.run(settings(), inputs(small), tmp_path).values["steps"] == STEPS
+    assert step.run(settings(), inputs(small), tmp_path).result.steps == STEPS
     assert len(launched) == 1
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import sha256_file
 from nvila.components.contracts.recipe.data import Source
+from nvila.components.contracts.results.model import Validation
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.data.samples import read_labels, read_samples
@@ -101,7 +102,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         outcome = run(given, out)
-    (out / "values.json").write_text(json.dumps(outcome.values))
+    assert outcome.result
+    (out / "told.json").write_text(outcome.result.model_dump_json())
     return given, out
 
 
@@ -130,7 +132,7 @@ def test_everything_else_is_in_the_table(demo: tuple[Record, Path]) -> None:
             there = {f"{source['name']}/{split}/{record['id']}" for record in read(Path(source["path"]), split)}
             of_split = {i for i in ids if i.startswith(f"{source['name']}/{split}/")}
             assert of_split == there - set(quarantine(out))
-            counts = json.loads((out / "values.json").read_text())["records"]
+            counts = json.loads((out / "told.json").read_text())["records"]
             assert counts[source["name"]][split] == len(of_split)
     assert all(path.is_file() for sample in samples for path in sample.paths)
     assert len({(label.source, label.media) for label in read_labels(out / "labels.parquet")}) == 80 + 120 + 50
@@ -158,7 +160,7 @@ def test_twice_the_same(demo: tuple[Record, Path], tmp_path: Path) -> None:
     outcome = run(given, tmp_path / "again")
     for name in outcome.files:
         assert sha256_file(out / name) == sha256_file(tmp_path / "again" / name), name
-    assert outcome.values == json.loads((out / "values.json").read_text())
+    assert outcome.result == Validation.model_validate_json((out / "told.json").read_text())
     assert {Path(file.uri).name for file in outcome.sources} == {f"{n}.json" for n in (*step.SPLITS, "labels")}
 
 

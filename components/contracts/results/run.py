@@ -1,0 +1,47 @@
+"""What the steps tell that begin a run and deliver what it made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvila.components.contracts.results.result import Result
+
+
+class Resolution(Result):
+    """Of `resolve`."""
+
+    recipe: dict[str, Any]
+    """All of it, defaults filled in."""
+    slices: dict[str, dict[str, Any]]
+    """Each step's part, by step name."""
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return str(self.recipe.get("name", ""))
+
+
+class Preflight(Result):
+    """Of `preflight`."""
+
+    annotations: dict[str, str]
+    """Digest of each annotation file that was found."""
+
+
+class Registration(Result):
+    """Of `register`."""
+
+    name: str
+    version: str
+    model_uri: str
+
+
+class Rollout(Result):
+    """Of `rollout`."""
+
+    model: str
+    version: str
+    endpoint: str | None
+    decision: str
+    pinned: dict[str, int]
+    """What the version did with the pinned prompts."""
