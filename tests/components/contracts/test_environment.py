@@ -105,7 +105,6 @@ def test_few_places_ask_what_they_were_not_given() -> None:
         "components/train/launch.py",
         "components/train/loop.py",
         "infra/launch/follow.py",
-        "infra/launch/requests.py",
         "pipelines/planning/hits.py",
         "pipelines/show/results.py",
     }

@@ -118,7 +118,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
     monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
     monkeypatch.setitem(sys.modules, "nvila.components.model.decode.answer", types.SimpleNamespace(generate=generate))
-    run(SETTINGS, register_inputs, tmp_path)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
 
     import mlflow
     from mlflow.exceptions import MlflowException
