@@ -110,6 +110,8 @@ class Environment(BaseModel):
 
     threads: str = _variable("OMP_NUM_THREADS", "user", "platform", default="")
     """Threads of a step; `nvila run` gives each step the whole machine."""
+    rank: int = _variable("RANK", "launcher", default=0)
+    """Number of a training process."""
     local_rank: int = _variable("LOCAL_RANK", "launcher", default=0)
     """Number of a training process on its machine: its GPU."""
     world: int = _variable("WORLD_SIZE", "launcher", default=1)
@@ -272,7 +274,8 @@ def before_importing(library: str) -> None:
 
 
 def take_over(variables: Mapping[str, str]) -> None:
-    """Make these this process's own: a forked step is given its variables, as a new interpreter would be."""
+    """Make these this process's own: a forked step has its task's variables, as a new interpreter would."""
+    os.environ.clear()
     os.environ.update(variables)
 
 

@@ -12,14 +12,15 @@ from typing import Literal
 
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.manifest import File, InputRef, Manifest
+from nvila.components.contracts.manifest import File, InputRef, Manifest, OlderVersion
 from nvila.components.contracts.store import MANIFEST, Store
 from nvila.components.tracking.media import changed_media
 from nvila.components.tracking.named import named
 from nvila.components.tracking.registry import registered_inputs
 
-State = Literal["sound", "missing", "altered", "damaged"]
-"""`altered`: the manifest's digest is another than its reader recorded. `damaged`: files of the step are."""
+State = Literal["sound", "missing", "altered", "damaged", "older"]
+"""`older`: written by a version of the platform whose manifests are not read any more.
+`altered`: the manifest's digest is another than its reader recorded. `damaged`: files of the step are."""
 
 SOURCES_SHOWN = 30
 
@@ -153,7 +154,8 @@ def _visit(store: Store, ref: InputRef, deep: bool) -> tuple[Manifest | None, No
     try:
         manifest = store.load(path)
     except NvilaError as error:
-        state: State = "damaged" if path.exists() else "missing"
+        here: State = "older" if isinstance(error, OlderVersion) else "damaged"
+        state = here if path.exists() else "missing"
         return None, Node(ref.step, ref.digest, state, str(error))
     inputs = {name: one.digest for name, one in manifest.inputs.items()}
     state, detail, media = "sound", "", 0

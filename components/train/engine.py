@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 BETAS = (0.9, 0.999)
+PEER_SECONDS = 1800
+"""How long a process waits in a collective for one that is silent; one that ends is missed at once."""
 T = TypeVar("T")
 
 
@@ -48,6 +51,11 @@ class Engine:
     def world(self) -> int:
         """Number of processes."""
         return int(self.deepspeed.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are needed."""
+        return self.deepspeed.device  # type: ignore[no-any-return]
 
     @property
     def learning_rate(self) -> float:
@@ -198,9 +206,9 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     import deepspeed
 
     if not torch.cuda.is_available():
-        # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        _without_shared_memory()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=PEER_SECONDS))
     plain = run.precision == "fp32" and run.zero == 0
     config = {
         "train_batch_size": stage.batch,
@@ -229,6 +237,18 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm)
+
+
+def _without_shared_memory() -> None:
+    """Have CPU ranks meet by gloo alone: DeepSpeed would spend minutes compiling an op for those of one machine."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Plain(CPU_Accelerator):  # type: ignore[misc]
+        def create_op_builder(self, class_name: str) -> Any:
+            return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
+
+    set_accelerator(Plain())
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

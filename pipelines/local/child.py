@@ -23,12 +23,18 @@ GRACE_SECONDS = 60.0
 """How long a step may take to save its progress when it is asked to stop."""
 
 
-def main(run_dir: Path) -> int:
-    """Exit code: 0, or 1 (the steps' status files say why)."""
+def main(run_dir: Path, python: Path) -> int:
+    """Run the steps with the `python3` in the folder `python`, which is the first on the PATH.
+
+    Returns:
+        Exit code: 0, or 1 (the steps' status files say why).
+    """
+    from nvila.pipelines.local import forks
+
+    steps = forks.start(python, run_dir)  # it imports while KFP is imported here
     from kfp import local
 
     from nvila.pipelines.lifecycle import build
-    from nvila.pipelines.local.forks import run_steps_in_forks
 
     arguments = json.loads((run_dir / ARGUMENTS).read_text(encoding="utf-8"))
     local.init(
@@ -36,12 +42,16 @@ def main(run_dir: Path) -> int:
         pipeline_root=str(run_dir / "kfp"),
         workspace_root=str(run_dir / "workspace"),
     )
-    run_steps_in_forks(run_dir)
+    # KFP puts this in the place of each `python3` in a command and in its arguments, which so stay as they are.
+    sys.executable = "python3"
     try:
         build()(**arguments)
     except RuntimeError as error:  # KFP's way to say that a task failed
         print(tell(str(error)), flush=True)
         return 1
+    finally:
+        steps.terminate()
+        steps.wait()
     return 0
 
 
@@ -69,4 +79,4 @@ def _stop(signum: int, frame: object) -> NoReturn:
 
 if __name__ == "__main__":
     _stop_cleanly(parent=int(sys.argv[2]))
-    raise SystemExit(main(Path(sys.argv[1])))
+    raise SystemExit(main(Path(sys.argv[1]), Path(sys.argv[3])))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
 from nvila.pipelines.commands.overrides import parse_overrides
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
+from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
 from nvila.pipelines.show.results import REPORT, short, show_closing
 from nvila.pipelines.show.summary import LOG, write_summary
@@ -96,13 +98,16 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}
     environment = for_child(named(store=store, run=run_dir), unless_set=alone)
-    command = [sys.executable, "-m", "nvila.pipelines.local.child", str(run_dir), str(os.getpid())]
     with (
+        tempfile.TemporaryDirectory(prefix="nvila-") as python,
         (run_dir / LOG).open("a+b") as log,
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
         _Stop() as stop,
     ):
         fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
+        put_client(Path(python))
+        environment["PATH"] = os.pathsep.join([python, environment.get("PATH", os.defpath)])
+        command = [sys.executable, "-m", "nvila.pipelines.local.child", str(run_dir), str(os.getpid()), python]
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )

@@ -1,12 +1,14 @@
-"""Steps as forks of the worker, through KFP's real local runner: as apart as interpreters of their own, and quicker."""
+"""Steps as forks of one process, through KFP's real local runner: as apart as new interpreters, and quicker."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from kfp import dsl, local
 
 from nvila.pipelines.local import forks
+from nvila.pipelines.local.fork_client import SOCKET
 
 
 @dsl.component(base_image="python", install_kfp_package=False)
@@ -32,6 +35,7 @@ def note(path: str, seconds: float = 0.0) -> str:
         "pid": os.getpid(),
         "parent": os.getppid(),
         "changed": os.environ.get("NVILA_TEST_CHANGED"),
+        "path": os.environ["PATH"],
         "library": "library_of_the_test" in sys.modules,
         "sigterm": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
     }
@@ -62,39 +66,73 @@ def failing(path: str) -> None:
     note(path=path).after(left)
 
 
-@pytest.fixture
-def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """KFP's local runner forks this process; the only library to import is one of ours."""
-    from kfp.local import subprocess_task_handler
+SERVER = """
+import sys
+from nvila.pipelines.local import forks
+forks.ALWAYS_NEEDED, forks.FOR_WORK, forks.SHORT_SECONDS = ("kfp.dsl.executor",), ("library_of_the_test",), 0.3
+try:
+    import nvila.trying
+except ImportError:
+    pass
+forks.main(sys.argv[1:])
+"""
+"""The process that forks; the only library to import while steps work is one of ours."""
 
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The `python3` of this process hands its arguments over; the folder of the run."""
     (tmp_path / "library_of_the_test.py").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "library_of_the_test", raising=False)
-    monkeypatch.setattr(forks, "_ALWAYS_NEEDED", ())
-    monkeypatch.setattr(forks, "_FOR_WORK", ("library_of_the_test",))
-    monkeypatch.setattr(forks, "_SHORT_SECONDS", 0.3)
-    monkeypatch.setattr(subprocess_task_handler, "run_local_subprocess", subprocess_task_handler.run_local_subprocess)
-    monkeypatch.delitem(sys.modules, "nvila.trying", raising=False)
     (tmp_path / "steps").mkdir()
-    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
-    forks.run_steps_in_forks(tmp_path)
+    (tmp_path / "bin").mkdir()
+    forks.put_client(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("_KFP_RUNTIME", "true")  # as KFP's command does
     return tmp_path
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that forks."""
+    server = forks.start(folder / "bin", folder, ("-c", SERVER))
+    yield server
+    server.terminate()
+    assert server.wait(20) == 0
+
+
+@contextmanager
+def forking(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """KFP's local runner runs its tasks so."""
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
+    with serving(folder) as server, pytest.MonkeyPatch.context() as patch:
+        patch.delenv("_KFP_RUNTIME")
+        patch.setattr(sys, "executable", "python3")
+        yield server
+
+
+@pytest.fixture
+def forked(client: Path) -> Iterator[Path]:
+    """It does in this test."""
+    with forking(client):
+        yield client
 
 
 def seen(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def test_tasks_share_nothing_but_what_was_imported_for_them(forked: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tasks_share_nothing_but_what_was_imported_for_them(client: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A step that finds another's variables works otherwise here than in a container, where nobody sees it."""
-    (forked / "steps" / "validate.json").write_text('{"name": "validate", "status": "done"}')
-    notes(first=str(forked / "first"), second=str(forked / "second"), seconds=1.5)
-    first, second = seen(forked / "first"), seen(forked / "second")
-    assert first["parent"] == second["parent"] == os.getpid() and first["pid"] != second["pid"]
+    (client / "steps" / "validate.json").write_text('{"name": "validate", "status": "done"}')
+    with forking(client) as server:
+        notes(first=str(client / "first"), second=str(client / "second"), seconds=1.5)
+    first, second = seen(client / "first"), seen(client / "second")
+    assert first["parent"] == second["parent"] == server.pid and first["pid"] != second["pid"]
     assert (first["changed"], second["changed"], os.environ.get("NVILA_TEST_CHANGED")) == (None, None, None)
     assert (first["library"], second["library"]) == (False, True)
     assert first["sigterm"] and second["sigterm"]
-    assert (forked / "first.exit").exists(), "what a step registers for its end is not done"
+    assert (client / "first.exit").exists(), "what a step registers for its end is not done"
     written = capfd.readouterr()
     assert "\na word on stdout\n" in written.out and written.err.count("a word on stderr") == 2
 
@@ -104,28 +142,53 @@ def test_a_run_that_only_skips_waits_for_no_import(forked: Path) -> None:
     for name, status in (("validate", "cached"), ("report", "done")):
         (forked / "steps" / f"{name}.json").write_text(json.dumps({"name": name, "status": status}))
     notes(first=str(forked / "first"), second=str(forked / "second"), seconds=0.5)
-    assert not seen(forked / "second")["library"] and "library_of_the_test" not in sys.modules
+    assert not seen(forked / "second")["library"]
 
 
-def test_a_task_runs_the_code_that_is_on_disk(forked: Path) -> None:
+def test_what_a_task_is_given_arrives_as_it_was(forked: Path) -> None:
+    """KFP's local runner writes its interpreter wherever an argument says python3; and a step looks up our client."""
+    place = forked / "lib" / "python3"
+    place.mkdir(parents=True)
+    notes(first=str(place / "first"), second=str(place / "second"), seconds=0.0)
+    assert seen(place / "first")["path"] == os.environ["PATH"].partition(":")[2]
+    scripts = Path(tempfile.gettempdir()).glob("tmp.*/ephemeral_component.py")
+    assert not any("NVILA_TEST_CHANGED" in script.read_text() for script in scripts)
+
+
+def test_a_task_runs_the_code_that_is_on_disk(client: Path) -> None:
     """A key is made of the files: a step that ran older code would be stored, and found again, under the new."""
-    package = forked / "nvila"
-    package.mkdir()
-    source = (
-        "from pathlib import Path\n"
-        "def read():\n"
-        "    import nvila.trying\n"
-        f"    Path({str(forked / 'read')!r}).write_text(nvila.trying.VALUE)"
-    )
-    (package / "trying.py").write_text("VALUE = 'old'\n")
-    os.utime(package / "trying.py", (1, 1))
-    import_module("nvila.trying")
-    steps = forks._Forks(forked)
-    for value in ("old", "newer"):
-        if value == "newer":
-            (package / "trying.py").write_text("VALUE = 'newer'\n")
-        assert steps.run(command(source, "read", forked)) == 0
-        assert (forked / "read").read_text() == value
+    (client / "nvila").mkdir()
+    module = client / "nvila" / "trying.py"
+    module.write_text("VALUE = 'old'\n")
+    os.utime(module, (1, 1))
+    source = f"import nvila.trying, pathlib\npathlib.Path({str(client / 'read')!r}).write_text(nvila.trying.VALUE)"
+    with serving(client):
+        for value in ("old", "newer"):
+            if value == "newer":
+                module.write_text("VALUE = 'newer'\n")
+            assert task(client, source).wait(60) == 0
+            assert (client / "read").read_text() == value
+
+
+def test_tasks_at_once_end_each_for_itself(client: Path) -> None:
+    """Branches of a pipeline run at once: one that hears of its end only with the last holds what follows it up."""
+    with serving(client):
+        short, long = (task(client, f"import time; time.sleep({seconds})") for seconds in (2, 30))
+        assert short.wait(20) == 0 and long.poll() is None
+        long_step = max(psutil.Process().children(recursive=True), key=lambda one: one.create_time())
+        long_step.kill()
+        assert long.wait(20) == 128 + signal.SIGKILL
+
+
+def test_a_stop_reaches_a_task_once(client: Path) -> None:
+    """The whole group is told. A second signal, from a process that ends before its forks, hurries what is saved."""
+    begun, saved = client / "begun", client / "saved"
+    source = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(2); "
+    with serving(client) as server:
+        step = task(client, source + f"pathlib.Path({str(saved)!r}).touch()")
+        wait_for(begun)
+        server.terminate()
+        assert step.wait(20) == 0 and saved.exists()
 
 
 def test_no_import_asks_for_a_gpu() -> None:
@@ -133,11 +196,11 @@ def test_no_import_asks_for_a_gpu() -> None:
     code = (
         "import torch\n"
         "from importlib import import_module\n"
-        "from nvila.pipelines.local.forks import _ALWAYS_NEEDED, _FOR_WORK\n"
+        "from nvila.pipelines.local.forks import ALWAYS_NEEDED, FOR_WORK\n"
         "def refuse(*given): raise AssertionError('asked for a GPU')\n"
         "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
         "    setattr(torch.cuda, name, refuse)\n"
-        "for name in (*_ALWAYS_NEEDED, *_FOR_WORK): import_module(name)"
+        "for name in (*ALWAYS_NEEDED, *FOR_WORK): import_module(name)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -149,27 +212,37 @@ def test_a_failed_task_ends_the_pipeline(forked: Path) -> None:
     assert not (forked / "after").exists()
 
 
-def test_a_task_ends_with_the_worker(tmp_path: Path) -> None:
+def test_a_task_ends_with_the_worker(client: Path) -> None:
     """A step that outlives a killed worker writes into the store while the next run works there."""
-    source = f"def wait():\n    import time\n    open({str(tmp_path / 'begun')!r}, 'w')\n    time.sleep(60)"
+    begun = client / "begun"
     code = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from nvila.pipelines.local.forks import _Forks\n"
-        "_Forks(Path()).run(json.loads(sys.argv[1]))"
+        "import sys, time; from pathlib import Path; from nvila.pipelines.local import forks\n"
+        f"forks.start(Path(sys.argv[1], 'bin'), Path(sys.argv[1]), ('-c', {SERVER!r})); time.sleep(60)"
     )
-    worker = subprocess.Popen([sys.executable, "-c", code, json.dumps(command(source, "wait", tmp_path))])
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+    worker = subprocess.Popen([sys.executable, "-c", code, str(client)])
+    while not (client / "bin" / SOCKET).exists():
         time.sleep(0.05)
-    (task,) = psutil.Process(worker.pid).children()
-    worker.send_signal(signal.SIGKILL)
+    step = task(client, f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)")
+    wait_for(begun)
+    children = psutil.Process(worker.pid).children(recursive=True)
+    assert len(children) == 2
+    worker.kill()
     worker.wait(10)
-    _, alive = psutil.wait_procs([task], timeout=20)
-    assert alive == []
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == [] and step.wait(20)
 
 
-def command(source: str, function: str, folder: Path) -> list[str]:
-    """What KFP hands to a runner, as far as a fork reads it."""
+def task(folder: Path, source: str) -> subprocess.Popen[bytes]:
+    """A task as KFP's command starts it; what it does is `source`."""
+    script = Path(tempfile.mkdtemp(dir=folder), "ephemeral_component.py")
+    script.write_text(f"def work():\n    exec({source!r})\n")
     given = json.dumps({"outputs": {"outputFile": str(folder / "executor_output.json")}})
-    return ["ephemeral_component.py", source, "--executor_input", given, "--function_to_execute", function]
+    words = ["--component_module_path", str(script), "--executor_input", given, "--function_to_execute", "work"]
+    return subprocess.Popen(["python3", "-m", "kfp.dsl.executor_main", *words])
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"no {file.name}"
+        time.sleep(0.05)

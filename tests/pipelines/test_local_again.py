@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.reader import Form
 from nvila.components.runner.execute import _Status
-from nvila.pipelines.local.run import run as local
+from nvila.pipelines.local import run as local
 
 ENDS = ["damaged", "damaged", "rejected"], ["damaged", "damaged", "damaged", "damaged"], ["failed", "damaged"]
 

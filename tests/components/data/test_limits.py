@@ -122,7 +122,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     feed = Feed(load_tokenizer(folder / "llm"), read_config(folder))
     known = read_samples(out / "samples.parquet")
     assert len(known) == 12
-    assert {len(batch.visuals) for batch in feed.batches(known, 1, workers=0)} == {1}  # training, pruning, calibration
+    assert {len(batch.visuals) for batch in feed.batches(known, 1)} == {1}  # training, pruning, calibration
     assert len(Questions.prepare(known, Feed(feed.tokenizer, feed.config)).shown) == 12  # evaluation
     assert len(read_label_records(out / "labels.parquet", 28).tiles) == 36  # the vision tower
 
@@ -142,7 +142,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     from nvila.components.evaluate import quantized
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.text.tokenizer import load_tokenizer
-    from nvila.components.serve import batch, worker
+    from nvila.components.serve import batch, batch_process
 
     out = validated(tmp_path, **ALLOWED)
     asked: list[Any] = []
@@ -155,7 +155,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     assert {Limits(**line["limits"]) for line in lines} == {Limits(20_000, 200_000, 60.0, 9)}
     folder = small.model.dir("model")
     tokenizer, config = load_tokenizer(folder / "llm"), read_config(folder)
-    assert all(worker._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
+    assert all(batch_process._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.data.skipped import Skipped, Tally
 
 
@@ -15,7 +16,7 @@ def test_a_share_is_rounded_up_as_it_is_written(records: int, share: float, allo
     tally = Tally("x", records, share, quiet=True)
     tally.add(Skipped(f"a/{n}", "gone") for n in range(allowed))
     tally.add(Skipped(f"a/{n}", "gone") for n in range(allowed))  # met again in the next pass
-    assert tally.summary()["records"] == allowed
+    assert tally.summary().records == allowed
     with pytest.raises(DataError) as caught:
         tally.add([Skipped("b/1", "gone")])
     assert caught.value.exit_code == Exit.USER
@@ -34,4 +35,4 @@ def test_the_log_names_the_first_records(capsys: pytest.CaptureFixture[str]) -> 
     tally.add(Skipped(f"a/{n:03}", "gone", f"/m/{n}") for n in range(300))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[0] == "stage x: skipped a/000: gone (/m/0)"
-    assert tally.summary() == {"records": 300, "first": [f"a/{n:03}: gone (/m/{n})" for n in range(10)]}
+    assert tally.summary() == SkippedRecords(records=300, first=[f"a/{n:03}: gone (/m/{n})" for n in range(10)])

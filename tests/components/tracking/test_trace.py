@@ -68,6 +68,13 @@ def test_missing_manifest_is_shown_where_it_is_missing(tmp_path: Path, line: dic
     assert "broken at prune" in render(tree)
 
 
+def test_work_of_an_older_version_is_called_that(tmp_path: Path, line: dict[str, Manifest]) -> None:
+    """`damaged` sends people looking for a broken disk."""
+    path = Path(line["validate"].folder) / "manifest.json"
+    path.write_text('{"schema_version": 1, "step": "validate", "values": {}, "digest": "d"}')
+    assert states(tmp_path, line)["validate"] == "older"
+
+
 def test_altered_manifest_is_found_by_its_reader(tmp_path: Path, line: dict[str, Manifest]) -> None:
     """Lineage that can be edited afterwards proves nothing."""
     forged = line["validate"].model_copy(update={"result": validation({"shapes": {"sft": 1}}, {})})

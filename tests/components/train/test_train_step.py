@@ -113,7 +113,7 @@ def test_a_stage_killed_before_its_manifest_is_not_trained_again(
     finished(tmp_path, small)
     monkeypatch.setattr(step, "launch", lambda job: pytest.fail("trained again"))
     first = step.run(settings(), inputs(small), tmp_path).result
-    assert first["steps"] == STEPS
+    assert first.steps == STEPS
     assert step.run(settings(), inputs(small), tmp_path).result == first
 
 
