@@ -17,6 +17,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, recipe_text
 from nvila.components.contracts.recipe.recipe import merge, parse_recipe
+from nvila.components.data.sampling import Sampling
 from nvila.components.serve.server import chat_request
 from nvila.components.validate.annotations import read_records
 from nvila.pipelines.cli import app
@@ -184,7 +185,7 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         max_tiles=6,
         select_layer=-2,
         max_length_tokens=256,
-        num_video_frames=4,
+        sampling=Sampling(4),
         video_pool_sizes=((1, 1, 1),),
     )
     tokenizer = train_tokenizer(["What is shown? A plate"], 300)

@@ -16,7 +16,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.fetch import fetch_version
-from nvila.components.model.checkpoint.layouts import open_checkpoint, read_json
+from nvila.components.model.checkpoint.layouts import open_native, read_json
 from nvila.components.model.checkpoint.native import checked
 from nvila.components.model.checkpoint.shards import read_folder
 from nvila.components.model.config.config import ModelConfig, model_config
@@ -53,7 +53,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> Initialization
     _write_projector(config, seed, folder / "mm_projector")
     # A decoder's own chat template, with its own system prompt, is not what NVILA is trained in.
     write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
-    checked(open_checkpoint(folder))
+    checked(open_native(folder))
     return Initialization(
         parameters={part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
         weights={part: version for part, (_, version) in fetched.items()},

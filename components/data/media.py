@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.data.sampling import Sampling
 from nvila.components.data.seek import decode_at
 
 if TYPE_CHECKING:
@@ -99,23 +99,25 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def load_video_frames(path: Path, frames: int, limits: Limits = Limits(), *, fps: float = 0.0) -> list[Image.Image]:
-    """`frames` RGB frames at round(linspace(0, n - 1, frames)) of the n that decode; short videos repeat frames.
+def load_video_frames(path: Path, sampling: Sampling, limits: Limits = Limits()) -> list[Image.Image]:
+    """The RGB frames that `sampling` names of those that decode, by the file's average frame rate.
 
-    With `fps` above 0 they are at most `frames` from the beginning, one each 1 / fps seconds by the file's average
-    frame rate; a folder has no rate and is spread evenly. `path` is a video file or a folder of
-    frames, which are taken in the order of their names. Only the groups of pictures that hold the wanted frames are
-    decoded. Where one of them is damaged, the frames are chosen among those before the first damage of the file;
-    `validate` quarantines such files before training.
+    `path` is a video file or a folder of frames, which are taken in the order of their names and have no rate. Only
+    the groups of pictures that hold the wanted frames are decoded. Where one of them is damaged, the frames are chosen
+    among those before the first damage of the file; `validate` quarantines such files before training.
 
     Raises:
         MediaError: missing, larger than the limits, or without a single frame.
     """
     if path.is_dir():
         names = _frame_files(path, limits)
-        return [load_image(names[index], limits) for index in sample_indices(len(names), frames)]
+        return [load_image(names[index], limits) for index in sampling.places(len(names))]
     _check_file(path, limits)
-    choose = _at_rate(path, frames, fps, limits) if fps > 0 else partial(sample_indices, frames=frames)
+    rate = _rate(path, limits) if sampling.fps else None
+
+    def choose(count: int) -> list[int]:
+        return sampling.places(count, rate)
+
     sought = _seek(path, limits, choose)
     if sought is not None:
         return sought
@@ -156,34 +158,14 @@ def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image
     raise MediaError("undecodable", "the video ends before this frame", path, index)
 
 
-def sample_indices(count: int, frames: int) -> list[int]:
-    """round(linspace(0, count - 1, frames)), halves to even, in numpy's own arithmetic: a step is rounded first."""
-    if frames == 1:
-        return [0]
-    step = (count - 1) / (frames - 1)
-    return [*(round(index * step) for index in range(frames - 1)), count - 1]
-
-
-def _at_rate(path: Path, frames: int, fps: float, limits: Limits) -> Callable[[int], list[int]]:
-    """From the number of frames to the places of `indices_at_rate` by the file's average frame rate."""
+def _rate(path: Path, limits: Limits) -> float:
+    """The file's average frames per second."""
     with _opened(path, limits) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or 0)  # one frame has no average
     if not rate:
         raise MediaError("undecodable", "the file names no frame rate, and frames are wanted at one", path)
-    return partial(indices_at_rate, frames=frames, fps=fps, rate=rate)
-
-
-def indices_at_rate(count: int, frames: int, fps: float, rate: float) -> list[int]:
-    """Places of the frames shown at 0, 1 / fps, 2 / fps, ... seconds, at most `frames` of the `count` there are.
-
-    The arithmetic is that of the reference, int(t * rate) over numpy's arange(0, count / rate, 1 / fps), to the last
-    bit: k / fps instead of k * (1 / fps) names another frame in about one video of fifteen.
-    """
-    step = 1.0 / fps
-    number = max(1, min(frames, math.ceil(min(count / rate / step, frames)))) if count else 0
-    places = (int(k * step * rate) if k else 0 for k in range(number))
-    return [place for place in places if place < count]
+    return rate
 
 
 def probe(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()) -> Probe:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from nvila.components.data.skipped import Skipped
 from nvila.components.model.text.conversation import IGNORED, Encoded
 from nvila.components.model.vision.preprocess import Visual
+
+if TYPE_CHECKING:
+    from nvila.components.data.skipped import Skipped
 
 Side = Literal["left", "right"]
 

@@ -104,10 +104,11 @@ def _card(row: Mapping[str, Any], quantized: str | None, limits: Limits) -> Card
 def _picture(paths: list[Path], clip: bool, limits: Limits) -> tuple[str | None, bool]:
     """Data URI of one picture or of a strip, and whether it is small enough to be shown pixel by pixel."""
     from nvila.components.data.media import load_image, load_video_frames
+    from nvila.components.data.sampling import Sampling
 
     try:
         if clip:
-            images = load_video_frames(paths[0], CLIP_FRAMES, limits)
+            images = load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)
         else:
             images = [load_image(path, limits) for path in paths]
     except (DataError, OSError):

@@ -24,6 +24,7 @@ from vllm.multimodal.media.base import MediaWithBytes
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.media import Limits, load_image, load_video_frames
+from nvila.components.data.sampling import Sampling
 
 LIMITS = Limits(max_bytes=64 * 2**20, max_seconds=600.0, max_frames=36_000)
 """Tighter than for files of one's own: whoever may ask a question may send anything. They are those of the endpoint
@@ -43,14 +44,13 @@ class BoundedConnector(MediaConnector):
         return await asyncio.to_thread(self.fetch_image, image_url)
 
     def fetch_video(self, video_url: str, **_: Any) -> MediaWithBytes[tuple[np.ndarray, dict[str, Any]]]:
-        """Frames (F, H, W, 3) uint8, spread as `load_video_frames` does; F is `num_frames` of `--media-io-kwargs`.
+        """Frames (F, H, W, 3) uint8, spread as `load_video_frames` does; sampled as `--media-io-kwargs` says.
 
         vLLM refuses requests that bring their own `media_io_kwargs`, and the processor any other F than the model's.
         """
-        sampling = self.media_io_kwargs["video"]
+        sampling = Sampling.from_options(self.media_io_kwargs["video"])
         data = self._bytes(video_url)
-        frames, fps = int(sampling["num_frames"]), float(sampling["fps"])
-        pictures = _decode(data, ".mp4", partial(load_video_frames, frames=frames, limits=LIMITS, fps=fps))
+        pictures = _decode(data, ".mp4", partial(load_video_frames, sampling=sampling, limits=LIMITS))
         stacked = np.stack([np.asarray(picture) for picture in pictures])
         metadata = {"total_num_frames": len(stacked), "frames_indices": list(range(len(stacked)))}
         metadata["do_sample_frames"] = False

@@ -74,7 +74,7 @@ class NVILADummyInputs(BaseDummyInputsBuilder[NVILAProcessingInfo]):
         config = self.info.nvila
         side = config.s2_scales[-1]
         wide = Image.new("RGB", (side * config.max_tiles, side))
-        clip = np.zeros((config.num_video_frames, side, side, 3), dtype=np.uint8)
+        clip = np.zeros((config.sampling.frames, side, side, 3), dtype=np.uint8)
         return {"image": [wide] * mm_counts.get("image", 0), "video": [clip] * mm_counts.get("video", 0)}
 
 
@@ -158,7 +158,6 @@ def _frames(video: Any, config: ModelConfig) -> list[Image.Image]:
     Raises:
         ValueError: a number of frames that the model does not take; found later it would end the whole server.
     """
-    fits = 0 < len(video) <= config.num_video_frames if config.fps else len(video) == config.num_video_frames
-    if not fits:
-        raise ValueError(f"this model takes {config.num_video_frames} frames of a clip, not {len(video)}")
+    if not config.sampling.allows(len(video)):
+        raise ValueError(f"this model takes {config.sampling.frames} frames of a clip, not {len(video)}")
     return [frame if isinstance(frame, Image.Image) else Image.fromarray(np.asarray(frame)) for frame in video]

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
 from nvila.components.serve.guard import RequireKey
@@ -79,8 +80,8 @@ def start(
     command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
     model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
-    sampling = {"num_frames": model["num_video_frames"], "fps": model.get("fps", 0.0)}
-    command += ["--media-io-kwargs", json.dumps({"video": sampling})]
+    sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
+    command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     variables = serve_variables(threads)
     variables.pop(name_of("vllm_key"), None)
     if api_key is not None:

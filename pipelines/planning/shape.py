@@ -113,8 +113,8 @@ def count(config: ModelConfig) -> Shape:
         image=Seen(image_tokens(config)[1], _image_tiles(config), image_tokens(config)[1]),
         video=Seen(
             video_tokens(config),
-            config.num_video_frames * frame_tiles,
-            config.num_video_frames * frame_tokens,
+            config.sampling.frames * frame_tiles,
+            config.sampling.frames * frame_tokens,
         ),
     )
 

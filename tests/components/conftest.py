@@ -15,6 +15,7 @@ from buckets import Bucket, served
 
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.data.remote import insist
+from nvila.components.data.sampling import Sampling
 from nvila.components.tracking.connect import connected
 
 
@@ -157,7 +158,7 @@ def _save_model(folder: Path, texts: list[str]) -> None:
         max_tiles=4,
         select_layer=-2,
         max_length_tokens=256,
-        num_video_frames=4,
+        sampling=Sampling(4),
         video_pool_sizes=((2, 1, 1),),
     )
     tokenizer = train_tokenizer(texts, 300)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
 from nvila.components.model.nvila import NVILA
@@ -51,7 +52,7 @@ def servable_model(**changes: Any) -> tuple[NVILA, Any]:
         "max_tiles": 6,
         "select_layer": -2,
         "max_length_tokens": 256,
-        "num_video_frames": 4,
+        "sampling": Sampling(4),
         "video_pool_sizes": ((2, 1, 1),),
     }
     tokenizer = train_tokenizer([QUESTION, "three four seven"], 300)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
@@ -33,7 +34,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_tiles=6,
         select_layer=-2,
         max_length_tokens=256,
-        num_video_frames=4,
+        sampling=Sampling(4),
         video_pool_sizes=((2, 1, 1),),
     )
     folder = tmp_path_factory.mktemp("toy")

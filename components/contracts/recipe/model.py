@@ -73,6 +73,9 @@ class Video(Section):
     """How a video becomes tokens: frames, then pooling (paper section 2.2)."""
 
     frames: int = Field(default=8, ge=1, le=4096)
+    """How many; the most of them where `fps` is set."""
+    fps: float = Field(default=0.0, ge=0)
+    """Frames per second taken from the beginning of a clip; 0 spreads the frames evenly over all of it."""
     pool_sizes: list[tuple[PositiveInt, PositiveInt, PositiveInt]] = Field(default=[(1, 1, 1)], min_length=1)
     """Temporal, vertical and horizontal pooling; one entry per scale."""
 

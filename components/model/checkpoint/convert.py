@@ -16,15 +16,8 @@ from typing import Any
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
-from nvila.components.model.checkpoint.layouts import (
-    LAYOUTS,
-    PARTS,
-    Checkpoint,
-    Layout,
-    hf_config,
-    open_checkpoint,
-    vila_config,
-)
+from nvila.components.model.checkpoint.flat import hf_config, open_checkpoint
+from nvila.components.model.checkpoint.layouts import LAYOUTS, PARTS, Checkpoint, Layout
 from nvila.components.model.checkpoint.native import (
     SHARD_BYTES,
     checked,
@@ -218,7 +211,7 @@ def _write_rest(
         write_native_files(config, tokenizer, partial, str(dtype))
         if layout == "vila":
             native = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-            _write_json(partial / "config.json", vila_config(native))
+            _write_json(partial / "config.json", _vila_config(native))
             if name := template_name(tokenizer):  # the remote code looks for the named file here
                 template = written_template(tokenizer, literal_media=True)
                 (partial / f"{name}.jinja").write_text(template, encoding="utf-8")
@@ -226,3 +219,16 @@ def _write_rest(
 
 def _write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _vila_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A native top `config.json` as the remote code's; the code itself is not part of what we write."""
+    code = {"AutoModel": "VILAForCausalLM", "AutoModelForCausalLM": "VILAForCausalLM", "AutoConfig": "VILAConfig"}
+    return {
+        **content,
+        "version": "2.0",
+        "architectures": ["VILAForCausalLM"],
+        "model_type": "vila",
+        "auto_map": {key: f"modeling_vila.{name}" for key, name in code.items()}
+        | {"AutoProcessor": "auto_processor.VILAProcessor"},
+    }

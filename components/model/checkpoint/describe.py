@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.model.checkpoint.layouts import PARTS, Layout, open_checkpoint
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.layouts import PARTS, Layout
 from nvila.components.model.checkpoint.quantized import PER_INT32
 from nvila.components.model.checkpoint.tensorfile import FLOATING, Stored
 from nvila.components.model.checkpoint.weights import HEAD, tied
@@ -96,7 +97,7 @@ def image_tokens(config: ModelConfig) -> tuple[int, int]:
 
 def video_tokens(config: ModelConfig, marks: Lengths = (0, 1, 0)) -> int:
     """Decoder positions of a video of the configured number of frames, with marks of these lengths."""
-    frames = config.num_video_frames
+    frames = config.sampling.frames
     if config.vision_mode == "s2":
         tiles = sum(side**2 for side in config.scale_tiles)
         return token_count("video", _square(config), frames * tiles, config, marks)
@@ -117,7 +118,7 @@ def render(description: Description) -> str:
         ("all", f"{sum(description.parameters.values()):,} parameters"),
         ("picture alone", f"{tokens[0]} to {tokens[1]} tokens" if tokens[0] != tokens[1] else f"{tokens[0]} tokens"),
         ("picture among others", f"{description.one_tile_tokens} tokens"),
-        (f"video of {config.num_video_frames} frames", f"{description.video_tokens} tokens"),
+        (f"video of {config.sampling.frames} frames", f"{description.video_tokens} tokens"),
         *((f"quantized to {scheme}", f"{count} Linears") for scheme, count in description.schemes.items()),
         *(("asked to sample with", text) for text in [_sampling(config)] if text),
         ("weights as stored", f"{description.stored_bytes / 1e9:.2f} GB"),

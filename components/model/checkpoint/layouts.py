@@ -1,7 +1,8 @@
-"""The layouts a checkpoint may have, recognised and read into one form. No tensor is loaded here.
+"""The layouts a checkpoint may have, and the one that is trained, read without loading a tensor.
 
 native: three folders, as trained. vila: the same with a configuration for remote code. hf: one flat folder with
-`text_config` and `vision_config`. serving: our own flat folder for vLLM. No code of a checkpoint is ever run.
+`text_config` and `vision_config`. serving: our own flat folder for vLLM. No code of a checkpoint is ever run. The
+flat ones are read in `flat`, which training does not reach.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.errors import DataError
 from nvila.components.model.checkpoint.shards import SINGLE, read_folder, require_nothing_beside
 from nvila.components.model.checkpoint.tensorfile import Stored
 from nvila.components.model.checkpoint.weights import canonical
 from nvila.components.model.config import refusals
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.config.refusals import check_size, refuse
-from nvila.components.model.config.rope import with_rope
 
 Layout = Literal["native", "vila", "hf", "serving"]
 LAYOUTS: tuple[Layout, ...] = ("native", "vila", "hf", "serving")
@@ -42,24 +42,28 @@ class Checkpoint:
     NVILA computes is left out."""
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Recognise and describe a checkpoint.
+def open_native(folder: Path | str) -> Checkpoint:
+    """Describe a checkpoint in three folders.
 
     Raises:
-        DataError: no checkpoint, or files are missing or broken.
+        DataError: none, or files are missing or broken.
         ConfigError: a configuration that this model does not compute.
     """
     folder = checkpoint_root(Path(folder))
     layout = recognise(folder)
-    if layout in ("native", "vila"):
-        folders, config = part_folders(folder), read_native_config(folder)
-        tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
-        if folder not in folders.values():
-            require_nothing_beside(folder, [])
-        tokenizer = folders["llm"]
-    else:
-        config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
-        tensors, tokenizer = read_folder(folder), folder
+    if layout not in ("native", "vila"):
+        raise DataError("not of the layout native", where=str(folder), value=layout)
+    folders, config = part_folders(folder), read_native_config(folder)
+    tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
+    if folder not in folders.values():
+        require_nothing_beside(folder, [])
+    return described(folder, layout, config, folders["llm"], tensors)
+
+
+def described(
+    folder: Path, layout: Layout, config: ModelConfig, tokenizer: Path, tensors: Mapping[str, Stored]
+) -> Checkpoint:
+    """The checkpoint whose files hold `tensors`, whatever they call them."""
     _check_vocabulary(config, tokenizer)
     return Checkpoint(folder, layout, config, tokenizer, canonical(tensors, config.projector, str(folder)))
 
@@ -139,34 +143,10 @@ def read_native_config(folder: Path | str) -> ModelConfig:
     content["llm_cfg"] = {**read_json(folders["llm"] / "config.json"), **limits}
     content["vision_tower_cfg"] = read_json(folders["vision_tower"] / "config.json")
     content["mm_projector_cfg"] = read_json(folders["mm_projector"] / "config.json")
-    return _with_generation(_read(content, folder / "config.json", folders["vision_tower"]), folders["llm"])
+    return with_generation(checked_config(content, folder / "config.json", folders["vision_tower"]), folders["llm"])
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
-    """The configuration of a flat checkpoint; what it does not say is what `model_type` stands for."""
-    content = read_json(folder / "config.json")
-    kind = str(content.get("model_type"))
-    mode, projector = HF_KINDS[kind]
-    vision = _section(content, "vision_config", folder)
-    side = int(vision.get("image_size", 448))
-    says = {
-        "image_aspect_ratio": mode,
-        "dynamic_s2": mode == "dynamic_s2",
-        "s2_scales": [side, 2 * side, 3 * side],
-        "s2_resize_output_to_scale_idx": -1,
-        "mm_projector_cfg": {"mm_projector_type": projector},
-    }
-    length = content.get("tokenizer_model_max_length")
-    settings = folder / "tokenizer_config.json"
-    if length is None and settings.is_file():
-        length = read_json(settings).get("model_max_length")
-    llm = {**_section(content, "text_config", folder), "tokenizer_model_max_length": length}
-    llm.setdefault("tie_word_embeddings", bool(content.get("tie_word_embeddings")))  # may stand at the top alone
-    merged = {**says, **content, "llm_cfg": llm, "vision_tower_cfg": vision}
-    return _with_generation(_read(merged, folder / "config.json", folder), folder)
-
-
-def _read(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
+def checked_config(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
     """The configuration read from `path`, checked against the `preprocessor_config.json` of the folder `pictures`."""
     processor = pictures / PROCESSOR
     settings = read_json(processor) if processor.is_file() else {}
@@ -174,56 +154,6 @@ def _read(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig
     config = ModelConfig.from_json(content, where=str(path))
     check_size(settings.get("size"), (config.tile_pixels, config.s2_scales[-1]), str(processor))
     return config
-
-
-def hf_config(config: ModelConfig, image_token_id: int, video_token_id: int) -> dict[str, Any]:
-    """`config.json` of the flat layout; the reference's keys ride along so that nothing is lost on the way back.
-
-    Raises:
-        ConfigError: vision mode and projector that readers of this layout do not build.
-    """
-    wanted = (config.vision_mode, config.projector)
-    if wanted == ("dynamic_s2", "mlp_downsample_2x2_fix"):  # another name of the same function
-        wanted = HF_KINDS["nvila"]
-    kind = next((kind for kind, builds in HF_KINDS.items() if builds == wanted), None)
-    if kind is None:
-        raise ConfigError(
-            "the hf layout has no place for this vision mode and projector",
-            where="vision_mode, projector",
-            value=wanted,
-            do="Convert to native, vila or serving",
-        )
-    content = config.to_json()
-    llm, vision = content.pop("llm_cfg"), content.pop("vision_tower_cfg")
-    name = "NVILAForConditionalGeneration" if kind == "nvila" else "NVILALiteForConditionalGeneration"
-    return {
-        **content,
-        "mm_projector_cfg": {"mm_projector_type": wanted[1], "model_type": "v2l_projector"},
-        "architectures": [name],
-        "model_type": kind,
-        "tokenizer_model_max_length": config.max_length_tokens,
-        "text_config": {
-            "model_type": "qwen2",
-            **with_rope(config.llm, config.max_length_tokens),
-            "vocab_size": llm["vocab_size"],
-        },
-        "vision_config": {"model_type": "siglip_vision_model", **vision},
-        "image_token_id": image_token_id,
-        "video_token_id": video_token_id,
-    }
-
-
-def vila_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A native top `config.json` as the remote code's; the code itself is not part of what we write."""
-    code = {"AutoModel": "VILAForCausalLM", "AutoModelForCausalLM": "VILAForCausalLM", "AutoConfig": "VILAConfig"}
-    return {
-        **content,
-        "version": "2.0",
-        "architectures": ["VILAForCausalLM"],
-        "model_type": "vila",
-        "auto_map": {key: f"modeling_vila.{name}" for key, name in code.items()}
-        | {"AutoProcessor": "auto_processor.VILAProcessor"},
-    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -245,13 +175,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _serving_config(folder: Path) -> ModelConfig:
-    content = read_json(folder / "config.json")
-    config = ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
-    return _with_generation(config, folder)
-
-
-def _with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
+def with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
     """The settings of generation beside the decoder are carried; our own `generate` is asked for each."""
     path = folder / "generation_config.json"
     return replace(config, generation=read_json(path)) if path.is_file() else config
@@ -264,10 +188,3 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Path) -> None:
         from nvila.components.model.text.tokenizer import load_tokenizer
 
         check_time_tokens(time_token_ids(load_tokenizer(tokenizer)), config.time_tokens)
-
-
-def _section(content: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
-    section = content.get(name)
-    if not isinstance(section, dict):
-        raise DataError("not a JSON object", where=f"{folder / 'config.json'}: {name}")
-    return dict(section)

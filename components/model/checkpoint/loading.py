@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.data.fetch import fetch
+from nvila.components.model.checkpoint.flat import open_checkpoint
 from nvila.components.model.checkpoint.layouts import checkpoint_root, recognise
-from nvila.components.model.checkpoint.native import DTYPES, load_flat, load_native
+from nvila.components.model.checkpoint.native import DTYPES, load_native, load_opened
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.nvila import NVILA
 
@@ -33,3 +34,11 @@ def load(place: Path | str, *, dtype: str = "float32", device: str = "cpu") -> t
         model, tokenizer = load_quantized(folder, DTYPES[dtype])
         return model.to(device), tokenizer
     return (load_flat if layout == "hf" else load_native)(folder, dtype=dtype, device=device)
+
+
+def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
+    """Read a checkpoint of the flat layout (published as NVILA-8B-hf), as `load_native`."""
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.layout != "hf":
+        raise DataError("not of the layout hf", where=str(folder), value=checkpoint.layout)
+    return load_opened(checkpoint, dtype, device)

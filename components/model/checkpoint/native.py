@@ -1,4 +1,4 @@
-"""Models from and to checkpoints, safetensors only: three folders both ways, the flat layout in.
+"""Models from and to checkpoints of three folders, safetensors only.
 
 Reading runs no code of the checkpoint and unpickles nothing. Names inside the files are the reference's. What a
 checkpoint is, without loading it, is found in `layouts`, and what becomes of its tensors in `weights`; `convert` goes
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from nvila.components.contracts.errors import ConfigError, DataError
-from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_checkpoint
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_native
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
 from nvila.components.model.checkpoint.shards import INDEX, SINGLE
 from nvila.components.model.checkpoint.tensorfile import Stored
@@ -29,7 +29,7 @@ from nvila.components.model.text.timetokens import TIME_FORMAT, check_time_token
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
 from nvila.components.model.vision.tower import drop_unused
 
-__all__ = ["DTYPES", "load_flat", "load_native", "read_config", "save_native"]
+__all__ = ["DTYPES", "load_native", "read_config", "save_native"]
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,22 +89,11 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
         ConfigError: unknown dtype, or a configuration that cannot be built.
         DataError: a folder, file or tensor is missing, or a shape does not match.
     """
-    return _load(_opened(folder, "native", "vila"), dtype, device)
+    return load_opened(open_native(folder), dtype, device)
 
 
-def load_flat(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
-    """Read a checkpoint of the flat layout (published as NVILA-8B-hf), as `load_native`."""
-    return _load(_opened(folder, "hf"), dtype, device)
-
-
-def _opened(folder: Path | str, *layouts: str) -> Checkpoint:
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.layout not in layouts:
-        raise DataError(f"not of the layout {layouts[0]}", where=str(folder), value=checkpoint.layout)
-    return checkpoint
-
-
-def _load(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
+def load_opened(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
+    """Read the weights of a checkpoint of any layout; as `load_native`."""
     wanted, where = _dtype(dtype), str(checkpoint.folder)
     tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
     tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.model.checkpoint.layouts import open_checkpoint, read_json, recognise
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.layouts import read_json, recognise
 from nvila.components.model.checkpoint.native import unfilled_model
 from nvila.components.model.checkpoint.serving import LLM, TOWER
 from nvila.components.model.checkpoint.tensorfile import read_tensor

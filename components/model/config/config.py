@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.carried import carried_keys
 from nvila.components.model.config.encoders import NAMESPACE
 from nvila.components.model.config.fields import S2_MODES, VISION_MODES, config_fields
@@ -39,14 +40,12 @@ class ModelConfig:
     max_tiles: int
     select_layer: int
     max_length_tokens: int
-    num_video_frames: int
-    """Frames of a video; the most of them where `fps` is set."""
+    sampling: Sampling
+    """Which frames of a video."""
     video_pool_sizes: tuple[tuple[int, int, int], ...]
     """(time, vertical, horizontal) of each scale; `((1, 1, 1),)` pools nothing."""
     video_texts: tuple[str, str, str] = LINE_BREAK_AFTER
     """Before each pooled frame, behind it, and behind each pooling scale; their tokens are embedded there."""
-    fps: float = 0.0
-    """Frames per second taken from the beginning of a video; 0 spreads the frames evenly over all of it."""
     soft_ce_std: float = 1.0
     """Width, in token ids, of the target that a time token has in the loss."""
     time_tokens: int = 0
@@ -150,8 +149,8 @@ class ModelConfig:
             "min_tiles": 1,
             "max_tiles": self.max_tiles,
             "video_max_tiles": 1,
-            "num_video_frames": self.num_video_frames,
-            "fps": self.fps,
+            "num_video_frames": self.sampling.frames,
+            "fps": self.sampling.fps,
             "interpolate_mode": "linear",
             "vision_resolution": -1,
             "mm_vision_select_layer": self.select_layer,
@@ -191,6 +190,8 @@ class VideoSettings(Protocol):
     @property
     def frames(self) -> int: ...  # noqa: D102
     @property
+    def fps(self) -> float: ...  # noqa: D102
+    @property
     def pool_sizes(self) -> Sequence[tuple[int, int, int]]: ...  # noqa: D102
 
 
@@ -228,7 +229,7 @@ def model_config(settings: Architecture, vision: Mapping[str, Any], llm: Mapping
         max_tiles=settings.max_tiles,
         select_layer=settings.select_layer,
         max_length_tokens=settings.max_length_tokens,
-        num_video_frames=settings.video.frames,
+        sampling=Sampling(settings.video.frames, settings.video.fps),
         video_pool_sizes=tuple((t, h, w) for t, h, w in settings.video.pool_sizes),
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config import refusals
 from nvila.components.model.config.encoders import check_image_encoder, read_video_encoder
 from nvila.components.model.config.refusals import refuse
@@ -72,10 +73,11 @@ def config_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         "max_tiles": _whole(content, "max_tiles", 12, where, least=1),
         "select_layer": _whole(content, "mm_vision_select_layer", -2, where),
         "max_length_tokens": length if length < NO_LIMIT else 8192,
-        "num_video_frames": _whole(content, "num_video_frames", 8, where, least=1),
+        "sampling": Sampling(
+            _whole(content, "num_video_frames", 8, where, least=1), _number(content, "fps", 0.0, where)
+        ),
         "video_pool_sizes": pools,
         "video_texts": texts,
-        "fps": _number(content, "fps", 0.0, where),
         "soft_ce_std": _number(content, "soft_ce_std", 1.0, where, above=True),
         "time_tokens": _time_tokens(content, where),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.config import ModelConfig
 
 SIGLIP: dict[str, Any] = {
@@ -53,7 +54,7 @@ def _scaled(llm: dict[str, Any]) -> ModelConfig:
         max_tiles=12,
         select_layer=-2,
         max_length_tokens=8192,
-        num_video_frames=8,
+        sampling=Sampling(8),
         video_pool_sizes=((1, 1, 1),),
     )
 
@@ -76,7 +77,7 @@ def _video(llm: dict[str, Any], projector: str) -> ModelConfig:
         projector=projector,
         vision_mode="resize",
         max_length_tokens=16384,
-        num_video_frames=256,
+        sampling=Sampling(256),
         video_pool_sizes=((8, 1, 1),),
     )
 

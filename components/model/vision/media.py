@@ -21,4 +21,4 @@ def load_medium(path: Path, kind: Kind, config: ModelConfig, limits: Limits | No
     limits = limits or Limits()
     if kind == "image":
         return load_image(path, limits)
-    return load_video_frames(path, config.num_video_frames, limits, fps=config.fps)
+    return load_video_frames(path, config.sampling, limits)

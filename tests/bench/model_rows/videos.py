@@ -12,7 +12,8 @@ import numpy as np
 from model_rows.measure import Measured
 from PIL import Image
 
-from nvila.components.data.media import load_video_frames, sample_indices
+from nvila.components.data.media import load_video_frames
+from nvila.components.data.sampling import Sampling
 
 SECONDS, FRAMES_PER_SECOND, SIZE = 600, 30, (320, 180)
 AT_LEAST = {(8, 60): 10.0, (8, 250): 10.0, (64, 60): 5.0, (64, 250): 1.7}
@@ -29,7 +30,7 @@ def rows() -> Iterator[Measured]:
                 began = time.perf_counter()
                 expected = _sequential(path, frames)
                 middle = time.perf_counter()
-                found = load_video_frames(path, frames)
+                found = load_video_frames(path, Sampling(frames))
                 ended = time.perf_counter()
                 assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(expected, found, strict=True))
                 work = f"{frames} frames of 10 minutes, keyint {keyint}"
@@ -64,6 +65,6 @@ def _sequential(path: Path, frames: int) -> list[Image.Image]:
 
     with av.open(str(path)) as file:
         file.streams.video[0].thread_type = "NONE"
-        wanted = sample_indices(file.streams.video[0].frames, frames)
+        wanted = Sampling(frames).places(file.streams.video[0].frames)
         kept = {i: f.to_image() for i, f in enumerate(file.decode(video=0)) if i in set(wanted)}
     return [kept[index] for index in wanted]

@@ -18,6 +18,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.native import load_native
 
 
@@ -129,6 +130,17 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     assert found["accuracy"] >= 0.75
     assert found["steps"] == -(-12 * 456 // 32)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_the_sampling_of_clips_is_the_recipe_s_everywhere() -> None:
+    """A rate that training keeps to and a checkpoint forgets shows the model other frames when it is asked."""
+    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.model.config.config import ModelConfig, model_config
+
+    given = settings(video={"frames": 8, "fps": 2})
+    config = model_config(given, tower_config(given.base.tower, 28), decoder_config(given.base.decoder, given))
+    assert ModelConfig.from_json(config.to_json()).sampling == config.sampling == Sampling(8, 2.0)
+    assert Sampling.from_options(config.sampling.to_options()) == config.sampling
 
 
 @pytest.mark.parametrize("count", [0, 3])

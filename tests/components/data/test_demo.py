@@ -16,6 +16,7 @@ from nvila.components.contracts.recipe.data import Source
 from nvila.components.data.demo import build as build_module
 from nvila.components.data.demo import clips, digits, ensure, handwriting, shapes
 from nvila.components.data.media import load_image, load_video_frames
+from nvila.components.data.sampling import Sampling
 
 NAMES = ("shapes", "digits", "clips")
 SCALE = 0.02
@@ -159,7 +160,7 @@ def test_clips_hold_each_digit_for_one_pool(demo: Path) -> None:
 
     captions = {medium(record): answer(record) for record in records(demo, "clips", "captions")}
     for media in list(captions)[:10]:
-        frames = [np.asarray(frame).astype(int) for frame in load_video_frames(demo / "clips" / media, 8)]
+        frames = [np.asarray(frame).astype(int) for frame in load_video_frames(demo / "clips" / media, Sampling(8))]
         changes = [np.abs(a - b).mean() for a, b in itertools.pairwise(frames)]
         assert all((change > 5) == (index % 2 == 1) for index, change in enumerate(changes))
     for record in good(demo, "clips"):

@@ -20,13 +20,12 @@ from nvila.components.data.demo.clips import encode
 from nvila.components.data.media import (
     Limits,
     MediaError,
-    indices_at_rate,
     inside,
     load_image,
     load_video_frames,
     probe,
-    sample_indices,
 )
+from nvila.components.data.sampling import Sampling
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -132,7 +131,7 @@ def test_large_files_are_not_opened(tmp_path: Path) -> None:
     clip(tmp_path / "a.mp4")
     small = Limits(max_bytes=20)
     assert problem(lambda: load_image(tmp_path / "a.png", small)) == "too_large"
-    assert problem(lambda: load_video_frames(tmp_path / "a.mp4", 8, small)) == "too_large"
+    assert problem(lambda: load_video_frames(tmp_path / "a.mp4", Sampling(8), small)) == "too_large"
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tiff", "bmp"])
@@ -200,15 +199,15 @@ def test_sampling_follows_the_specification() -> None:
     halves = [(30, 15), (116, 15), (226, 15), (252, 15), (254, 15)]  # a last bit decides where these round to
     many = [(count, frames) for frames in (2, 7, 8, 29, 64, 256) for count in range(1, 400)]
     for count, frames in [(8, 8), (100, 8), (3, 8), (1, 4), (300, 256), (9, 1), *halves, *many]:
-        assert sample_indices(count, frames) == np.linspace(0, count - 1, frames).round().astype(int).tolist()
+        assert Sampling(frames).places(count) == np.linspace(0, count - 1, frames).round().astype(int).tolist()
 
 
 def test_frames_of_a_clip(tmp_path: Path) -> None:
     """Prevents frames out of order, of the wrong place, or too few for a short clip."""
     path = clip(tmp_path / "a.mp4")
-    assert [level(frame) for frame in load_video_frames(path, 8)] == list(range(8))
-    assert [level(frame) for frame in load_video_frames(path, 3)] == [0, 4, 7]
-    assert len(load_video_frames(path, 12)) == 12
+    assert [level(frame) for frame in load_video_frames(path, Sampling(8))] == list(range(8))
+    assert [level(frame) for frame in load_video_frames(path, Sampling(3))] == [0, 4, 7]
+    assert len(load_video_frames(path, Sampling(12))) == 12
     found = probe(path, "video")
     assert (found.frames, found.width, found.height) == (8, 32, 32)
 
@@ -223,7 +222,7 @@ def test_frames_at_a_rate(tmp_path: Path, fps: float, most: int, expected: list[
     times = np.arange(0, 8 / rate, 1 / scaled)[:most]
     wanted = [int(time * rate) for time in times]
     assert expected is None or wanted == expected
-    assert [level(frame) for frame in load_video_frames(path, most, fps=scaled)] == wanted
+    assert [level(frame) for frame in load_video_frames(path, Sampling(most, scaled))] == wanted
 
 
 def test_places_at_a_rate_are_numpy_s() -> None:
@@ -236,10 +235,10 @@ def test_places_at_a_rate_are_numpy_s() -> None:
         count, most = int(rng.integers(1, 3000)), int(rng.choice([1, 8, 64, 256]))
         times = np.arange(0, count / rate, 1.0 / fps)[:most]
         wanted = [place for time in times if (place := int(time * rate)) < count]
-        assert indices_at_rate(count, most, fps, rate) == wanted, (count, most, fps, rate)
-    assert indices_at_rate(0, 8, 2.0, 25.0) == []
-    assert indices_at_rate(3, 8, 1e-320, 25.0) == np.arange(0, 3 / 25, np.inf).tolist() == [0]
-    assert len(indices_at_rate(10**5, 8, 1e300, 25.0)) == 8
+        assert Sampling(most, fps).places(count, rate) == wanted, (count, most, fps, rate)
+    assert Sampling(8, 2.0).places(0, 25.0) == []
+    assert Sampling(8, 1e-320).places(3, 25.0) == np.arange(0, 3 / 25, np.inf).tolist() == [0]
+    assert len(Sampling(8, 1e300).places(10**5, 25.0)) == 8
 
 
 def test_a_folder_of_frames(tmp_path: Path) -> None:
@@ -247,11 +246,11 @@ def test_a_folder_of_frames(tmp_path: Path) -> None:
     for index in reversed(range(5)):
         gray(25 * index).save(tmp_path / f"{index:03d}.png")
     (tmp_path / "notes.txt").write_text("no frame")
-    assert [level(frame) for frame in load_video_frames(tmp_path, 3)] == [0, 2, 4]
+    assert [level(frame) for frame in load_video_frames(tmp_path, Sampling(3))] == [0, 2, 4]
     assert probe(tmp_path, "video").frames == 5
     (tmp_path / "empty").mkdir()
-    assert problem(lambda: load_video_frames(tmp_path / "empty", 3)) == "undecodable"
-    assert problem(lambda: load_video_frames(tmp_path, 3, Limits(max_frames=4))) == "too_long"
+    assert problem(lambda: load_video_frames(tmp_path / "empty", Sampling(3))) == "undecodable"
+    assert problem(lambda: load_video_frames(tmp_path, Sampling(3), Limits(max_frames=4))) == "too_long"
 
 
 def test_turned_videos_are_shown_upright(tmp_path: Path) -> None:
@@ -265,7 +264,7 @@ def test_turned_videos_are_shown_upright(tmp_path: Path) -> None:
     one = 0x10000
     content[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 32 * one, 0, 0x40000000)
     path.write_bytes(content)
-    frame = load_video_frames(path, 1)[0]
+    frame = load_video_frames(path, Sampling(1))[0]
     assert frame.size == (32, 64)
     assert frame.getpixel((16, 3))[0] > 200 and frame.getpixel((16, 60))[0] < 50
 
@@ -290,21 +289,21 @@ def test_a_video_without_frames(tmp_path: Path) -> None:
         file.mux(stream.encode())
     (tmp_path / "text.mp4").write_text("hello")
     for name in ("sound.mp4", "text.mp4"):
-        assert problem(lambda name=name: load_video_frames(tmp_path / name, 8)) == "undecodable"
+        assert problem(lambda name=name: load_video_frames(tmp_path / name, Sampling(8))) == "undecodable"
     content = bytearray(clip(tmp_path / "a.mp4").read_bytes())
     start = content.index(b"mdat") + 4
     size = struct.unpack(">I", content[start - 8 : start - 4])[0] - 8
     content[start : start + size] = bytes(size)
     (tmp_path / "zero.mp4").write_bytes(content)
-    assert problem(lambda: load_video_frames(tmp_path / "zero.mp4", 8)) == "undecodable"
+    assert problem(lambda: load_video_frames(tmp_path / "zero.mp4", Sampling(8))) == "undecodable"
 
 
 def test_long_videos_are_refused(tmp_path: Path) -> None:
     """Prevents a video of hours from occupying a worker."""
     path = clip(tmp_path / "a.mp4")  # 8 frames, 2 seconds
     assert problem(lambda: probe(path, "video", Limits(max_frames=7))) == "too_long"
-    assert problem(lambda: load_video_frames(path, 2, Limits(max_seconds=1))) == "too_long"
-    assert problem(lambda: load_video_frames(path, 2, Limits(max_pixels=1000))) == "too_large"
+    assert problem(lambda: load_video_frames(path, Sampling(2), Limits(max_seconds=1))) == "too_long"
+    assert problem(lambda: load_video_frames(path, Sampling(2), Limits(max_pixels=1000))) == "too_large"
 
 
 def test_playlists_are_not_followed(tmp_path: Path) -> None:
@@ -314,4 +313,4 @@ def test_playlists_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text(playlist)
     (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile secret.mp4\n")
     for name in ("a.mp4", "b.mp4"):
-        assert problem(lambda name=name: load_video_frames(tmp_path / name, 8)) == "undecodable"
+        assert problem(lambda name=name: load_video_frames(tmp_path / name, Sampling(8))) == "undecodable"

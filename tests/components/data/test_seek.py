@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from nvila.components.data import media
-from nvila.components.data.media import Limits, load_video_frame, load_video_frames, sample_indices
+from nvila.components.data.media import Limits, load_video_frame, load_video_frames
+from nvila.components.data.sampling import Sampling
 from nvila.components.data.seek import Packets, _ranges, decode_at
 
 COUNT = 520
@@ -49,11 +50,11 @@ def in_sequence(path: Path) -> list[np.ndarray]:
 
 def sought(path: Path, frames: int) -> Any:
     """Only the quick way: None where it gives up."""
-    return media._seek(path, Limits(), lambda count: sample_indices(count, frames))
+    return media._seek(path, Limits(), lambda count: Sampling(frames).places(count))
 
 
 def same(ours: Sequence[Any], all_frames: Sequence[Any]) -> bool:
-    wanted = [all_frames[index] for index in sample_indices(len(all_frames), len(ours))]
+    wanted = [all_frames[index] for index in Sampling(len(ours)).places(len(all_frames))]
     return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, wanted, strict=True))
 
 
@@ -78,7 +79,7 @@ def test_the_frames_are_those_of_decoding_everything(tmp_path: Path, name: str) 
     path = film(tmp_path / file, keyint, **options)
     everything = in_sequence(path)
     for frames in (1, 8, 33):
-        assert same(load_video_frames(path, frames), everything), frames
+        assert same(load_video_frames(path, Sampling(frames)), everything), frames
     for index in (0, 1, len(everything) // 2, len(everything) - 1):
         assert np.array_equal(np.asarray(load_video_frame(path, index)), np.asarray(everything[index]))
     if file.endswith(("mp4", "mkv")) and name != "open groups":
@@ -97,7 +98,7 @@ def test_only_the_groups_that_are_needed_are_decoded(tmp_path: Path, monkeypatch
     assert _ranges(known, [5, 70, 3, 75]) == [(0, 5), (60, 75)]
     assert _ranges(known, [59, 60]) == [(0, 60)]
     monkeypatch.setattr(media, "_decode", None)
-    assert len(load_video_frames(path, 8)) == 8
+    assert len(load_video_frames(path, Sampling(8))) == 8
 
 
 def test_a_frame_shown_before_its_key_frame_needs_the_group_before() -> None:
@@ -115,15 +116,15 @@ def test_damage_where_frames_are_wanted(tmp_path: Path, frames: int) -> None:
     content = bytearray(path.read_bytes())
     with av.open(str(path)) as file:
         packets = [packet for packet in file.demux(video=0) if packet.size]
-    wanted = sample_indices(COUNT, frames)[frames // 2]
+    wanted = Sampling(frames).places(COUNT)[frames // 2]
     start, size = packets[wanted].pos, packets[wanted].size
     content[start : start + size] = bytes([255]) * size
     path.write_bytes(content)
     assert sought(path, frames) is None
-    ours = load_video_frames(path, frames)
+    ours = load_video_frames(path, Sampling(frames))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(media, "_seek", lambda *_: None)
-        expected = load_video_frames(path, frames)
+        expected = load_video_frames(path, Sampling(frames))
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, expected, strict=True))
 
 
@@ -132,10 +133,10 @@ def test_a_file_that_ends_early(tmp_path: Path) -> None:
     content = film(tmp_path / "a.mp4", 60, movflags="faststart").read_bytes()
     path = tmp_path / "b.mp4"
     path.write_bytes(content[: len(content) * 2 // 3])
-    ours = load_video_frames(path, 8)
+    ours = load_video_frames(path, Sampling(8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(media, "_seek", lambda *_: None)
-        expected = load_video_frames(path, 8)
+        expected = load_video_frames(path, Sampling(8))
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, expected, strict=True))
 
 
@@ -144,6 +145,6 @@ def test_limits_are_kept_without_decoding(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mkv", 60, count=100)
     for limits in (Limits(max_frames=99), Limits(max_seconds=3)):
         with pytest.raises(media.MediaError, match="more than"):
-            load_video_frames(path, 2, limits)
+            load_video_frames(path, Sampling(2), limits)
     with av.open(str(path)) as file:
         assert decode_at(file, lambda count: [0], 1.0, 200) is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
 from nvila.components.model.nvila import NVILA
@@ -57,7 +58,7 @@ def make_config(**changes: Any) -> ModelConfig:
         "max_tiles": 6,
         "select_layer": -2,
         "max_length_tokens": 256,
-        "num_video_frames": 4,
+        "sampling": Sampling(4),
         "video_pool_sizes": ((2, 1, 1),),
     }
     mode = changes.get("vision_mode", "dynamic_s2")

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.data.sampling import Sampling
+from nvila.components.model.checkpoint import native as checkpoint
 from nvila.components.model.checkpoint.native import load_native, read_config, save_native
-from nvila.components.model.checkpoint.native import native as checkpoint
 from nvila.components.model.config.config import LINE_BREAK_AFTER, ModelConfig
 from nvila.components.model.fresh import init_model
 from nvila.components.model.nvila import NVILA
@@ -177,7 +178,7 @@ def test_config_json_round_trip(configure: Any) -> None:
 
 def test_old_and_foreign_configurations(configure: Any, saved: Path) -> None:
     """Prevents published configurations without the newer keys from failing, and unsupported ones from passing."""
-    content = configure(video_pool_sizes=((1, 1, 1),), max_tiles=12, num_video_frames=8).to_json()
+    content = configure(video_pool_sizes=((1, 1, 1),), max_tiles=12, sampling=Sampling(8)).to_json()
     old = {k: v for k, v in content.items() if k not in ("max_tiles", "video_encoder", "image_encoder")}
     assert ModelConfig.from_json(old) == ModelConfig.from_json(content)
     as_string = content | {"video_encoder": json.dumps({"pool_sizes": [[8, 1, 1]]}), "s2_scales": [56, 28]}

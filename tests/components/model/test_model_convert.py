@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.model.checkpoint import convert as module
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe, render
-from nvila.components.model.checkpoint.layouts import open_checkpoint, recognise
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.layouts import recognise
 from nvila.components.model.checkpoint.loading import load
-from nvila.components.model.checkpoint.native import convert as module
 from nvila.components.model.checkpoint.native import read_config, save_native
 from nvila.components.model.fresh import init_model
 from nvila.components.model.nvila import NVILA
@@ -247,7 +248,7 @@ PEAK = """
 import json, resource, sys
 from pathlib import Path
 from nvila.components.model.checkpoint.convert import convert
-from nvila.components.model.checkpoint.layouts import open_checkpoint
+from nvila.components.model.checkpoint.flat import open_checkpoint
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.nvila import empty_model
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.decode.answer import generate
@@ -276,7 +277,7 @@ def test_real_sizes_build(mode: str, projector: str, parameters: float) -> None:
         max_tiles=12,
         select_layer=-2,
         max_length_tokens=8192,
-        num_video_frames=8,
+        sampling=Sampling(8),
         video_pool_sizes=((1, 1, 1),),
     )
     with torch.device("meta"):

@@ -6,10 +6,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe
-from nvila.components.model.checkpoint.layouts import open_checkpoint
-from nvila.components.model.checkpoint.native import image_processor, load_flat, load_native, save_native
+from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.loading import load_flat
+from nvila.components.model.checkpoint.native import image_processor, load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
@@ -156,7 +158,7 @@ NULLABLE = [
 @pytest.mark.parametrize("mode", ["resize", "dynamic", "dynamic_s2"])
 def test_published_configurations_pass(configure: Any, mode: str) -> None:
     """Prevents keys of published configurations at their values, and null, from being refused."""
-    config = configure(vision_mode=mode, video_pool_sizes=((1, 1, 1),), max_tiles=12, num_video_frames=8)
+    config = configure(vision_mode=mode, video_pool_sizes=((1, 1, 1),), max_tiles=12, sampling=Sampling(8))
     content = config.to_json() | PUBLISHED
     if mode != "dynamic_s2":  # the reference's defaults, which nothing reads without S2
         content |= {"s2_scales": "336,672,1008", "s2_max_split_size": 336}

@@ -8,7 +8,8 @@ import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.checkpoint.convert import convert
-from nvila.components.model.checkpoint.native import load_flat, load_native, save_native
+from nvila.components.model.checkpoint.loading import load_flat
+from nvila.components.model.checkpoint.native import load_native, save_native
 from nvila.components.model.checkpoint.quantized import load_quantized
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.config.rope import with_rope

@@ -15,6 +15,7 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.run import Registration
+from nvila.components.data.sampling import Sampling
 from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
@@ -100,7 +101,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     seen: list[tuple[Path, int]] = []
 
     class Small:
-        config = types.SimpleNamespace(num_video_frames=2)
+        config = types.SimpleNamespace(sampling=Sampling(2))
 
         def eval(self) -> None: ...
 
@@ -154,7 +155,7 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
     from nvila.components.model.text.prompt import Prompt, make_prompt
     from nvila.components.register.served import Answerer
 
-    model, tokenizer = servable_model(fps=4.0)
+    model, tokenizer = servable_model(sampling=Sampling(4, 4.0))
     write_serving(model, tokenizer, tmp_path / "model")
     path, question = clip(tmp_path / "clip.mp4", 1), "Which <vila/video> digit?"
     seen: list[Prompt] = []
@@ -162,7 +163,7 @@ def test_the_registered_model_sees_the_frames_that_training_saw(
     monkeypatch.setattr(answer, "generate", lambda model, tokenizer, prompts, **_: seen.extend(prompts) or ["four"])
     assert served.predict(pandas.DataFrame({"question": [question], "video": [str(path)]})) == ["four"]
     expected, other = (
-        make_prompt([Turn("human", question)], [load_video_frames(path, 4, fps=fps)], model.config)
+        make_prompt([Turn("human", question)], [load_video_frames(path, Sampling(4, fps))], model.config)
         for fps in (4.0, 0.0)
     )
     assert seen[0].encode(tokenizer, generate=True) == expected.encode(tokenizer, generate=True)

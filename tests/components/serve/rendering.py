@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
         engine = args.create_engine_config()
         renderer = HfRenderer(engine, get_tokenizer(str(model)))
         config = ModelConfig.from_json(json.loads((model / "config.json").read_text())["nvila"])
-        sampling = {"video": {"num_frames": config.num_video_frames, "fps": config.fps}}
+        sampling = {"video": config.sampling.to_options()}
         chat = ChatParams(chat_template_kwargs={"add_generation_prompt": True}, media_io_kwargs=sampling)
         seen: dict[str, Any] = {"endpoint": [], "batch": []}
         seen["format"] = resolve_chat_template_content_format(

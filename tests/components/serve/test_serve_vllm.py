@@ -238,7 +238,7 @@ def _edges(model: NVILA, tokenizer: Any, media: Media) -> list[Request]:
 def _prompt(model: NVILA, request: Request) -> Prompt:
     paths = [Path(path) for path in request.media]
     if request.kind == "video":
-        media: list[Any] = [load_video_frames(path, model.config.num_video_frames) for path in paths]
+        media: list[Any] = [load_video_frames(path, model.config.sampling) for path in paths]
     else:
         media = [load_image(path) for path in paths]
     return make_prompt([Turn("human", request.question)], media, model.config)

@@ -13,6 +13,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.vision.preprocess import Visual
 from nvila.pipelines.planning.cost import Subset, operations, samples_of, stage_work, subsets
 from nvila.pipelines.planning.shape import Seen, count
@@ -60,7 +61,7 @@ def test_sizes_are_read_or_given_or_unknown(tmp_path: Path) -> None:
 
 def test_a_stage_costs_as_much_as_its_samples_show() -> None:
     """Videos show more than pictures, and rows are cut at the stage's limit."""
-    shape = count(replace(CONFIG, num_video_frames=16))
+    shape = count(replace(CONFIG, sampling=Sampling(16)))
     known = {"a.sft": Subset(100, 20, "image"), "b.captions": Subset(100, 20, "video")}
     one, tokens = stage_work(shape, STAGE, {"a.sft": 100}, known)
     both, _ = stage_work(shape, STAGE, {"a.sft": 100, "b.captions": 100}, known)
