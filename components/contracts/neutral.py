@@ -15,7 +15,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.neutral",
         "nvila.components.contracts.places",  # refuses a folder
         "nvila.components.contracts.progress",  # how far it is
-        # The forms of what steps find out: what a step fills in, and how, stands in the step.
+        # The forms of what steps find out compute nothing (a test): what is filled in, and how, stands in the step.
         "nvila.components.contracts.results",
         "nvila.components.contracts.results.accuracy",
         "nvila.components.contracts.results.model",
@@ -23,7 +23,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.results.run",
         "nvila.components.contracts.site",  # what jobs ask of a cluster
         "nvila.components.contracts.text",  # a line on stderr
-        "nvila.components.tracking.redact",  # without secrets
+        "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made
         "nvila.components.tracking.tokens",
     }
 )

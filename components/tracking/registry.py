@@ -152,11 +152,6 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
         ) from error
 
 
-def champion(runs: Path, name: str) -> Version | None:
-    """The version that users are served."""
-    return find(runs, name, CHAMPION)
-
-
 def models(runs: Path) -> list[str]:
     """Names of the registered models, the most recently changed first."""
     with connected(runs) as client:

@@ -11,7 +11,7 @@ import yaml
 from helming import EVERYTHING, EXAMPLES, Document, render
 from jsonschema import Draft202012Validator
 
-from nvila.infra.launch.cluster import JOBSET_LABEL
+from nvila.infra.launch.jobs import JOBSET_LABEL
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 36)]
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]

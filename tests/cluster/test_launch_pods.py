@@ -49,7 +49,7 @@ def test_the_charts_role_is_all_a_launcher_needs(
     assert (code, ended) == ("0", 0), launch.said()
     said = launch.said().splitlines()
     assert [line for line in said if line.startswith("line ")] == [f"line {n}" for n in range(1, LINES + 1)]
-    assert said[-1] == 'made {"sources": {}}'
+    assert said[-1].startswith('made {"sources": {}')
     assert list(launch.work.out.glob("scores.parquet"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -164,3 +165,23 @@ def test_a_key_is_found_without_running_the_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_forms_of_results_compute_nothing() -> None:
+    """They are not in the key: one that rounded a value would change what a step tells, unseen."""
+    for module in sorted(name for name in NEUTRAL if ".contracts.results." in name):
+        path = keys._source(module)
+        assert path
+        for node in ast.walk(ast.parse(Path(path).read_bytes())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                assert isinstance(node, ast.FunctionDef), path
+                assert [ast.unparse(one) for one in node.decorator_list] == ["property"], f"{path}: {node.name}"
+
+
+def test_data_lie_in_packages() -> None:
+    """A template in a folder of its own would be read by a step and seen by no key."""
+    root = Path(__file__).parents[3]
+    for room in ("components", "pipelines"):
+        for path in (root / room).rglob("*"):
+            if path.is_file() and path.suffix not in (".py", ".pyc"):
+                assert (path.parent / "__init__.py").is_file(), path
