@@ -382,7 +382,7 @@ def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled
     ours, theirs = pty.openpty()
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored behind nohup
-        "from nvila.pipelines import cli, submit; submit.POLL_SECONDS = 0.1;"
+        "from nvila.pipelines import cli; from nvila.pipelines.kubeflow import submit; submit.POLL_SECONDS = 0.1;"
         f"sys.argv = ['nvila', 'submit', 'micro', '--host', {kfp.url!r}, '--wait']; cli.main()"
     )
     process = subprocess.Popen(

@@ -73,7 +73,7 @@ def test_without_a_cluster_the_message_says_what_to_do(tmp_path: Path, monkeypat
         site.run(work())
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(PreflightError, match=f"KUBECONFIG={tmp_path}"):
-        site.close("r1", Environment())
+        site.close("r1", Environment.read())
 
 
 def test_heavy_steps_become_jobs() -> None:
