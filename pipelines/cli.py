@@ -78,6 +78,40 @@ def run(
     raise typer.Exit(run_locally(recipe, override or [], runs=runs, store=store))
 
 
+recipes = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes, name="recipe")
+
+
+@recipes.command(name="list")
+def list_() -> None:
+    """Name the shipped recipes.
+
+    Example: nvila recipe list
+    """
+    from nvila.pipelines.commands.recipes import listing
+
+    typer.echo(listing())
+
+
+@recipes.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+) -> None:
+    """Print a whole recipe as YAML, with where each value comes from.
+
+    That is a recipe or file by its name, `--override`, or `default` for what none of them says. What is printed is a
+    recipe itself, which extends nothing.
+
+    Example: nvila recipe show nvila-15b --override train.zero=2
+    """
+    from nvila.pipelines.commands.recipes import show as whole
+
+    typer.echo(tell(whole(recipe, override or [])))
+
+
 @app.command(name="compile")
 def compile_(
     out: Annotated[Path, typer.Argument(callback=_local, help="YAML file to write.")] = Path("lifecycle.yaml"),

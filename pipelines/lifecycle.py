@@ -1,7 +1,8 @@
 """The pipeline `lifecycle`: from a recipe to a served model. Says what follows what; the steps hold the work."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 from kfp import dsl
@@ -10,30 +11,22 @@ from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 from kfp.dsl.python_component import PythonComponent
 
-from nvila.components.base.component import base
-from nvila.components.evaluate.component import evaluate, evaluate_quantized, gate
-from nvila.components.preflight.component import preflight
-from nvila.components.prune.component import prune
-from nvila.components.quantize.component import quantize
-from nvila.components.register.component import register
-from nvila.components.report.component import report
-from nvila.components.resolve.component import resolve
-from nvila.components.rollout.component import rollout
-from nvila.components.train.component import train
-from nvila.components.validate.component import validate
+from nvila.components.contracts.steps import STEPS, Step
 
-Place = Callable[[PipelineTask, str], None]
-"""Says where a task runs (resources, volumes, environment), given the task and the step's name."""
+Place = Callable[[PipelineTask, Step], None]
+"""Says where a task runs (resources, volumes, environment), given the task and its row."""
 
 
-def build(place: Place = lambda task, step: None) -> GraphComponent:
-    """The pipeline; `place` is called for every task."""
+def build(place: Place = lambda task, row: None, steps: Sequence[Step] = STEPS) -> GraphComponent:
+    """The pipeline of a table of steps, the first of which makes the slices; `place` is called for every task."""
+    first, *others = (row for row in steps if not row.at_exit)
+    (last,) = (row for row in steps if row.at_exit)
 
-    def add(component: BaseComponent, step: str, **inputs: Any) -> PipelineTask:
-        task = _named(component, step)(step=step, **inputs).set_display_name(step)
+    def add(row: Step, **inputs: Any) -> PipelineTask:
+        task = component(row)(step=row.name, **inputs).set_display_name(row.name)
         # One cache, the store's: KFP's key does not see our package's code.
         task.set_caching_options(enable_caching=False)
-        place(task, step)
+        place(task, row)
         return task
 
     @dsl.pipeline(name="lifecycle", display_name="NVILA lifecycle")
@@ -45,7 +38,7 @@ def build(place: Place = lambda task, step: None) -> GraphComponent:
         target: str = "none",
         overrides: str = "{}",
     ) -> None:
-        """Validate, prune, train in five stages, evaluate, quantize, register and roll out one NVILA.
+        """Validate, prune, train in stages, evaluate, quantize, register and roll out one NVILA.
 
         Args:
             recipe: micro, tiny, nvila-15b, nvila-8b, nvila-8b-reference, nvila-8b-video, nvila-lite-2b or
@@ -59,10 +52,9 @@ def build(place: Place = lambda task, step: None) -> GraphComponent:
                 cluster); empty takes the recipe's.
             overrides: JSON object laid over the recipe, such as {"evaluate": {"limit": 200}}.
         """
-        with dsl.ExitHandler(add(report, "report"), name="run"):
+        with dsl.ExitHandler(add(last), name="run"):
             resolved = add(
-                resolve,
-                "resolve",
+                first,
                 recipe=recipe,
                 data_uri=data_uri,
                 model_name=model_name,
@@ -70,42 +62,18 @@ def build(place: Place = lambda task, step: None) -> GraphComponent:
                 target=target,
                 overrides=overrides,
             )
-            _steps(add, resolved.outputs["out"])
+            tasks = {first.name: resolved}
+            for row in others:
+                inputs = {name: tasks[step].outputs["out"] for name, step in row.inputs.items()}
+                tasks[row.name] = add(row, slices=resolved.outputs["out"], **inputs)
+                tasks[row.name].after(*(tasks[step] for step in row.after))
 
     return lifecycle
 
 
-def _steps(add: Callable[..., PipelineTask], slices: Any) -> None:
-    """Everything after `resolve`; each step reads its own slice."""
-
-    def step(component: BaseComponent, name: str, **inputs: PipelineTask) -> PipelineTask:
-        return add(component, name, slices=slices, **{key: task.outputs["out"] for key, task in inputs.items()})
-
-    checked = step(preflight, "preflight")
-    samples = step(validate, "validate").after(checked)
-    start = step(base, "base", samples=samples)
-    image = step(prune, "prune-image", samples=samples, base=start)
-    video = step(prune, "prune-video", samples=samples, base=start)
-
-    first = step(train, "train-1", model=start, samples=samples)
-    second = step(train, "train-2", model=first, samples=samples)
-    third = step(train, "train-3", model=second, samples=samples)
-    fourth = step(train, "train-4", model=third, samples=samples, kept_image=image)
-    fifth = step(train, "train-5", model=fourth, samples=samples, kept_image=image, kept_video=video)
-
-    stages = {"train_1": first, "train_2": second, "train_3": third, "train_4": fourth, "train_5": fifth}
-    full = step(evaluate, "evaluate", samples=samples, base=start, **stages)
-    passed = step(gate, "gate", metrics=full)
-
-    small = step(quantize, "quantize", model=fifth, samples=samples).after(passed)
-    metrics = step(evaluate_quantized, "evaluate-quantized", model=small, metrics=full, samples=samples)
-    good = step(gate, "gate-quantized", metrics=metrics)
-    version = step(register, "register", model=small, metrics=metrics, full=full, samples=samples, gate=good)
-    step(rollout, "rollout", version=version, model=small, metrics=metrics, samples=samples)
-
-
-def _named(component: BaseComponent, step: str) -> BaseComponent:
-    """The component under the step's name, so that tasks are called `train-1` to `train-5` and not `train-2-3`."""
-    spec = copy.deepcopy(component.component_spec)
-    spec.name = step
-    return PythonComponent(spec, component.python_func)
+def component(row: Step) -> BaseComponent:
+    """The step's wrapper under the step's name, so that tasks are called `train-1`, `train-2` and not `train-2-3`."""
+    wrapper = getattr(import_module(f"nvila.components.{row.folder}.component"), row.folder)
+    spec = copy.deepcopy(wrapper.component_spec)
+    spec.name = row.name
+    return PythonComponent(spec, wrapper.python_func)

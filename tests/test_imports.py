@@ -115,10 +115,7 @@ LIGHT = (
 )
 
 
-STEP_MODULES = [f"nvila.components.{step}.step" for step in sorted(STEPS)] + [
-    "nvila.components.evaluate.gate",
-    "nvila.components.evaluate.quantized",
-]
+STEP_MODULES = [f"nvila.components.{step}.step" for step in sorted(STEPS)]
 
 
 @pytest.mark.parametrize("modules", [LIGHT, STEP_MODULES], ids=["light", "steps"])

@@ -52,7 +52,7 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}, {sysconfig.get_path('purelib')!r}]\n"
         "import nvila.pipelines.cli, nvila.pipelines.lifecycle as lifecycle\n"
-        "from nvila.components.contracts.recipe.reader import Form, fill_in\n"
+        "from nvila.components.contracts.recipe.form import Form, fill_in\n"
         "print(lifecycle.__file__, fill_in(Form(recipe='tiny')).name)"
     )
     ran = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -6,21 +6,19 @@ import pkgutil
 import re
 import shlex
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-import yaml
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, recipe_text
-from nvila.components.contracts.recipe.recipe import merge, parse_recipe
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import document, layers
 from nvila.components.data.sampling import Sampling
 from nvila.components.serve.server import chat_request
 from nvila.components.validate.annotations import read_records
-from nvila.pipelines.cli import app
 from nvila.pipelines.show import readme as docs
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +95,16 @@ def test_make_targets_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_nvila_commands_parse(document: str) -> None:
     """A command, option or argument that was renamed must be renamed here, too."""
-    commands: Any = typer.main.get_command(app)
-    lines = [span for span in _code(_text(document)) if span.startswith("nvila ")]
-    for line in lines:
-        _, name, *arguments = shlex.split(line)
-        assert name in commands.commands, line
-        commands.commands[name].make_context(name, arguments or _any_arguments(commands.commands[name]))
-    assert document != "README.md" or {shlex.split(line)[1] for line in lines} == set(commands.commands)
+    commands = dict(docs.commands())
+    used = set()
+    for line in [span for span in _code(_text(document)) if span.startswith("nvila ")]:
+        words = shlex.split(line)[1:]
+        name = next((name for name in commands if words[: len(name.split())] == name.split()), None)
+        assert name, line
+        used.add(name)
+        arguments = words[len(name.split()) :]
+        commands[name].make_context(name, arguments or _any_arguments(commands[name]))
+    assert document != "README.md" or used == set(commands)
 
 
 def _any_arguments(command: Any) -> list[str]:
@@ -121,7 +122,7 @@ def test_the_overrides_of_the_text_fit_the_recipe() -> None:
 
     pairs = re.findall(r"--override ([\w.]+=[\w.-]+)", README)
     assert len(pairs) >= 2
-    overrides = parse_overrides(parse_yaml(recipe_text("tiny"), "tiny"), pairs)
+    overrides = parse_overrides(layers(document("tiny")), pairs)
     fill_in(Form(recipe="tiny", overrides=json.dumps(overrides)))
 
 
@@ -157,11 +158,9 @@ def test_the_record_of_the_readme_is_read(tmp_path: Path) -> None:
 
 def test_the_recipe_snippet_makes_a_recipe() -> None:
     """Following the five points must lead to a recipe that is accepted."""
-    content = merge(parse_yaml(recipe_text("tiny"), "tiny"), yaml.safe_load(_snippet("yaml")))
-    for stage in content["train"]["stages"]:
-        stage["data"] = {"plates.sft": 1}
-    content["evaluate"] |= {"sources": ["plates"], "gate": {"min_accuracy": {"plates": 0.5}}}
-    assert [source.name for source in parse_recipe(content).data.sources] == ["plates"]
+    recipe = layers(document(textwrap.dedent(_snippet("yaml")))).recipe()
+    assert [source.name for source in recipe.data.sources] == ["plates"]
+    assert recipe.name != "tiny" != recipe.register_.model_name
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ from nvila.components.contracts.errors import DamagedError, DataError, NvilaErro
 from nvila.components.contracts.files import digest_json as digest_json
 from nvila.components.contracts.files import read_bytes
 from nvila.components.contracts.files import write_atomic as write_atomic
-from nvila.components.contracts.results import Result, result_type
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.steps import result_type
 
 R = TypeVar("R", bound=Result)
 
@@ -198,6 +199,20 @@ class Manifest(BaseModel):
         if strangers := self.strangers(prefix):
             self._refuse(strangers[0], "the step wrote no such file", do=f"Remove it. {AGAIN}")
         return Path(self.folder, prefix)
+
+    def origin(self, name: str) -> Manifest:
+        """The manifest that the step read as its input `name`; it lies in the store that this one lies in.
+
+        Raises:
+            DataError, DamagedError: as `load`.
+            DamagedError: it is another than the step read.
+        """
+        ref = self.inputs[name]
+        place = Path(self.folder).parents[1].joinpath(*Path(ref.uri).parts[-3:])
+        found = Manifest.load(place)
+        if found.digest != ref.digest:
+            raise DamagedError(f"not the output of step {ref.step} that {self.step} read", where=str(place), do=AGAIN)
+        return found
 
     def verify(self, *, deep: bool = False) -> list[str]:
         """Names of files that are missing, links, of another size, or (`deep` reads them all) of another sha256."""

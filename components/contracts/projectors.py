@@ -1,4 +1,4 @@
-"""What a projector's name says, for recipe and model: the reference's names and those of the ablation (table 1)."""
+"""What a projector's name says, for the recipe and the model: the reference's names and those of the ablation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CELLS = {
 }
 """Side of the space-to-channel cell of each projector that has one."""
 RESAMPLERS = ("token_learner", "perceiver")
-"""Learnt compressions, with their number of tokens behind the name, as in `perceiver_121`."""
+"""Learnt compressions (table 1), with their number of tokens behind the name, as in `perceiver_121`."""
 NAMES = ("identity", "linear", "mlp{N}x_gelu", *CELLS, *(f"{name}_{{N}}" for name in RESAMPLERS))
 _MLP = re.compile(r"mlp([1-9]\d?)x_gelu")
 _RESAMPLER = re.compile(rf"({'|'.join(RESAMPLERS)})_([1-9]\d{{0,3}})")

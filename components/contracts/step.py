@@ -16,7 +16,7 @@ from typing import Any
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import File, Kind
-from nvila.components.contracts.results import Result
+from nvila.components.contracts.results.result import Result
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Steps `evaluate`, `evaluate-quantized` and the gates: what a model can do, beside what needs no picture."""
+"""Step `evaluate`: what the model can do before training and after each stage, beside what needs no picture."""

@@ -1,4 +1,4 @@
-"""Step `evaluate`: exact match on held-out splits after base and each stage, beside baselines without the picture."""
+"""Step `evaluate`: exact match on held-out splits before training and after each stage, beside blind baselines."""
 
 from __future__ import annotations
 
@@ -10,25 +10,13 @@ from typing import Any
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import Baseline, Evaluation, Scored
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import QuestionOnly, accuracy, is_correct
-
-STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
-"""Models measured, in the order of the DAG; the last is the final one."""
-
-
-class Tasks(Section):
-    """What is asked (the recipe's `evaluate` section without the gate)."""
-
-    sources: list[str]
-    limit: int | None
-    stage_limit: int
-    batch: int
-    max_new_tokens: int
 
 
 class Settings(Section):
@@ -43,11 +31,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Args:
         settings: tasks and seed.
-        inputs: `samples`, and the models by step name (`base`, `train-1` ... `train-5`).
+        inputs: `samples`, and `model` of the last stage, whose manifest leads to the models that it came from.
         out: gets `predictions.parquet` (one row per question) and `stages.png`.
 
     Raises:
         DataError: a source has no held-out questions.
+        DamagedError: an earlier model is not the one that the last came from.
     """
     from nvila.components.metrics.answers import Questions, answers
     from nvila.components.model.checkpoint.native import load_native
@@ -55,14 +44,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     from nvila.components.model.feed import Feed
 
     began, device = time.monotonic(), default_device()
+    *earlier, last = _ancestry(inputs["model"])
     tasks, table = settings.evaluate, inputs["samples"].path("samples.parquet")
     known = QuestionOnly(read_samples(table, split="sft", sources=tasks.sources))
-    model, tokenizer = load_native(inputs[STAGES[-1]].dir("model"), dtype="bfloat16", device=device)
+    model, tokenizer = load_native(last.dir("model"), dtype="bfloat16", device=device)
     feed = Feed(tokenizer, model.config)
     asked = {source: Questions.prepare(heldout(table, source, tasks, settings.seed), feed) for source in tasks.sources}
     how: dict[str, Any] = {"batch": tasks.batch, "max_new_tokens": tasks.max_new_tokens}
     scored: dict[str, Scored] = {}
-    stages: dict[str, dict[str, Measured]] = {stage: {} for stage in STAGES}
+    stages: dict[str, dict[str, Measured]] = {made.step: {} for made in (*earlier, last)}
     rows: list[dict[str, Any]] = []
     for source, questions in asked.items():
         said = {
@@ -71,16 +61,16 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         }
         scored[source] = _beside_baselines(questions.samples, said, known)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
-    for stage in STAGES[:-1]:
-        model, tokenizer = load_native(inputs[stage].dir("model"), dtype="bfloat16", device=device)
+    for made in earlier:
+        model, tokenizer = load_native(made.dir("model"), dtype="bfloat16", device=device)
         for source, questions in asked.items():
             prompts = questions.prompts("own", tasks.stage_limit)
-            predicted = answers(model, tokenizer, prompts, what=f"{stage}: {source}", **how)
+            predicted = answers(model, tokenizer, prompts, what=f"{made.step}: {source}", **how)
             right = [is_correct(p, s.answer) for p, s in zip(predicted, questions.samples, strict=False)]
-            stages[stage][source] = accuracy(right)
+            stages[made.step][source] = accuracy(right)
     for source in asked:
         right = [row["correct"] for row in rows if row["source"] == source]
-        stages[STAGES[-1]][source] = accuracy(right[: tasks.stage_limit])
+        stages[last.step][source] = accuracy(right[: tasks.stage_limit])
     _write(rows, out / "predictions.parquet")
     _plot(stages, out / "stages.png")
     seconds = time.monotonic() - began
@@ -90,6 +80,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         files=("predictions.parquet", "stages.png"),
         measured={"seconds": seconds, "questions": len(rows)},
     )
+
+
+def _ancestry(model: Manifest) -> list[Manifest]:
+    """The models that this one came from, the untrained one first, and itself."""
+    return [*(_ancestry(model.origin("model")) if "model" in model.inputs else ()), model]
 
 
 def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:

@@ -10,11 +10,11 @@ def prune(
     step: str,
     slices: dsl.Input[dsl.Artifact],
     samples: dsl.Input[dsl.Dataset],
-    base: dsl.Input[dsl.Model],
+    model: dsl.Input[dsl.Model],
     out: dsl.Output[dsl.Dataset],
 ) -> None:
     """Score SFT samples with DeltaLoss; write the scores and the ids that stay."""
     from nvila.components.runner.execute import execute
 
-    inputs = {"samples": samples.path, "base": base.path}
+    inputs = {"samples": samples.path, "model": model.path}
     out.metadata.update(execute(step, "nvila.components.prune.step", slices.path, inputs, out.path))

@@ -34,7 +34,7 @@ class Settings(Section):
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the named reference checkpoints are now, as in `base`."""
+    """What the named reference checkpoints are now, as in `initialize`."""
     return {name: identity(settings["prune"][name]["path"]) for name in ("small", "large")}
 
 
@@ -46,7 +46,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Args:
         settings: references, score, keep ratios.
-        inputs: `samples`, and `base` (tower and tokenizer of references that are trained here).
+        inputs: `samples`, and `model` (tower and tokenizer of references that are trained here).
         out: gets `scores.parquet` (id, source, delta, loss_small, loss_large, answer_tokens, kept), `histogram.png`;
             finished references stay in `references/`, so that an interrupted step goes on with the next one.
 
@@ -68,7 +68,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
                     name=name,
                     reference=reference,
                     fold=fold,
-                    base=str(inputs["base"].dir("model")),
+                    base=str(inputs["model"].dir("model")),
                     samples=str(inputs["samples"].path("samples.parquet")),
                     sources=settings.sources,
                     heldout_limit=settings.prune.heldout_questions,

@@ -17,12 +17,12 @@ from torch import nn
 from nvila.components.quantize.scheme import Group
 
 if TYPE_CHECKING:
-    from nvila.components.contracts.recipe.quantize import QuantizeSettings
+    from nvila.components.contracts.recipe.quantize import Scheme
 
 FORMATS = {"W8A8": "int-quantized", "W4A16": "pack-quantized"}
 
 
-def config_group(group: Group, settings: QuantizeSettings) -> dict[str, Any]:
+def config_group(group: Group, settings: Scheme) -> dict[str, Any]:
     """One `config_groups` entry of compressed-tensors, its target written against serving names."""
     entry: dict[str, Any] = {"targets": [f"re:{group.pattern}"], "format": FORMATS[group.scheme]}
     if group.scheme == "W8A8":
@@ -51,7 +51,7 @@ def quantize_part(
     prefix: str,
     names: Sequence[str],
     group: Group,
-    settings: QuantizeSettings,
+    settings: Scheme,
     batches: Sequence[Mapping[str, torch.Tensor]],
     checkpoint: Path,
 ) -> dict[str, torch.Tensor]:
@@ -90,7 +90,7 @@ def _stored(key: str, tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return tensor if exact else tensor.to(torch.bfloat16)
 
 
-def quantization_config(groups: Sequence[Group], settings: QuantizeSettings, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(groups: Sequence[Group], settings: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of the checkpoint; `ignore` names the Linears that stay plain."""
     entries = {f"group_{i}": config_group(group, settings) for i, group in enumerate(groups)}
     formats = {entry["format"] for entry in entries.values()}
@@ -104,7 +104,7 @@ def quantization_config(groups: Sequence[Group], settings: QuantizeSettings, ign
     }
 
 
-def _modifiers(group: Group, settings: QuantizeSettings, scheme: dict[str, Any]) -> list[Any]:
+def _modifiers(group: Group, settings: Scheme, scheme: dict[str, Any]) -> list[Any]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nvila.components.contracts.errors import ConfigError, QuantizationError
 
 if TYPE_CHECKING:
-    from nvila.components.contracts.recipe.quantize import QuantizeSettings
+    from nvila.components.contracts.recipe.quantize import Scheme
     from nvila.components.model.nvila import NVILA
 
 TOWER_PATTERN = r"^vision_tower\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.(fc1|fc2))$"
@@ -37,7 +37,7 @@ class Group:
     scheme: str
 
 
-def groups(settings: QuantizeSettings) -> list[Group]:
+def groups(settings: Scheme) -> list[Group]:
     """What the recipe asks for."""
     wanted = [
         Group("vision_tower", TOWER_PATTERN, settings.vision_tower),
@@ -46,7 +46,7 @@ def groups(settings: QuantizeSettings) -> list[Group]:
     return [group for group in wanted if group.scheme != "none"]
 
 
-def module_map(linears: Mapping[str, tuple[int, int] | None], settings: QuantizeSettings) -> dict[str, str]:
+def module_map(linears: Mapping[str, tuple[int, int] | None], settings: Scheme) -> dict[str, str]:
     """Scheme of every Linear.
 
     Args:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.progress import track
-from nvila.components.contracts.recipe.quantize import QuantizeSettings
+from nvila.components.contracts.recipe.quantize import Scheme
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Quantization
 from nvila.components.contracts.results.result import SkippedRecords
@@ -35,7 +35,7 @@ MODULE_MAP = "module_map.json"
 class Settings(Section):
     """Slice of `quantize`."""
 
-    quantize: QuantizeSettings
+    quantize: Scheme
     seed: int
     max_skipped_share: float = 0.01
 
@@ -119,7 +119,7 @@ def _quantize(
     model: NVILA,
     names: list[str],
     group: Group,
-    settings: QuantizeSettings,
+    settings: Scheme,
     batches: list[Batch],
     checkpoint: Path,
 ) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.steps import REGISTER
 from nvila.components.tracking.datasets import dataset_inputs
 from nvila.components.tracking.flatten import batches, metrics
 
@@ -24,7 +25,7 @@ def record_metrics(
     """
     from mlflow.entities import LoggedModelOutput, Metric
 
-    run = client.create_run(experiment, run_name=f"register {name}", tags={"nvila.step": "register"}).info.run_id
+    run = client.create_run(experiment, run_name=f"{REGISTER} {name}", tags={"nvila.step": REGISTER}).info.run_id
     datasets = dataset_inputs({"samples": inputs["samples"]}, None)
     if datasets:
         client.log_inputs(run, datasets)

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nvila.components.runner.status import AT_EXIT, Run, Status, StepStatus
+from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
+from nvila.components.runner.status import Run, Status, StepStatus
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
-DAG: tuple[tuple[str, int, tuple[str, ...], str], ...] = (
-    ("resolve", 0, (), "recipe to slices"),
-    ("preflight", 0, ("resolve",), "is everything there?"),
-    ("validate", 0, ("preflight",), "data checked, spoilt records out"),
-    ("base", 0, ("validate",), "first weights"),
-    ("prune-image", 1, ("base",), "DeltaLoss, image sources"),
-    ("prune-video", 2, ("base",), "DeltaLoss, video sources"),
-    ("train-1", 0, ("base",), "projector initialisation"),
-    ("train-2", 0, ("train-1",), "vision-encoder pre-training"),
-    ("train-3", 0, ("train-2",), "token-processor pre-training"),
-    ("train-4", 0, ("train-3", "prune-image"), "image instruction tuning"),
-    ("train-5", 0, ("train-4", "prune-video"), "video instruction tuning"),
-    ("evaluate", 0, ("train-5",), "held-out accuracy"),
-    ("gate", 0, ("evaluate",), "good enough?"),
-    ("quantize", 0, ("gate",), "W8A8 tower, W4A16 language model"),
-    ("evaluate-quantized", 0, ("quantize",), "accuracy once more"),
-    ("gate-quantized", 0, ("evaluate-quantized",), "still good enough?"),
-    ("register", 0, ("gate-quantized",), "version in the registry"),
-    ("rollout", 0, ("register",), "serve, ask, promote"),
-)
-"""Name, lane of the rail, what it follows, what it does. A page of its own cannot import the pipeline."""
+SHOWN = tuple(row for row in STEPS if not row.at_exit)
+"""Drawn steps: not that which writes the page."""
 
 
 def unfinished(run: Run) -> list[str]:
     """Steps of the DAG that have not come through, in order."""
-    return run.unfinished(name for name, *_ in DAG)
+    return run.unfinished(row.name for row in SHOWN)
 
 
 @dataclass(frozen=True)
@@ -57,9 +40,8 @@ class Row:
 
 def rows(run: Run) -> list[Row]:
     """Every step of the DAG in order, reached or not, then steps that this table does not know."""
-    names = [name for name, *_ in DAG]
-    abouts = {name: about for name, _, _, about in DAG}
-    names += [name for name in run.steps if name not in abouts and name != AT_EXIT]
+    abouts = {row.name: row.remark for row in SHOWN}
+    names = [*abouts, *(name for name in run.steps if name not in ROWS)]
     began, ended = run.span
     total = (ended - began) or 1.0
     found = []
@@ -74,18 +56,19 @@ def rows(run: Run) -> list[Row]:
 
 def rail(run: Run, count: int) -> str:
     """The graph left of the rows, as SVG: a dot per step coloured by its status, a line to each step it follows."""
-    lanes = {name: lane for name, lane, _, _ in DAG}
-    at = {name: index for index, (name, *_) in enumerate(DAG)}
-    width, height = 3 * LANE_PIXELS + 4, count * ROW_PIXELS
+    before, places = nearest(SHOWN), lanes(SHOWN)
+    at = {name: index for index, name in enumerate(before)}
+    width, height = (max(places.values()) + 1) * LANE_PIXELS + 4, count * ROW_PIXELS
     lines, dots = [], []
-    for name, lane, parents, _ in DAG:
+    for name, parents in before.items():
+        lane = places[name]
         x, y = _point(lane, at[name])
         for parent in parents:
-            px, py = _point(lanes[parent], at[parent])
+            px, py = _point(places[parent], at[parent])
             half = ROW_PIXELS / 2
-            if lane == lanes[parent]:
+            if lane == places[parent]:
                 path = f"M{px},{py}L{x},{y}"
-            elif lane > lanes[parent]:  # a branch leaves right below its parent
+            elif lane > places[parent]:  # a branch leaves right below its parent
                 path = f"M{px},{py}C{px},{py + half} {x},{py} {x},{py + ROW_PIXELS}L{x},{y}"
             else:  # a branch comes back right above its child
                 path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
@@ -95,6 +78,27 @@ def rail(run: Run, count: int) -> str:
         f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(lines)}{''.join(dots)}</svg>"
     )
+
+
+def lanes(steps: Sequence[Step]) -> dict[str, int]:
+    """Which lane of the rail each step has: the longest way through the graph has the first, branches lie beside it."""
+    before = nearest(steps)
+    names = list(before)
+    way: dict[str, list[str]] = {}  # the longest that ends at each step
+    for name in names:
+        way[name] = [*max((way[parent] for parent in before[name]), key=len, default=[]), name]
+    longest = max(way.values(), key=len)
+    found = dict.fromkeys(longest, 0)
+    taken: list[tuple[int, int, int]] = []  # lane, first and last row
+    for row, name in enumerate(names):
+        if name in found:
+            continue
+        first = min((names.index(parent) for parent in before[name]), default=row) + 1
+        last = max((child for child, other in enumerate(names) if name in before[other]), default=row + 1) - 1
+        crossed = {lane for lane, begins, ends in taken if begins <= last and first <= ends}
+        found[name] = min(set(range(1, len(names) + 1)) - crossed)
+        taken.append((found[name], first, last))
+    return found
 
 
 def _word(step: StepStatus) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.results.accuracy import Evaluation
+from nvila.components.contracts.steps import EVALUATE, EVALUATE_QUANTIZED, VALIDATE
 from nvila.components.runner.status import Run
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Card:
 
 def cards(run: Run) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
-    rows = sorted(table(run.file("evaluate", "predictions.parquet")), key=lambda row: row["id"])
-    after = {row["id"]: row["prediction"] for row in table(run.file("evaluate-quantized", "predictions.parquet"))}
+    rows = sorted(table(run.file(EVALUATE, "predictions.parquet")), key=lambda row: row["id"])
+    after = {row["id"]: row["prediction"] for row in table(run.file(EVALUATE_QUANTIZED, "predictions.parquet"))}
     limits = _limits(run)
     found = {}
     evaluation = run.result(Evaluation)
@@ -77,7 +78,7 @@ def _limits(run: Run) -> Limits:
     from nvila.components.data.media import Limits
     from nvila.components.data.samples import SAMPLES_FILE, read_limits
 
-    samples = run.file("validate", SAMPLES_FILE)
+    samples = run.file(VALIDATE, SAMPLES_FILE)
     try:
         return read_limits(samples) if samples else Limits()
     except DataError:

@@ -9,13 +9,13 @@ from typing import Any
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
+from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
 from nvila.components.metrics.standing import above, change, compared, headline, standing
 from nvila.components.report import charts, flow
 from nvila.components.report.gallery import cards, table
 from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.flatten import parameters
 
-STAGES = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
 QUARANTINE_ROWS = 60
 CURVE_POINTS = 300
 
@@ -43,12 +43,12 @@ def context(run: Run) -> dict[str, Any]:
         "counts": validation.records if validation else {},
         "quarantined": validation.quarantined if validation else {},
         "quarantine": quarantine(run),
-        "quantize": run.result(Quantization),
-        "register": run.result(Registration),
-        "rollout": run.result(Rollout),
+        "quantization": run.result(Quantization),
+        "version": run.result(Registration),
+        "serving": run.result(Rollout),
         "lineage": _lineage(run),
         "sources": _sources(run),
-        "settings": {step: parameters(part) for step, part in recipe.slices.items()} if recipe else {},
+        "settings": {step: parameters(part or {}) for step, part in recipe.slices.items()} if recipe else {},
     }
 
 
@@ -98,7 +98,7 @@ def accuracy_rows(run: Run) -> list[dict[str, Any]]:
 def loss_curves(run: Run) -> list[dict[str, Any]]:
     """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
     found, trained = [], run.results(Training)
-    for number, step in enumerate(STAGES[1:]):
+    for number, step in enumerate(STAGES):
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
@@ -114,7 +114,7 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
         ]
         found.append(
             {
-                "step": step,
+                "title": f"Stage {number + 1}",
                 "name": trained[step].name if step in trained else "",
                 "steps": len(points),
                 "first": smooth[0][1],
@@ -143,7 +143,7 @@ def prune_parts(run: Run) -> list[dict[str, Any]]:
 
 def quarantine(run: Run) -> dict[str, Any]:
     """The first records that validation set aside: column names, rows, how many there are in all."""
-    path = run.file("validate", "quarantine.jsonl")
+    path = run.file(VALIDATE, "quarantine.jsonl")
     records = _json_lines(path.read_text()) if path else []
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
@@ -167,12 +167,12 @@ def _stages_chart(run: Run) -> str:
         charts.Line(i, source, [(x, m[source].value) for x, m in enumerate(stages.values()) if source in m])
         for i, source in enumerate(sources)
     ]
-    labels = [stage.replace("train-", "stage ") for stage in stages]
+    labels = [f"stage {STAGES.index(name) + 1}" if name in STAGES else name for name in stages]
     return charts.line_plot(lines, "Accuracy after each stage", x_labels=labels, y_range=(0, 1), marks=True)
 
 
 def _lineage(run: Run) -> list[dict[str, Any]]:
-    order = {name: i for i, (name, *_) in enumerate(flow.DAG)}
+    order = {name: i for i, name in enumerate(ROWS)}
     return [
         {
             "step": manifest.step,

@@ -10,10 +10,11 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import REPORT
 from nvila.components.report.flow import css, duration
 from nvila.components.report.page import context
 from nvila.components.runner.execute import Place
-from nvila.components.runner.status import AT_EXIT, Run
+from nvila.components.runner.status import Run
 from nvila.components.tracking.redact import tell
 
 PAGE = "report.html"
@@ -27,7 +28,7 @@ class Settings(Section):
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Write `report.html` into `out` and into the folder of the run, whose status files it reads."""
     run_dir = Place.of(here).run_dir
-    write_atomic(out / PAGE, render(Run.read(run_dir, alive=(AT_EXIT,))))
+    write_atomic(out / PAGE, render(Run.read(run_dir, alive=(REPORT,))))
     shutil.copyfile(out / PAGE, run_dir / PAGE)
     return Outcome(kind="report", files=(PAGE,))
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.reader import Form, fill_in, recipe_text, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import document, family
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
@@ -18,13 +20,16 @@ Settings = Form
 
 
 def external(settings: Mapping[str, Any], here: Environment) -> dict[str, str]:
-    """Digest of the recipe's text, for a shipped recipe may change under its name; and where its paths begin.
+    """Digest of the recipe's text and of what it extends, for shipped recipes may change; and where its paths begin.
 
     A wrong name is left to `run`, as any other mistake in the form: then there is a key for its tombstone.
     """
     recipe = settings["recipe"]
-    text = recipe_text(recipe) if recipe in shipped() else recipe
-    return {"recipe": hashlib.sha256(text.encode()).hexdigest(), "root": here.root}
+    try:
+        texts = [member.text for member in family(document(recipe))]
+    except ConfigError:
+        texts = [recipe]
+    return {"recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(), "root": here.root}
 
 
 def run(settings: Form, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:

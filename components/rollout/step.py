@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
-
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
+from nvila.components.contracts.recipe.rollout import RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Rollout
@@ -29,7 +27,6 @@ class Settings(Section):
     """Slice of `rollout`."""
 
     rollout: RolloutSettings
-    register_: RegisterSettings = Field(alias="register")
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:

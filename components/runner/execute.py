@@ -30,6 +30,7 @@ from nvila.components.contracts.manifest import (
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import call
+from nvila.components.contracts.steps import ROWS, STEPS
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.contracts.text import say
 from nvila.components.runner.code import code_digest
@@ -39,11 +40,9 @@ from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
 
-COMPARED = frozenset({"gate", "gate-quantized", "register", "rollout"})
-"""Steps that let a model go further: their inputs must be those that MLflow knows."""
+COMPARED = frozenset(row.name for row in STEPS if row.compared)
 _INTERVAL = frozenset({"low", "high"})
-ALWAYS = frozenset({"register", "rollout", "report"})
-"""Steps that act on the world, or describe this very run: they are never skipped."""
+ALWAYS = frozenset(row.name for row in STEPS if row.always)
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ def execute(
     at_end: Callable[[Environment], None] = lambda here: None,
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
+
+    Where the recipe leaves the step out, one of its inputs goes on in its place.
 
     Leaves the process with the step's exit code when it fails (see `Exit`), after writing the status file.
 
@@ -118,9 +119,11 @@ def _execute(
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        manifest, cached = perform(here, step, module, settings, loaded)
+        made, cached = perform(here, step, module, settings, loaded) if settings is not None else (None, False)
+        manifest = made or loaded[ROWS[step].hands_on]
         manifest.save(Path(output))
-        status.end(Status.CACHED if cached else Status.DONE, Exit.DONE, manifest=str(Path(manifest.folder, MANIFEST)))
+        how = Status.CACHED if cached else Status.DONE if made else Status.NOT_ASKED_FOR
+        status.end(how, Exit.DONE, manifest=str(Path(made.folder, MANIFEST)) if made else None)
         facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
         return facts | _scalars(manifest)
     except NvilaError as error:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from nvila.components.contracts.errors import NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, write_atomic
-from nvila.components.contracts.results import result_type
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import result_type
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.work import Work
 

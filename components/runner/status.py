@@ -20,13 +20,12 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import read_bytes, write_atomic
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.results import Result
+from nvila.components.contracts.results.result import Result
+from nvila.components.contracts.steps import REPORT
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import redact_text
 
 R = TypeVar("R", bound=Result)
-AT_EXIT = "report"
-"""The step that tells of the others, however they ended: it is why a run ended only where no other is."""
 
 
 class Status(StrEnum):
@@ -166,7 +165,7 @@ class Run:
         elsewhere. Not the one at exit, unless it is the only one.
         """
         bad = [step for step in self.steps.values() if step.status.ended_badly]
-        order = [(step.name == AT_EXIT, step.status is Status.PREEMPTED, step.ended or 0) for step in bad]
+        order = [(step.name == REPORT, step.status is Status.PREEMPTED, step.ended or 0) for step in bad]
         return bad[order.index(min(order))] if bad else None
 
     @property

@@ -1,1 +1,1 @@
-"""Step `train`: one of the five stages, a row of the stage table run by DeepSpeed under torchrun."""
+"""Step `train`: one stage, a row of the stage table run by DeepSpeed under torchrun."""

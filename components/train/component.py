@@ -1,4 +1,4 @@
-"""KFP wrapper of the step `train`, used once for each of the five stages."""
+"""KFP wrapper of the step `train`, used once for each stage."""
 
 from typing import Optional
 

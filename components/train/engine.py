@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.files import sync_tree
 from nvila.components.contracts.manifest import describe_files
-from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
-from nvila.components.train.job import Run
 from nvila.components.train.schedule import warmup_cosine
 
 if TYPE_CHECKING:

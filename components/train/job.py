@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.recipe.train import Precision, Stage
+from nvila.components.contracts.recipe.train import Run, Stage
 
 VERDICT = "verdict.json"
 """Why the worker of rank 0 failed, for the process that launched it."""
@@ -12,16 +12,6 @@ TRAINED = ("model/**/*", "loss.jsonl", "skipped.jsonl")
 """Files of a trained stage."""
 RECORD = "trained.json"
 """Their sizes and digests; without it they are not believed."""
-
-
-class Run(Section):
-    """How the stage runs (the recipe's `train` section without the table)."""
-
-    precision: Precision
-    zero: int
-    gpus: int
-    checkpoint_seconds: float
-    max_skipped_share: float = 0.01
 
 
 class Job(Section):

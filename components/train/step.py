@@ -10,13 +10,13 @@ from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.results.model import Training
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.skipped import Tally
 from nvila.components.train.account import read_skipped
-from nvila.components.train.job import RECORD, TRAINED, Job, Run
+from nvila.components.train.job import RECORD, TRAINED, Job
 from nvila.components.train.launch import launch
 from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
 
@@ -34,7 +34,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Args:
         settings: the row, and how to run it.
-        inputs: `model` (the stage before, or base), `samples`, and for pruned rows `kept_*` (score tables).
+        inputs: `model` (the one before this stage), `samples`, and for pruned rows `kept_*` (score tables).
         out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`.
 
     Raises:

@@ -8,6 +8,7 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import NvilaError, PreflightError
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import say
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.connect import connect
@@ -22,8 +23,6 @@ from nvila.infra.launch.logs import LogCopy
 from nvila.infra.launch.state import failure
 from nvila.infra.launch.trainjob import RUN_LABEL, label
 
-HEAVY = ("train-", "prune-")
-"""Steps whose name begins so, and `evaluate`, become jobs."""
 OUTCOME_SECONDS = 90.0
 """How long a network file system may hide a file that another machine has just written."""
 VERDICT_SECONDS = 10.0
@@ -32,9 +31,7 @@ VERDICT_SECONDS = 10.0
 
 def takes(work: Work) -> bool:
     """Whether the step becomes a job. Pruning without sources has nothing to do."""
-    if work.step.startswith("prune-") and not work.settings.get("sources"):
-        return False
-    return work.step.startswith(HEAVY) or work.step == "evaluate"
+    return ROWS[work.step].job and work.settings.get("sources") != []
 
 
 def run(work: Work) -> Outcome:

@@ -1,50 +1,80 @@
-"""`--override key=value` of the command line, as a mapping to lay over the recipe."""
+"""What a command asks for: a recipe by name or file, and `--override key=value` laid over it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.reader import load_yaml
-from nvila.components.contracts.recipe.recipe import merge
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.layers import Layers, Value, index_of
+from nvila.components.contracts.recipe.reader import layers, load_yaml, named_document, self_contained, shipped
+from nvila.components.contracts.recipe.recipe import Recipe
+
+OPTION = "--override"
 
 
-def parse_overrides(content: Mapping[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
-    """Overrides from `dotted.key=value` pairs; values are JSON or YAML.
+def asked_for(recipe: str, overrides: Iterable[str], **fields: Any) -> tuple[Form, Recipe]:
+    """The form of a run, and the checked recipe that it comes to.
 
-    A number in the key is an index of a list: the list is then taken from `content`, so that
-    `train.stages.3.learning_rate=1e-3` changes one number of one stage.
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        overrides: `dotted.key=value` pairs.
+        fields: further fields of the form.
 
     Raises:
-        ConfigError: a pair without `=`, or an index that the recipe does not have.
+        ConfigError: the recipe or an override is wrong.
     """
-    overrides: dict[str, Any] = {}
+    first = named_document(recipe)
+    laid = layers(first)
+    overlay = parse_overrides(laid, overrides)
+    text = recipe if recipe in shipped() else self_contained(first)
+    form = Form(recipe=text, overrides=json.dumps(overlay), **fields)
+    return form, fill_in(form, recipe=laid)
+
+
+def parse_overrides(recipe: Layers, pairs: Iterable[str]) -> dict[str, Any]:
+    """The layer that `dotted.key=value` pairs come to; values are JSON or YAML.
+
+    A key may go on into a list or a table: `model.s2_scales.0=14` changes one number and keeps the others.
+
+    Raises:
+        ConfigError: a pair without `=`, an unknown key, or an index that the recipe does not have.
+    """
+    overlay = Layers(OPTION)
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise ConfigError("an override is written dotted.key=value", where="--override", value=pair)
-        overrides = merge(overrides, _nest(merge(content, overrides), key.split("."), _value(text), key))
-    return overrides
+            raise ConfigError("an override is written dotted.key=value", where=OPTION, value=pair)
+        one = _nest(recipe.tree, key.split("."), _value(text), ())
+        recipe, overlay = recipe.over(one, OPTION), overlay.over(one, OPTION)
+    return overlay.content
 
 
-def _nest(content: Any, path: list[str], value: Any, key: str) -> Any:
-    """What to lay over `content` so that `path` in it becomes `value`."""
+def _nest(tree: Any, path: Sequence[str], value: Any, above: Sequence[str]) -> Any:
+    """What to lay over `tree`, which stands at the path `above`, so that `path` in it becomes `value`."""
+    if not path:
+        return value
+    if isinstance(tree, Value):
+        return _changed(tree.content, path, value, above)
+    head, rest = path[0], path[1:]
+    below = tree[index_of(tree, head, above)] if isinstance(tree, list) else (tree or {}).get(head)
+    return {head: _nest(below, rest, value, [*above, head])}
+
+
+def _changed(content: Any, path: Sequence[str], value: Any, above: Sequence[str]) -> Any:
+    """A copy of a list or a table with one value changed."""
     if not path:
         return value
     head, rest = path[0], path[1:]
     if not isinstance(content, list):
-        return {head: _nest(content.get(head) if isinstance(content, Mapping) else None, rest, value, key)}
-    if not head.isdecimal() or int(head) >= len(content):
-        raise ConfigError(f"{head!r} is no index of this list of {len(content)}", where="--override", value=key)
-    changed = list(content)
-    old = changed[int(head)]
-    new = _nest(old, rest, value, key)
-    changed[int(head)] = merge(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else new
-    return changed
+        table = content if isinstance(content, dict) else {}
+        return table | {head: _changed(table.get(head), rest, value, [*above, head])}
+    index = index_of(content, head, above)
+    return [*content[:index], _changed(content[index], rest, value, [*above, head]), *content[index + 1 :]]
 
 
 def _value(text: str) -> Any:

@@ -21,6 +21,7 @@ from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
 from nvila.components.contracts.site import KEY, OLD_KEYS
+from nvila.components.contracts.steps import Step
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.compile import names as site
@@ -47,9 +48,6 @@ STAYS = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.s
 """Annotations of pods that wait for hours: autoscalers would move them to save a node, and a lost pod ends the run."""
 QUICK_SECONDS = 3600
 """Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
-QUICK = frozenset({"resolve", "preflight", "gate", "gate-quantized", "report"})
-EXIT_STEPS = frozenset({"report"})
-"""KFP retries no exit task."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +63,24 @@ class Resources:
 
 SMALL = Resources()
 ONE_GPU = Resources(cpus=12, memory_gib=160, gpus=1, shared_memory_gib=16)
-WHOLE_NODE = Resources(cpus=96, memory_gib=1200, gpus=8, shared_memory_gib=128)
-HEAVY = {
-    "prune-image": ONE_GPU,
-    "prune-video": ONE_GPU,
-    **{f"train-{stage}": WHOLE_NODE for stage in range(1, 6)},
-    "evaluate": ONE_GPU,
+SIZES = {
+    "small": SMALL,
+    "cpus": Resources(cpus=16, memory_gib=64),
+    "memory": Resources(cpus=8, memory_gib=128),
+    "gpu": ONE_GPU,
+    "vllm": ONE_GPU,
+    "node": Resources(cpus=96, memory_gib=1200, gpus=8, shared_memory_gib=128),
 }
-"""Steps that a launcher can move into a training job."""
-IN_POD = {
-    "validate": Resources(cpus=16, memory_gib=64),
-    "base": Resources(cpus=8, memory_gib=128),
-    "quantize": ONE_GPU,
-    "evaluate-quantized": ONE_GPU,
-    "rollout": SMALL,
-}
-"""Steps that always work in their own pod."""
-ON_CPU = {"evaluate-quantized": Resources(shared_memory_gib=1)}
+"""By `Step.size`."""
+ON_CPU = {"vllm": Resources(shared_memory_gib=1)}
 """vLLM shares 160 MiB between its processes, and a container has 64 unless told."""
 
 
-def resources(step: str, launch: Launch) -> Resources:
-    """What the pod of a step asks for; a step that is not named is small."""
+def resources(row: Step, launch: Launch) -> Resources:
+    """What the pod of a step asks for; that of one whose work a job does only starts and watches the job."""
     if launch == "cpu":
-        return ON_CPU.get(step, SMALL)
-    return ((HEAVY if launch == "pods" else {}) | IN_POD).get(step, SMALL)
+        return ON_CPU.get(row.size, SMALL)
+    return SMALL if row.job and launch == "jobs" else SIZES[row.size]
 
 
 def compile_pipeline(
@@ -137,7 +128,7 @@ def compiled(
         raise ConfigError("name both images, or neither", where="--image and --quantize-image")
     # Without a named image nobody knows which code the steps will find in it.
     code = code_digest() if image != IMAGE else None
-    pipeline = build(lambda task, step: _place(task, step, launch, code))
+    pipeline = build(lambda task, row: _place(task, row, launch, code))
     spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = images[executor["container"]["image"]]
@@ -177,12 +168,12 @@ def version_name(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> str:
     return f"{NAME}-{digest_json([spec, platform])[:12]}"
 
 
-def _place(task: PipelineTask, step: str, launch: Launch, code: str | None) -> None:
+def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> None:
     """Everything that only a cluster knows of a task."""
-    _ask(task, resources(step, launch))
-    if step not in EXIT_STEPS:
+    _ask(task, resources(row, launch))
+    if not row.at_exit:  # KFP retries no exit task
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{RETRY_SECONDS}s")
-    if step in QUICK:
+    if row.quick:
         kubernetes.set_timeout(task, QUICK_SECONDS)
     else:
         for name, value in STAYS.items():

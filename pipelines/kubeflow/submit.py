@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -18,12 +17,13 @@ from rich.console import Console
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe, shipped
+from nvila.components.contracts.recipe.reader import shipped
+from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.steps import ROWS
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.kubeflow.server import Conflict, Server, patiently, plain
 from nvila.pipelines.show.watch import StepState, Watch, print_line
-from nvila.pipelines.steps import STEPS
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1PipelineVersion, V2beta1Run
@@ -125,16 +125,8 @@ def submit(
 
     if not recipe:
         raise ConfigError("which recipe?", where="RECIPE", do=f"Shipped are: {', '.join(shipped())}.")
-    text = read_recipe(recipe)
-    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
-    form = Form(
-        recipe=recipe if recipe in shipped() else text,
-        data_uri=data_uri,
-        model_name=model_name,
-        target="none",
-        overrides=json.dumps(laid_over),
-    )
-    checked = fill_in(form, where=recipe)
+    form, checked = asked_for(recipe, overrides, data_uri=data_uri, model_name=model_name, target="none")
+    slices(checked)  # refuses what resolve would
     namespace = namespace_of(server, wanted.namespace)
     chosen = upload(server, version, namespace, console) if version.own else _installed(server, namespace)
     experiment = server.experiment(wanted.experiment, namespace)
@@ -181,7 +173,7 @@ def states(run: V2beta1Run, now: datetime | None = None) -> list[StepState]:
     """Every step of the DAG as the server tells it; of one that was tried again, the newest try."""
     tasks = sorted(_tasks(run), key=lambda task: task.create_time or datetime.min.replace(tzinfo=UTC))
     newest = {task.display_name: task for task in tasks}
-    return [_state(name, newest.get(name), now or datetime.now(UTC)) for name in STEPS]
+    return [_state(name, newest.get(name), now or datetime.now(UTC)) for name in ROWS]
 
 
 def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
@@ -261,7 +253,7 @@ def _version(server: Server, pipeline_id: str, name: str) -> V2beta1PipelineVers
 
 
 def _tasks(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
-    return [task for task in (run.run_details and run.run_details.task_details) or [] if task.display_name in STEPS]
+    return [task for task in (run.run_details and run.run_details.task_details) or [] if task.display_name in ROWS]
 
 
 def _failed(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:

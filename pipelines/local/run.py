@@ -20,22 +20,22 @@ from rich.console import Console
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
+from nvila.components.contracts.recipe.form import Form
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.steps import PREFLIGHT, ROWS
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
 from nvila.pipelines.show.results import REPORT, short, show_closing
 from nvila.pipelines.show.summary import LOG, write_summary
 from nvila.pipelines.show.watch import Watch, print_line, read_states
-from nvila.pipelines.steps import STEPS
 
 
 def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
@@ -51,11 +51,8 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
         Unreachable: the place of weights does not answer; nor has anything been written.
     """
-    text = read_recipe(recipe)
-    laid_over = parse_overrides(parse_yaml(text, recipe), overrides)
-    form = Form(recipe=text, overrides=json.dumps(laid_over))
-    checked = fill_in(form, where=recipe)
-    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    form, checked = asked_for(recipe, overrides)
+    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights))
     run_dir = _new_run(runs.absolute(), checked.name)
@@ -190,7 +187,7 @@ def _exit_code(run: Run, worker_code: int) -> Exit:
         return Exit.PREEMPTED
     if run.trouble:
         return run.trouble.exit_code or Exit.FAULT
-    if run.lost or (worker_code == Exit.DONE and run.unfinished(STEPS)):
+    if run.lost or (worker_code == Exit.DONE and run.unfinished(ROWS)):
         return Exit.FAULT
     return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
 

@@ -44,12 +44,10 @@ class Need:
     @classmethod
     def of(cls, recipe: Recipe) -> Need:
         """Of a recipe."""
-        base, prune = recipe.model.base, recipe.prune
-        weights = [base.vision_tower, base.llm, prune.small.path, prune.large.path]
-        uris = [uri for uri in (*weights, *(source.path for source in recipe.data.sources)) if uri]
+        uris = [*recipe.weights, *(source.path for source in recipe.data.sources)]
         return cls(
             gpus=recipe.train.gpus,
-            can_do_without=base.llm is None,
+            can_do_without=recipe.model.base.llm is None,
             s3=any(uri.startswith("s3://") for uri in uris),
             hub=any(uri.startswith("hf://") for uri in uris),
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -13,86 +11,44 @@ from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.step import call
+from nvila.components.contracts.steps import NOT_ASKED_FOR, REPORT, RESOLVE, STEPS
 from nvila.components.contracts.store import Store
-from nvila.components.runner.execute import ALWAYS
-from nvila.pipelines.steps import STEPS
 
-Verdict = Literal["hit", "miss", "unknown", "always"]
+Verdict = Literal["hit", "miss", "unknown", "always", "not asked for"]
 """`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet or do not answer, so neither
-is its key. `always`: runs whatever is there."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A step as the compiled pipeline has it."""
-
-    module: str
-    inputs: dict[str, str]
-    """Name of each input -> the step that makes it."""
+is its key. `always`: runs whatever is there. `not asked for`: the recipe leaves it out."""
 
 
 def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
     """By step, for a run on this machine with this store."""
-    settings: dict[str, Any] = slices(fill_in(form)) | {"resolve": form.model_dump(), "report": {}}
+    settings: dict[str, Any] = slices(fill_in(form)) | {RESOLVE: form.model_dump(), REPORT: {}}
     found: dict[str, Verdict] = {}
     manifests: dict[str, Manifest] = {}
     # Where the steps of a run would look; the index of digests lies there too.
     with entered(current().model_copy(update={"store": store, "run": runs / "plan"})) as here:
-        for step, node in nodes().items():
-            if step in ALWAYS:
-                found[step] = "always"
-            elif any(source not in manifests for source in node.inputs.values()):
-                found[step] = "unknown"
+        for row in STEPS:
+            inputs = {name: manifests[step] for name, step in row.inputs.items() if step in manifests}
+            if row.always:
+                found[row.name] = "always"
+            elif settings[row.name] is None:
+                found[row.name] = NOT_ASKED_FOR
+                if row.hands_on in inputs:
+                    manifests[row.name] = inputs[row.hands_on]
+            elif len(inputs) < len(row.inputs):
+                found[row.name] = "unknown"
             else:
-                inputs = {name: manifests[source] for name, source in node.inputs.items()}
                 try:
-                    manifest = _finished(here, Store(store), step, node.module, settings[step], inputs)
+                    manifest = _finished(here, Store(store), row.name, row.module, settings[row.name], inputs)
                 except Unreachable:  # which it has said; other steps can be told of
-                    found[step] = "unknown"
+                    found[row.name] = "unknown"
                     continue
-                found[step] = "hit" if manifest else "miss"
+                found[row.name] = "hit" if manifest else "miss"
                 if manifest:
-                    manifests[step] = manifest
+                    manifests[row.name] = manifest
     return found
-
-
-def nodes() -> dict[str, Node]:
-    """Every step in the order of the DAG, from the pipeline itself."""
-    from google.protobuf.json_format import MessageToDict
-
-    from nvila.pipelines.lifecycle import build
-
-    spec = MessageToDict(build().pipeline_spec)
-    tasks = {
-        name: task
-        for dag in (spec["root"], *spec["components"].values())
-        for name, task in dag.get("dag", {}).get("tasks", {}).items()
-    }
-    found = {}
-    for step in STEPS:
-        executor = spec["components"][tasks[step]["componentRef"]["name"]]["executorLabel"]
-        source = "".join(spec["deploymentSpec"]["executors"][executor]["container"]["command"])
-        named = re.search(r'execute\(step, "(nvila\.[\w.]+)"', source)
-        assert named, f"the wrapper of {step} names no step module"
-        artifacts = tasks[step].get("inputs", {}).get("artifacts", {})
-        found[step] = Node(
-            named[1],
-            {
-                _input_name(key): source["taskOutputArtifact"]["producerTask"]
-                for key, source in artifacts.items()
-                if key != "slices"
-            },
-        )
-    return found
-
-
-def _input_name(artifact: str) -> str:
-    """Inputs that are called after a step have its name, which is no Python name: `train_1` is `train-1`."""
-    name = artifact.replace("_", "-")
-    return name if name in STEPS else artifact
 
 
 def _finished(

@@ -13,15 +13,15 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, read_recipe
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS, Step
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.compile.package import resources
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
@@ -31,7 +31,6 @@ from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.shape import Shape, shape_of
 from nvila.pipelines.show.watch import print_line
-from nvila.pipelines.steps import STEPS
 
 GB = 10**9
 
@@ -107,13 +106,10 @@ def make_plan(
         ConfigError: the recipe or an option is wrong.
         PreflightError: the cluster does not answer.
     """
-    text = read_recipe(recipe)
-    # The same text and overrides as `nvila run` gives, or the keys would not be those of a run.
-    form = Form(recipe=text, overrides=json.dumps(parse_overrides(parse_yaml(text, recipe), overrides)))
-    checked = fill_in(form, where=recipe)
+    form, checked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
-    needs = preflight.Settings.model_validate(slices(checked)["preflight"])
+    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
@@ -126,11 +122,12 @@ def make_plan(
     return Plan(
         recipe=checked.name,
         store=dict(verdicts(form, store, runs)),
-        gpus={step: _gpus(step, checked) for step in STEPS},
+        gpus={row.name: _gpus(row, checked) for row in STEPS},
         parameters=shape.parameters if shape else None,
         stages=[
-            _stage(f"train-{number}", stage, checked, shape, known, assumptions)
-            for number, stage in enumerate(checked.train.stages, 1)
+            _stage(step, stage, checked, shape, known, assumptions)
+            for step, stage in zip(STAGES, checked.train.stages, strict=False)
+            if stage
         ],
         assumptions=assumptions,
         here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights),
@@ -170,11 +167,11 @@ def parse_samples(pairs: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _gpus(step: str, recipe: Recipe) -> int:
+def _gpus(row: Step, recipe: Recipe) -> int:
     """None for small models that the recipe makes itself: only their training counts processes."""
-    if step.startswith("train-"):
+    if row.name in STAGES:
         return recipe.train.gpus
-    return resources(step, "pods").gpus if recipe.model.base.llm else 0
+    return resources(row, "pods").gpus if recipe.model.base.llm else 0
 
 
 def _stage(
@@ -248,7 +245,7 @@ def _steps(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     stages = {stage.step: stage for stage in plan.stages}
     whole = [stage for stage in plan.stages if stage.hours is not None and stage.cost is not None]
-    for step in STEPS:
+    for step in plan.store:
         if stage := stages.get(step):
             numbers = (f"{stage.gpus}", _number(stage.samples, ","), _number(stage.tokens, ",.0f"))
             table.add_row(step, plan.store[step], *numbers, _number(stage.hours, ",.2f"), _number(stage.cost, ",.2f"))

@@ -68,7 +68,7 @@ def shape_of(settings: ModelSettings) -> Shape | None:
     Sizes come from the recipe, from a local folder's `config.json`, or from the published models that the names of
     `hf://` weights say.
     """
-    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
 
     base = settings.base

@@ -16,12 +16,12 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Rollout
+from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
 from nvila.components.runner.status import Run
 from nvila.pipelines.show.summary import LOG, Summary, verdict
 from nvila.pipelines.show.watch import StepState, print_line, step_table
-from nvila.pipelines.steps import STEPS
 
 REPORT = "report.html"
 _KINDS = {
@@ -44,7 +44,7 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         f"{summary.run}: {summary.decision} after {minutes:.1f} min "
         f"(overhead {summary.seconds_overhead:.1f} s, peak memory {gib:.1f} GiB)"
     )
-    _print_table(console, title, step_table([StepState.of(run.step(name)) for name in STEPS]))
+    _print_table(console, title, step_table([StepState.of(run.step(name)) for name in ROWS]))
     if summary.accuracy:
         found = verdict(run)
         colour = "green" if found.good and summary.exit_code == Exit.DONE else "yellow"
@@ -53,7 +53,7 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
         _print_table(console, title, _accuracy_table(summary.accuracy))
     if summary.stages:
-        _print_table(console, "exact match after base and after each stage", _stage_table(summary.stages))
+        _print_table(console, "exact match before training and after each stage", _stage_table(summary.stages))
     console.print()
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
@@ -108,7 +108,7 @@ def _held_out(run: Run) -> tuple[Path, str] | None:
     """A held-out picture and its question as the record has it, from the source that the model answers best."""
     from nvila.components.data.samples import read_samples
 
-    samples = read_samples(run.manifests["validate"].path("samples.parquet"), split="heldout")
+    samples = read_samples(run.manifests[VALIDATE].path("samples.parquet"), split="heldout")
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         return None

@@ -9,10 +9,10 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
+from nvila.components.contracts.steps import ROWS
 from nvila.components.metrics.standing import Compared, Headline, compared, headline
 from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.redact import redact_text
-from nvila.pipelines.steps import STEPS
 
 SUMMARY = "summary.json"
 LOG = "log.txt"
@@ -68,7 +68,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
                 seconds=round(step.seconds, 3),
                 cached=step.status is Status.CACHED,
             )
-            for step in map(run.step, STEPS)
+            for step in map(run.step, ROWS)
         ],
         headline=verdict(run).text,
         accuracy=compared(evaluation, run.result(QuantizedEvaluation)),

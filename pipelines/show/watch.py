@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import visible
 from nvila.components.runner.status import Status, StepStatus, progress
-from nvila.pipelines.steps import STEPS
 
 PROGRESS_EVERY_SECONDS = 15.0
 _COLOUR: dict[str, str] = {
@@ -50,7 +50,7 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def read_states(run_dir: Path) -> list[StepState]:
     """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
-    return [StepState.of(StepStatus.read(run_dir, name), progress(run_dir, name)) for name in STEPS]
+    return [StepState.of(StepStatus.read(run_dir, name), progress(run_dir, name)) for name in ROWS]
 
 
 class Watch:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cluster_rows import contained, installed, launching
 
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.pipelines.compile.package import SIZE_LIMIT_BYTES, compile_pipeline
 
 Row = tuple[str, str, float, float, str]

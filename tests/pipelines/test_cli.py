@@ -13,18 +13,18 @@ import pytest
 import yaml
 
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import recipe_text
+from nvila.components.contracts.recipe.reader import document, layers, shipped, shipped_document
 from nvila.pipelines import cli
-from nvila.pipelines.commands import ask
+from nvila.pipelines.commands import ask, recipes
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "recipe list", "recipe show"])
 def test_every_command_has_help_with_an_example(nvila: Nvila, command: str) -> None:
     """Help without an example sends people to the source."""
-    shown = nvila(command, "--help")
+    shown = nvila(*command.split(), "--help")
     assert shown.returncode == 0
     assert f"Example: nvila {command}" in " ".join(shown.stdout.split())
 
@@ -59,7 +59,7 @@ def test_answers_are_made_safe_for_a_terminal_only(monkeypatch: pytest.MonkeyPat
 
 
 def _micro(tmp_path: Path, **sections: dict) -> str:
-    content = yaml.safe_load(recipe_text("micro"))
+    content = yaml.safe_load(shipped_document("micro").text)
     for name, section in sections.items():
         content[name] = content.get(name, {}) | section
     path = tmp_path / "mine.yaml"
@@ -196,3 +196,33 @@ def test_compile_writes_the_file_it_names(nvila: Nvila, tmp_path: Path) -> None:
     assert "--image and --quantize-image" in ended.stderr
     named = nvila("compile", "lifecycle.yaml", "--image", "R/base:1", "--quantize-image", "R/quantize:1")
     assert (named.returncode, named.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_recipe_that_is_shown_is_the_same_recipe(name: str) -> None:
+    """Whoever looks before a run would see other values than it takes."""
+    whole = recipes.show(name, [])
+    assert "extends" not in whole
+    assert layers(document(whole)).recipe() == layers(document(name)).recipe()
+
+
+def test_a_recipe_is_shown_with_where_its_values_come_from(nvila: Nvila, tmp_path: Path) -> None:
+    """A value of a recipe far below is looked for in vain in the file at hand."""
+    (tmp_path / "mine.yaml").write_text("extends: nvila-15b\nname: mine\ntrain: {stages: {train-2: {batch: 64}}}\n")
+    shown = nvila("recipe", "show", "mine.yaml", "--override", "seed=3")
+    assert shown.returncode == 0, shown.stderr
+    found = [line.split("  # ") for line in shown.stdout.splitlines() if "  # " in line]
+    sources = {text.strip(): source for text, source in found}
+    assert sources["name: mine"] == "mine.yaml"
+    assert sources["seed: 3"] == "--override"
+    assert sources["batch: 64"] == "mine.yaml"
+    assert sources["model_name: nvila-15b"] == "nvila-15b"
+    assert sources["vision_mode: dynamic_s2"] == "nvila-8b"
+    assert sources["weight_decay: 0.0"] == "default"
+
+
+def test_the_shipped_recipes_are_named(nvila: Nvila) -> None:
+    """A newcomer looks for what there is to run."""
+    listed = nvila("recipe", "list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == shipped()
+    assert all(len(line.split()) > 4 for line in listed)

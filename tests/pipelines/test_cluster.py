@@ -11,16 +11,15 @@ import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.reader import shipped
+from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.compile import names as site
-from nvila.pipelines.compile.package import HEAVY, SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled, resources
+from nvila.pipelines.compile.package import SIZE_LIMIT_BYTES, Launch, compile_pipeline, compiled, resources
 from nvila.pipelines.compile.references import dangling_references
-from nvila.pipelines.steps import STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lifecycle.json"
 CHART_FILES = Path(__file__).parents[2] / "charts" / "nvila-platform" / "files"
-QUANTIZING = {"quantize", "evaluate-quantized", "rollout"}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +79,9 @@ def test_structure_is_the_golden_one(spec: dict[str, Any]) -> None:
 def test_tasks_are_called_like_the_steps(spec: dict[str, Any]) -> None:
     """Slices, status files and the UI find a step by its name."""
     tasks = {name: task for name, task in _tasks(spec).items() if name != "exit-handler-1"}
-    assert set(tasks) == set(STEPS)
+    assert set(tasks) == set(ROWS)
     assert {n: t["inputs"]["parameters"]["step"]["runtimeValue"]["constant"] for n, t in tasks.items()} == {
-        name: name for name in STEPS
+        name: name for name in ROWS
     }
 
 
@@ -115,7 +114,7 @@ def test_every_executor_has_its_image_and_knows_where_things_lie(spec: dict[str,
     """A step that looks for its store in the container's own folder would find and keep nothing."""
     for name, executor in spec["deploymentSpec"]["executors"].items():
         container = executor["container"]
-        quantizing = name.removeprefix("exec-") in QUANTIZING
+        quantizing = ROWS[name.removeprefix("exec-")].image == "quantize"
         wanted = "nvila-quantize@sha256:1" if quantizing else "nvila@sha256:0"
         assert container["image"] == f"registry.example/{wanted}", name
         assert {entry["name"]: entry["value"] for entry in container["env"]} == {
@@ -128,7 +127,7 @@ def test_every_executor_has_its_image_and_knows_where_things_lie(spec: dict[str,
 
 def test_every_pod_gets_the_volumes_and_the_sites_environment(pods: dict[str, Any]) -> None:
     """A step without the claims loses its work; one without the credentials cannot fetch weights."""
-    assert set(pods) == set(STEPS)
+    assert set(pods) == set(ROWS)
     for name, pod in pods.items():
         assert {m["constant"]: m["mountPath"] for m in pod["pvcMount"]} == {"nvila": "/nvila", "nvila-cache": "/cache"}
         ((config,), (secret,)) = pod["configMapAsEnv"], pod["secretAsEnv"]
@@ -151,7 +150,7 @@ def test_only_quick_steps_have_a_deadline(pods: dict[str, Any]) -> None:
     quick = {"resolve", "preflight", "gate", "gate-quantized", "report"}
     assert {name for name, pod in pods.items() if "activeDeadlineSeconds" in pod} == quick
     staying = {name for name, pod in pods.items() if len(pod.get("podMetadata", {}).get("annotations", {})) == 2}
-    assert staying == set(STEPS) - quick
+    assert staying == set(ROWS) - quick
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,6 @@ def test_where_the_work_is_done_decides_what_pods_ask_for(
     assert (gpus("quantize"), gpus("gate")) == (quantizes_with, 0)
     pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-train-1"]
     assert ("NVILA_SITE" in str(pod["configMapAsEnv"])) is has_launcher
-    assert set(STEPS) >= set(HEAVY)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +264,4 @@ def test_a_bad_image_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
 def test_the_step_that_starts_vllm_has_shared_memory(launch: Launch) -> None:
     """vLLM ends at once in the 64 MiB that a container has by default."""
-    assert resources("evaluate-quantized", launch).shared_memory_gib >= 1
+    assert resources(ROWS["evaluate-quantized"], launch).shared_memory_gib >= 1

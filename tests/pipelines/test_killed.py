@@ -15,12 +15,12 @@ from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.status import Run
 from nvila.pipelines.local import run as local
 from nvila.pipelines.local.run import _exit_code, _last_alive, _write_report
 from nvila.pipelines.show.results import show_closing
 from nvila.pipelines.show.summary import write_summary
-from nvila.pipelines.steps import STEPS
 
 HOLDER = """
 import fcntl, subprocess, sys, time
@@ -59,17 +59,17 @@ def test_a_killed_step_is_not_shown_as_running(tmp_path: Path) -> None:
     assert "running" not in out.getvalue() and "killed" in out.getvalue()
 
 
-@pytest.mark.parametrize("count", range(len(STEPS)))
+@pytest.mark.parametrize("count", range(len(ROWS)))
 def test_only_a_whole_run_is_done(tmp_path: Path, count: int) -> None:
     """A worker that ends with 0 before the last step has begun is no success, whatever made it end."""
-    finished = Run.read(left(tmp_path / "r", *list(STEPS)[:count]))
+    finished = Run.read(left(tmp_path / "r", *list(ROWS)[:count]))
     assert _exit_code(finished, Exit.DONE) == Exit.FAULT
     assert write_summary(finished, 1.0, 0, Exit.FAULT).decision == "failed"
 
 
 def test_a_whole_run_is_done(tmp_path: Path) -> None:
     """The counterpart."""
-    assert _exit_code(Run.read(left(tmp_path / "r", *STEPS)), Exit.DONE) == Exit.DONE
+    assert _exit_code(Run.read(left(tmp_path / "r", *ROWS)), Exit.DONE) == Exit.DONE
 
 
 class _Asked:

@@ -10,7 +10,7 @@ import pytest
 
 from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form
+from nvila.components.contracts.recipe.form import Form
 from nvila.components.runner.execute import _Status
 from nvila.pipelines.local import run as local
 
@@ -30,7 +30,7 @@ def test_damaged_work_is_done_again_by_the_same_command(
         how = ends[len(done)]
         done.append(how)
         number = min(len(done), 2)  # the third time it is the same file again
-        error = DamagedError("damaged output of step base", where=f"store/base/{number}.bin")
+        error = DamagedError("damaged output of step initialize", where=f"store/initialize/{number}.bin")
         code = {"damaged": Exit.FAULT, "rejected": Exit.REJECTED, "failed": Exit.FAULT}[how]
         status = "rejected" if how == "rejected" else "failed"
         _Status(run_dir, "train-1").end(status, code, message=str(error), damaged=how == "damaged")

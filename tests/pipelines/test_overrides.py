@@ -1,12 +1,22 @@
-"""`--override dotted.key=value`."""
+"""`--override dotted.key=value`, and what a command makes of a recipe and its overrides."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import merge
-from nvila.pipelines.commands.overrides import parse_overrides
+from nvila.components.contracts.recipe.form import fill_in
+from nvila.components.contracts.recipe.reader import document, layers
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.pipelines.commands.overrides import asked_for, parse_overrides
 
-CONTENT = {"evaluate": {"limit": 5, "sources": ["a"]}, "train": {"stages": [{"rate": 1, "batch": 2}, {"rate": 3}]}}
+TINY = layers(document("tiny"))
+
+
+def changed(*pairs: str) -> Recipe:
+    """The recipe `tiny` under overrides."""
+    return TINY.over(parse_overrides(TINY, pairs), "test").recipe()
 
 
 @pytest.mark.parametrize(
@@ -26,25 +36,69 @@ def test_values_get_the_type_they_look_like(text: str, value: object) -> None:
     """`1e-3` is a string to YAML: a learning rate given that way would be refused by the schema. And a model named by
     a day is a date to YAML, which JSON does not know.
     """
-    assert parse_overrides(CONTENT, [f"evaluate.limit={text}"]) == {"evaluate": {"limit": value}}
+    assert parse_overrides(TINY, [f"evaluate.limit={text}"]) == {"evaluate": {"limit": value}}
 
 
-def test_one_field_of_one_stage() -> None:
-    """Lists are replaced as a whole when merged: the other stages must come along."""
-    changed = merge(CONTENT, parse_overrides(CONTENT, ["train.stages.0.rate=9", "train.stages.1.rate=8"]))
-    assert changed["train"]["stages"] == [{"rate": 9, "batch": 2}, {"rate": 8}]
+@pytest.mark.parametrize("entry", ["3", "train-4"])
+def test_one_field_of_one_stage(entry: str) -> None:
+    """The other stages, and the other fields of this one, must come along."""
+    recipe = changed(f"train.stages.{entry}.learning_rate=9", "train.stages.0.batch=8")
+    wanted = TINY.recipe().model_dump()
+    wanted["train"]["stages"][3]["learning_rate"] = 9
+    wanted["train"]["stages"][0]["batch"] = 8
+    assert recipe.model_dump() == wanted
+
+
+def test_one_entry_of_a_list_or_a_table() -> None:
+    """A key that goes into a table must not drop its other entries, as a table that is given whole does."""
+    recipe = changed("model.s2_scales.1=84", "model.max_tiles=9", "evaluate.gate.min_accuracy.clips=0.25")
+    assert recipe.model.s2_scales == [28, 84]
+    assert recipe.evaluate.gate.min_accuracy == {"digits": 0.4, "clips": 0.25}
+    assert changed('evaluate.gate.min_accuracy={"clips": 0.25}').evaluate.gate.min_accuracy == {"clips": 0.25}
+    assert changed("evaluate.gate.min_accuracy.digits=null").evaluate.gate.min_accuracy == {}
+
+
+def test_the_last_of_two_values_counts() -> None:
+    """A table that is given twice would be a mixture of both."""
+    recipe = changed('evaluate.gate.min_accuracy={"clips": 0.5}', 'evaluate.gate.min_accuracy={"shapes": 0.25}')
+    assert recipe.evaluate.gate.min_accuracy == {"shapes": 0.25}
+    assert changed("seed=1", "seed=2").seed == 2
 
 
 def test_several_overrides_of_one_section_add_up() -> None:
     """The second must not wipe out the first."""
-    assert parse_overrides({}, ["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
+    wanted = {"evaluate": {"batch": 1, "limit": 2}}
+    assert parse_overrides(TINY, ["evaluate.batch=1", "evaluate.limit=2"]) == wanted
 
 
 @pytest.mark.parametrize(
-    "pair", ["evaluate.limit", "=3", "train.stages.7.rate=1", "train.stages.x.rate=1", "train.stages.².rate=1"]
+    "pair",
+    [
+        "evaluate.limit",
+        "=3",
+        "train.stages.7.batch=1",
+        "train.stages.x.batch=1",
+        "train.stages.².batch=1",
+        "train.chekpoint_seconds=1",
+        "model.s2_scales.2=14",
+    ],
 )
 def test_what_cannot_be_meant_is_refused(pair: str) -> None:
     """A mistyped override that has no effect would train the wrong model for days."""
-    with pytest.raises(ConfigError) as caught:
-        parse_overrides(CONTENT, [pair])
-    assert "--override" in str(caught.value)
+    with pytest.raises(ConfigError):
+        changed(pair)
+
+
+def test_a_recipe_that_extends_a_file_is_handed_on_whole(tmp_path: Path) -> None:
+    """A step in a pod does not have the user's files; a recipe that extends a shipped one goes as it is written."""
+    (tmp_path / "base.yaml").write_text("extends: micro\nname: base\nevaluate: {limit: 5}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\nevaluate: {limit: null, batch: 3}\n")
+    form, recipe = asked_for(str(tmp_path / "mine.yaml"), ["seed=4"], target="none")
+    assert fill_in(form) == recipe
+    assert (recipe.name, recipe.evaluate.batch, recipe.evaluate.limit, recipe.seed) == ("mine", 3, None, 4)
+    assert "extends" not in form.recipe
+    form, recipe = asked_for(str(tmp_path / "base.yaml"), [])
+    assert form.recipe == (tmp_path / "base.yaml").read_text()
+    assert fill_in(form) == recipe
+    form, recipe = asked_for("micro", [])
+    assert (form.recipe, json.loads(form.overrides)) == ("micro", {})

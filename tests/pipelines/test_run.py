@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from nvila.components.contracts.exits import Exit
-from nvila.pipelines.steps import STEPS
+from nvila.components.contracts.steps import ROWS
 
 pytestmark = pytest.mark.slow
 
@@ -50,9 +50,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[str
 def test_the_whole_lifecycle_comes_through(first: tuple[Path, int, dict[str, Any], str]) -> None:
     """Every step, its output and the links between them, with real data and the real runner."""
     folder, _, summary, output = first
-    assert set(_status(summary).values()) == {"done"} and list(_status(summary)) == list(STEPS)
+    assert set(_status(summary).values()) == {"done"} and list(_status(summary)) == list(ROWS)
     assert set(summary["accuracy"]) == {"shapes", "digits", "clips"}
-    assert set(summary["stages"]) == {"base", *(f"train-{stage}" for stage in range(1, 6))}
+    assert set(summary["stages"]) == {"initialize", *(f"train-{stage}" for stage in range(1, 6))}
     assert summary["peak_pss_bytes"] > 2**27 and 0 < summary["seconds_overhead"] < summary["seconds_total"]
     page = folder / "runs/latest/report.html"
     assert page.stat().st_size > 10_000 and "report.html" in output
@@ -90,7 +90,7 @@ def test_the_plan_of_an_unchanged_run_hits_everything(first: tuple[Path, int, di
     """The plan's keys must be those of the run, or it promises work that is not done, or the other way about."""
     command = [sys.executable, "-m", "nvila.pipelines.cli", "plan", "micro", "--no-cluster", "--json"]
     plan = json.loads(subprocess.run(command, cwd=first[0], capture_output=True, check=True, timeout=300).stdout)
-    assert plan["store"] == {name: "always" if name in NEVER_SKIPPED else "hit" for name in STEPS}
+    assert plan["store"] == {name: "always" if name in NEVER_SKIPPED else "hit" for name in ROWS}
     assert all(stage["samples"] and stage["hours"] > 0 for stage in plan["stages"])
 
 
@@ -98,7 +98,7 @@ def test_a_changed_evaluation_repeats_nothing_before_it(first: tuple[Path, int, 
     """The evaluation's settings must not leak into the slices of training."""
     code, summary, _ = _run(first[0], "evaluate.limit=16")
     assert code == 0
-    before = list(STEPS)[list(STEPS).index("preflight") : list(STEPS).index("evaluate")]
+    before = list(ROWS)[list(ROWS).index("preflight") : list(ROWS).index("evaluate")]
     status = _status(summary)
     assert {name: status[name] for name in before} == dict.fromkeys(before, "cached")
     assert status["evaluate"] == "done" and status["quantize"] == "cached"

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.code import code_digest
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile import package as cluster
@@ -33,7 +34,6 @@ from nvila.pipelines.kubeflow import submit as submitting
 from nvila.pipelines.kubeflow.server import Server, ServerDown
 from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
 from nvila.pipelines.show.watch import Watch
-from nvila.pipelines.steps import STEPS
 
 SHARED = Wanted()
 COMPILED = functools.cache(cluster.compiled)
@@ -96,7 +96,7 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
     }
     executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
     assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"
-    assert {"name": "NVILA_CODE", "value": code_digest()} in executors["exec-base"]["container"]["env"]
+    assert {"name": "NVILA_CODE", "value": code_digest()} in executors["exec-initialize"]["container"]["env"]
 
 
 def test_the_same_pipeline_is_uploaded_once(kfp: StandIn) -> None:
@@ -271,8 +271,8 @@ def test_a_wrong_recipe_reaches_no_server(kfp: StandIn) -> None:
 @pytest.mark.parametrize(
     ("end", "code", "word"),
     [
-        (_run("SUCCEEDED", _task("base", "SUCCEEDED")), Exit.DONE, "succeeded"),
-        (_run("CANCELED", _task("base", "CANCELED")), Exit.PREEMPTED, "canceled"),
+        (_run("SUCCEEDED", _task("initialize", "SUCCEEDED")), Exit.DONE, "succeeded"),
+        (_run("CANCELED", _task("initialize", "CANCELED")), Exit.PREEMPTED, "canceled"),
         (_run("FAILED", _task("gate", "FAILED", "Error (exit code 3)")), Exit.REJECTED, "gate: Error (exit code 3)"),
         (_run("FAILED", _task("validate", "FAILED", "main: exit code 2")), Exit.USER, "validate"),
         (_run("FAILED", _task("train-1", "FAILED", "OOMKilled (exit code 137)")), Exit.FAULT, "OOMKilled"),
@@ -294,8 +294,8 @@ def test_a_try_that_was_followed_by_another_is_no_verdict(kfp: StandIn) -> None:
     again = "2026-11-22T10:01:00Z"
     end = _run(
         "FAILED",
-        _task("base", "FAILED", "exit code 3"),
-        _task("base", "SUCCEEDED", created=again),
+        _task("initialize", "FAILED", "exit code 3"),
+        _task("initialize", "SUCCEEDED", created=again),
         _task("train-1", "FAILED", "exit code 2", created=again, end_time="2026-11-22T10:03:00Z"),
         _task("train-2", "FAILED", "exit code 1", created=again),
         _task("train-1-driver", "FAILED", "exit code 3"),
@@ -369,7 +369,7 @@ def test_every_step_has_a_row() -> None:
     """The table is the DAG, also before the server knows of it."""
     from kfp_server_api import V2beta1Run
 
-    assert [state.name for state in submitting.states(V2beta1Run())] == list(STEPS)
+    assert [state.name for state in submitting.states(V2beta1Run())] == list(ROWS)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
+from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import visible
 from nvila.components.runner.status import Run
 from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
@@ -23,11 +24,10 @@ from nvila.pipelines.local.run import _exit_code, _new_run, _point_latest
 from nvila.pipelines.show import results as closing
 from nvila.pipelines.show.summary import write_summary
 from nvila.pipelines.show.watch import Watch, read_states
-from nvila.pipelines.steps import STEPS
 
 TOLD: dict[str, Result] = {
     "resolve": Resolution(recipe={"name": "tiny"}, slices={}),
-    "evaluate": evaluation({"digits": scored(0.7, 0.1)}, {"base": {"digits": 0.1}, "train-4": {"digits": 0.6}}),
+    "evaluate": evaluation({"digits": scored(0.7, 0.1)}, {"initialize": {"digits": 0.1}, "train-4": {"digits": 0.6}}),
     "evaluate-quantized": quantized_evaluation({"digits": retained(0.69, full=0.7)}),
     "register": Registration(name="nvila-tiny", version="3", model_uri=""),
     "rollout": Rollout(
@@ -40,8 +40,8 @@ TOLD: dict[str, Result] = {
 def run_dir(tmp_path: Path) -> Path:
     """A finished run, as `execute` would have left it."""
     folder = tmp_path / "runs" / "r1"
-    for index, name in enumerate(STEPS):
-        _write_step(folder, name, "cached" if name == "base" else "done", started=100.0 + index)
+    for index, name in enumerate(ROWS):
+        _write_step(folder, name, "cached" if name == "initialize" else "done", started=100.0 + index)
     return folder
 
 
@@ -67,7 +67,7 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
     summary = write_summary(Run.read(run_dir), 60.0, 123, 0)
     assert json.loads((run_dir / "summary.json").read_text()) == summary.model_dump(mode="json")
     assert summary.decision == "promoted" and summary.endpoint == "http://127.0.0.1:8321"
-    assert [step.name for step in summary.steps] == list(STEPS)
+    assert [step.name for step in summary.steps] == list(ROWS)
     told = json.loads((run_dir / "summary.json").read_text())
     row = told["accuracy"]["digits"]
     assert {name: (row[name]["metric"], row[name]["value"], row[name]["n"]) for name in row} == {
@@ -81,7 +81,7 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
 
 def test_overhead_is_what_no_steps_function_used(run_dir: Path) -> None:
     """Skipped steps did no work, although their manifests say how long it once took."""
-    worked = (len(STEPS) - 1) * 2.0
+    worked = (len(ROWS) - 1) * 2.0
     assert write_summary(Run.read(run_dir), 60.0, 0, 0).seconds_overhead == pytest.approx(60.0 - worked)
 
 
@@ -106,10 +106,10 @@ def test_a_stopped_run_is_preempted_whatever_the_steps_say(run_dir: Path) -> Non
 
 def test_a_step_that_could_not_reach_a_service_says_so(run_dir: Path) -> None:
     """`stopped` alone reads as if somebody had stopped it, and does not say whom to call."""
-    _write_step(run_dir, "base", "preempted", started=50.0, code=75)
+    _write_step(run_dir, "initialize", "preempted", started=50.0, code=75)
     finished = Run.read(run_dir)
     assert _exit_code(finished, 1) == Exit.PREEMPTED
-    assert write_summary(finished, 1.0, 0, 75).message == "base stopped: because"
+    assert write_summary(finished, 1.0, 0, 75).message == "initialize stopped: because"
 
 
 def test_a_step_that_vanished_is_a_fault(run_dir: Path) -> None:
@@ -243,7 +243,7 @@ HOSTILE = "[red]:dog:\x1b[31m\r\u202e[/x]"
 
 def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Source names, notes and messages come from recipes, data, servers: no escape or markup of them counts."""
-    monkeypatch.setitem(TOLD, "evaluate", evaluation({HOSTILE: scored(0.7)}, {"base": {HOSTILE: 0.1}}))
+    monkeypatch.setitem(TOLD, "evaluate", evaluation({HOSTILE: scored(0.7)}, {"initialize": {HOSTILE: 0.1}}))
     served = Rollout(endpoint=HOSTILE, model=HOSTILE, version="3", decision=HOSTILE, pinned={})
     monkeypatch.setitem(TOLD, "rollout", served)
     monkeypatch.setattr(closing, "_held_out", lambda finished: (run_dir / f"{HOSTILE}.png", HOSTILE))
@@ -299,8 +299,8 @@ def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
         watch.refresh()
         watch.refresh()
     lines = out.getvalue().splitlines()
-    assert len(lines) == len(STEPS)
-    assert any("base: cached in 3.0 s" in line for line in lines)
+    assert len(lines) == len(ROWS)
+    assert any("initialize: cached in 3.0 s" in line for line in lines)
 
 
 def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:

@@ -11,7 +11,7 @@ from nvila.components.contracts.recipe.section import Section
 
 SPLITS = ("sft", "captions", "heldout")
 """Annotation files of a source: `sft.json` (questions and answers for stages 4 and 5), `captions.json`
-(image-text pairs for stages 1 to 3), `heldout.json` (never trained on). `labels.json` is optional, for `base`."""
+(image-text pairs for stages 1 to 3), `heldout.json` (never trained on). `labels.json` is optional, for `initialize`."""
 
 
 class Source(Section):
@@ -58,3 +58,13 @@ class DataSettings(Section):
 
     sources: list[Source] = Field(min_length=1)
     validation: Validation = Validation()
+
+    @property
+    def images(self) -> list[str]:
+        """Names of the sources of pictures."""
+        return [source.name for source in self.sources if source.kind == "image"]
+
+    @property
+    def videos(self) -> list[str]:
+        """Names of the sources of clips."""
+        return [source.name for source in self.sources if source.kind == "video"]

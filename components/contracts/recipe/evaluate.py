@@ -23,14 +23,24 @@ class Gate(Section):
     """A source with fewer held-out questions is refused."""
 
 
-class EvaluateSettings(Section):
-    """Exact match on the held-out splits."""
+class Tasks(Section):
+    """What is asked: exact match on the held-out splits."""
 
     sources: list[str] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)
     """Held-out questions per source for the final model; None is all of them."""
     stage_limit: int = Field(default=500, ge=1)
-    """Held-out questions per source for the model after base and after each stage."""
+    """Held-out questions per source for the model before training and after each stage."""
     batch: int = Field(default=64, ge=1)
     max_new_tokens: int = Field(default=8, ge=1)
+
+
+class EvaluateSettings(Tasks):
+    """The questions, and what their answers must reach."""
+
     gate: Gate = Gate()
+
+    @property
+    def tasks(self) -> Tasks:
+        """The questions alone."""
+        return self.part(Tasks)

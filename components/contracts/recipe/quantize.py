@@ -19,7 +19,7 @@ class QuantizeGate(Section):
     """A source with fewer questions is refused."""
 
 
-class QuantizeSettings(Section):
+class Scheme(Section):
     """Scheme of each part and calibration."""
 
     vision_tower: Literal["W8A8", "none"] = "W8A8"
@@ -30,8 +30,18 @@ class QuantizeSettings(Section):
     smoothquant_alpha: float = 0.3
     """Migration strength for the tower's LayerNorm -> Linear pairs; 0 switches it off."""
     calibration_samples: int = 128
+
+
+class QuantizeSettings(Scheme):
+    """The scheme, and how the quantized model is measured."""
+
     limit: int | None = Field(default=None, ge=1)
     """Held-out questions per source for the quantized model; None takes the evaluation's."""
     through_vllm: bool = True
     """Evaluate through vLLM and our plugin; False (micro recipe) through the same weights dequantized in torch."""
     gate: QuantizeGate = QuantizeGate()
+
+    @property
+    def scheme(self) -> Scheme:
+        """How to quantize alone."""
+        return self.part(Scheme)

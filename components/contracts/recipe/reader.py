@@ -1,9 +1,10 @@
-"""From the pipeline's form fields to one checked recipe; used by the step `resolve` and by the command line."""
+"""From a recipe's name, text or file to its layers: the documents it consists of, base first, laid over each other."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,64 @@ from typing import Any
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import Recipe, merge, parse_recipe
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.layers import EXTENDS, Layers
 
 SHIPPED = "nvila.pipelines.recipes"
 """Where the recipes lie that come with the platform: read as data, never imported."""
+SUFFIXES = (".yaml", ".yml")
 
 
-class Form(Section):
-    """The pipeline's parameters. KFP's UI shows their names, and one line for each to write in."""
+@dataclass(frozen=True)
+class Document:
+    """One YAML document."""
 
-    recipe: str
-    """Name of a shipped recipe, or the text of one: YAML, or in one line JSON, which is YAML too."""
-    data_uri: str = ""
-    """Folder with one folder per source; empty keeps the recipe's paths."""
-    model_name: str = ""
-    """Name in the registry; empty keeps the recipe's."""
-    keep_ratio: float = 0.0
-    """Share of the SFT data that stays; 0 keeps the recipe's."""
-    target: str = ""
-    """Where to serve; empty keeps the recipe's."""
-    overrides: str = "{}"
-    """JSON object laid over the recipe."""
+    name: str
+    """What messages call it."""
+    text: str
+    path: Path | None = None
+    """Of its file; None for a text without a place, which extends shipped recipes only."""
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The text as a mapping.
+
+        Raises:
+            ConfigError: it is no YAML, or no mapping.
+        """
+        try:
+            content = load_yaml(self.text)
+        except yaml.YAMLError as error:
+            message = f"not YAML: {' '.join(str(error).split())}"
+            raise ConfigError(message, where=self.name, do=_one_line(self.text)) from None
+        except RecursionError:
+            raise ConfigError("nested too deeply", where=self.name) from None
+        if not isinstance(content, dict):
+            message = "a recipe is a mapping of sections"
+            raise ConfigError(message, where=self.name, value=content, do=_one_line(self.text))
+        return content
+
+    @property
+    def about(self) -> str:
+        """What its first line says."""
+        return self.text.partition("\n")[0].removeprefix("#").strip()
+
+    def parent(self) -> Document | None:
+        """What it extends.
+
+        Raises:
+            ConfigError: that is not there, or not for this document to name.
+        """
+        named = self.content.get(EXTENDS)
+        if named is None:
+            return None
+        if not isinstance(named, str):
+            raise ConfigError("not the name of a recipe", where=f"{self.name}: {EXTENDS}", value=named)
+        if not named.endswith(SUFFIXES):
+            return shipped_document(named, where=f"{self.name}: {EXTENDS}")
+        if self.path is None:
+            do = "Name a shipped recipe, or give the file to `nvila submit FILE`, which reads what it extends."
+            raise ConfigError("a recipe given as text extends no file", where=self.name, value=named, do=do)
+        return file_document(self.path.parent / named)
 
 
 def shipped() -> list[str]:
@@ -40,78 +77,83 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in resources.files(SHIPPED).iterdir() if f.name.endswith(".yaml"))
 
 
-def recipe_text(recipe: str) -> str:
-    """YAML text of a shipped recipe, or `recipe` itself when it is the text.
+def shipped_document(name: str, where: str | None = None) -> Document:
+    """The shipped recipe of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in shipped():
+        do = f"Shipped are: {', '.join(shipped())}."
+        raise ConfigError("no recipe of that name", where=where, value=name, do=do)
+    return Document(name, resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def file_document(path: Path) -> Document:
+    """The recipe in this file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ConfigError("no such recipe file", where=str(path), do=f"Shipped recipes: {', '.join(shipped())}.")
+    try:
+        return Document(str(path), path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
+
+
+def document(recipe: str) -> Document:
+    """A shipped recipe by its name, or `recipe` itself when it is the text of one.
 
     Raises:
         ConfigError: it is neither.
     """
-    if "\n" in recipe or ":" in recipe:
-        return recipe
-    if recipe not in shipped():
-        raise ConfigError("no recipe of that name", value=recipe, do=f"Shipped are: {', '.join(shipped())}.")
-    return resources.files(SHIPPED).joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+    return Document("recipe", recipe) if "\n" in recipe or ":" in recipe else shipped_document(recipe)
 
 
-def read_recipe(recipe: str) -> str:
-    """Like `recipe_text`, for the command line, where a path of a YAML file will do as well.
-
-    Raises:
-        ConfigError: no recipe of that name, or a file that cannot be read.
-    """
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ConfigError("no such recipe file", where=recipe, do=f"Shipped recipes: {', '.join(shipped())}.")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read: {error}", where=recipe) from None
-    return recipe_text(recipe)
+def named_document(recipe: str) -> Document:
+    """Like `document`, for the command line, where a path of a YAML file will do as well."""
+    return file_document(Path(recipe)) if recipe.endswith(SUFFIXES) else document(recipe)
 
 
-def fill_in(form: Form, where: str = "recipe", root: str = "") -> Recipe:
-    """The recipe with the form's fields and overrides laid over it.
-
-    Args:
-        form: the pipeline's parameters.
-        where: what messages call the recipe when it is given as text.
-        root: folder that its relative paths begin at; empty leaves them relative.
+def family(first: Document) -> Iterator[Document]:
+    """The document, the one that it extends, and so on.
 
     Raises:
-        ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
+        ConfigError: one of them is not there, or extends itself.
     """
-    where = form.recipe if form.recipe in shipped() else where
-    content = parse_yaml(recipe_text(form.recipe), where)
-    for path, value in (
-        (("register", "model_name"), form.model_name),
-        (("prune", "keep_ratio"), form.keep_ratio),
-        (("rollout", "target"), form.target),
-    ):
-        if value:
-            content = merge(content, {path[0]: {path[1]: value}})
-    content = merge(content, _overrides(form.overrides))
-    if form.data_uri:
-        content = _move_data(content, form.data_uri)
-    recipe = parse_recipe(content, where=where)
-    return _rooted(recipe, Path(root)) if root else recipe
+    names: list[str] = []
+    places: list[Path | str] = []
+    found: Document | None = first
+    while found is not None:
+        names.append(found.name)
+        place = found.path.resolve() if found.path else found.name
+        if place in places:
+            raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(names)}", where=first.name)
+        places.append(place)
+        yield found
+        found = found.parent()
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """The text as a mapping.
+def layers(first: Document) -> Layers:
+    """The document over all that it extends.
 
     Raises:
-        ConfigError: it is no YAML, or no mapping.
+        ConfigError: a document that is not there or no YAML, a circle, an unknown key.
     """
-    try:
-        content = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=where, do=_one_line(text)) from None
-    except RecursionError:
-        raise ConfigError("nested too deeply", where=where) from None
-    if not isinstance(content, dict):
-        raise ConfigError("a recipe is a mapping of sections", where=where, value=content, do=_one_line(text))
-    return content
+    laid = Layers(first.name)
+    for member in reversed(list(family(first))):
+        content = {key: value for key, value in member.content.items() if key != EXTENDS}
+        laid = laid.over(content, member.name)
+    return laid
+
+
+def self_contained(first: Document) -> str:
+    """The text of a recipe that no file is needed for: its own, or what it comes to where it extends a file."""
+    if all(member.path is None for member in list(family(first))[1:]):
+        return first.text
+    return yaml.safe_dump(layers(first).content, sort_keys=False, allow_unicode=True)
 
 
 def _one_line(text: str) -> str | None:
@@ -138,41 +180,3 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: it is no YAML.
     """
     return yaml.load(text, _Loader)
-
-
-def _rooted(recipe: Recipe, root: Path) -> Recipe:
-    """The recipe with every relative path of a folder made absolute."""
-    content = recipe.model_dump(mode="json", by_alias=True)
-    base, prune = content["model"]["base"], content["prune"]
-    for section, key in (
-        *((source, "path") for source in content["data"]["sources"]),
-        *((base, part) for part in ("vision_tower", "llm")),
-        *((prune[name], "path") for name in ("small", "large")),
-    ):
-        if section[key] and "://" not in section[key]:
-            section[key] = str(root / section[key])
-    return parse_recipe(content)
-
-
-def _overrides(text: str) -> Mapping[str, Any]:
-    try:
-        content = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error}", where="overrides", value=text) from None
-    if not isinstance(content, dict):
-        raise ConfigError("overrides must be a JSON object", where="overrides", value=text)
-    return content
-
-
-def _move_data(content: dict[str, Any], data_uri: str) -> dict[str, Any]:
-    """Each source is then the folder of its name under `data_uri`, and is never built as a demonstration."""
-    data = content.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    if not isinstance(sources, list) or not all(isinstance(s, dict) and "name" in s for s in sources):
-        return content  # the schema says what is wrong
-    moved = [
-        {k: v for k, v in s.items() if k not in ("demo", "demo_scale")}
-        | {"path": f"{data_uri.rstrip('/')}/{s['name']}"}
-        for s in sources
-    ]
-    return merge(content, {"data": {"sources": moved}})

@@ -1,15 +1,12 @@
-"""The whole recipe: one YAML, one schema. Errors carry the dotted path and the nearest right key."""
+"""The whole recipe: one schema over its sections, and each step's part of it."""
 
 from __future__ import annotations
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
+from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
@@ -20,6 +17,7 @@ from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import TrainSettings
+from nvila.components.contracts.steps import STEPS, Step
 
 
 class Needs(Section):
@@ -44,13 +42,24 @@ class Recipe(Section):
     rollout: RolloutSettings = RolloutSettings()
     needs: Needs = Needs()
 
+    @property
+    def weights(self) -> list[str]:
+        """Where weights are taken from: folders, `s3://` and `hf://`."""
+        base, prune = self.model.base, self.prune
+        return [uri for uri in (base.vision_tower, base.llm, prune.small.path, prune.large.path) if uri]
+
+    @property
+    def vllm(self) -> bool:
+        """Whether a step starts vLLM."""
+        return self.quantize.through_vllm or self.rollout.target == "local"
+
     @model_validator(mode="after")
     def _names_agree(self) -> Recipe:
         names = [source.name for source in self.data.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"data.sources: two sources share a name: {names}")
         for index, stage in enumerate(self.train.stages):
-            for subset in stage.data:
+            for subset in stage.data if stage else ():
                 source, _, split = subset.partition(".")
                 if source not in names or split not in SPLITS or split == "heldout":
                     raise ValueError(
@@ -68,110 +77,32 @@ class Recipe(Section):
         return self
 
 
-def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe.
+def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
+    """Each step's part of the recipe, by step name; None where the recipe leaves the step out.
 
-    Args:
-        content: the YAML document.
-        where: file name for messages.
+    A step's content key depends on its slice and nothing else of the recipe.
 
     Raises:
-        ConfigError: names the dotted option, the value and, for an unknown key, the nearest right one.
+        ConfigError: the recipe has more stages than the pipeline has steps for them.
     """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise _explain(error, where) from None
+    places, stages = sum(bool(row.hands_on) for row in steps), len(recipe.train.stages)
+    if stages > places:
+        raise ConfigError(
+            f"the recipe has {stages} stages, and this pipeline has training steps for {places}",
+            where="train.stages",
+            do="Leave stages out, or use a pipeline whose table has a row for each.",
+        )
+    return {row.name: _slice(recipe, row) for row in steps if row.recipe}
 
 
-def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` laid over it: mappings merge key by key, anything else is replaced."""
-    merged = dict(base)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+def _slice(recipe: Recipe, row: Step) -> dict[str, Any] | None:
+    found = {field: _at(recipe, path) for field, path in row.recipe.items()}
+    return None if row.hands_on and None in found.values() else to_jsonable_python(found, by_alias=True)
 
 
-def slices(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Each step's part of the recipe, by step name. A step's content key depends on its slice and nothing else."""
-    r = recipe.model_dump(mode="json", by_alias=True)
-    image = [s["name"] for s in r["data"]["sources"] if s["kind"] == "image"]
-    video = [s["name"] for s in r["data"]["sources"] if s["kind"] == "video"]
-    skips = {"max_skipped_share": r["train"]["max_skipped_share"]}
-    prune = {"prune": r["prune"], "seed": r["seed"]} | skips
-    run = {k: v for k, v in r["train"].items() if k != "stages"}
-    evaluate = {k: v for k, v in r["evaluate"].items() if k != "gate"}
-    quantize = {k: v for k, v in r["quantize"].items() if k not in ("gate", "limit", "through_vllm")}
-    stages = {
-        f"train-{i}": {"stage": stage, "run": run, "seed": r["seed"]} for i, stage in enumerate(r["train"]["stages"], 1)
-    }
-    base = r["model"]["base"]
-    weights = [base["vision_tower"], base["llm"], r["prune"]["small"]["path"], r["prune"]["large"]["path"]]
-    vllm = recipe.quantize.through_vllm or recipe.rollout.target == "local"
-    quantized = {"evaluate": evaluate, "limit": r["quantize"]["limit"], "through_vllm": r["quantize"]["through_vllm"]}
-    return {
-        "preflight": {
-            "data": r["data"],
-            "rollout": r["rollout"],
-            "needs": r["needs"],
-            "vllm": vllm,
-            "weights": [uri for uri in weights if uri],
-        },
-        "validate": {"data": r["data"]},
-        "base": {"model": r["model"], "seed": r["seed"]} | skips,
-        "prune-image": prune | {"sources": image},
-        "prune-video": prune | {"sources": video},
-        **stages,
-        "evaluate": {"evaluate": evaluate, "seed": r["seed"]},
-        "gate": {"gate": r["evaluate"]["gate"]},
-        "quantize": {"quantize": quantize, "seed": r["seed"]} | skips,
-        "evaluate-quantized": quantized,
-        "gate-quantized": {"gate": r["quantize"]["gate"]},
-        "register": {"register": r["register"]},
-        "rollout": {"rollout": r["rollout"], "register": r["register"]},
-    }
-
-
-def _explain(error: ValidationError, where: str) -> ConfigError:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    dotted = ".".join(path)
-    others = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        if dotted == "model.variant":
-            return ConfigError(f"unknown recipe key {dotted}{others}", where=where, do="It decides nothing: delete it.")
-        known = _keys_at(Recipe, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"Did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"Known here: {', '.join(known)}"
-        return ConfigError(f"unknown recipe key {dotted}{others}", where=where, do=hint)
-    if first["type"] == "missing":
-        return ConfigError(f"recipe key {dotted} is missing{others}", where=where)
-    message = re.sub(r"^Value error, ", "", first["msg"])
-    value = None if isinstance(first.get("input"), (dict, list)) else first.get("input")
-    return ConfigError(f"{dotted or 'recipe'}: {message}{others}", where=where, value=value)
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the keys that the schema knows at a dotted path (list indices and dictionary keys are passed over)."""
-    kind: Any = model
-    for part in path:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            fields = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-            if part not in fields:
-                return []
-            kind = fields[part]
-        else:
-            args = typing.get_args(kind)
-            kind = args[-1] if args else kind
-        kind = _unwrap(kind)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return sorted(field.alias or name for name, field in kind.model_fields.items())
-    return []
-
-
-def _unwrap(kind: Any) -> Any:
-    """`X | None` -> `X`."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    return kind
+def _at(recipe: Recipe, path: str) -> Any:
+    """What stands at a dotted path; None behind the end of a list."""
+    value: Any = recipe
+    for part in path.split("."):
+        value = next(iter(value[int(part) :]), None) if part.isdigit() else getattr(value, part)
+    return value

@@ -1,4 +1,4 @@
-"""Recipe section `train`: the table of the five stages; paper section 3.1 and table 8."""
+"""Recipe section `train`: the table of the stages; paper section 3.1 and table 8."""
 
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ class Stage(Section):
         return micro
 
 
-class TrainSettings(Section):
-    """The five stages and how they are run."""
+class Run(Section):
+    """How a stage is run."""
 
-    stages: list[Stage] = Field(min_length=5, max_length=5)
     precision: Precision = "bf16"
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
@@ -65,8 +64,22 @@ class TrainSettings(Section):
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""
 
+
+class TrainSettings(Run):
+    """The stages and how they are run."""
+
+    stages: list[Stage | None] = Field(min_length=1)
+    """One per training step of the pipeline, in its order; null, or a list that ends earlier, leaves a step out."""
+
+    @property
+    def run(self) -> Run:
+        """How they are run alone."""
+        return self.part(Run)
+
     @model_validator(mode="after")
     def _batches_are_whole(self) -> TrainSettings:
-        for stage in self.stages:
+        if not any(self.stages):
+            raise ValueError("no stage is left")
+        for stage in filter(None, self.stages):
             stage.samples_at_once(self.gpus)
         return self

@@ -12,7 +12,7 @@ class Resolution(Result):
 
     recipe: dict[str, Any]
     """All of it, defaults filled in."""
-    slices: dict[str, dict[str, Any]]
+    slices: dict[str, dict[str, Any] | None]
     """Each step's part, by step name."""
 
     @property

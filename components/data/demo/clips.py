@@ -19,7 +19,7 @@ FRAMES_PER_DIGIT = 2
 FRAMES_PER_SECOND = 4
 TRAINING_CLIPS, HELD_OUT_CLIPS = 2500, 600
 LABELLED_FRAMES = 2
-"""Labels per training clip, for the `base` step."""
+"""Labels per training clip, for the step `initialize`."""
 ORDINALS = ("first", "second", "third", "fourth")
 
 

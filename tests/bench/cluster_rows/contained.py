@@ -14,7 +14,7 @@ from unittest import mock
 from kfp.local.status import Status
 from kfp.local.subprocess_task_handler import SubprocessTaskHandler
 
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.data.demo import ensure
 
 sys.path.append(str(Path(__file__).parents[2] / "infra/images"))

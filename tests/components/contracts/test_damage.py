@@ -161,7 +161,7 @@ BROKEN: dict[str, Harm] = {
     "of another key": lambda path: edited(path.parent, True, key=KEY[:20] + "f" * 44),
     "of another step": lambda path: edited(path.parent, True, step="train-2"),
     "made from another input": lambda path: edited(
-        path.parent, True, inputs={"model": {"step": "base", "uri": "/x", "digest": "d"}}
+        path.parent, True, inputs={"model": {"step": "initialize", "uri": "/x", "digest": "d"}}
     ),
 }
 

@@ -27,7 +27,7 @@ MODULES = sorted(
     }
 )
 NOTHING = ""
-MODEL = "base evaluate evaluate.quantized prune quantize register train"
+MODEL = "evaluate evaluate_quantized initialize prune quantize register train"
 EDITS = {
     # what: file under components, what stands there, what then stands there, the steps that run again
     "a remark": ("model/vision/projector.py", "class Projector", "# Two layers.\nclass Projector", NOTHING),
@@ -38,7 +38,7 @@ EDITS = {
         "model/decode/generation.py",
         "argmax(dim=-1)",
         "argmin(dim=-1)",
-        "evaluate evaluate.quantized prune register",
+        "evaluate evaluate_quantized prune register",
     ),
     "the projector": ("model/vision/projector.py", "nn.GELU()", "nn.ReLU()", MODEL),
     "the learning rate": ("train/schedule.py", "0.5 *", "0.4 *", "train"),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import merge, parse_recipe, slices
+from nvila.components.contracts.recipe.layers import parse_recipe
+from nvila.components.contracts.recipe.recipe import slices
 
 STAGE = {
     "name": "a stage",
@@ -38,7 +39,7 @@ def changed(dotted: str, value: Any) -> dict[str, Any]:
     *parents, last = dotted.split(".")
     for part in parents:
         place = place[int(part)] if part.isdigit() else place.setdefault(part, {})
-    place[last] = value
+    place[int(last) if last.isdigit() else last] = value
     return recipe
 
 
@@ -115,7 +116,8 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("train.stages.2.data", {"shapes": 1}, r"train\.stages\.2\.data: 'shapes'"),
         ("train.stages.0.data", {"shapes.sft": 0}, "greater than 0"),
         ("train.stages.0.batch", 0, "greater than or equal to 1"),
-        ("train.stages", [STAGE], "at least 5 items"),
+        ("train.stages", [], "at least 1 item"),
+        ("train.stages", [None], "no stage is left"),
         ("train.gpus", 3, "stage 1: batch 8 is not a multiple of micro_batch 2 times 3 gpus"),
         ("train.stages.1.micro_batch", 3, "stage 2: batch 8 is not a multiple of micro_batch 3 times 1 gpus"),
         ("train.stages.0.learning_rate", float("inf"), "finite number"),
@@ -159,15 +161,16 @@ PRUNES = {"prune-image", "prune-video"}
         ("evaluate.gate.above_question_only", False, {"gate"}),
         ("prune.keep_ratio", 0.25, PRUNES),
         ("train.stages.3.learning_rate", 1.0, {"train-4"}),
+        ("train.stages.3", None, {"train-4"}),
         ("train.precision", "fp32", STAGES),
         ("quantize.method", "rtn", {"quantize"}),
         ("quantize.gate.max_loss", 0.5, {"gate-quantized"}),
         ("quantize.limit", 5, {"evaluate-quantized"}),
         ("rollout.port", 8000, {"preflight", "rollout"}),
-        ("register.model_name", "other", {"register", "rollout"}),
+        ("register.model_name", "other", {"register"}),
         ("needs.disk_bytes", 1, {"preflight"}),
         ("data.validation.max_pixels", 9999, {"preflight", "validate"}),
-        ("model.max_length_tokens", 99, {"base"}),
+        ("model.max_length_tokens", 99, {"initialize"}),
         ("name", "other", set()),
     ],
 )
@@ -176,22 +179,23 @@ def test_an_option_reaches_only_the_steps_that_read_it(dotted: str, value: Any, 
     assert affected(dotted, value) == steps
 
 
+def test_a_stage_may_be_left_out() -> None:
+    """Three stages for a small model must not need a pipeline of their own; six must not end after five."""
+    found = slices(parse_recipe(changed("train.stages", [STAGE, None, STAGE])))
+    assert [bool(found[step]) for step in sorted(STAGES)] == [True, False, True, False, False]
+    with pytest.raises(ConfigError, match="6 stages, and this pipeline has training steps for 5"):
+        slices(parse_recipe(changed("train.stages", [STAGE] * 6)))
+
+
 def test_the_seed_reaches_every_step_that_draws() -> None:
     """A seed that one step ignores makes two seeds look alike."""
-    assert affected("seed", 1) == {"base", *PRUNES, *STAGES, "evaluate", "quantize"}
+    assert affected("seed", 1) == {"initialize", *PRUNES, *STAGES, "evaluate", "quantize"}
 
 
 def test_each_prune_step_takes_its_kind_of_source() -> None:
     """Images pruned by the video step would be scored twice, or never."""
     found = slices(parse_recipe(RECIPE))
     assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == (["shapes"], ["clips"])
-
-
-def test_overrides_merge_key_by_key() -> None:
-    """An override of one option must not drop its neighbours, nor change the recipe it is laid over."""
-    base = {"a": {"b": 1, "c": [1, 2]}, "d": 1}
-    assert merge(base, {"a": {"c": [3]}, "e": 2}) == {"a": {"b": 1, "c": [3]}, "d": 1, "e": 2}
-    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 1}
 
 
 def test_several_mistakes_are_counted() -> None:

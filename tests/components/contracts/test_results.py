@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from telling import evaluation, scored, training
 
 from nvila.components.contracts import manifest as manifests
-from nvila.components.contracts import results
+from nvila.components.contracts import steps
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.model import Training
-from nvila.components.contracts.results.result import Measured
+from nvila.components.contracts.results.result import Measured, Other, Result
 from nvila.components.contracts.store import Store
 from nvila.components.tracking.flatten import metrics
 
 
-def saved(folder: Path, step: str, result: results.Result | None = None) -> Path:
+def saved(folder: Path, step: str, result: Result | None = None) -> Path:
     path = folder / "m.json"
     Manifest(step=step, key="k", kind="model", result=result).save(path)
     return path
@@ -36,7 +37,7 @@ def test_the_result_of_another_step_is_damage(tmp_path: Path) -> None:
     """A manifest that fits nobody's form was written by hand; an attribute error later is no message."""
     with pytest.raises(ValueError, match="result"):
         Manifest(step="train-1", key="k", kind="model", result=evaluation({}))
-    path = saved(tmp_path, "other", results.Other(**evaluation({}).model_dump()))
+    path = saved(tmp_path, "other", Other(**evaluation({}).model_dump()))
     content = json.loads(path.read_text()) | {"step": "train-1"}
     path.write_text(json.dumps(content))
     with pytest.raises(DamagedError, match="no Training's"):
@@ -52,7 +53,7 @@ def test_a_field_that_is_new_leaves_older_digests_alone(tmp_path: Path, monkeypa
         gpu_hours: float | None = None
 
     path = saved(tmp_path, "train-1", training())
-    monkeypatch.setitem(results.RESULTS, "train-1", More)
+    monkeypatch.setitem(steps.ROWS, "train-1", replace(steps.ROWS["train-1"], result=More))
     read = Manifest.load(path)
     assert isinstance(read.result, More) and read.digest == json.loads(path.read_text())["digest"]
 
@@ -80,8 +81,8 @@ def test_measured_values_keep_their_names_in_mlflow() -> None:
     assert not [name for name in told if "value" in name or "metric" in name]
 
 
-@pytest.mark.parametrize("kind", {*results.RESULTS.values(), Measured})
-def test_a_result_is_frozen_and_takes_no_more(kind: type[results.Result]) -> None:
+@pytest.mark.parametrize("kind", {*(row.result for row in steps.STEPS), Measured} - {Other})
+def test_a_result_is_frozen_and_takes_no_more(kind: type[Result]) -> None:
     """A key that nobody reads is a mistake that nobody sees."""
     assert kind.model_config["frozen"] and kind.model_config["extra"] == "forbid"
 

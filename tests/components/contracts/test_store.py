@@ -84,7 +84,7 @@ def test_manifest_appears_whole_or_not_at_all(store: Store, monkeypatch: pytest.
 
 def test_digest_does_not_depend_on_place_or_time(store: Store, tmp_path: Path) -> None:
     """The same work done elsewhere or later must find the cached work of later steps."""
-    ref = InputRef(step="base", uri="/here/manifest.json", digest="d")
+    ref = InputRef(step="initialize", uri="/here/manifest.json", digest="d")
     first = finish(store, inputs={"model": ref}, seconds=1.0, created="2026-01-01")
     moved = ref.model_copy(update={"uri": "/there/manifest.json"})
     second = finish(Store(tmp_path / "other"), inputs={"model": moved}, seconds=2.0, created="2027-01-01")

@@ -14,7 +14,7 @@ from telling import evaluation, scored
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.data import Validation
-from nvila.components.contracts.recipe.recipe import parse_recipe
+from nvila.components.contracts.recipe.layers import parse_recipe
 from nvila.components.data import media, samples
 from nvila.components.data.media import Limits, MediaError, load_image
 from nvila.components.data.samples import read_labels, read_limits, read_samples, write_labels, write_samples
@@ -108,7 +108,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     tight: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A picture of 51 megapixels passed validation under a recipe that allows 60, and stopped training hours later."""
-    from nvila.components.base.tower import read_label_records
+    from nvila.components.initialize.tower import read_label_records
     from nvila.components.metrics.answers import Questions
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.feed import Feed

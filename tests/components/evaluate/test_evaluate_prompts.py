@@ -8,7 +8,7 @@ import pytest
 from servable import picture, servable_model
 
 from nvila.components.data.samples import Sample, Turn
-from nvila.components.evaluate.quantized import Settings, _through_vllm
+from nvila.components.evaluate_quantized.step import Settings, _through_vllm
 from nvila.components.metrics.answers import Questions
 from nvila.components.model.checkpoint.serving import chat_template
 from nvila.components.model.feed import Feed

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import DataError
-from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.errors import DamagedError, DataError
+from nvila.components.contracts.manifest import InputRef, Manifest, describe_files
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured
-from nvila.components.evaluate import quantized, step
+from nvila.components.evaluate import step
+from nvila.components.evaluate_quantized import step as quantized
 from nvila.components.metrics.accuracy import accuracy, is_correct
 
 TASKS = {"sources": ["colours", "clips"], "limit": None, "stage_limit": 3, "batch": 4, "max_new_tokens": 3}
@@ -21,15 +23,26 @@ def settings(**tasks: Any) -> step.Settings:
     return step.Settings.model_validate({"evaluate": TASKS | tasks, "seed": 0})
 
 
-def inputs(small: Any) -> dict[str, Manifest]:
-    return {"samples": small.samples} | dict.fromkeys(step.STAGES, small.model)
+NAMES = ["initialize", "train-1", "train-2"]
+
+
+def inputs(small: Any, store: Path) -> dict[str, Manifest]:
+    """The same model as the output of three steps, each of which has read the one before."""
+    last = small.model
+    for name in NAMES:
+        ref = InputRef(step=last.step, uri=f"/elsewhere/{last.step}/k/manifest.json", digest=last.digest)
+        folder = shutil.copytree(small.model.folder, store / name / "k", dirs_exist_ok=True)
+        read = {"model": ref} if name != NAMES[0] else {}
+        last = small.model.model_copy(update={"step": name, "key": "k", "folder": str(folder), "inputs": read})
+        last.save(folder / "manifest.json")
+    return {"samples": small.samples, "model": last}
 
 
 @pytest.fixture(scope="module")
 def evaluated(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Manifest]:
     """Values of the step, and a manifest of its files."""
     out = tmp_path_factory.mktemp("evaluate")
-    outcome = step.run(settings(), inputs(small), out)
+    outcome = step.run(settings(), inputs(small, out.parent / "store"), out)
     files = describe_files(out, outcome.files)
     assert sorted(files) == ["predictions.parquet", "stages.png"]
     manifest = Manifest(step="evaluate", key="k", kind="metrics", files=files, result=outcome.result)
@@ -84,19 +97,28 @@ def test_question_text_baselines_are_those_of_the_training_answers(
 
 
 def test_every_stage_is_measured_on_the_same_first_questions(evaluated: tuple[Evaluation, Manifest]) -> None:
-    """Stages measured on different questions cannot be compared; here all six are one model, and must be equal."""
+    """Stages measured on different questions cannot be compared; here all three are one model, and must be equal."""
     told, manifest = evaluated
-    assert list(told.stages) == ["base", "train-1", "train-2", "train-3", "train-4", "train-5"]
+    assert list(told.stages) == NAMES
     for source in TASKS["sources"]:  # type: ignore[attr-defined]
         first = [row["correct"] for row in rows_of(manifest) if row["source"] == source][:3]
         assert all(stage[source] == accuracy(first) for stage in told.stages.values())
+
+
+def test_an_earlier_stage_that_was_replaced_is_found_out(small: Any, tmp_path: Path) -> None:
+    """The table of stages would show a model that this one never came from."""
+    given = inputs(small, tmp_path / "store")
+    other = given["model"].origin("model").model_copy(update={"kind": "metrics"})
+    other.save(tmp_path / "store" / other.step / "k" / "manifest.json")
+    with pytest.raises(DamagedError, match="not the output of step train-1 that train-2 read"):
+        step.run(settings(), given, tmp_path)
 
 
 def test_the_same_work_gives_the_same_result(
     evaluated: tuple[Evaluation, Manifest], small: Any, tmp_path: Path
 ) -> None:
     """Values with a time or a path of the run make every later step a new piece of work."""
-    outcome = step.run(settings(), inputs(small), tmp_path)
+    outcome = step.run(settings(), inputs(small, tmp_path / "store"), tmp_path)
     assert outcome.result == evaluated[0]
     assert rows_of(evaluated[1].model_copy(update={"folder": str(tmp_path)})) == rows_of(evaluated[1])
 
@@ -104,7 +126,7 @@ def test_the_same_work_gives_the_same_result(
 def test_a_source_without_held_out_questions_is_the_users_error(small: Any, tmp_path: Path) -> None:
     """An accuracy of nothing would pass or fail the gate by accident."""
     with pytest.raises(DataError, match="source nowhere has no held-out questions"):
-        step.run(settings(sources=["nowhere"]), inputs(small), tmp_path)
+        step.run(settings(sources=["nowhere"]), inputs(small, tmp_path / "store"), tmp_path)
 
 
 def test_the_choice_of_questions_depends_on_the_seed_only(small: Any) -> None:

@@ -10,7 +10,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.contracts.results.accuracy import Baseline, Retained, Scored
-from nvila.components.evaluate.gate import Settings, run
+from nvila.components.gate.step import Settings, run
 from nvila.components.metrics import accuracy
 from nvila.components.metrics.gates import objections, objections_to_quantized
 

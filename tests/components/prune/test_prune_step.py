@@ -35,7 +35,7 @@ def settings(sources: list[str] | None = None, **prune: Any) -> step.Settings:
 
 
 def inputs(small: Any) -> dict[str, Manifest]:
-    return {"samples": small.samples, "base": small.model}
+    return {"samples": small.samples, "model": small.model}
 
 
 def table(out: Path) -> dict[str, dict[str, Any]]:
@@ -189,7 +189,7 @@ def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[Any
     write_samples(tmp_path / "samples.parquet", [row for row in rows if row["media"] == ["sft-0.png"]])
     alone = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     with pytest.raises(DataError, match="all fall into one fold"):
-        step.run(settings(), {"samples": alone, "base": small.model}, tmp_path)
+        step.run(settings(), {"samples": alone, "model": small.model}, tmp_path)
 
 
 def test_questions_on_one_picture_share_a_fold() -> None:
@@ -226,7 +226,7 @@ def test_a_reference_in_a_bucket_belongs_to_the_key(small: Any, tmp_path: Path, 
     place = {"path": "s3://b/m"}
     given = settings(small=place, large=place)
     before = step.external(given.model_dump(mode="json"))
-    made = step.run(given, {"samples": small.samples, "base": small.model}, tmp_path)
+    made = step.run(given, {"samples": small.samples, "model": small.model}, tmp_path)
     assert made.read == before and "llm/model.safetensors" in before["small"]
     s3.put("m/config.json", s3.objects["m/config.json"].body + b" ")
     assert step.external(given.model_dump(mode="json")) != before
@@ -254,7 +254,7 @@ def test_unusable_samples_have_no_score_and_do_not_stay(
     small: Any, tmp_path: Path, here: list[Any], damaged: Manifest
 ) -> None:
     """One damaged picture ended hours of scoring; with a score of 0 it would be kept before distracting samples."""
-    given = {"samples": damaged, "base": small.model}
+    given = {"samples": damaged, "model": small.model}
     allowed = settings().model_copy(update={"max_skipped_share": 0.1})
     outcome = step.run(allowed, given, tmp_path)
     assert sorted(table(tmp_path)) == sorted(set(IDS) - {"colours/sft/3-a", "colours/sft/3-b"})

@@ -8,7 +8,8 @@ import pytest
 from telling import evaluation, quantization, quantized_evaluation, retained, scored, validation
 
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
-from nvila.components.contracts.results import Passed, Result
+from nvila.components.contracts.results.accuracy import Passed
+from nvila.components.contracts.results.result import Result
 
 
 def manifest(root: Path, step: str, kind: Kind, result: Result, files: dict[str, str] | None = None) -> Manifest:

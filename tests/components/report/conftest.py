@@ -66,10 +66,10 @@ STEPS: tuple[tuple[str, float, str, tuple[str, ...]], ...] = (
     ("resolve", 0.4, "slices", ()),
     ("preflight", 2.1, "metrics", ("resolve",)),
     ("validate", 31, "dataset", ()),
-    ("base", 140, "model", ("validate",)),
+    ("initialize", 140, "model", ("validate",)),
     ("prune-image", 95, "dataset", ("validate",)),
     ("prune-video", 48, "dataset", ("validate",)),
-    ("train-1", 22, "model", ("base", "validate")),
+    ("train-1", 22, "model", ("initialize", "validate")),
     ("train-2", 61, "model", ("train-1", "validate")),
     ("train-3", 88, "model", ("train-2", "validate")),
     ("train-4", 185, "model", ("train-3", "prune-image")),
@@ -182,6 +182,6 @@ def _evaluation(root: Path, folder: Path, step: str, text: str) -> Result:
     scores = {"shapes": 0.81, "digits": 0.72, "clips": 0.64}
     if step == "evaluate-quantized":
         return quantized_evaluation({n: retained(a - 0.01, full=a) for n, a in scores.items()})
-    names = ("base", "train-1", "train-2", "train-3", "train-4", "train-5")
+    names = ("initialize", "train-1", "train-2", "train-3", "train-4", "train-5")
     stages = {s: {n: round(a * min(1, (i + 1) / 5), 3) for n, a in scores.items()} for i, s in enumerate(names)}
     return evaluation({n: scored(a, majority=0.11) for n, a in scores.items()}, stages)

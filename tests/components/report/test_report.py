@@ -13,12 +13,10 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.report.close_run import Ending, notice
-from nvila.components.report.flow import DAG, duration
+from nvila.components.report.flow import SHOWN, duration, lanes
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
 from nvila.components.runner.status import Run, Status, StepStatus
-from nvila.pipelines.show.readme import steps_table
-from nvila.pipelines.steps import STEPS
 
 MakeRun = Callable[..., Path]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}</style></title>"
@@ -72,7 +70,7 @@ def test_finished_run_tells_everything(make_run: MakeRun) -> None:
         "2.47 times smaller", "models:/nvila-tiny/3", "18 manifests", "quarantine",
     ):  # fmt: skip
         assert part in text, part
-    assert [name for name, *_ in DAG if name not in text] == []
+    assert [row.name for row in SHOWN if row.name not in text] == []
     assert seen.tags.count("figure") == 18
     assert seen.tags.count("svg") == 1 + 2 + 5 + 3
 
@@ -145,7 +143,7 @@ def test_no_text_looks_like_another_or_gives_a_secret_away(make_run: MakeRun) ->
     assert "hunter2" not in html and "a1a1a1" not in html
 
 
-@pytest.mark.parametrize("step", [name for name, *_ in DAG])
+@pytest.mark.parametrize("step", [row.name for row in SHOWN])
 @pytest.mark.parametrize("verdict", ["failed", "preempted"])
 def test_any_step_may_be_the_last(make_run: MakeRun, step: str, verdict: str) -> None:
     """The exit task runs after any failure, however early."""
@@ -235,17 +233,11 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
     assert found and "is serving" in found[2], "the step that writes the page runs while it does"
 
 
-def test_flow_names_every_step_of_the_pipeline() -> None:
-    """A step forgotten here would be missing from the picture until it ran, and from what a success needs."""
-    assert [*(name for name, *_ in DAG), "report"] == list(STEPS)
-
-
-def test_flow_shows_what_follows_what() -> None:
-    """The picture showed pruning beside `base`, which it waits for."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in steps_table().splitlines()[2:-1]]
-    assert [(f"`{name}`", set(parents)) for name, _, parents, _ in DAG] == [
-        (name, set(re.findall(r"`([^`]+)`", after))) for name, _, after, _ in cells
-    ]
+def test_branches_lie_beside_the_longest_way() -> None:
+    """Lines through the dots of other steps say that these follow."""
+    found = lanes(SHOWN)
+    assert {name: lane for name, lane in found.items() if lane} == {"prune-image": 1, "prune-video": 2}
+    assert set(found) == {row.name for row in SHOWN}
 
 
 def test_step_unknown_to_the_picture_is_listed(make_run: MakeRun) -> None:

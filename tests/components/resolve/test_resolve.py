@@ -9,10 +9,12 @@ import yaml
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
-from nvila.components.contracts.recipe.reader import Form, fill_in, parse_yaml, recipe_text, shipped
+from nvila.components.contracts.recipe import reader
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import Document, document, shipped, shipped_document
 from nvila.components.resolve import step
 
-TINY = recipe_text("tiny")
+TINY = shipped_document("tiny").text
 
 
 def _error(**fields: str) -> str:
@@ -71,7 +73,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("NVILA_ROOT", "/volume")
     slices = step.run(form, {}, tmp_path, Environment.read()).result.slices
     assert slices["validate"]["data"]["sources"][0]["path"] == "/volume/data/plates"
-    base = slices["base"]["model"]["base"]
+    base = slices["initialize"]["model"]["base"]
     assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
     assert slices["prune-image"]["prune"]["small"]["path"] == "/elsewhere/small"
     assert step.external(form.model_dump(), Environment.read()) != before, (
@@ -130,7 +132,7 @@ def test_a_form_of_one_line_takes_a_recipe() -> None:
     for pasted in (TINY.replace("\n", " "), TINY.replace("\n", ""), "name: mine data: {}"):
         assert "as JSON" in _error(recipe=pasted), pasted
     assert "as JSON" not in _error(recipe="a: [1,\nb")
-    assert fill_in(Form(recipe=json.dumps(parse_yaml(TINY, "tiny")))) == fill_in(Form(recipe="tiny"))
+    assert fill_in(Form(recipe=json.dumps(document(TINY).content))) == fill_in(Form(recipe="tiny"))
 
 
 def test_a_name_that_looks_like_a_date_is_a_name() -> None:
@@ -154,16 +156,19 @@ def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> N
     assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
 
 
-def test_a_changed_shipped_recipe_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster the settings hold only the recipe's name: the text must count as well."""
+@pytest.mark.parametrize("recipe", ["tiny", "extends: tiny\nname: mine", "extends: lite\nname: mine"])
+def test_a_changed_shipped_recipe_changes_the_key(monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    """On a cluster the settings hold only the recipe's name, or that of one that it extends: the text must count."""
+    texts = {"tiny": TINY, "lite": "extends: tiny"}
+    monkeypatch.setattr(reader, "shipped_document", lambda name, where=None: Document(name, texts[name]))
 
     def key() -> str:
-        settings = Form(recipe="tiny").model_dump()
+        settings = Form(recipe=recipe).model_dump()
         return content_key("nvila.components.resolve.step", settings, {}, step.external(settings, Environment.read()))
 
     first = key()
     assert key() == first
-    monkeypatch.setattr(step, "recipe_text", lambda name: TINY + "\n# edited\n")
+    texts["tiny"] += "\n# edited\n"
     assert key() != first
 
 
@@ -171,4 +176,4 @@ def test_shipped_names_are_not_paths() -> None:
     """A name with a slash must not read files outside the shipped recipes."""
     assert all("/" not in name for name in shipped())
     with pytest.raises(ConfigError):
-        recipe_text("../recipes/tiny")
+        document("../recipes/tiny")

@@ -30,7 +30,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import DataError, Rejected
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.results import Other
+from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.step import Outcome
 
 

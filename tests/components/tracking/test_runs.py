@@ -134,13 +134,13 @@ def test_long_curve_is_thinned_and_keeps_its_ends(tracked_run: Path, tmp_path: P
 def test_one_parent_for_all_steps_and_it_is_closed(tracked_run: Path) -> None:
     """Two parents for one run, or one that stays `running`, hide what belongs together."""
     record(tracked_run, "validate")
-    record(tracked_run, "base")
+    record(tracked_run, "initialize")
     (tracked_run / "summary.json").write_text(
         json.dumps({"accuracy": {"digits": {"bf16": 0.7}}, "decision": "promoted"})
     )
     (tracked_run / "report.html").write_text("<p>")
     close_pipeline_run(tracked_run, "FINISHED")
-    assert [child.info.run_name for child in children(tracked_run)] == ["validate", "base"]
+    assert [child.info.run_name for child in children(tracked_run)] == ["validate", "initialize"]
     parent = json.loads((tracked_run / "mlflow.json").read_text())["run_id"]
     with connected(tracked_run.parent) as client:
         run = client.get_run(parent)

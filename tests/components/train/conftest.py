@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nvila.components.contracts.recipe.train import Stage
-from nvila.components.train.job import Job, Run
+from nvila.components.contracts.recipe.train import Run, Stage
+from nvila.components.train.job import Job
 
 IMAGE_STAGE: dict[str, Any] = {
     "name": "image instruction tuning",

@@ -19,10 +19,10 @@ from kfp.local import docker_task_handler
 from kfp.local.status import Status
 from kfp.local.task_handler_interface import ITaskHandler
 
-from nvila.components.base.component import base
 from nvila.components.contracts.environment import named
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.initialize.component import initialize
 from nvila.components.preflight.component import preflight
 from nvila.components.resolve.component import resolve
 from nvila.components.train.component import train
@@ -31,7 +31,7 @@ from nvila.infra.images.build import SCRATCH, revision
 from nvila.infra.images.machine import podman_environment
 
 IMAGE = os.environ.get("NVILA_IMAGE", "localhost/nvila/base:dev")
-STEPS = ("resolve", "preflight", "validate", "base", "train-1")
+STEPS = ("resolve", "preflight", "validate", "initialize", "train-1")
 USER = "65532:65532"
 
 
@@ -99,7 +99,7 @@ def first_steps(recipe: str = "micro", overrides: str = "{}") -> None:
     slices = resolved.outputs["out"]
     checked = preflight(step="preflight", slices=slices)
     samples = validate(step="validate", slices=slices).after(checked)
-    start = base(step="base", slices=slices, samples=samples.outputs["out"])
+    start = initialize(step="initialize", slices=slices, samples=samples.outputs["out"])
     train(step="train-1", slices=slices, model=start.outputs["out"], samples=samples.outputs["out"])
 
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.pipelines.compile.package import compile_pipeline
 
 pytestmark = pytest.mark.cluster

@@ -10,7 +10,7 @@ import pytest
 from first_steps import IMAGE, STEPS, InContainers, contain, podman, run_first_steps
 
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.data.demo import ensure
 from nvila.infra.images.machine import pip_settings
 

@@ -79,6 +79,6 @@ def test_without_a_cluster_the_message_says_what_to_do(tmp_path: Path, monkeypat
 def test_heavy_steps_become_jobs() -> None:
     """A light step as a job waits minutes for a node; pruning without a source has nothing to do."""
     heavy = [work("train-5"), work("prune-video", sources=["clips"]), work("evaluate")]
-    light = [work("prune-video", sources=[]), work("evaluate-quantized"), work("quantize"), work("base")]
+    light = [work("prune-video", sources=[]), work("evaluate-quantized"), work("quantize"), work("initialize")]
     assert [site.takes(w) for w in heavy] == [True] * 3
     assert [site.takes(w) for w in light] == [False] * 4

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
-from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
+from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.config.variants import SIGLIP, VARIANTS
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
-from nvila.components.train.job import Run
 from nvila.pipelines.planning.memory import MicroBatch, activations, largest, memory
 from nvila.pipelines.planning.shape import PARTS, Seen, Shape, count, shape_of
 

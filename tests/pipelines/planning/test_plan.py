@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.steps import ROWS
 from nvila.pipelines.cli import app
 from nvila.pipelines.planning.checks import Need
 from nvila.pipelines.planning.cost import GPUS
-from nvila.pipelines.planning.hits import nodes
+from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.plan import StagePlan, assumptions_of, parse_samples
-from nvila.pipelines.steps import STEPS
 
 LARGE = ("nvila-lite-2b", "--no-cluster", "--json")
 SAMPLES = ("images.captions=1000000", "images.sft=400000", "videos.sft=100000")
@@ -138,17 +140,16 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
         _plan("mine.yaml")
 
 
-def test_every_step_is_known_with_its_inputs() -> None:
-    """Keys are digests of inputs by their names: a name that the wrapper does not use never hits."""
-    found = nodes()
-    assert list(found) == list(STEPS)
-    assert found["evaluate"].inputs == {
-        "samples": "validate",
-        "base": "base",
-        **{f"train-{n}": f"train-{n}" for n in range(1, 6)},
-    }
-    assert found["train-5"].inputs["kept_video"] == "prune-video"
-    assert found["gate-quantized"].module == "nvila.components.evaluate.gate"
+def test_a_stage_that_is_left_out_is_no_work(tmp_path: Path) -> None:
+    """It would be shown as work to do, and as one that trains for zero hours."""
+    form = Form(recipe="micro", overrides=json.dumps({"train": {"stages": _stages_without("micro", 2)}}))
+    found = verdicts(form, tmp_path / "store", tmp_path / "runs")
+    assert found["train-3"] == "not asked for" and found["train-4"] == "unknown"
+
+
+def _stages_without(recipe: str, index: int) -> list[Any]:
+    stages = fill_in(Form(recipe=recipe)).model_dump(mode="json")["train"]["stages"]
+    return [*stages[:index], None, *stages[index + 1 :]]
 
 
 def test_needs_are_read_off_the_recipe() -> None:
@@ -163,13 +164,13 @@ def test_needs_are_read_off_the_recipe() -> None:
 
 def test_a_store_that_is_away_is_not_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan would promise work that the store of results may have; or end without a word of the other steps."""
-    from nvila.components.base import step
     from nvila.components.contracts.errors import Unreachable
+    from nvila.components.initialize import step
     from nvila.pipelines.planning import hits
 
     def external(settings: Any) -> dict[str, Any]:
         raise Unreachable("no success in 5 tries", where="s3://b/m")
 
     monkeypatch.setattr(step, "external", external)
-    monkeypatch.setattr(hits, "nodes", lambda: {"base": hits.Node("nvila.components.base.step", {})})
-    assert hits.verdicts(Form(recipe="micro"), tmp_path / "store", tmp_path / "runs") == {"base": "unknown"}
+    monkeypatch.setattr(hits, "STEPS", [replace(ROWS["initialize"], inputs={})])
+    assert hits.verdicts(Form(recipe="micro"), tmp_path / "store", tmp_path / "runs") == {"initialize": "unknown"}

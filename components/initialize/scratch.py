@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
 from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.samples import read_samples
+from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
 from nvila.components.model.fresh import init_model

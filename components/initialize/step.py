@@ -1,4 +1,4 @@
-"""Step `base`: assembles published weights into an untrained VLM, or makes a small one whose tower has seen labels."""
+"""Step `initialize`: an untrained VLM from published weights, or a small one whose tower has seen labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nvila.components.data.fetch import identity
 
 
 class Settings(Section):
-    """Slice of `base`."""
+    """Slice of `initialize`."""
 
     model: ModelSettings
     seed: int
@@ -46,11 +46,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     base = settings.model.base
     began = time.monotonic()
     if base.vision_tower and base.llm:
-        from nvila.components.base.assemble import assemble
+        from nvila.components.initialize.assemble import assemble
 
         result = assemble(settings.model, settings.seed, out / "model")
     else:
-        from nvila.components.base.scratch import make
+        from nvila.components.initialize.scratch import make
 
         result = make(settings.model, settings.seed, inputs["samples"], out / "model", settings.max_skipped_share)
     return Outcome(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation, Retained
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
-from nvila.components.evaluate.step import Tasks
 from nvila.components.metrics.accuracy import accuracy, fall, is_correct
 
 

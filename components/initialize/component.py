@@ -1,4 +1,4 @@
-"""KFP wrapper of the step `base`: the model that stage 1 starts from."""
+"""KFP wrapper of the step `initialize`: the model that stage 1 starts from."""
 
 from kfp import dsl
 
@@ -6,11 +6,11 @@ from nvila.components.runner.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def base(
+def initialize(
     step: str, slices: dsl.Input[dsl.Artifact], samples: dsl.Input[dsl.Dataset], out: dsl.Output[dsl.Model]
 ) -> None:
     """Fetch published weights, or make a small tower, decoder and tokenizer."""
     from nvila.components.runner.execute import execute
 
     inputs = {"samples": samples.path}
-    out.metadata.update(execute(step, "nvila.components.base.step", slices.path, inputs, out.path))
+    out.metadata.update(execute(step, "nvila.components.initialize.step", slices.path, inputs, out.path))

@@ -1,1 +1,0 @@
-"""Step `base`: the model that stage 1 starts from."""

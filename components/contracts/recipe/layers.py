@@ -1,0 +1,208 @@
+"""A recipe in layers: what extends it, a form or the command line laid over it; every value knows where it comes from.
+
+The rule: sections merge key by key. Whatever else a layer says replaces what lies below: a number, a text, a list, a
+table of names (`data` of a stage, `min_accuracy`). `null` takes a key away, so that its default counts. Over a list of
+sections a mapping changes single ones: stages by their step (`train-4`), sources by their name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.steps import STEPS
+
+EXTENDS = "extends"
+"""Key of a recipe that names another, whose values it changes."""
+HINTS = {
+    "model.variant": "It decides nothing: delete it.",
+    EXTENDS: "Only a recipe itself says what it extends, in its first lines.",
+}
+"""What to say of keys that a recipe had, or that stand elsewhere."""
+STEP_OF = {place: row.name for row in STEPS for place in row.recipe.values()}
+"""The step by the place in the recipe that it takes: `train.stages.3` is that of `train-4`."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one layer says of one option."""
+
+    content: Any
+    source: str
+
+
+Tree = Value | dict[str, Any] | list[Any]
+"""A section is a dictionary of trees; a list of sections is a list of them, or in a layer over it a dictionary."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """All layers of one recipe, laid over each other."""
+
+    name: str
+    """What messages call it: a shipped name, a file, or `recipe`."""
+    tree: dict[str, Any] = field(default_factory=dict)
+
+    def over(self, content: Mapping[str, Any], source: str) -> Layers:
+        """With one more layer on top.
+
+        Raises:
+            ConfigError: a key that no recipe has; its path, where it stands, and the nearest right one.
+        """
+        return Layers(self.name, _merge(self.tree, layer(content, source), ()))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What they say, null included."""
+        return _content(self.tree)
+
+    def recipe(self) -> Recipe:
+        """What they come to.
+
+        Raises:
+            ConfigError: names the dotted option, its value and where it stands.
+        """
+        try:
+            return Recipe.model_validate(_without_nulls(self.content))
+        except ValidationError as error:
+            raise self._explain(error) from None
+
+    def source(self, path: Iterable[str | int]) -> str | None:
+        """Which layer says the option at this path; None where none does, and the default counts."""
+        tree: Any = self.tree
+        for part in path:
+            if isinstance(tree, Value) or tree is None:
+                break
+            tree = tree[int(part)] if isinstance(tree, list) else tree.get(part)
+        return tree.source if isinstance(tree, Value) and tree.content is not None else None
+
+    def _explain(self, error: ValidationError) -> ConfigError:
+        first = error.errors()[0]
+        dotted = ".".join(map(str, first["loc"]))
+        others = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] == "missing":
+            return ConfigError(f"recipe key {dotted} is missing{others}", where=self.name)
+        message = re.sub(r"^Value error, ", "", first["msg"])
+        value = None if isinstance(first.get("input"), (dict, list)) else first.get("input")
+        where = self.source(first["loc"]) or self.name
+        return ConfigError(f"{dotted or 'recipe'}: {message}{others}", where=where, value=value)
+
+
+def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Check a recipe of one layer.
+
+    Args:
+        content: the YAML document.
+        where: file name for messages.
+
+    Raises:
+        ConfigError: names the dotted option, the value and, for an unknown key, the nearest right one.
+    """
+    return Layers(where).over(content, where).recipe()
+
+
+def layer(content: Mapping[str, Any], source: str) -> Tree:
+    """One layer as a tree.
+
+    Raises:
+        ConfigError: a key that no recipe has.
+    """
+    reading = _Reading(source)
+    tree = reading.tree(content, Recipe, [])
+    if reading.unknown:
+        raise _unknown(*reading.unknown[0], source, len(reading.unknown) - 1)
+    return tree
+
+
+def _content(tree: Tree) -> Any:
+    if isinstance(tree, dict):
+        return {key: _content(below) for key, below in tree.items()}
+    return [_content(below) for below in tree] if isinstance(tree, list) else tree.content
+
+
+def _without_nulls(content: Any) -> Any:
+    """Without the keys that are null; an entry of a list that is null stays: a stage that is left out."""
+    if isinstance(content, Mapping):
+        return {key: _without_nulls(below) for key, below in content.items() if below is not None}
+    return [_without_nulls(below) for below in content] if isinstance(content, list) else content
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """From the content of a layer to its tree, by the schema."""
+
+    source: str
+    unknown: list[tuple[list[str], list[str]]] = field(default_factory=list)
+    """Path of each key that the schema does not know, and the keys that it knows there."""
+
+    def tree(self, content: Any, kind: Any, path: list[str]) -> Tree:
+        section, listed = _section(kind)
+        if section and listed and isinstance(content, list):
+            return [self.tree(below, section, [*path, str(index)]) for index, below in enumerate(content)]
+        if section is None or not isinstance(content, Mapping):
+            return Value(content, self.source)  # where that is no section at all, the schema says so
+        if listed:
+            return {key: self.tree(below, section, [*path, str(key)]) for key, below in content.items()}
+        fields = {option.alias or name: option.annotation for name, option in section.model_fields.items()}
+        known = sorted(fields) if path else sorted([*fields, EXTENDS])
+        self.unknown.extend(([*path, str(key)], known) for key in content if key not in fields)
+        return {key: self.tree(content[key], fields[key], [*path, key]) for key in content if key in fields}
+
+
+def _section(kind: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, and whether it is a list of them; None for a field that holds none."""
+    listed = False
+    while origin := typing.get_origin(kind):
+        if origin in (typing.Union, types.UnionType):
+            kind = next(argument for argument in typing.get_args(kind) if argument is not types.NoneType)
+        elif origin is list:
+            listed, kind = True, typing.get_args(kind)[0]
+        else:
+            return None, False
+    return (kind, listed) if isinstance(kind, type) and issubclass(kind, BaseModel) else (None, False)
+
+
+def _merge(base: Tree | None, over: Tree, path: Sequence[str]) -> Any:
+    if not isinstance(over, dict) or not isinstance(base, dict | list):
+        return over
+    if isinstance(base, dict):
+        return base | {key: _merge(base.get(key), below, [*path, key]) for key, below in over.items()}
+    entries = list(base)
+    for key, below in over.items():
+        index = index_of(base, key, path)
+        entries[index] = _merge(base[index], below, [*path, str(index)])
+    return entries
+
+
+def index_of(entries: list[Any], key: Any, path: Sequence[str]) -> int:
+    """Which entry of a list is meant: by its name, or as messages count, from 0."""
+    names = _names(entries, path)
+    if key in names:
+        return names.index(key)
+    if isinstance(key, str) and key.isdecimal() and int(key) < len(entries):
+        return int(key)
+    dotted = ".".join(path)
+    there = ", ".join(filter(None, names)) or f"0 to {len(entries) - 1}"
+    raise ConfigError(f"{dotted} has no entry {key!r}", do=f"There are {there}.")
+
+
+def _names(entries: list[Tree], path: Sequence[str]) -> list[str]:
+    """How layers call the entries of a list of sections."""
+    own = [str(entry["name"].content) if isinstance(entry, dict) and "name" in entry else "" for entry in entries]
+    return [STEP_OF.get(".".join([*path, str(index)]), name) for index, name in enumerate(own)]
+
+
+def _unknown(path: list[str], known: list[str], source: str, more: int) -> ConfigError:
+    dotted, others = ".".join(path), f" ({more} more)" if more else ""
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"Did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"Known here: {', '.join(known)}"
+    return ConfigError(f"unknown recipe key {dotted}{others}", where=source, do=HINTS.get(dotted, hint))

@@ -1,0 +1,1 @@
+"""Step `evaluate-quantized`: what quantization has cost."""

@@ -1,0 +1,1 @@
+"""Steps `gate` and `gate-quantized`: whether a measured model may go on."""

@@ -1,0 +1,1 @@
+"""Step `initialize`: the model that stage 1 starts from."""
