@@ -20,9 +20,6 @@ EVALUATE, GATE = "evaluate", "gate"
 QUANTIZE, EVALUATE_QUANTIZED, GATE_QUANTIZED = "quantize", "evaluate-quantized", "gate-quantized"
 REGISTER, ROLLOUT, REPORT = "register", "rollout", "report"
 
-NOT_ASKED_FOR: Literal["not asked for"] = "not asked for"
-"""Status of a step that the recipe leaves out."""
-
 
 @dataclass(frozen=True)
 class Step:
@@ -260,7 +257,7 @@ STEPS = (
         name=REPORT,
         folder="report",
         about="one self-contained HTML page; written for rejected and failed runs too",
-        remark="",
+        remark="written last, whatever happened",
         quick=True,
         always=True,
         at_exit=True,

@@ -19,7 +19,7 @@ from nvila.components.model.text.tokenizer import train_tokenizer
 
 
 def make(
-    settings: ModelSettings, seed: int, samples: Manifest, folder: Path, max_skipped_share: float = 0.01
+    settings: ModelSettings, seed: int, samples: Manifest, folder: Path, max_skipped_share: float
 ) -> Initialization:
     """Make the model and save it to `folder`; returns what is worth showing of it."""
     # The matrices are too small to share: the tiny tower took 87 s on two threads and 70 s on one.

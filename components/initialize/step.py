@@ -19,7 +19,7 @@ class Settings(Section):
 
     model: ModelSettings
     seed: int
-    max_skipped_share: float = 0.01
+    max_skipped_share: float
     """Of the label pictures."""
 
 

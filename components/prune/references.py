@@ -49,7 +49,7 @@ class Work(Section):
     sources: list[str]
     heldout_limit: int
     seed: int
-    max_skipped_share: float = 0.01
+    max_skipped_share: float
     """Of the samples, on all folds."""
     out: str
     """Result file: losses per sample id, held-out accuracy per source, samples that were skipped, the version of a

@@ -30,7 +30,7 @@ class Settings(Section):
     prune: PruneSettings
     sources: list[str]
     seed: int
-    max_skipped_share: float = 0.01
+    max_skipped_share: float
 
 
 def external(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Settings(Section):
 
     quantize: Scheme
     seed: int
-    max_skipped_share: float = 0.01
+    max_skipped_share: float
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:

@@ -14,7 +14,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.step import call
-from nvila.components.contracts.steps import NOT_ASKED_FOR, REPORT, RESOLVE, STEPS
+from nvila.components.contracts.steps import REPORT, RESOLVE, STEPS
 from nvila.components.contracts.store import Store
 
 Verdict = Literal["hit", "miss", "unknown", "always", "not asked for"]
@@ -34,7 +34,7 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
             if row.always:
                 found[row.name] = "always"
             elif settings[row.name] is None:
-                found[row.name] = NOT_ASKED_FOR
+                found[row.name] = "not asked for"
                 if row.hands_on in inputs:
                     manifests[row.name] = inputs[row.hands_on]
             elif len(inputs) < len(row.inputs):

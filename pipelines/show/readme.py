@@ -14,10 +14,36 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped, shipped_document
 from nvila.components.contracts.steps import INITIALIZE, STEPS, nearest
+from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
 
 FIRST = ("tiny", "micro")
 """Recipes that a newcomer meets first; the others follow by name."""
+
+
+def flow() -> str:
+    """The steps from top to bottom; what may run beside the longest way has a lane of its own."""
+    shown, before = [row for row in STEPS if not row.at_exit], nearest()
+    lane, at = lanes(shown), {row.name: index for index, row in enumerate(shown)}
+    width = max(len(row.name) for row in STEPS)
+    lines = []
+    for row in STEPS:
+        cells = [" "] * (2 * max(lane.values()) + 1)
+        for branch in [name for name in lane if lane[name]]:
+            starts = [at[name] for name in before[branch]]
+            ends = [at[name] for name in lane if branch in before[name]]
+            here, column = at.get(row.name, len(at)), 2 * lane[branch]
+            if min(starts) < here < max(ends):
+                cells[column] = "|"
+            elif here in (*starts, *ends):
+                cells[1:column] = ["-" if cell == " " else cell for cell in cells[1:column]]
+                cells[column] = "+"
+        if row.name in lane:
+            cells[2 * lane[row.name]] = "o"
+            if lane[row.name]:
+                cells[0] = "|"
+        lines.append(f"{''.join(cells)}  {row.name:{width}}  {row.remark}")
+    return "\n".join(["```", *lines, "```"])
 
 
 def steps_table() -> str:
@@ -61,7 +87,7 @@ def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{name}", command
 
 
-TABLES = {"steps": steps_table, "recipes": recipes_table, "commands": commands_table}
+TABLES = {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table}
 """By the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
 
 

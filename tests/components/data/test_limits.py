@@ -139,7 +139,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     tight: None, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The questions to the quantized model are asked by another process, which knows no table."""
-    from nvila.components.evaluate import quantized
+    from nvila.components.evaluate_quantized import step as quantized
     from nvila.components.model.checkpoint.native import read_config
     from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.serve import batch, batch_process
@@ -147,7 +147,7 @@ def test_what_the_recipe_allows_reaches_vllm(
     out = validated(tmp_path, **ALLOWED)
     asked: list[Any] = []
     monkeypatch.setattr(batch, "generate_with_vllm", lambda model, requests, **_: asked.extend(requests))
-    given = {"sources": [], "limit": None, "stage_limit": 1, "batch": 1, "max_new_tokens": 1}
+    given = {"sources": ["imagespng"], "limit": None, "stage_limit": 1, "batch": 1, "max_new_tokens": 1}
     settings = quantized.Settings.model_validate({"evaluate": given, "limit": None, "through_vllm": True})
     quantized._through_vllm(tmp_path, read_samples(out / "samples.parquet"), settings, tmp_path)
     lines = [json.loads(json.dumps(asdict(request))) for request in asked]

@@ -10,15 +10,15 @@ import pytest
 import torch
 from buckets import Bucket
 
-from nvila.components.base import step
-from nvila.components.base.assemble import assemble
-from nvila.components.base.scratch import make
-from nvila.components.base.tower import read_label_records, train_tower
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.data.samples import write_labels
 from nvila.components.data.sampling import Sampling
+from nvila.components.initialize import step
+from nvila.components.initialize.assemble import assemble
+from nvila.components.initialize.scratch import make
+from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import load_native
 
 
@@ -107,7 +107,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     """A tower that learns nothing makes every later stage a language model without eyes. Chance is 0.25."""
     from PIL import Image
 
-    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
     from nvila.components.model.fresh import init_model
     from nvila.components.model.text.tokenizer import train_tokenizer
@@ -134,7 +134,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
 
 def test_the_sampling_of_clips_is_the_recipe_s_everywhere() -> None:
     """A rate that training keeps to and a checkpoint forgets shows the model other frames when it is asked."""
-    from nvila.components.base.scratch import decoder_config, tower_config
+    from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import ModelConfig, model_config
 
     given = settings(video={"frames": 8, "fps": 2})
@@ -168,7 +168,9 @@ def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -
     write_samples(tmp_path / "samples.parquet", rows)
     (tmp_path / "labels.parquet").write_bytes(small.samples.path("labels.parquet").read_bytes())
     other = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
-    values = [make(settings(), 0, samples, tmp_path / name) for name, samples in (("a", small.samples), ("b", other))]
+    values = [
+        make(settings(), 0, samples, tmp_path / name, 0.01) for name, samples in (("a", small.samples), ("b", other))
+    ]
     assert values[0] == values[1]
     towers = [load_native(tmp_path / name)[0].vision_tower.state_dict() for name in "ab"]
     assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
@@ -176,7 +178,7 @@ def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -
 
 def test_the_step_writes_a_model_that_loads_and_is_the_same_again(small: Any, tmp_path: Path) -> None:
     """A base that differs from run to run makes every stage after it a new piece of work."""
-    given = step.Settings(model=settings(), seed=3)
+    given = step.Settings(model=settings(), seed=3, max_skipped_share=0.01)
     outcomes = [step.run(given, {"samples": small.samples}, tmp_path / name) for name in "ab"]
     assert outcomes[0].result == outcomes[1].result
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
@@ -223,7 +225,7 @@ def test_published_weights_arrive_unchanged(published: Path, tmp_path: Path, tow
     from safetensors.torch import load_file
 
     base = {"vision_tower": str(published / tower), "llm": str(published / "qwen2")}
-    given = step.Settings(model=settings(base=base), seed=0)
+    given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01)
     outcome = step.run(given, {}, tmp_path)
     model, tokenizer = load_native(tmp_path / "model")
     ours = {name.removeprefix("vision_model."): p for name, p in model.vision_tower.state_dict().items()}
@@ -245,7 +247,7 @@ def test_published_weights_with_an_adapter_are_refused(published: Path, tmp_path
     (tmp_path / "tuned" / "adapter_config.json").write_text("{}")
     base = {"vision_tower": str(published / "tower"), "llm": str(tmp_path / "tuned")}
     with pytest.raises(DataError, match=r"adapter.*left out"):
-        step.run(step.Settings(model=settings(base=base), seed=0), {}, tmp_path / "out")
+        step.run(step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01), {}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("fault", ["integers", "missing", "broken"])
@@ -296,20 +298,20 @@ def test_local_weights_belong_to_the_key(published: Path, tmp_path: Path) -> Non
     for name in ("tower", "qwen2"):
         shutil.copytree(published / name, tmp_path / name)
     base = {"vision_tower": str(tmp_path / "tower"), "llm": str(tmp_path / "qwen2")}
-    given = step.Settings(model=settings(base=base), seed=0).model_dump(mode="json")
+    given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01).model_dump(mode="json")
     before = step.external(given)
     (tmp_path / "tower" / "README.md").write_text("a note")
     assert step.external(given) == before
     (tmp_path / "tower" / "model.safetensors").write_bytes(b"other")
     assert step.external(given) != before
-    scratch = step.Settings(model=settings(), seed=0).model_dump(mode="json")
+    scratch = step.Settings(model=settings(), seed=0, max_skipped_share=0.01).model_dump(mode="json")
     assert step.external(scratch) == {"vision_tower": {}, "llm": {}}
 
 
 def test_a_missing_folder_of_weights_is_the_users_error(tmp_path: Path) -> None:
     """A path with a typing error must not end in a traceback after validation."""
     base = {"vision_tower": str(tmp_path / "nowhere"), "llm": str(tmp_path / "nowhere")}
-    given = step.Settings(model=settings(base=base), seed=0)
+    given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01)
     with pytest.raises(DataError, match="nowhere: no such folder of weights"):
         step.external(given.model_dump(mode="json"))
     with pytest.raises(DataError, match="nowhere: no such folder of weights"):
@@ -321,7 +323,9 @@ def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_pat
     for name in ("tower", "qwen2"):
         for file in (published / name).iterdir():
             s3.put(f"{name}/{file.name}", file.read_bytes())
-    given = step.Settings(model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0)
+    given = step.Settings(
+        model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0, max_skipped_share=0.01
+    )
     before = step.external(given.model_dump(mode="json"))
     made = step.run(given, dict[str, Manifest](), tmp_path)
     assert made.read == before and made.result.weights == before

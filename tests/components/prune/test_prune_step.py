@@ -31,7 +31,9 @@ IDS = [f"colours/sft/{n}-{q}" for n in range(12) for q in "ab"]
 
 def settings(sources: list[str] | None = None, **prune: Any) -> step.Settings:
     prune = {"small": TINY, "large": TINY} | prune
-    return step.Settings.model_validate({"prune": prune, "sources": sources or ["colours"], "seed": 0})
+    return step.Settings.model_validate(
+        {"prune": prune, "sources": sources or ["colours"], "seed": 0, "max_skipped_share": 0.01}
+    )
 
 
 def inputs(small: Any) -> dict[str, Manifest]:

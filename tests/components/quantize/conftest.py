@@ -29,7 +29,9 @@ class Quantized:
 
 def settings(**changes: Any) -> Settings:
     """The step's slice for the tiny model."""
-    return Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 6, **changes}, "seed": 0})
+    return Settings.model_validate(
+        {"quantize": {"group_size": 32, "calibration_samples": 6, **changes}, "seed": 0, "max_skipped_share": 0.01}
+    )
 
 
 @pytest.fixture(scope="session")

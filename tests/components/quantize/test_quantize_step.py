@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def _settings(**changes: Any) -> Settings:
-    return Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 6, **changes}, "seed": 0})
+    return Settings.model_validate(
+        {"quantize": {"group_size": 32, "calibration_samples": 6, **changes}, "seed": 0, "max_skipped_share": 0.01}
+    )
 
 
 def test_map_names_every_linear(quantized: Quantized) -> None:
@@ -145,7 +147,7 @@ def test_calibration_leaves_out_what_cannot_be_read(inputs: dict[str, Manifest],
     write_samples(tmp_path / "samples.parquet", [row | {"media": ["gone.png"]} if row is gone else row for row in rows])
     samples = Manifest(step="validate", key="k", kind="dataset", files=describe_files(tmp_path), folder=str(tmp_path))
     model, tokenizer = load_native(inputs["model"].dir("model"))
-    given = {"quantize": {"group_size": 32, "calibration_samples": 10}, "seed": 0}
+    given = {"quantize": {"group_size": 32, "calibration_samples": 10}, "seed": 0, "max_skipped_share": 0.01}
     batches, skipped = _calibration(model, tokenizer, samples, Settings.model_validate(given))
     assert len(batches) == 9 and skipped.records == 1
     assert gone["id"] in skipped.first[0] and "gone.png" in skipped.first[0]

@@ -58,7 +58,7 @@ def inputs(tmp_path: Path) -> dict[str, Manifest]:
 
 
 def settings(**rollout_options: Any) -> rollout.Settings:
-    return rollout.Settings.model_validate({"rollout": rollout_options, "register": {"model_name": "small"}})
+    return rollout.Settings.model_validate({"rollout": rollout_options})
 
 
 def test_pinned_prompts_are_the_same_each_time_and_take_the_sources_in_turn(

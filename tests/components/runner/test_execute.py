@@ -23,6 +23,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.runner.code import code_digest
+from nvila.components.runner.status import Status, StepStatus
 
 STEP = """
 import json, os, time
@@ -441,3 +442,22 @@ def test_work_on_something_else_than_the_key_says_is_not_kept(bench: Bench) -> N
     assert code == 75 and "replaced while it worked (got ['weights'])" in errors
     assert not list((bench.root / "store").rglob("result.txt"))
     assert bench.run("replace")[0] == 0
+
+
+def test_a_step_that_is_left_out_hands_its_input_on(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next step would find no model; or a copy of it would take its space and be no part of the lineage."""
+    from nvila.components.runner.execute import execute
+
+    made, slices, output = tmp_path / "made.json", tmp_path / "slices.json", tmp_path / "handed_on.json"
+    Manifest(step="train-2", key="k", kind="model").save(made)
+    left_out = Resolution(recipe={}, slices={"train-3": None})
+    Manifest(step="resolve", key="k", kind="slices", result=left_out).save(slices)
+    monkeypatch.setenv("NVILA_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("NVILA_RUN", str(tmp_path / "runs" / "r"))
+    execute("train-3", "nvila.components.train.step", str(slices), {"model": str(made)}, str(output))
+    assert Manifest.load(output).digest == Manifest.load(made).digest
+    told = StepStatus.read(tmp_path / "runs" / "r", "train-3")
+    assert (told.status, told.manifest) == (Status.NOT_ASKED_FOR, None)
+    assert not (tmp_path / "store" / "train-3").exists()
