@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,10 +9,11 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from nvila.components.contracts.environment import Environment, entered, notices
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.places import local_folder
-from nvila.components.contracts.text import visible_lines
+from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
 
 app = typer.Typer(
@@ -49,9 +49,13 @@ Store = Annotated[Path, typer.Option("--store", callback=_local, help="Folder of
 
 @app.callback()
 def _all(
+    context: typer.Context,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
     """Options of every command."""
+    for line in notices():
+        say(line)
+    context.obj = context.with_resource(entered(Environment.read()))
 
 
 @app.command()
@@ -143,6 +147,7 @@ def compile_(
 
 @app.command()
 def plan(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
@@ -172,7 +177,7 @@ def plan(
     from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import configured
 
-    found = None if cluster is False else configured(os.environ.get("KUBECONFIG"), namespace)
+    found = None if cluster is False else configured(context.obj.kubeconfig, namespace)
     if cluster and found is None:
         raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
@@ -188,6 +193,7 @@ def plan(
 
 @app.command()
 def submit(
+    context: typer.Context,
     recipe: Annotated[
         str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
     ] = "",
@@ -233,7 +239,7 @@ def submit(
     from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
     from nvila.pipelines.kubeflow.submit import submit as start
 
-    server = Server(host, token_file=token_file, ca_cert=ca_cert)
+    server = Server(host, context.obj, token_file=token_file, ca_cert=ca_cert)
     version, console = Version(image, quantize_image, launch), Console()
     if upload_only:
         upload(server, version, namespace_of(server, namespace, shared=True), console)
@@ -328,6 +334,7 @@ def inspect(
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Model = "champion",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8321,
@@ -339,7 +346,7 @@ def serve(
     """
     from nvila.pipelines.commands.endpoint import serve as start
 
-    typer.echo(tell(f"serving at {start(model, host, port, runs)}; `nvila stop` ends it"))
+    typer.echo(tell(f"serving at {start(model, host, port, runs, context.obj.api_key)}; `nvila stop` ends it"))
 
 
 @app.command()

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.text import say
 
-STORE_VARIABLE = "NVILA_STORE"
-"""Environment variable: root of the store (default `store`). The index lies in it; unset, it is kept in memory."""
 INDEX = ".digests.sqlite"
 WAIT_SECONDS = 10.0
 """How long one process waits for another's transaction."""
@@ -109,17 +108,17 @@ def _proof(key: bytes, facts: str, sha256: Any) -> str:
     return hashlib.sha256(b"\0".join((key, facts.encode(), str(sha256).encode()))).hexdigest()[:16]
 
 
-_ours: tuple[int, str | None, Index] | None = None
+_ours: tuple[int, Path | None, Index] | None = None
 _inherited: list[Any] = []
 """A fork must neither use nor close its parent's connection."""
 
 
 def index() -> Index:
-    """This process' index of the store that the environment names."""
+    """This process' index of the store that the environment names; in memory where it names none."""
     global _ours
-    store = os.environ.get(STORE_VARIABLE)
+    store = current().store
     if _ours is None or _ours[:2] != (os.getpid(), store):
         if _ours is not None and _ours[0] != os.getpid():
             _inherited.append(_ours)
-        _ours = (os.getpid(), store, Index(Path(store) if store else None))
+        _ours = (os.getpid(), store, Index(store))
     return _ours[2]

@@ -9,9 +9,11 @@ else comes along. Everything that is not named here counts, new modules too.
 NEUTRAL = frozenset(
     {
         "nvila.components.contracts.children",  # ends a child process with its parent
+        "nvila.components.contracts.environment",  # where things are; `resolve.external` names what reaches an output
         "nvila.components.contracts.errors",  # what a step says that makes no output
         "nvila.components.contracts.exits",  # the number that it then ends with
         "nvila.components.contracts.neutral",
+        "nvila.components.contracts.places",  # refuses a folder
         "nvila.components.contracts.progress",  # how far it is
         # The forms of what steps find out compute nothing (a test): what is filled in, and how, stands in the step.
         "nvila.components.contracts.results",
@@ -19,6 +21,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.results.model",
         "nvila.components.contracts.results.result",
         "nvila.components.contracts.results.run",
+        "nvila.components.contracts.site",  # what jobs ask of a cluster
         "nvila.components.contracts.steps",  # what a row says reaches a step as settings and inputs, which count
         "nvila.components.contracts.text",  # a line on stderr
         "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made

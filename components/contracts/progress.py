@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sized
@@ -11,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvila.components.contracts.environment import current, handed_down
 from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
-PROGRESS_FILE = "NVILA_PROGRESS_FILE"
-"""Environment variable that names the file; `progress_to` sets it for a step and its child processes."""
 
 
 class Progress:
@@ -25,7 +23,7 @@ class Progress:
         self.what, self.total, self.done = what, total, 0
         self._start = time.monotonic()
         self._written = self._printed = 0.0
-        self._file = os.environ.get(PROGRESS_FILE)
+        self._file = current().progress_file
         self.update(0)
 
     def update(self, advance: int = 1, note: str = "") -> None:
@@ -47,22 +45,15 @@ class Progress:
 def waiting_for(text: str) -> None:
     """Say in one line what work waits for that has nothing to count yet."""
     say(visible(text))
-    if file := os.environ.get(PROGRESS_FILE):
+    if file := current().progress_file:
         _write(file, {"what": text, "done": "", "total": None, "note": ""})
 
 
 @contextmanager
 def progress_to(path: Path) -> Iterator[None]:
     """Have progress written to `path` by this process and its children, as long as the context is open."""
-    before = os.environ.get(PROGRESS_FILE)
-    os.environ[PROGRESS_FILE] = str(path)
-    try:
+    with handed_down(progress_file=path):
         yield
-    finally:
-        if before is None:
-            del os.environ[PROGRESS_FILE]
-        else:
-            os.environ[PROGRESS_FILE] = before
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -75,9 +66,8 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
         progress.update()
 
 
-def _write(file: str, record: dict[str, Any]) -> None:
+def _write(path: Path, record: dict[str, Any]) -> None:
     """By rename, never torn; lost with the machine, since it is soon out of date (`files.write_atomic` is not)."""
-    path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:

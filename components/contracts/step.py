@@ -2,14 +2,19 @@
 
 Where it reads the world outside the store it has `external(settings) -> dict`, digests of what it reads; where
 something has to be made there before these are taken, `prepare(settings)`, which does nothing the second time.
+
+A step's arguments are what its result depends on. A step that has to know of the machine or the pipeline run that it
+works for asks for it by an argument more, `here: Environment`, of `run` and `external`; no other step is given it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import File, Kind
 from nvila.components.contracts.results.result import Result
 
@@ -32,3 +37,8 @@ class Outcome:
     """Measurements of this one execution (seconds, samples per second, bytes): tracked, not part of the identity."""
     machine: Mapping[str, Any] = field(default_factory=dict)
     """Where it was made (`Manifest.machine`); the runner knows, not the step."""
+
+
+def call(function: Callable[..., Any], *arguments: Any, here: Environment) -> Any:
+    """What a step's function returns, given the environment if it asks for it."""
+    return function(*arguments, here) if "here" in inspect.signature(function).parameters else function(*arguments)

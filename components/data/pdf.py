@@ -7,7 +7,6 @@ credentials; what comes back are PNG files, which `media` reads under its own li
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import for_child
 from nvila.components.data.media import Limits, MediaError, load_image
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_pages(path: Path, limits: Limits = _LIMITS) -> list[Image.Image]:
 
 def _render_apart(file: Path, page: int, most: int, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, str(file.absolute()), str(page), str(most), str(folder)]
-    known = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    known = for_child(only=("PATH", "PYTHONPATH", "LD_LIBRARY_PATH"))
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=known, check=False)
     except subprocess.TimeoutExpired:

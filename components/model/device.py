@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +10,9 @@ if TYPE_CHECKING:
     from nvila.components.model.nvila import NVILA
 
 
-def default_device() -> str:
-    """`cuda:N` with this process's number under torchrun (`LOCAL_RANK`, else 0), or `cpu`."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+def default_device(rank: int = 0) -> str:
+    """`cuda:N` with this process's number on its machine, or `cpu`."""
+    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
 
 
 def start_method() -> str:

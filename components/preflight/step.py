@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.digests import file_sha256
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
@@ -17,9 +18,9 @@ from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.preflight import checks
-from nvila.components.runner.execute import Place, on_cluster
+from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import alive
-from nvila.components.serve.environment import serve_python
+from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.ports import why_taken
 
 
@@ -45,15 +46,14 @@ def prepare(settings: Settings) -> None:
         ensure(source)
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Tells which data files were found. Nothing is written.
 
     Raises:
         PreflightError: every problem that was found, in one message.
         Unreachable: the place of weights does not answer.
     """
-    place = Place.from_environment()
-    refuse(problems(settings, place.run_dir.parent, place.store.root))
+    refuse(_problems(settings, here))
     refuse(checks.weights_problems(settings.weights))
     return Outcome(
         kind="report",
@@ -62,15 +62,20 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     )
 
 
-def external(settings: Mapping[str, Any]) -> dict[str, Any]:
+def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
     """What is wrong now, and digests of the annotation files: an unchanged and healthy machine is a cache hit."""
     parsed = Settings.model_validate(settings)
-    place = Place.from_environment()
-    found = problems(parsed, place.run_dir.parent, place.store.root)
-    return {"problems": found, "annotations": _annotation_digests(parsed.data)}
+    return {"problems": _problems(parsed, here), "annotations": _annotation_digests(parsed.data)}
 
 
-def problems(settings: Settings, runs: Path, store: Path, *, demo_can_be_built: bool = False) -> list[str]:
+def _problems(settings: Settings, here: Environment) -> list[str]:
+    place = Place.of(here)
+    return problems(settings, place.run_dir.parent, place.store.root, on_cluster=here.on_cluster)
+
+
+def problems(
+    settings: Settings, runs: Path, store: Path, *, demo_can_be_built: bool = False, on_cluster: bool = False
+) -> list[str]:
     """Everything that would stop the run, one line each.
 
     Args:
@@ -78,12 +83,13 @@ def problems(settings: Settings, runs: Path, store: Path, *, demo_can_be_built: 
         runs: folder of all runs; `serving/` in it tells which servers are ours.
         store: folder of finished work.
         demo_can_be_built: pass over demonstration sources that are not there yet.
+        on_cluster: this process is a step's pod.
     """
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
     found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
-    return found + (_pod_problems(settings) if on_cluster() else _machine_problems(settings, runs))
+    return found + (_pod_problems(settings) if on_cluster else _machine_problems(settings, runs))
 
 
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:

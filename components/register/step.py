@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.rollout import RegisterSettings
 from nvila.components.contracts.recipe.section import Section
@@ -36,15 +37,16 @@ class Settings(Section):
     register_: RegisterSettings = Field(alias="register")
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Create or update the version.
 
     Args:
         settings: the name in the registry.
         inputs: `model` (of quantize), `metrics` (of evaluate-quantized), `full` (of evaluate), `samples`, `gate`.
         out: gets the model card.
+        here: whose folder of runs has the tracking store.
     """
-    runs, name = Place.from_environment().run_dir.parent, settings.register_.model_name
+    runs, name = Place.of(here).run_dir.parent, settings.register_.model_name
     model = inputs["model"]
     model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
     card = model_card(name, inputs)

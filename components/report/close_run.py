@@ -5,22 +5,22 @@ Nothing here changes how the run ended: what fails is said and left. `nvila run`
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.environment import Environment, revealed
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Resolution
 from nvila.components.metrics.standing import compared, headline
 from nvila.components.report.flow import unfinished
-from nvila.components.report.webhook import SECRET_VARIABLE, URL_VARIABLE, post
-from nvila.components.runner.execute import Place, on_cluster
+from nvila.components.report.webhook import post
+from nvila.components.runner.execute import Place
 from nvila.components.runner.status import Run, Status
-from nvila.components.runner.work import chosen
+from nvila.components.runner.work import launcher_of
 from nvila.components.tracking.redact import redact, tell
 
 Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
@@ -43,23 +43,24 @@ class Ending:
     message: str | None = None
 
 
-def close(state: str, message: str | None) -> None:
+def close(state: str, message: str | None, here: Environment) -> None:
     """Close the run that this process belongs to.
 
     Args:
         state: what KFP says of the run: SUCCEEDED, FAILED, CANCELLED. Some versions do not know it yet at this point
             and say RUNNING or nothing.
         message: what KFP adds to that.
+        here: of this process.
     """
-    if not on_cluster():
+    if not here.on_cluster:
         return
-    run_dir = Place.from_environment().run_dir
-    _try("jobs of this run may go on", _cancel_jobs, run_dir)
+    run_dir = Place.of(here).run_dir
+    _try("jobs of this run may go on", _cancel_jobs, run_dir, here)
     run = Run.read(run_dir)
     ended = ending(run, state, message)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
-    if url := os.environ.get(URL_VARIABLE, "").strip():
-        _try("the webhook was not told", _notify, url, run_dir, run, ended)
+    if url := revealed(here.webhook_url).strip():
+        _try("the webhook was not told", _notify, url, run_dir, run, ended, revealed(here.webhook_secret).strip())
 
 
 def ending(run: Run, state: str, message: str | None) -> Ending:
@@ -104,9 +105,9 @@ def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:
     )
 
 
-def _cancel_jobs(run_dir: Path) -> None:
-    if site := chosen():
-        site.close(run_dir.name)
+def _cancel_jobs(run_dir: Path, here: Environment) -> None:
+    if launcher := launcher_of(here):
+        launcher.close(run_dir.name, here)
 
 
 def _end_tracking(run_dir: Path, ended: Ending) -> None:
@@ -116,8 +117,8 @@ def _end_tracking(run_dir: Path, ended: Ending) -> None:
         close_pipeline_run(run_dir, _MLFLOW.get(ended.outcome, "FAILED"))
 
 
-def _notify(url: str, run_dir: Path, run: Run, ended: Ending) -> None:
-    post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), os.environ.get(SECRET_VARIABLE, "").strip())
+def _notify(url: str, run_dir: Path, run: Run, ended: Ending, secret: str) -> None:
+    post(url, f"run.{ended.outcome}", notice(run_dir, run, ended), secret)
 
 
 def _links(run_dir: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
@@ -24,9 +25,9 @@ class Settings(Section):
     """Nothing to set."""
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-    """Write `report.html` into `out` and into the folder of the run (`NVILA_RUN`), whose status files it reads."""
-    run_dir = Place.from_environment().run_dir
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
+    """Write `report.html` into `out` and into the folder of the run, whose status files it reads."""
+    run_dir = Place.of(here).run_dir
     write_atomic(out / PAGE, render(Run.read(run_dir, alive=(REPORT,))))
     shutil.copyfile(out / PAGE, run_dir / PAGE)
     return Outcome(kind="report", files=(PAGE,))
@@ -37,18 +38,18 @@ def render(run: Run) -> str:
 
     The page may load nothing and run nothing (its own CSP says so).
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    import jinja2
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         finalize=lambda value: tell(value) if type(value) is str else value,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    templates.filters |= {
         "percent": lambda value: f"{100 * value:.1f}%",
         "points": lambda value: f"{100 * value:+.1f}",
         "duration": duration,
@@ -57,7 +58,7 @@ def render(run: Run) -> str:
         "ours": Markup,
     }
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template("page.html").render(style=style, **context(run))
+    return templates.get_template("page.html").render(style=style, **context(run))
 
 
 def _bytes(count: float) -> str:

@@ -18,10 +18,10 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
+from nvila.components.contracts.environment import name_of
 from nvila.components.contracts.errors import ConfigError, NvilaError
 
-URL_VARIABLE = "NVILA_WEBHOOK_URL"
-SECRET_VARIABLE = "NVILA_WEBHOOK_SECRET"
+URL = name_of("webhook_url")
 TIMEOUT_SECONDS = 10.0
 PAUSES_SECONDS = (1.0, 5.0)
 """Between the attempts, so there is one attempt more than these."""
@@ -73,7 +73,7 @@ def sign(identity: str, timestamp: str, body: bytes, secret: str) -> str:
     try:
         key = base64.b64decode(secret[6:], validate=True) if secret.startswith("whsec_") else secret.encode()
     except binascii.Error as error:
-        raise ConfigError("what follows whsec_ is not base64", where=SECRET_VARIABLE) from error
+        raise ConfigError("what follows whsec_ is not base64", where=name_of("webhook_secret")) from error
     digest = hmac.new(key, f"{identity}.{timestamp}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 
@@ -89,9 +89,9 @@ def _host(url: str) -> str:
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
     if parts.username or not host or parts.scheme not in ("http", "https"):
-        raise ConfigError("not a plain http(s) URL", where=URL_VARIABLE, value=host)
+        raise ConfigError("not a plain http(s) URL", where=URL, value=host)
     if parts.scheme == "http" and not _INSIDE.fullmatch(host):
-        raise ConfigError("http leaves the cluster unencrypted", where=URL_VARIABLE, value=host, do="Use https.")
+        raise ConfigError("http leaves the cluster unencrypted", where=URL, value=host, do="Use https.")
     return host
 
 

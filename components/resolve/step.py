@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
@@ -17,12 +17,9 @@ from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
 
 Settings = Form
-ROOT_VARIABLE = "NVILA_ROOT"
-"""Environment variable that the compiled pipeline sets: the folder that relative paths of a recipe begin at. Without it
-that is the working directory."""
 
 
-def external(settings: Mapping[str, Any]) -> dict[str, str]:
+def external(settings: Mapping[str, Any], here: Environment) -> dict[str, str]:
     """Digest of the recipe's text and of what it extends, for shipped recipes may change; and where its paths begin.
 
     A wrong name is left to `run`, as any other mistake in the form: then there is a key for its tombstone.
@@ -32,15 +29,15 @@ def external(settings: Mapping[str, Any]) -> dict[str, str]:
         texts = [member.text for member in family(document(recipe))]
     except ConfigError:
         texts = [recipe]
-    return {"recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(), "root": os.environ.get(ROOT_VARIABLE, "")}
+    return {"recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(), "root": here.root}
 
 
-def run(settings: Form, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Form, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Tells `recipe` (all of it, defaults filled in) and `slices` (by step name).
 
     Raises:
         ConfigError: names the dotted option and the nearest right key.
     """
-    recipe = fill_in(settings, root=os.environ.get(ROOT_VARIABLE, ""))
+    recipe = fill_in(settings, root=here.root)
     whole = recipe.model_dump(mode="json", by_alias=True)
     return Outcome(kind="slices", result=Resolution(recipe=whole, slices=slices(recipe)))

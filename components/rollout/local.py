@@ -6,12 +6,14 @@ the policy's yes does it take the address. The step decides nothing itself; `pol
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import SecretStr
+
+from nvila.components.contracts.environment import revealed
 from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
 from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.recipe.rollout import Policy
@@ -21,9 +23,6 @@ from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
 from nvila.components.serve.endpoint import Endpoint
 from nvila.components.serve.ports import free_port
-
-API_KEY_VARIABLE = "NVILA_API_KEY"
-"""Environment variable: bearer token that the endpoint asks for; unset leaves it open to this machine."""
 
 HEALTH_SECONDS = 30.0
 
@@ -38,6 +37,8 @@ class Wanted:
     model_dir: Path
     host: str
     port: int
+    key: SecretStr | None
+    """What the endpoint asks for; None leaves it open to this machine."""
 
     def served_by(self, endpoint: Endpoint) -> bool:
         """Whether a record is of this very version at this very address."""
@@ -82,7 +83,7 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
     tried = _try(runs, wanted, wanted.port if in_place else free_port(wanted.host), prompts, policy, max_tokens, old)
     if isinstance(tried, Rejected):
         if old is None and recorded and recorded.digest != wanted.digest:
-            _start_again(runs, recorded, policy)
+            _start_again(runs, recorded, policy, wanted.key)
         raise tried
     challenger, measured = tried
     if not in_place:
@@ -120,7 +121,7 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: 
         port=port,
         served_name=wanted.model,
         log_path=log,
-        api_key=os.environ.get(API_KEY_VARIABLE),
+        api_key=wanted.key.get_secret_value() if wanted.key else None,
     )
     with _stopped_on_failure(runs, started.pid, name):
         endpoint = Endpoint(
@@ -154,7 +155,7 @@ def _try(
     except RolloutError as error:
         return _refusal(decide(Observation(trouble=str(error)), None, policy).reasons)
     with _stopped_on_failure(runs, challenger.pid, records.CHALLENGER):
-        key = os.environ.get(API_KEY_VARIABLE)
+        key = revealed(wanted.key)
         seen, seconds = observe(challenger.url, wanted.model, prompts, max_tokens, key)
         before = None
         if old and server.is_ready(old.url):
@@ -175,16 +176,16 @@ def _take_over(runs: Path, wanted: Wanted, tried: Endpoint, old: Endpoint | None
         endpoint, _ = start(runs, wanted, wanted.port, policy.deadline_seconds, records.ENDPOINT)
     except BaseException:
         if old:
-            _start_again(runs, old, policy)
+            _start_again(runs, old, policy, wanted.key)
         raise
     return endpoint.model_copy(update={"pinned": tried.pinned})
 
 
-def _start_again(runs: Path, old: Endpoint, policy: Policy) -> None:
+def _start_again(runs: Path, old: Endpoint, policy: Policy, key: SecretStr | None) -> None:
     """The version that served before, at its address."""
     if not Path(old.model_dir).is_dir():
         return
-    wanted = Wanted(old.model, old.version, old.digest, Path(old.model_dir), old.host, old.port)
+    wanted = Wanted(old.model, old.version, old.digest, Path(old.model_dir), old.host, old.port, key)
     endpoint, _ = start(runs, wanted, old.port, policy.deadline_seconds, records.ENDPOINT)
     records.write(runs, endpoint.model_copy(update={"pinned": old.pinned}))
 

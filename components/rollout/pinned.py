@@ -51,9 +51,7 @@ def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
     return [_pinned(row, by_id[row["id"]]) for row in chosen]
 
 
-def observe(
-    url: str, model: str, prompts: list[Pinned], max_tokens: int, api_key: str | None
-) -> tuple[Observation, float]:
+def observe(url: str, model: str, prompts: list[Pinned], max_tokens: int, api_key: str) -> tuple[Observation, float]:
     """Ask a running server every prompt; returns what it did and the mean seconds of an answer."""
     errors = agreed = right = 0
     began = time.monotonic()

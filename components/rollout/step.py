@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.rollout import RolloutSettings
@@ -28,13 +29,14 @@ class Settings(Section):
     rollout: RolloutSettings
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Serve the version, if the policy lets it.
 
     Args:
         settings: target, address and policy.
         inputs: `version` (of register), `model` (of quantize), `metrics` (of evaluate-quantized), `samples`.
         out: stays empty.
+        here: whose folder of runs has the endpoint's record, and the key that the endpoint asks for.
 
     Raises:
         DamagedError: the model's files are not what quantize wrote.
@@ -46,7 +48,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     told = Rollout(model=version.name, version=version.version, endpoint=None, decision="not asked for", pinned={})
     if settings.rollout.target == "none":
         return Outcome(kind="endpoint", result=told)
-    runs, rollout = Place.from_environment().run_dir.parent, settings.rollout
+    runs, rollout = Place.of(here).run_dir.parent, settings.rollout
     _agree(runs, version.name, version.version, inputs["model"])
     wanted = Wanted(
         model=version.name,
@@ -55,6 +57,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         model_dir=inputs["model"].dir("model", fresh=True),
         host=rollout.host,
         port=rollout.port,
+        key=here.api_key,
     )
     prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
     longest = inputs["metrics"].told(QuantizedEvaluation).max_new_tokens

@@ -8,9 +8,6 @@ from pathlib import Path
 from nvila.components.contracts.keys import file_digest
 from nvila.components.contracts.manifest import digest_json
 
-CODE_VARIABLE = "NVILA_CODE"
-"""Environment variable that a pipeline compiled for a named image sets: the digest of the code it was compiled from."""
-
 
 def code_digest() -> str:
     """First 16 hex characters of the digest over every Python file of the package `components`, remarks left out."""

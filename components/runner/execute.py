@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nvila.components.contracts.environment import Environment, entered, name_of, notices
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard
-from nvila.components.contracts.index import STORE_VARIABLE as STORE_VARIABLE
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
     MANIFEST,
@@ -27,22 +27,19 @@ from nvila.components.contracts.manifest import (
     Manifest,
     describe_files,
 )
-from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.progress import progress_to
 from nvila.components.contracts.results.run import Resolution
+from nvila.components.contracts.step import call
 from nvila.components.contracts.steps import ROWS, STEPS
 from nvila.components.contracts.store import TOMBSTONE, Store
-from nvila.components.runner.code import CODE_VARIABLE, code_digest
+from nvila.components.contracts.text import say
+from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.status import Status, StepStatus
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
 from nvila.components.tracking.redact import redact_text, tell
 
-RUN_VARIABLE = "NVILA_RUN"
-"""Environment variable: folder of this pipeline run (default `runs/adhoc`)."""
-RUN_ID_VARIABLE = "NVILA_RUN_ID"
-"""Environment variable that only the compiled pipeline sets: the run's id on the cluster."""
 COMPARED = frozenset(row.name for row in STEPS if row.compared)
 _INTERVAL = frozenset({"low", "high"})
 ALWAYS = frozenset(row.name for row in STEPS if row.always)
@@ -61,16 +58,9 @@ class Place:
         return self.run_dir.name
 
     @classmethod
-    def from_environment(cls) -> Place:
-        """Read `NVILA_STORE` and `NVILA_RUN`.
-
-        Raises:
-            ConfigError: one of them names no local folder.
-        """
-        store = local_folder(os.environ.get(STORE_VARIABLE, "store"), STORE_VARIABLE).absolute()
-        # On a cluster the run's id is known inside the pod only, as another variable.
-        run_dir = os.path.expandvars(os.environ.get(RUN_VARIABLE, "runs/adhoc"))
-        return cls(Store(store), local_folder(run_dir, RUN_VARIABLE).absolute())
+    def of(cls, here: Environment) -> Place:
+        """Of a process with this environment."""
+        return cls(Store((here.store or Path("store")).absolute()), (here.run or Path("runs/adhoc")).absolute())
 
 
 def execute(
@@ -80,7 +70,7 @@ def execute(
     inputs: Mapping[str, str],
     output: str,
     settings: Any = None,
-    at_end: Callable[[], None] = lambda: None,
+    at_end: Callable[[Environment], None] = lambda here: None,
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
 
@@ -97,19 +87,39 @@ def execute(
         settings: the slice itself, for `resolve`, which makes the slices.
         at_end: called last, however the step has ended.
     """
-    place = Place.from_environment()
-    status = _Status(place.run_dir, step)
+    try:
+        here = Environment.read()
+    except NvilaError as error:
+        _leave(error.exit_code, f"{step}: {error}")
+    with entered(here):
+        return _execute(here, step, module, slices, inputs, output, settings, at_end)
+
+
+def _execute(
+    here: Environment,
+    step: str,
+    module: str,
+    slices: str | None,
+    inputs: Mapping[str, str],
+    output: str,
+    settings: Any,
+    at_end: Callable[[Environment], None],
+) -> dict[str, Any]:
+    place = Place.of(here)
+    status = _Status(place.run_dir, step, here.on_cluster)
     signal.signal(signal.SIGTERM, _preempted)
     try:
+        for line in notices() if here.on_cluster else ():
+            say(line)
         status.begin()
-        _refuse_other_code()
+        _refuse_other_code(here.code)
         if slices is not None:
             every = Manifest.load(slices).told(Resolution).slices
             if step not in every:
                 raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
             settings = every[step]
         loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        made, cached = perform(place, step, module, settings, loaded) if settings is not None else (None, False)
+        made, cached = perform(here, step, module, settings, loaded) if settings is not None else (None, False)
         manifest = made or loaded[ROWS[step].hands_on]
         manifest.save(Path(output))
         how = Status.CACHED if cached else Status.DONE if made else Status.NOT_ASKED_FOR
@@ -128,27 +138,22 @@ def execute(
         status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
         _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
     finally:
-        at_end()
-
-
-def on_cluster() -> bool:
-    """Whether this process is a step's pod of the compiled pipeline."""
-    return RUN_ID_VARIABLE in os.environ
+        at_end(here)
 
 
 def perform(
-    place: Place, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+    here: Environment, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
 ) -> tuple[Manifest, bool]:
     """The manifest of this work, and whether it was there already.
 
     Raises:
         NvilaError: what the step raised; exit codes 2 and 3 leave a tombstone for retries within the same run.
     """
-    code = importlib.import_module(module)
+    code, place = importlib.import_module(module), Place.of(here)
     if hasattr(code, "prepare"):
         with progress_to(place.run_dir / "progress" / f"{step}.json"):
             code.prepare(code.Settings.model_validate(settings))
-    external = code.external(settings) if hasattr(code, "external") else None
+    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
     digests = {name: manifest.digest for name, manifest in inputs.items()}
     key = content_key(module, {"step": step, **settings}, digests, external)
     store = place.store
@@ -172,7 +177,7 @@ def perform(
 
                 compare(place.run_dir.parent, step, inputs)
             with progress_to(place.run_dir / "progress" / f"{step}.json"):
-                outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir))
+                outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir, here))
             if outcome.read is not None and outcome.read != external:
                 store.remove(step, key)  # it holds work on what the key does not say
                 raise Unreachable(
@@ -231,8 +236,8 @@ def _track(
 class _Status:
     """Says in the run's folder how far this step is (see `StepStatus`)."""
 
-    def __init__(self, run_dir: Path, step: str) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, step: str, on_cluster: bool) -> None:
+        self._run_dir, self._on_cluster = run_dir, on_cluster
         self._record = StepStatus(name=step, status=Status.RUNNING, started=time.time(), pid=os.getpid())
 
     def begin(self) -> None:
@@ -244,7 +249,7 @@ class _Status:
                 but a person starts a step again, the step looks again.
         """
         before = StepStatus.read(self._run_dir, self._record.name)
-        if on_cluster() and before.exit_code in (Exit.USER, Exit.REJECTED):
+        if self._on_cluster and before.exit_code in (Exit.USER, Exit.REJECTED):
             raise _again(before.exit_code, str(before.message))
         self._record.write(self._run_dir)
 
@@ -255,13 +260,12 @@ class _Status:
         self._record.write(self._run_dir)
 
 
-def _refuse_other_code() -> None:
+def _refuse_other_code(wanted: str | None) -> None:
     """A pipeline says from which code it was compiled; its graph and other code would not fit together."""
-    wanted = os.environ.get(CODE_VARIABLE)
     if wanted and wanted != (found := code_digest()):
         raise ConfigError(
             "the image holds other code than the pipeline was compiled from",
-            where=CODE_VARIABLE,
+            where=name_of("code"),
             value=found,
             do=f"Compile with the image of {wanted}, or submit from the commit that the image was built from.",
         )

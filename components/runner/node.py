@@ -7,7 +7,6 @@ the exit codes of `Exit`, which the job's failure policies act on.
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import traceback
@@ -15,25 +14,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import NvilaError, Preempted, PreflightError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.step import call
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
 from nvila.components.runner.work import machine
 from nvila.components.tracking.redact import tell
 
-NODE_VARIABLE = "PET_NODE_RANK"
-"""Environment variable: number of this node, set by Kubeflow Trainer; unset on a single machine."""
-
 
 def main(path: Path) -> Exit:
     """Do this node's part of the assignment and return the exit code."""
     signal.signal(signal.SIGTERM, _stop)
-    node, folder = int(os.environ.get(NODE_VARIABLE, "0")), path.parent
+    here = Environment.read()
+    node, folder = here.node, path.parent
     clear_verdict(folder, node)
     try:
-        _work(Assignment.model_validate_json(path.read_bytes()), node, folder)
+        with entered(here):
+            _work(Assignment.model_validate_json(path.read_bytes()), here, folder)
         return Exit.DONE
     except NvilaError as error:
         return _end(folder, node, error)
@@ -44,20 +44,20 @@ def main(path: Path) -> Exit:
         return _end(folder, node, NvilaError(f"{type(error).__name__}: {error}"))
 
 
-def _work(assignment: Assignment, node: int, folder: Path) -> None:
-    if (here := code_digest()) != assignment.code:
+def _work(assignment: Assignment, here: Environment, folder: Path) -> None:
+    if (ours := code_digest()) != assignment.code:
         raise PreflightError(
             "the image of the job holds other code than the image of the step",
             where=assignment.step,
-            value={"step": assignment.code, "job": here},
+            value={"step": assignment.code, "job": ours},
             do="Build both images from one commit, and set the training runtime's image to match the pipeline's.",
         )
     code: Any = importlib.import_module(assignment.module)
     settings = code.Settings.model_validate(assignment.settings)
-    if node == 0:
+    if here.node == 0:
         with progress_to(assignment.run_dir / "progress" / f"{assignment.step}.json"):
-            outcome = code.run(settings, assignment.inputs, assignment.out)
-            write_outcome(folder, replace(outcome, machine=machine()))
+            outcome = call(code.run, settings, assignment.inputs, assignment.out, here=here)
+            write_outcome(folder, replace(outcome, machine=machine(here.threads)))
     elif hasattr(code, "join"):
         code.join(settings, assignment.inputs, assignment.out)
 

@@ -1,4 +1,4 @@
-"""Where a step's work is done: in this process, or where the module that `NVILA_SITE` names takes it.
+"""Where a step's work is done: in this process, or where the launcher that `NVILA_SITE` names takes it.
 
 Steps, content keys and manifests know nothing of it: the same work has the same identity wherever it was done.
 """
@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.step import Outcome
-
-SITE_VARIABLE = "NVILA_SITE"
-"""Environment variable: dotted name of a module that is a `Site`; empty does every step's work in its own process."""
+from nvila.components.contracts.site import KEY
+from nvila.components.contracts.step import Outcome, call
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,11 @@ class Work:
     """The step's folder in the store."""
     run_dir: Path
     """Folder of the pipeline run."""
+    here: Environment
+    """Of the step's own process."""
 
 
-class Site(Protocol):
+class Launcher(Protocol):
     """A module that has heavy work done elsewhere and cleans up there when a run ends."""
 
     def takes(self, work: Work) -> bool:
@@ -54,39 +55,37 @@ class Site(Protocol):
         """
         ...
 
-    def close(self, run: str) -> None:
+    def close(self, run: str, here: Environment) -> None:
         """Stop what is still under way for a pipeline run that has ended."""
         ...
 
 
-def chosen() -> Site | None:
-    """The site of this process, or None where every step does its own work.
+def launcher_of(here: Environment) -> Launcher | None:
+    """The site's launcher, or None where every step does its own work.
 
     Raises:
         ConfigError: the module cannot be imported.
     """
-    name = os.environ.get(SITE_VARIABLE)
-    if not name:
+    if not here.site or not here.site.launcher:
         return None
     try:
-        return cast(Site, importlib.import_module(name))
+        return cast(Launcher, importlib.import_module(here.site.launcher))
     except ImportError as error:
-        raise ConfigError(f"no such site: {error}", where=SITE_VARIABLE, value=name) from error
+        raise ConfigError(f"no such launcher: {error}", where=KEY, value=here.site.launcher) from error
 
 
 def do(work: Work) -> Outcome:
     """Do the work, here or elsewhere."""
     code = importlib.import_module(work.module)
     settings = code.Settings.model_validate(work.settings)
-    site = chosen()
-    if site is not None and site.takes(work):
-        return site.run(work)
-    return replace(code.run(settings, work.inputs, work.out), machine=machine())
+    launcher = launcher_of(work.here)
+    if launcher is not None and launcher.takes(work):
+        return launcher.run(work)
+    return replace(call(code.run, settings, work.inputs, work.out, here=work.here), machine=machine(work.here.threads))
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: str) -> dict[str, Any]:
     """What decides how sums are rounded here: the threads that a step may use, and the kind of CPU."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
     return {"threads": int(threads) if threads.isdigit() else len(os.sched_getaffinity(0)), "cpu": _cpu()}
 
 

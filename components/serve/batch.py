@@ -19,7 +19,7 @@ from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import digest_json, write_atomic
 from nvila.components.data.media import Limits
-from nvila.components.serve.environment import serve_python, serve_variables
+from nvila.components.serve.interpreter import serve_python, serve_variables
 
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
@@ -69,6 +69,8 @@ def generate_with_vllm(
         command += ["--model", str(model_dir), "--max-new-tokens", str(max_new_tokens)]
         variables = serve_variables(threads)
         variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
+        # A second process costs another import of everything (20 s on two cores) and buys nothing with one worker.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         with log.open("w") as sink:
             done = subprocess.run(command, env=variables, stdout=sink, stderr=subprocess.STDOUT, check=False)
         answers = read_answers(answered)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,8 +52,6 @@ def main(arguments: list[str]) -> None:
 
 def start_engine(model: Path) -> Any:
     """A vLLM engine in this process, sized for short prompts on a few cores."""
-    # One process: a second one costs another import of everything (20 s here) and buys nothing with one worker.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
     return LLM(

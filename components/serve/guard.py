@@ -6,16 +6,16 @@ vLLM's own check covers some path prefixes only; `/invocations` would answer any
 from __future__ import annotations
 
 import hmac
-import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from nvila.components.contracts.environment import Environment
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-KEY_VARIABLE = "VLLM_API_KEY"
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 
 
@@ -24,7 +24,8 @@ class RequireKey:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._key = os.environ.get(KEY_VARIABLE)
+        key = Environment.read().vllm_key  # vLLM makes the middleware, with no arguments of ours
+        self._key = key and key.get_secret_value()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""

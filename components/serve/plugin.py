@@ -6,7 +6,7 @@ by a string, so that registering imports no torch; what it says is in `model`, `
 
 from __future__ import annotations
 
-import os
+from nvila.components.contracts.environment import before_importing
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
 CONNECTOR = "nvila"
@@ -23,5 +23,4 @@ def register() -> None:
     AutoConfig.register(NVILAServingConfig.model_type, NVILAServingConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"nvila.components.serve.architecture:{ARCHITECTURE}")
     register_connector(CONNECTOR)
-    # vLLM picks the connector by this variable; every media URL of the HTTP API then passes through ours.
-    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
+    before_importing("vllm")

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
-from nvila.components.serve.environment import serve_python, serve_variables
-from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
+from nvila.components.serve.guard import RequireKey
+from nvila.components.serve.interpreter import serve_python, serve_variables
 from nvila.components.serve.ports import why_taken
 
 ENGINE_OPTIONS = (
@@ -82,9 +83,9 @@ def start(
     sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     variables = serve_variables(threads)
-    variables.pop(KEY_VARIABLE, None)
+    variables.pop(name_of("vllm_key"), None)
     if api_key is not None:
-        variables[KEY_VARIABLE] = api_key  # not on the command line, which every user of the machine can read
+        variables |= named(vllm_key=api_key)  # not on the command line, which every user of the machine can read
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as sink:
         child = subprocess.Popen(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvila.components.contracts.environment import current
 from nvila.components.tracking.connect import connected, experiment_id, has_store
 from nvila.components.tracking.runs import PARENT_FILE
 
@@ -23,7 +23,7 @@ def close_abandoned(runs: Path, ended_at: Callable[[Path], float | None]) -> Non
         ended_at: from the folder of a pipeline run to the seconds since the epoch at which it was last alive; None
             where it lives, or nobody knows.
     """
-    if os.environ.get("MLFLOW_RUN_ID") or not has_store(runs):
+    if current().mlflow_run_id or not has_store(runs):
         return
     with connected(runs) as client:
         experiments, token = [experiment_id(client, runs)], None

@@ -6,34 +6,32 @@ The first use of a new sqlite store creates its tables (2.6 s; later about 1 s a
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvila.components.contracts.environment import before_importing, current
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "nvila"
-_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
-"""Read by MLflow when it is imported."""
 
 
 def tracking_uri(runs: Path) -> str:
     """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.absolute()}/mlflow.db"
+    return current().mlflow_tracking_uri or f"sqlite:///{runs.absolute()}/mlflow.db"
 
 
 def has_store(runs: Path) -> bool:
     """Whether there is anything to read: connecting to the local default would make an empty one."""
-    return "MLFLOW_TRACKING_URI" in os.environ or (runs / "mlflow.db").is_file()
+    return current().mlflow_tracking_uri is not None or (runs / "mlflow.db").is_file()
 
 
 def load_client() -> type[MlflowClient]:
     """Import MLflow (two seconds), without telemetry and chatter."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    before_importing("mlflow")
     from mlflow import MlflowClient
 
     return MlflowClient
@@ -50,7 +48,7 @@ def connected(runs: Path) -> Iterator[MlflowClient]:
     with (runs / ".mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         uri = tracking_uri(runs)
-        yield client(uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        yield client(uri, registry_uri=current().mlflow_registry_uri or uri)
 
 
 def experiment_id(client: MlflowClient, runs: Path) -> str:

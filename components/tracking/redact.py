@@ -6,13 +6,13 @@ others; what tokens look like is in `tokens`.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
+from nvila.components.contracts.environment import values_where
 from nvila.components.contracts.text import visible_lines
 from nvila.components.tracking.tokens import hide_tokens
 
@@ -161,11 +161,8 @@ def tell(text: str) -> str:
 
 def _secrets_of_environment() -> list[str]:
     """As they are and as a URL has them; the longest first, as one may hold another."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and name not in ("PWD", "OLDPWD") and is_secret(name)
-    }
+    secret = values_where(lambda name: name not in ("PWD", "OLDPWD") and is_secret(name))
+    found = {value for value in secret if len(value) >= _SHORTEST}
     return sorted(found | {quote(value, safe="") for value in found}, key=len, reverse=True)
 
 

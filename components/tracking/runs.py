@@ -6,11 +6,11 @@ The runner calls `record_step` after the manifest is written; what the numbers m
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.files import read_json, write_atomic
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.tracking.connect import connected, experiment_id, tracking_uri
@@ -71,7 +71,7 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
 
     A parent that KFP opened is KFP's to close: nothing happens then.
     """
-    if os.environ.get("MLFLOW_RUN_ID"):
+    if current().mlflow_run_id:
         return
     with connected(run_dir.parent) as client:
         parent, _ = _parent(client, run_dir)
@@ -90,7 +90,7 @@ def _parent(client: MlflowClient, run_dir: Path) -> tuple[str, str]:
     """Ids of the parent run and its experiment: KFP's run, this pipeline run's, or a new one."""
     from mlflow.exceptions import MlflowException
 
-    if joined := os.environ.get("MLFLOW_RUN_ID"):
+    if joined := current().mlflow_run_id:
         return joined, client.get_run(joined).info.experiment_id
     known = run_dir / PARENT_FILE
     if run_id := read_json(known).get("run_id"):

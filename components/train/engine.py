@@ -6,7 +6,6 @@ has been through the model, so gradients of sums are gathered and divided then, 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.files import sync_tree
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.contracts.recipe.train import Run, Stage
@@ -195,20 +195,15 @@ class Engine:
         return found
 
 
-def place() -> tuple[int, int]:
-    """Rank of this process, and how many there are: torchrun's variables."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> Engine:
-    """Put `model` under DeepSpeed; parameters with `requires_grad` are trained."""
+def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, world: int) -> Engine:
+    """Put `model` under DeepSpeed in `world` processes; parameters with `requires_grad` are trained."""
     import torch
 
+    before_importing("deepspeed")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        before_importing("deepspeed on a CPU")
     import deepspeed
 
-    _, world = place()
     if not torch.cuda.is_available():
         _without_shared_memory()
     backend = "nccl" if torch.cuda.is_available() else "gloo"

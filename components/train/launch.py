@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train.job import VERDICT, Job
@@ -44,27 +44,24 @@ def launch(job: Job) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    out = Path(job.out)
-    node = int(os.environ.get("PET_NODE_RANK", "0"))
+    out, here = Path(job.out), current()
+    node, nodes = here.node, here.nodes
     description = out / (f"job-{node}.json" if node else "job.json")
     write_atomic(description, job.model_dump_json(indent=1))
     if node == 0:
         (out / VERDICT).unlink(missing_ok=True)
     stale = _written(out / VERDICT)
-    os.environ["DS_LOG_LEVEL"] = "warning"
     logs = out / f"torchrun-{node}"
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}  # the agent puts its own in their place
-    nodes = int(os.environ.get("PET_NNODES", "1"))
     if nodes == 1:
         # Takes a free port, which the agent shares. With the rendezvous of `--standalone` it would inspect its whole
         # call stack at each move, and that takes seconds where thousands of modules are loaded.
         meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         endpoint = f"localhost:{meeting.port}"
     else:
-        address, port = os.environ["PET_MASTER_ADDR"], os.environ["PET_MASTER_PORT"]
-        meeting = meet(address, int(port), nodes, node)
-        endpoint = f"{address}:{port}"
+        meeting = meet(here.master_address, here.master_port, nodes, node)
+        endpoint = f"{here.master_address}:{here.master_port}"
     there = {"nnodes": nodes, "node-rank": node, "rdzv-endpoint": endpoint}
     # A store left in a cycle, destroyed by a fork's collector, joins a thread that the fork does not have: it fails, or
     # waits for ever.

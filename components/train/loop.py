@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
@@ -38,7 +39,8 @@ def main(job_path: str) -> None:
     job = Job.model_validate_json(Path(job_path).read_bytes())
     stop = StopRequest()
     try:
-        train(job, stop)
+        with entered(Environment.read()):
+            train(job, stop)
     except Exception as caught:
         if isinstance(caught, NvilaError):
             error = caught
@@ -82,31 +84,30 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.train.account import Account
     from nvila.components.train.data import stage_samples
-    from nvila.components.train.engine import place, start
+    from nvila.components.train.engine import start
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
 
     torch.manual_seed(job.seed)
-    out, stage, folder = Path(job.out), job.stage, Path(job.model)
+    out, stage, folder, here = Path(job.out), job.stage, Path(job.model), current()
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
     samples = samples[: total * stage.batch]
     config = read_config(folder)
     limit = min(config.max_length_tokens, stage.max_length_tokens)
-    rank, world = place()
-    mine = _share_of(samples, stage.batch, rank, world)
+    mine = _share_of(samples, stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
     feed = Feed(load_tokenizer(folder / "llm", folder), replace(config, max_length_tokens=limit))
-    with Loader(feed, mine, stage.samples_at_once(world)) as loader:
+    with Loader(feed, mine, stage.samples_at_once(here.world)) as loader:
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
         precision = "float32" if job.run.precision == "fp32" else "bfloat16"
-        model, tokenizer = load_native(folder, dtype=precision, device=default_device())
+        model, tokenizer = load_native(folder, dtype=precision, device=default_device(here.local_rank))
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
         set_trainable(model, stage.trainable)
         model.prepare_for_training()
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        engine = start(model, stage, job.run, total)
+        engine = start(model, stage, job.run, total, here.world)
         use_flash_attention(model)  # now that the weights have the precision of the stage
         done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
         account = Account(engine, job, [sample.id for sample in samples], done)

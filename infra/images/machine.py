@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from nvila.components.contracts.environment import Environment, for_child, named
 from nvila.components.contracts.errors import PreflightError
 
 CONFIGURATION = """\
@@ -39,12 +40,12 @@ def podman_environment(scratch: Path) -> dict[str, str]:
     """
     if shutil.which("podman") is None:
         raise PreflightError("podman is missing", where="images", do="Install the package podman.")
-    if os.environ.get("CONTAINERS_CONF") or os.getuid() != 0 or Path("/run/systemd/system").is_dir():
-        return dict(os.environ)
+    if Environment.read().podman_configuration or os.getuid() != 0 or Path("/run/systemd/system").is_dir():
+        return for_child()
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / "containers.conf"
     path.write_text(CONFIGURATION, encoding="utf-8")
-    return os.environ | {"CONTAINERS_CONF": str(path)}
+    return for_child(named(podman_configuration=path))
 
 
 def pip_settings(scratch: Path) -> tuple[Path, list[str]]:

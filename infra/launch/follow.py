@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -14,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import Cancelled, ConfigError, NvilaError, Preempted
 from nvila.components.contracts.progress import waiting_for
+from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.kube.requests import Patience
 from nvila.components.runner.handover import folder_of, hand_over, read_outcome
@@ -24,7 +25,7 @@ from nvila.components.tracking.redact import tell
 from nvila.infra.launch.job import COMPLETE, FAILED, Job
 from nvila.infra.launch.jobs import Jobs
 from nvila.infra.launch.state import why_waiting
-from nvila.infra.launch.trainjob import ATTEMPT, Nodes, job_name, label, train_job
+from nvila.infra.launch.trainjob import ATTEMPT, job_name, label, train_job
 
 LOOK_SECONDS = 15.0
 """A job is looked at when it changes, and at least this often: its pods change without it."""
@@ -38,7 +39,7 @@ def say(work: Work, text: str) -> None:
     print(tell(f"{work.step}: {text}"), file=sys.stderr, flush=True)
 
 
-def obtain(jobs: Jobs, work: Work, nodes: Nodes, outcome_seconds: float) -> Job:
+def obtain(jobs: Jobs, work: Work, site: Site, outcome_seconds: float) -> Job:
     """The one job for this work: the one that is there, else a new one.
 
     A job that runs is attached to, whoever made it. One that has failed is this run's answer; for a new run it is
@@ -53,7 +54,7 @@ def obtain(jobs: Jobs, work: Work, nodes: Nodes, outcome_seconds: float) -> Job:
         job = jobs.get(name)
         if job is None:
             attempt = uuid.uuid4().hex[:12]
-            body = train_job(work, attempt, hand_over(work, attempt), nodes)
+            body = train_job(work, attempt, hand_over(work, attempt), site)
             if job := jobs.create(body):
                 say(work, f"job {name}: created in namespace {jobs.namespace}, {_size(body)}")
                 return job
@@ -168,7 +169,7 @@ def _cancel(jobs: Jobs, work: Work) -> None:
 
 def _is_moved(jobs: Jobs) -> bool:
     """Whether Kubernetes says that this pod's node, and not this pipeline run, is the reason to stop."""
-    pod = jobs.pod(os.environ.get("HOSTNAME", "")) if os.environ.get("KUBERNETES_SERVICE_HOST") else None
+    pod = jobs.pod(here.hostname) if (here := current()).in_cluster else None
     return pod is not None and pod.moved
 
 

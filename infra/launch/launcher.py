@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import NvilaError, PreflightError
+from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import say
@@ -20,7 +21,7 @@ from nvila.infra.launch.job import COMPLETE
 from nvila.infra.launch.jobs import ADVICE, Jobs
 from nvila.infra.launch.logs import LogCopy
 from nvila.infra.launch.state import failure
-from nvila.infra.launch.trainjob import RUN_LABEL, Nodes, label
+from nvila.infra.launch.trainjob import RUN_LABEL, label
 
 OUTCOME_SECONDS = 90.0
 """How long a network file system may hide a file that another machine has just written."""
@@ -39,9 +40,9 @@ def run(work: Work) -> Outcome:
     Raises:
         NvilaError: what the job reported, with its exit code; or what became of it otherwise.
     """
-    jobs = _jobs()
+    jobs = _jobs(work.here)
     with cancelled_with_us(jobs, work):
-        job = obtain(jobs, work, Nodes.from_environment(), OUTCOME_SECONDS)
+        job = obtain(jobs, work, work.here.site or Site(), OUTCOME_SECONDS)
         if job.ended is None:
             with LogCopy(jobs, job.name):
                 job = follow(jobs, job)
@@ -58,19 +59,19 @@ def run(work: Work) -> Outcome:
     return outcome
 
 
-def close(run: str) -> None:
+def close(run: str, here: Environment) -> None:
     """Cancel the jobs of a pipeline run that have not ended."""
-    jobs, ours = _jobs(), f"{RUN_LABEL}={label(run)}"
+    jobs, ours = _jobs(here), f"{RUN_LABEL}={label(run)}"
     while going := [job for job in jobs.find(ours) if not job.ended and not job.deleting]:
         for job in going:
             if jobs.delete(job):
                 say(f"job {job.name}: cancelled, as its run has ended")
 
 
-def _jobs() -> Jobs:
+def _jobs(here: Environment) -> Jobs:
     """Those of the namespace that `KUBECONFIG` names, or that this pod is in."""
     try:
-        return Jobs(Cluster(Requests(connect(os.environ.get("KUBECONFIG") or None), advice=ADVICE)))
+        return Jobs(Cluster(Requests(connect(here.kubeconfig), advice=ADVICE)))
     except NoCluster as error:
         raise PreflightError(
             f"there is no cluster here that could take the job: {error}",

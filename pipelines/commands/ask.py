@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.errors import ConfigError
 from nvila.pipelines.commands.models import find_model
 
@@ -50,7 +50,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         DataError: a picture, clip or document cannot be read, or is of a kind that the texts have no place for.
     """
     folder = find_model(reference, runs).folder
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    before_importing("transformers")
 
     from nvila.components.model.checkpoint.loading import load
     from nvila.components.model.decode.answer import stream

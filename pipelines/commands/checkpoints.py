@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from nvila.components.contracts.environment import before_importing
 from nvila.pipelines.commands.models import find_model
 
 
@@ -15,7 +15,7 @@ def convert(reference: str, target: Path, layout: str, dtype: str | None, runs: 
         ConfigError: no such layout, or `target` exists; further errors as of `find_model`.
         DataError: it is broken.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    before_importing("transformers")
 
     from nvila.components.model.checkpoint.convert import convert as run
 

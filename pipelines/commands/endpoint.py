@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.rollout.local import Wanted, start
 from nvila.components.serve import endpoint as records
@@ -13,7 +15,7 @@ from nvila.pipelines.commands.models import find_model
 DEADLINE_SECONDS = 300.0
 
 
-def serve(reference: str, host: str, port: int, runs: Path) -> str:
+def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | None) -> str:
     """Start the endpoint of a model, wait until it answers, and return its URL; nothing to do when it runs already.
 
     Raises:
@@ -29,7 +31,7 @@ def serve(reference: str, host: str, port: int, runs: Path) -> str:
             where=str(model.folder),
             do=f"nvila convert {reference} FOLDER --to serving, and serve that; or ask this one with `nvila infer`.",
         )
-    wanted = Wanted(model.name, model.version, model.digest, model.folder, host, port)
+    wanted = Wanted(model.name, model.version, model.digest, model.folder, host, port, key)
     with records.exclusive(runs):
         running = records.read(runs)
         if running and running.alive:

@@ -17,12 +17,12 @@ from google.protobuf.json_format import MessageToDict
 from kfp import kubernetes
 from kfp.dsl.pipeline_task import PipelineTask
 
+from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
+from nvila.components.contracts.site import KEY, OLD_KEYS
 from nvila.components.contracts.steps import Step
-from nvila.components.resolve.step import ROOT_VARIABLE
-from nvila.components.runner.code import CODE_VARIABLE, code_digest
-from nvila.components.runner.execute import RUN_ID_VARIABLE, RUN_VARIABLE, STORE_VARIABLE
+from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.compile import names as site
 from nvila.pipelines.compile.references import dangling_references
@@ -180,15 +180,15 @@ def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> N
             kubernetes.add_pod_annotation(task, name, value)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
-    keys = [key for key in site.CONFIG_KEYS if key != site.LAUNCH_KEY or launch == "jobs"]
+    unused = () if launch == "jobs" else (KEY, *OLD_KEYS)  # of the launcher
+    keys = [key for key in site.CONFIG_KEYS if key not in unused]
     kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in keys}, optional=True)
     kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
-    kubernetes.use_field_path_as_env(task, env_name=RUN_ID_VARIABLE, field_path="metadata.labels['pipeline/runid']")
-    task.set_env_variable(STORE_VARIABLE, f"{site.MOUNT}/store")
-    task.set_env_variable(RUN_VARIABLE, f"{site.MOUNT}/runs/${RUN_ID_VARIABLE}")
-    task.set_env_variable(ROOT_VARIABLE, site.MOUNT)
-    if code:
-        task.set_env_variable(CODE_VARIABLE, code)
+    run_id = name_of("run_id")
+    kubernetes.use_field_path_as_env(task, env_name=run_id, field_path="metadata.labels['pipeline/runid']")
+    given = named(store=f"{site.MOUNT}/store", run=f"{site.MOUNT}/runs/${run_id}", root=site.MOUNT)
+    for name, value in (given | (named(code=code) if code else {})).items():
+        task.set_env_variable(name, value)
 
 
 def _ask(task: PipelineTask, wanted: Resources) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from nvila.components.contracts.environment import Environment, name_of, revealed
 from nvila.components.contracts.errors import ConfigError
 
-TOKEN_VARIABLE = "KF_PIPELINES_TOKEN"
-"""Environment variable: the bearer token itself."""
-TOKEN_FILE_VARIABLE = "KF_PIPELINES_SA_TOKEN_PATH"
-"""Environment variable that Kubeflow sets in notebooks: file of a token that is renewed there."""
+TOKEN_VARIABLE = name_of("pipelines_token")
 
 
 def api_url(host: str) -> str:
@@ -38,7 +35,7 @@ def api_url(host: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
 
 
-def token_of(file: Path | None) -> str:
+def token_of(file: Path | None, here: Environment) -> str:
     """The bearer token from the file, else from the environment; empty without either.
 
     Raises:
@@ -46,10 +43,10 @@ def token_of(file: Path | None) -> str:
     """
     if file:
         return _token_in(file, "--token-file")
-    if token := os.environ.get(TOKEN_VARIABLE):
+    if token := revealed(here.pipelines_token):
         return _one_word(token, TOKEN_VARIABLE)
-    renewed = os.environ.get(TOKEN_FILE_VARIABLE)
-    return _token_in(Path(renewed), TOKEN_FILE_VARIABLE) if renewed else ""
+    renewed = here.pipelines_token_file
+    return _token_in(renewed, name_of("pipelines_token_file")) if renewed else ""
 
 
 def readable(path: Path, option: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.pipelines.kubeflow.access import TOKEN_VARIABLE, api_url, readable, token_of
 
@@ -30,6 +31,7 @@ class Server:
 
     Args:
         host: URL, such as https://kubeflow.example/pipeline.
+        here: where a token is, without such a file.
         token_file: file that holds the bearer token; read before every call, for tokens are renewed there.
         ca_cert: PEM file that the server's certificate is checked with; by default the public authorities.
 
@@ -37,12 +39,14 @@ class Server:
         ConfigError: no URL, or a file that cannot be read.
     """
 
-    def __init__(self, host: str, *, token_file: Path | None = None, ca_cert: Path | None = None) -> None:
+    def __init__(
+        self, host: str, here: Environment, *, token_file: Path | None = None, ca_cert: Path | None = None
+    ) -> None:
         import kfp_server_api as api
         from urllib3 import Retry
 
         self.host = api_url(host)
-        self._token_file = token_file
+        self._token_file, self._here = token_file, here
         configuration = api.Configuration(host=self.host)
         if ca_cert:
             readable(ca_cert, "--ca-cert")
@@ -216,7 +220,9 @@ class Server:
             return self._unreadable(said)
         if status == 401:
             return ConfigError(
-                "the server does not accept the token" if token_of(self._token_file) else "the server asks for a token",
+                "the server does not accept the token"
+                if token_of(self._token_file, self._here)
+                else "the server asks for a token",
                 where=self.host,
                 do=f"Give --token-file, or {TOKEN_VARIABLE} in the environment.",
             )
@@ -230,12 +236,12 @@ class Server:
         return kinds.get(status, ConfigError)(f"the server refuses ({status}): {said}", where=self.host)
 
     def _refresh_token(self, configuration: Any) -> None:
-        if token := token_of(self._token_file):
+        if token := token_of(self._token_file, self._here):
             configuration.api_key["authorization"] = token
 
     def _without_token(self, text: str) -> str:
         """What the server says may repeat what it was sent."""
-        token = token_of(self._token_file)
+        token = token_of(self._token_file, self._here)
         return text.replace(token, "***") if token else text
 
 

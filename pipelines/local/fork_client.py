@@ -17,7 +17,7 @@ OWN = b"own"
 
 def main(folder: str, arguments: list[str]) -> int:
     """Exit code of the task."""
-    environment = dict(os.environ)
+    environment = dict(os.environ)  # noqa: TID251 (contracts.environment takes longer to import than this to run)
     environment["PATH"] = environment["PATH"].removeprefix(folder + os.pathsep)
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(f"{folder}/{SOCKET}")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.environment import for_child, take_over
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
 from nvila.components.runner.status import Status, statuses
@@ -78,7 +79,7 @@ def start(folder: Path, run_dir: Path, program: Sequence[str] = ("-m", __name__)
         return subprocess.Popen(
             [sys.executable, *program, str(listener.fileno()), str(run_dir), str(os.getpid())],
             pass_fds=[listener.fileno()],
-            env=os.environ | {"_KFP_RUNTIME": "true"},  # of KFP, only what its tasks import
+            env=for_child({"_KFP_RUNTIME": "true"}),  # of KFP, only what its tasks import
         )
 
 
@@ -191,8 +192,7 @@ class _Forks:
 
 def _run(task: dict[str, Any]) -> int:
     """In the fork: what a new interpreter would do with these arguments and this environment."""
-    os.environ.clear()
-    os.environ.update(task["environment"])
+    take_over(task["environment"])
     _, module, *arguments = task["arguments"]  # of python3 -m
     sys.argv = [module, *arguments]
     try:

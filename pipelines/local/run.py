@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form
@@ -25,7 +26,6 @@ from nvila.components.contracts.steps import PREFLIGHT, ROWS
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
-from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
@@ -92,10 +92,9 @@ def _damage_met(run_dir: Path) -> str | None:
 
 def _watched(run_dir: Path, store: Path, console: Console) -> int:
     """Start the child, show its progress, pass signals on; return its exit code."""
-    environment = os.environ | {STORE_VARIABLE: str(store), RUN_VARIABLE: str(run_dir)}
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
-    environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = for_child(named(store=store, run=run_dir), unless_set=alone)
     with (
         tempfile.TemporaryDirectory(prefix="nvila-") as python,
         (run_dir / LOG).open("a+b") as log,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.site import KEY, Site
 from nvila.components.kube.cluster import CONFIG_MAP, NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
 from nvila.components.kube.connect import connect
 from nvila.components.kube.errors import Denied, NoCluster
 from nvila.components.kube.requests import Patience, Requests
-from nvila.pipelines.compile import names as site
+from nvila.pipelines.compile import names
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"
@@ -72,18 +73,18 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
     Raises:
         ApiError: the cluster does not answer, or lets nobody in.
     """
-    settings = _settings(cluster)
-    if _per_node(settings) == 0:  # jobs of this site run on CPUs and ask for no GPU
+    site = _site(cluster)
+    if site.gpus_per_node == 0:  # jobs of this site run on CPUs and ask for no GPU
         need = replace(need, gpus=0)
     findings: list[Finding] = []
     for what, check in (
         ("the namespace", lambda: _namespace(cluster)),
         ("the volume claims", lambda: _claims(cluster)),
-        ("the training runtime", lambda: _runtime(cluster, settings, need)),
-        ("the credentials", lambda: _credentials(cluster, settings, need)),
-        ("the quota", lambda: _quota(cluster, settings, need)),
-        ("the queue", lambda: _queue(cluster, settings, need)),
-        ("the nodes", lambda: _nodes(cluster, settings, need, gpu)),
+        ("the training runtime", lambda: _runtime(cluster, site, need)),
+        ("the credentials", lambda: _credentials(cluster, site, need)),
+        ("the quota", lambda: _quota(cluster, site, need)),
+        ("the queue", lambda: _queue(cluster, site, need)),
+        ("the nodes", lambda: _nodes(cluster, site, need, gpu)),
     ):
         findings += _allowed(what, check)
     return sorted(findings, key=lambda finding: not finding.refused)
@@ -96,12 +97,13 @@ def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
         return [Finding(False, f"{what}: this account may not look, so it is not checked")]
 
 
-def _settings(cluster: Cluster) -> Mapping[str, str]:
-    """The site's ConfigMap, which may be missing."""
+def _site(cluster: Cluster) -> Site:
+    """As the site's ConfigMap says, which may be missing."""
     try:
-        return (cluster.get(CONFIG_MAP, site.CONFIG_MAP) or {}).get("data") or {}
+        data = (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
     except Denied:
-        return {}
+        data = {}
+    return Site.read(data) or Site()
 
 
 def _namespace(cluster: Cluster) -> Iterator[Finding]:
@@ -110,7 +112,7 @@ def _namespace(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _claims(cluster: Cluster) -> Iterator[Finding]:
-    for name in (site.VOLUME_CLAIM, site.CACHE_CLAIM):
+    for name in (names.VOLUME_CLAIM, names.CACHE_CLAIM):
         claim = cluster.get(VOLUME_CLAIM, name)
         if claim is None:
             yield Finding(
@@ -120,17 +122,17 @@ def _claims(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(False, f"the volume claim {name} is {phase}: pods wait for its volume")
 
 
-def _runtime(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
-    if site.LAUNCH_KEY not in settings:
+def _runtime(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
+    if not site.launcher:
         yield Finding(
             False,
-            f"ConfigMap {site.CONFIG_MAP} names no {site.LAUNCH_KEY}: every step works in its own pod; "
+            f"ConfigMap {names.CONFIG_MAP} names no launcher: every step works in its own pod; "
             "take --launch pods or cpu (the chart's pipelines.launch)",
         )
-        if need.gpus > _per_node(settings):
+        if need.gpus > site.gpus_per_node:
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
         return
-    per_node = _per_node(settings)
+    per_node = site.gpus_per_node
     if need.gpus > per_node and need.gpus % per_node:
         yield Finding(
             True,
@@ -140,24 +142,24 @@ def _runtime(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Itera
     if version is None:
         yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
         return
-    name = settings.get("NVILA_TRAINING_RUNTIME", "nvila-torch")
+    name = site.training_runtime
     runtimes = Kind(version, "ClusterTrainingRuntime", "clustertrainingruntimes", namespaced=False)
     if cluster.get(runtimes, name) is None:
         yield Finding(True, f"there is no ClusterTrainingRuntime {name}; the chart makes it")
 
 
-def _credentials(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
-    secret = cluster.get(SECRET, site.SECRET)
+def _credentials(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
+    secret = cluster.get(SECRET, names.SECRET)
     keys = set((secret or {}).get("data") or {})
     aws = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     if need.s3 and (missing := sorted(aws - keys)):
-        yield Finding(True, f"the recipe names s3:// and Secret {site.SECRET} has no {' and no '.join(missing)}")
+        yield Finding(True, f"the recipe names s3:// and Secret {names.SECRET} has no {' and no '.join(missing)}")
     if need.hub and "HF_TOKEN" not in keys:
-        yield Finding(False, f"Secret {site.SECRET} has no HF_TOKEN: hf:// weights must be public, or in the cache")
+        yield Finding(False, f"Secret {names.SECRET} has no HF_TOKEN: hf:// weights must be public, or in the cache")
 
 
-def _quota(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
-    key = f"requests.{_resource(settings)}"
+def _quota(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
+    key = f"requests.{site.gpu_resource}"
     for quota in cluster.find(QUOTA):
         hard = quota.get("spec", {}).get("hard", {}).get(key)
         if hard is None:
@@ -174,13 +176,13 @@ def _quota(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
             )
 
 
-def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterator[Finding]:
-    name = settings.get("NVILA_QUEUE")
-    if not name or site.LAUNCH_KEY not in settings:
+def _queue(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
+    name = site.queue
+    if not name or not site.launcher:
         return
     version = cluster.served_version(KUEUE, "localqueues")
     if version is None:
-        yield Finding(True, f"NVILA_QUEUE names {name}, and the cluster knows no LocalQueue; install Kueue ({KUEUE})")
+        yield Finding(True, f"{KEY} names queue {name}, and the cluster knows no LocalQueue; install Kueue ({KUEUE})")
         return
     local = cluster.get(Kind(version, "LocalQueue", "localqueues"), name)
     if local is None:
@@ -197,7 +199,7 @@ def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
         for group in spec.get("resourceGroups", [])
         for flavor in group.get("flavors", [])
         for resource in flavor.get("resources", [])
-        if resource["name"] == _resource(settings)
+        if resource["name"] == site.gpu_resource
     )
     if quota < need.gpus:
         cohort = spec.get("cohort") or spec.get("cohortName")
@@ -208,13 +210,13 @@ def _queue(cluster: Cluster, settings: Mapping[str, str], need: Need) -> Iterato
         )
 
 
-def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) -> Iterator[Finding]:
+def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Finding]:
     if not need.gpus:
         return
     nodes = [node for node in cluster.find(NODE) if _takes_pods(node)]
-    each = min(need.gpus, _per_node(settings))
+    each = min(need.gpus, site.gpus_per_node)
     wanted = math.ceil(need.gpus / each)
-    resource = _resource(settings)
+    resource = site.gpu_resource
     fitting = [n for n in nodes if _count(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
@@ -223,12 +225,12 @@ def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) 
             refused,
             f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",
         )
-    roomy = [node for node in fitting if _has_room(node, settings, each)]
+    roomy = [node for node in fitting if _has_room(node, site, each)]
     if len(roomy) < wanted <= len(fitting):
         yield Finding(
             not need.can_do_without,
             f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a training pod asks for (a "
-            f"whole node {settings['NVILA_NODE_CPU']} and {settings['NVILA_NODE_MEMORY']}): jobs would wait for ever; "
+            f"whole node {site.node_cpu} and {site.node_memory}): jobs would wait for ever; "
             "lower the chart's trainer.cpu and trainer.memory",
         )
     products = {n["metadata"].get("labels", {}).get(PRODUCT_LABEL) for n in fitting} - {None}
@@ -236,17 +238,16 @@ def _nodes(cluster: Cluster, settings: Mapping[str, str], need: Need, gpu: str) 
         yield Finding(False, f"the GPUs are {', '.join(sorted(map(str, products)))}, this plan counts with {gpu}")
 
 
-def _has_room(node: Mapping[str, Any], settings: Mapping[str, str], processes: int) -> bool:
+def _has_room(node: Mapping[str, Any], site: Site, processes: int) -> bool:
     """Whether a training pod's CPUs and memory fit what the node gives to pods; others may hold a part of it now."""
     from kubernetes.utils.quantity import parse_quantity
 
-    names = {"cpu": "NVILA_NODE_CPU", "memory": "NVILA_NODE_MEMORY"}
-    if site.LAUNCH_KEY not in settings or not all(settings.get(name) for name in names.values()):
+    if not site.launcher:
         return True
     offered = node["status"]["allocatable"]
     return all(
-        parse_quantity(settings[name]) * processes <= parse_quantity(offered.get(key, 0)) * _per_node(settings)
-        for key, name in names.items()
+        parse_quantity(whole) * processes <= parse_quantity(offered.get(key, 0)) * site.gpus_per_node
+        for key, whole in (("cpu", site.node_cpu), ("memory", site.node_memory))
     )
 
 
@@ -261,12 +262,3 @@ def _count(quantity: str | int) -> int:
     from kubernetes.utils.quantity import parse_quantity
 
     return int(parse_quantity(quantity))
-
-
-def _resource(settings: Mapping[str, str]) -> str:
-    """Name under which the cluster counts GPUs."""
-    return settings.get("NVILA_GPU_RESOURCE") or "nvidia.com/gpu"
-
-
-def _per_node(settings: Mapping[str, str]) -> int:
-    return int(settings.get("NVILA_GPUS_PER_NODE", "8"))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.step import call
 from nvila.components.contracts.steps import REPORT, RESOLVE, STEPS
 from nvila.components.contracts.store import Store
-from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 
 Verdict = Literal["hit", "miss", "unknown", "always", "not asked for"]
 """`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet or do not answer, so neither
@@ -28,7 +27,8 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
     settings: dict[str, Any] = slices(fill_in(form)) | {RESOLVE: form.model_dump(), REPORT: {}}
     found: dict[str, Verdict] = {}
     manifests: dict[str, Manifest] = {}
-    with _place(store, runs):
+    # Where the steps of a run would look; the index of digests lies there too.
+    with entered(current().model_copy(update={"store": store, "run": runs / "plan"})) as here:
         for row in STEPS:
             inputs = {name: manifests[step] for name, step in row.inputs.items() if step in manifests}
             if row.always:
@@ -41,7 +41,7 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
                 found[row.name] = "unknown"
             else:
                 try:
-                    manifest = _finished(Store(store), row.name, row.module, settings[row.name], inputs)
+                    manifest = _finished(here, Store(store), row.name, row.module, settings[row.name], inputs)
                 except Unreachable:  # which it has said; other steps can be told of
                     found[row.name] = "unknown"
                     continue
@@ -52,30 +52,19 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
 
 
 def _finished(
-    store: Store, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+    here: Environment,
+    store: Store,
+    step: str,
+    module: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Manifest],
 ) -> Manifest | None:
     code = import_module(module)
     try:
-        external = code.external(settings) if hasattr(code, "external") else None
+        external = call(code.external, settings, here=here) if hasattr(code, "external") else None
     except Unreachable:
         raise
     except NvilaError:  # what it reads is not there (yet): demonstration data, say
         return None
     key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)
     return store.finished(step, key)
-
-
-@contextmanager
-def _place(store: Path, runs: Path) -> Iterator[None]:
-    """The environment in which the steps of a run would look."""
-    names = (STORE_VARIABLE, RUN_VARIABLE)
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({STORE_VARIABLE: str(store), RUN_VARIABLE: str(runs / "plan")})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
@@ -19,7 +19,6 @@ from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
-from nvila.components.rollout.local import API_KEY_VARIABLE
 from nvila.components.runner.status import Run
 from nvila.pipelines.show.summary import LOG, Summary, verdict
 from nvila.pipelines.show.watch import StepState, print_line, step_table
@@ -92,7 +91,7 @@ def curl_example(run: Run) -> str | None:
         f"base64 -w0 -- {shell_word(short(picture))}",
         f"'{closing}{after}'",
     )
-    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" ' if os.environ.get(API_KEY_VARIABLE) else ""
+    key = f'-H "Authorization: Bearer ${name_of("api_key")}" ' if current().api_key else ""
     address = shell_word(f"{served.endpoint.rstrip('/')}/v1/chat/completions")
     command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
     if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:

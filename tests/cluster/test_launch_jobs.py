@@ -15,6 +15,7 @@ from kube import ApiServer, default_account, service_account, wait_for, write_ku
 from launches import Launch
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Rejected
+from nvila.components.contracts.site import Site
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.connect import connect
 from nvila.components.kube.requests import MERGE, Patience, Requests
@@ -23,14 +24,14 @@ from nvila.infra.launch import launcher as site
 from nvila.infra.launch.follow import answers, obtain
 from nvila.infra.launch.job import Job
 from nvila.infra.launch.jobs import ADVICE, JOBSET_LABEL, TRAIN_JOB, Jobs
-from nvila.infra.launch.trainjob import KEY_LABEL, QUEUE_LABEL, RUN_LABEL, Nodes, train_job
+from nvila.infra.launch.trainjob import KEY_LABEL, QUEUE_LABEL, RUN_LABEL, train_job
 
 SetStatus = Callable[..., None]
 
 
 def test_the_api_server_keeps_every_field_of_the_job(cluster: Cluster, launch: Launch) -> None:
     """A field that the resource does not have is dropped without a word, and the job runs otherwise than asked."""
-    nodes = Nodes(queue="research")
+    nodes = Site(queue="research")
     job = obtain(launch.jobs, launch.work, nodes, 0)
     wanted = train_job(launch.work, job.attempt, _assignment(launch), nodes)
     kept = cluster.get(TRAIN_JOB, job.name) or {}
@@ -43,7 +44,7 @@ def test_the_api_server_keeps_every_field_of_the_job(cluster: Cluster, launch: L
 
 def test_a_job_that_the_api_refuses_is_an_error_of_the_settings(cluster: Cluster, launch: Launch) -> None:
     """Asking again would go on for ever."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     body["spec"]["trainer"]["numNodes"] = "two"
     with pytest.raises(ConfigError, match="numNodes"):
         cluster.create(TRAIN_JOB, body)
@@ -126,11 +127,11 @@ def test_two_launchers_share_one_job(launch: Launch, set_status: SetStatus) -> N
 
 def test_a_name_that_is_taken_by_other_work_is_an_error(launch: Launch) -> None:
     """Attaching by name alone would pass off another model as this one."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     body["metadata"]["labels"][KEY_LABEL] = "another"
     launch.jobs.create(body)
     with pytest.raises(ConfigError, match="other work"):
-        obtain(launch.jobs, launch.work, Nodes(), 0)
+        obtain(launch.jobs, launch.work, Site(), 0)
 
 
 def test_a_killed_launcher_finds_its_job_again(launch: Launch, set_status: SetStatus) -> None:
@@ -160,7 +161,7 @@ def test_what_was_complete_before_the_launcher_came_back_counts(launch: Launch, 
 
 def test_a_complete_job_with_nothing_to_show_is_made_anew(launch: Launch, set_status: SetStatus) -> None:
     """Someone who has removed the folder from the store could never have the work done again."""
-    obtain(launch.jobs, launch.work, Nodes(), 0)
+    obtain(launch.jobs, launch.work, Site(), 0)
     old = launch.job().uid
     set_status(launch.name, "Complete")
     launch.start()
@@ -209,7 +210,7 @@ def test_the_end_of_a_run_cancels_its_jobs_only(launch: Launch, set_status: SetS
             "run_dir": str(launch.folder / "runs" / run),
             "out": str(launch.folder / "s" / key),
         }
-        names.append(obtain(launch.jobs, launch.work, Nodes(), 0).name)
+        names.append(obtain(launch.jobs, launch.work, Site(), 0).name)
     set_status(names[1], "Complete")
     site.close("r1")
     wait_for(lambda: launch.jobs.get(names[0]) is None, "the job goes on")
@@ -218,7 +219,7 @@ def test_the_end_of_a_run_cancels_its_jobs_only(launch: Launch, set_status: SetS
 
 def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking which jobs a run has and deleting them, another run may have begun to wait for one."""
-    first = obtain(launch.jobs, launch.work, Nodes(), 0)
+    first = obtain(launch.jobs, launch.work, Site(), 0)
     find = Jobs.find
 
     def found_and_taken(jobs: Jobs, labels: str) -> list[Job]:
@@ -234,7 +235,7 @@ def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, mon
 
 def test_a_job_that_is_cancelled_meanwhile_is_made_anew(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that took over a job in the moment of its end failed for good: somebody had deleted its job."""
-    first = obtain(launch.jobs, launch.work, Nodes(), 0)
+    first = obtain(launch.jobs, launch.work, Site(), 0)
     take_over = Jobs.take_over
 
     def too_late(jobs: Jobs, name: str, run: str) -> None:
@@ -243,7 +244,7 @@ def test_a_job_that_is_cancelled_meanwhile_is_made_anew(launch: Launch, monkeypa
 
     monkeypatch.setattr(Jobs, "take_over", too_late)
     launch.record["run_dir"] = str(launch.folder / "runs" / "r2")
-    second = obtain(launch.jobs, launch.work, Nodes(), 0)
+    second = obtain(launch.jobs, launch.work, Site(), 0)
     assert second.uid != first.uid
 
 
@@ -254,7 +255,7 @@ def test_without_rights_the_message_names_the_role(
     token = service_account(admin, namespace, "nobody", [])
     stranger = _as(launch, kubeconfig, namespace, token, Patience(denied_seconds=0.5))
     with pytest.raises(PreflightError, match=r"forbidden.*nvila-launcher"):
-        obtain(stranger, launch.work, Nodes(), 0)
+        obtain(stranger, launch.work, Site(), 0)
 
 
 def test_a_cluster_without_trainer_is_named_as_such(admin: Requests, namespace: str) -> None:
@@ -265,7 +266,7 @@ def test_a_cluster_without_trainer_is_named_as_such(admin: Requests, namespace: 
 
 def test_a_missing_namespace_is_named(crds: Path, admin: Requests, launch: Launch) -> None:
     """It is a 404 like a missing job, and must not be taken for one."""
-    body = train_job(launch.work, "0", Path("/job.json"), Nodes())
+    body = train_job(launch.work, "0", Path("/job.json"), Site())
     with pytest.raises(PreflightError, match="no-such-namespace"):
         admin.ask("POST", "/apis/trainer.kubeflow.org/v1alpha1/namespaces/no-such-namespace/trainjobs", body=body)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.pipelines.kubeflow.access import api_url, token_of
 
@@ -33,13 +34,13 @@ def test_a_file_without_a_token_is_named(tmp_path: Path, content: bytes) -> None
     file = tmp_path / "token"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"--token-file: (holds no token|is no text)"):
-        token_of(file)
+        token_of(file, Environment())
 
 
 def test_a_token_of_the_environment_may_end_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The HTTP library's refusal of such a header said that the server's answer could not be read."""
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "ey.token\n")
-    assert token_of(None) == "ey.token"
+    assert token_of(None, Environment.read()) == "ey.token"
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "one\ntwo")
     with pytest.raises(ConfigError, match="KF_PIPELINES_TOKEN: holds no token"):
-        token_of(None)
+        token_of(None, Environment.read())

@@ -22,6 +22,7 @@ from kfp_stand_in import STARTED, TOKEN, StandIn, standing_in
 from rich.console import Console
 from typer.testing import CliRunner
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.form import Form, fill_in
@@ -57,7 +58,9 @@ def _submit(kfp: StandIn, version: Version = OWN, wanted: Wanted = SHARED, **opt
     out = io.StringIO()
     console = Console(file=out, width=200)
     overrides = options.pop("overrides", [])
-    code = submitting.submit("micro", overrides, Server(kfp.url), version, wanted, console, **options)
+    code = submitting.submit(
+        "micro", overrides, Server(kfp.url, Environment.read()), version, wanted, console, **options
+    )
     return code, out.getvalue()
 
 
@@ -119,10 +122,10 @@ def test_the_same_pipeline_is_uploaded_once(kfp: StandIn) -> None:
 def test_an_upload_alone_starts_nothing(kfp: StandIn) -> None:
     """What a Job of the chart calls on every upgrade."""
     for _ in range(2):
-        upload(Server(kfp.url), OWN, None, Console(file=io.StringIO()))
+        upload(Server(kfp.url, Environment.read()), OWN, None, Console(file=io.StringIO()))
     assert (len(kfp.pipelines), len(kfp.versions), kfp.runs) == (1, 1, [])
     with pytest.raises(ConfigError, match=r"--image"):
-        upload(Server(kfp.url), Version(), None, Console(file=io.StringIO()))
+        upload(Server(kfp.url, Environment.read()), Version(), None, Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("namespace", [None, "ada"])
@@ -170,7 +173,7 @@ def test_users_have_namespaces(kfp: StandIn) -> None:
 def test_a_server_without_users_takes_no_namespace(kfp: StandIn) -> None:
     """It would refuse each call in words that do not name the option."""
     with pytest.raises(ConfigError, match=r"--namespace.*no namespaces"):
-        namespace_of(Server(kfp.url), "ada")
+        namespace_of(Server(kfp.url, Environment.read()), "ada")
 
 
 def test_the_token_is_asked_for_sent_and_never_shown(
@@ -179,13 +182,13 @@ def test_the_token_is_asked_for_sent_and_never_shown(
     """A token in a log is a token in everybody's hands; the server's own error may repeat it."""
     kfp.needs_token = True
     with pytest.raises(ConfigError, match=r"asks for a token.*--token-file"):
-        Server(kfp.url).multi_user()
+        Server(kfp.url, Environment.read()).multi_user()
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
     with pytest.raises(ConfigError, match=r"does not accept the token"):
-        Server(kfp.url).multi_user()
+        Server(kfp.url, Environment.read()).multi_user()
     file = tmp_path / "token"
     file.write_text("old\n")
-    server = Server(kfp.url, token_file=file)
+    server = Server(kfp.url, Environment.read(), token_file=file)
     file.write_text(TOKEN + "\n")
     assert server.multi_user() is False, "tokens are renewed in their file"
     kfp.failing = [("GET", "healthz", 418)]
@@ -193,7 +196,7 @@ def test_the_token_is_asked_for_sent_and_never_shown(
         server.multi_user()
     assert TOKEN not in str(caught.value)
     with pytest.raises(ConfigError, match=r"--token-file"):
-        Server(kfp.url, token_file=tmp_path / "none")
+        Server(kfp.url, Environment.read(), token_file=tmp_path / "none")
 
 
 @pytest.mark.parametrize("status", [302, 200])
@@ -215,7 +218,7 @@ def test_a_page_to_log_in_is_no_answer(status: int) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        server = Server(f"http://127.0.0.1:{gateway.server_port}")
+        server = Server(f"http://127.0.0.1:{gateway.server_port}", Environment.read())
         for ask in (server.multi_user, lambda: server.run("r"), lambda: server.terminate("r")):
             with pytest.raises(ConfigError, match=r"not the API.*--token-file"):
                 ask()

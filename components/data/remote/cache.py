@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from nvila.components.contracts.places import local_folder
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.progress import waiting_for
-
-VARIABLE = "NVILA_CACHE"
 
 
 def cache() -> Path:
-    """Where downloads are kept.
-
-    Raises:
-        ConfigError: `NVILA_CACHE` names no local folder.
-    """
-    return local_folder(os.environ.get(VARIABLE) or "~/.cache/nvila", VARIABLE).expanduser()
+    """Where downloads are kept."""
+    return (current().cache or Path("~/.cache/nvila")).expanduser()
 
 
 @contextmanager

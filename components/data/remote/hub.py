@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import sha256_file, write_atomic
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.data.remote import insist as limits
 from nvila.components.data.remote import received
-from nvila.components.data.remote.cache import VARIABLE, cache
+from nvila.components.data.remote.cache import cache
 from nvila.components.data.remote.insist import insist, said
 from nvila.components.data.remote.received import Received
 from nvila.components.data.remote.wanted import WANTED
@@ -124,7 +124,7 @@ def _explained(attempt: Callable[[], T], uri: str) -> T:
             raise NvilaError(
                 f"the cache cannot be written: {error.strerror}",
                 where=str(error.filename),
-                do=f"Free space there, or name another disk in {VARIABLE}; the same command goes on.",
+                do=f"Free space there, or name another disk in {name_of('cache')}; the same command goes on.",
             ) from error
         raise DataError(
             "the weights cannot be downloaded from the hub and are not in its cache",
@@ -188,4 +188,4 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _cache_dir() -> Path | None:
     """None is the client's own place."""
-    return cache() / "hub" if os.environ.get(VARIABLE) else None
+    return cache() / "hub" if current().cache else None

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.places import local_folder
-from nvila.components.data.remote.cache import cache
-from nvila.components.runner.execute import Place
 
 
 @pytest.mark.parametrize("path", ["store", "/data/store", "./s3:/x", "~/store", "a:b/c", "/mnt/s3://x", "C:/x"])
@@ -32,4 +31,4 @@ def test_variables_are_held_to_the_same(variable: str, monkeypatch: pytest.Monke
     """A pod's variable is set by another hand than the command line."""
     monkeypatch.setenv(variable, "s3://bucket/place")
     with pytest.raises(ConfigError, match=f"{variable}: not a path"):
-        cache() if variable == "NVILA_CACHE" else Place.from_environment()
+        Environment.read()

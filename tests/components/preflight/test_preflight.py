@@ -11,6 +11,7 @@ import psutil
 import pytest
 from buckets import Bucket
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.data import Source
@@ -52,13 +53,13 @@ def listener() -> Iterator[int]:
 
 
 def _run(settings: dict, tmp_path: Path) -> None:
-    step.run(step.Settings.model_validate(settings), {}, tmp_path)
+    step.run(step.Settings.model_validate(settings), {}, tmp_path, Environment.read())
 
 
 def test_a_sound_machine_passes(settings: dict, tmp_path: Path) -> None:
     """Preflight must not cry wolf."""
     _run(settings, tmp_path)
-    assert step.external(settings)["problems"] == []
+    assert step.external(settings, Environment.read())["problems"] == []
 
 
 def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source: Source) -> None:
@@ -151,12 +152,12 @@ def test_a_missing_serving_environment_is_told_early(
 
 def test_the_key_changes_with_the_data_and_with_problems_only(settings: dict, source: Source) -> None:
     """Unchanged and healthy is a cache hit; new data or a new problem is looked at again."""
-    first = step.external(settings)
-    assert step.external(settings) == first
+    first = step.external(settings, Environment.read())
+    assert step.external(settings, Environment.read()) == first
     Path(source.path, "sft.json").write_text(json.dumps(RECORD * 2))
-    assert step.external(settings) != first
+    assert step.external(settings, Environment.read()) != first
     settings["needs"]["memory_bytes"] = 10**18
-    assert step.external(settings)["problems"] != []
+    assert step.external(settings, Environment.read())["problems"] != []
 
 
 def test_demonstration_data_are_built_before_the_key_is_taken(settings: dict, tmp_path: Path) -> None:
@@ -164,10 +165,10 @@ def test_demonstration_data_are_built_before_the_key_is_taken(settings: dict, tm
     demo = Source(name="shapes", kind="image", path=str(tmp_path / "demo"), demo="shapes", demo_scale=0.01)
     settings["data"] = {"sources": [demo.model_dump(mode="json")]}
     step.prepare(step.Settings.model_validate(settings))
-    first = step.external(settings)
+    first = step.external(settings, Environment.read())
     _run(settings, tmp_path)
     step.prepare(step.Settings.model_validate(settings))
-    assert "shapes/sft.json" in first["annotations"] and step.external(settings) == first
+    assert "shapes/sft.json" in first["annotations"] and step.external(settings, Environment.read()) == first
 
 
 def test_a_pod_is_not_asked_for_what_other_pods_have(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from telling import evaluation, quantization, quantized_evaluation, retained, scored
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.run import Registration
@@ -34,10 +35,10 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     """A repeated step must not fill the registry with copies, and a removed alias must come back."""
     out = tmp_path / "out"
     out.mkdir()
-    first = run(SETTINGS, register_inputs, out)
+    first = run(SETTINGS, register_inputs, out, Environment.read())
     with connected(runs) as client:
         client.delete_registered_model_alias("small", CHALLENGER)
-    second = run(SETTINGS, register_inputs, out)
+    second = run(SETTINGS, register_inputs, out, Environment.read())
     assert first.result == second.result == Registration(name="small", version="1", model_uri="models:/small/1")
     version = find(runs, "small", CHALLENGER)
     assert version is not None and version.version == "1"
@@ -70,9 +71,9 @@ def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, M
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
     """Two different models under one version would make lineage and rollback lie."""
-    run(SETTINGS, register_inputs, tmp_path)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
     changed = register_inputs["model"].model_copy(update={"result": quantization(linears={})})
-    again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path)
+    again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path, Environment.read())
     assert isinstance(again.result, Registration) and again.result.version == "2"
     challenger = find(runs, "small", CHALLENGER)
     assert challenger is not None and challenger.version == "2"
@@ -84,11 +85,11 @@ def test_damaged_weights_are_not_registered(
 ) -> None:
     """Registered once, the wrong weights are what each later rollout takes; also where the version is there already."""
     if again:
-        run(SETTINGS, register_inputs, tmp_path)
+        run(SETTINGS, register_inputs, tmp_path, Environment.read())
     path = Path(register_inputs["model"].folder, "model", "model.safetensors")
     path.write_text("WEIGHTS")
     with pytest.raises(DamagedError, match="safetensors"):
-        run(SETTINGS, register_inputs, tmp_path)
+        run(SETTINGS, register_inputs, tmp_path, Environment.read())
 
 
 def test_registered_model_loads_through_mlflow_and_answers(
@@ -118,7 +119,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     prompt = types.SimpleNamespace(make_prompt=lambda turns, media, config: (turns, media))
     monkeypatch.setitem(sys.modules, "nvila.components.model.text.prompt", prompt)
     monkeypatch.setitem(sys.modules, "nvila.components.model.decode.answer", types.SimpleNamespace(generate=generate))
-    run(SETTINGS, register_inputs, tmp_path)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
 
     import mlflow
     from mlflow.exceptions import MlflowException

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.report import close_run as closing
 from nvila.components.report.close_run import Ending, close, ending, notice
 from nvila.components.report.flow import SHOWN
@@ -26,7 +27,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the site and the webhook are told, in order."""
     calls: list[tuple[Any, ...]] = []
     site = types.ModuleType("a_site")
-    site.close = lambda run: calls.append(("close", run))  # type: ignore[attr-defined]
+    site.close = lambda run, here: calls.append(("close", run))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_site", site)
     monkeypatch.setattr(closing, "post", lambda *arguments: calls.append(arguments))
     for name, value in (("NVILA_SITE", "a_site"), ("NVILA_RUN_ID", "id-1"), ("NVILA_WEBHOOK_URL", "https://h/x")):
@@ -39,7 +40,7 @@ def test_a_run_that_came_through(make_run: MakeRun, told: list[Any], monkeypatch
     run = make_run()
     monkeypatch.setenv("NVILA_RUN", str(run))
     monkeypatch.setenv("NVILA_WEBHOOK_SECRET", "s\n")  # a Secret made from a file ends like that
-    close("SUCCEEDED", None)
+    close("SUCCEEDED", None, Environment.read())
     (first, (url, kind, data, secret)) = told
     assert first == ("close", run.name)
     assert (url, kind, secret) == ("https://h/x", "run.succeeded", "s")
@@ -153,7 +154,7 @@ def test_one_thing_that_fails_does_not_keep_the_others(
     """A cluster without an API server for a minute must not cost the message, nor fail the run."""
     monkeypatch.setenv("NVILA_RUN", str(make_run()))
     monkeypatch.setenv("NVILA_SITE", "nvila.no.such.site")
-    close("SUCCEEDED", None)
+    close("SUCCEEDED", None, Environment.read())
     assert [kind for _, kind, *_ in told] == ["run.succeeded"]
     assert "jobs of this run may go on" in capsys.readouterr().err
 
@@ -161,7 +162,7 @@ def test_one_thing_that_fails_does_not_keep_the_others(
 def test_the_run_in_mlflow_ends(tracked_run: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It would stay `RUNNING` for ever."""
     record_step(tracked_run, "resolve", {}, {}, None, 1.0, 2.0, None, {})
-    close("CANCELLED", None)
+    close("CANCELLED", None, Environment.read())
     parent = json.loads((tracked_run / "mlflow.json").read_text())
     with connected(tracked_run.parent) as client:
         assert client.get_run(parent["run_id"]).info.status == "KILLED"
@@ -173,5 +174,5 @@ def test_a_run_of_this_machine_is_left_alone(
     """`nvila run` closes it itself, after its summary."""
     monkeypatch.setenv("NVILA_RUN", str(make_run()))
     monkeypatch.delenv("NVILA_RUN_ID")
-    close("SUCCEEDED", None)
+    close("SUCCEEDED", None, Environment.read())
     assert told == []

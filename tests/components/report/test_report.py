@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from telling import retained, scored
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.report.close_run import Ending, notice
@@ -224,7 +225,7 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
     monkeypatch.setenv("NVILA_RUN", str(run_dir))
     out = tmp_path / "out"
     out.mkdir()
-    outcome = run(Settings(), {}, out)
+    outcome = run(Settings(), {}, out, Environment.read())
     assert outcome.files == ("report.html",)
     html = (out / "report.html").read_text()
     assert html == (run_dir / "report.html").read_text()

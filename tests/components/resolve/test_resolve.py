@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.recipe import reader
@@ -68,14 +69,16 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     stages = {"train": {"stages": [s | {"data": {"plates.sft": 1}} for s in _stages()]}}
     evaluate = {"evaluate": {"sources": ["plates"], "gate": {"min_accuracy": {}}}}
     form = Form(recipe=_without_gate(), overrides=json.dumps(overrides | stages | evaluate))
-    before = step.external(form.model_dump())
+    before = step.external(form.model_dump(), Environment.read())
     monkeypatch.setenv("NVILA_ROOT", "/volume")
-    slices = step.run(form, {}, tmp_path).result.slices
+    slices = step.run(form, {}, tmp_path, Environment.read()).result.slices
     assert slices["validate"]["data"]["sources"][0]["path"] == "/volume/data/plates"
     base = slices["initialize"]["model"]["base"]
     assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
     assert slices["prune-image"]["prune"]["small"]["path"] == "/elsewhere/small"
-    assert step.external(form.model_dump()) != before, "a cached result would hold the paths of another place"
+    assert step.external(form.model_dump(), Environment.read()) != before, (
+        "a cached result would hold the paths of another place"
+    )
 
 
 def test_more_stages_than_the_pipeline_has_are_refused(tmp_path: Path) -> None:
@@ -146,15 +149,17 @@ def test_a_name_that_looks_like_a_date_is_a_name() -> None:
 
 def test_the_step_writes_a_slice_for_every_step(tmp_path: Path) -> None:
     """The outcome's values are what every other step and the report read."""
-    outcome = step.run(Form(recipe="micro"), {}, tmp_path)
+    outcome = step.run(Form(recipe="micro"), {}, tmp_path, Environment.read())
     assert outcome.result.recipe["register"]["model_name"] == "nvila-micro"
     assert outcome.result.slices["train-4"]["stage"]["pruned"] is True
 
 
 def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> None:
     """Otherwise a changed evaluation task would train everything anew."""
-    before = step.run(Form(recipe="tiny"), {}, tmp_path).result.slices
-    after = step.run(Form(recipe="tiny", overrides='{"evaluate": {"limit": 5}}'), {}, tmp_path).result.slices
+    before = step.run(Form(recipe="tiny"), {}, tmp_path, Environment.read()).result.slices
+    after = step.run(
+        Form(recipe="tiny", overrides='{"evaluate": {"limit": 5}}'), {}, tmp_path, Environment.read()
+    ).result.slices
     assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
 
 
@@ -166,7 +171,7 @@ def test_a_changed_shipped_recipe_changes_the_key(monkeypatch: pytest.MonkeyPatc
 
     def key() -> str:
         settings = Form(recipe=recipe).model_dump()
-        return content_key("nvila.components.resolve.step", settings, {}, step.external(settings))
+        return content_key("nvila.components.resolve.step", settings, {}, step.external(settings, Environment.read()))
 
     first = key()
     assert key() == first

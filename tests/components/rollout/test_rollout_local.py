@@ -74,7 +74,7 @@ def wanted(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Want
     folder = runs.parent / f"model-{version}"
     folder.mkdir(exist_ok=True)
     (folder / "answers.json").write_text(json.dumps(answers))
-    return Wanted("small", version, f"digest-{version}", folder, "127.0.0.1", port)
+    return Wanted("small", version, f"digest-{version}", folder, "127.0.0.1", port, None)
 
 
 def roll(runs: Path, target: Wanted, policy: Policy = POLICY) -> Served:
@@ -231,7 +231,7 @@ def written(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wan
     (folder / "model" / "answers.json").write_text(json.dumps(answers))
     made = Manifest(step="quantize", key=version * 64, kind="model", files=describe_files(folder))
     made.save(folder / "manifest.json")
-    return Wanted("small", version, made.digest, folder / "model", "127.0.0.1", port)
+    return Wanted("small", version, made.digest, folder / "model", "127.0.0.1", port, None)
 
 
 @pytest.mark.parametrize("harm", ["a byte", "a file more", "the manifest", "another model"])

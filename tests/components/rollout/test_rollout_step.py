@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from telling import quantized_evaluation
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.contracts.results.result import Result
@@ -57,7 +58,7 @@ def inputs(tmp_path: Path) -> dict[str, Manifest]:
 
 
 def settings(**rollout_options: Any) -> rollout.Settings:
-    return rollout.Settings.model_validate({"rollout": rollout_options, "register": {"model_name": "small"}})
+    return rollout.Settings.model_validate({"rollout": rollout_options})
 
 
 def test_pinned_prompts_are_the_same_each_time_and_take_the_sources_in_turn(
@@ -100,7 +101,7 @@ def test_promotion_moves_the_aliases(
 
     monkeypatch.setattr(rollout, "reconcile", reconcile)
     for _ in range(2):
-        outcome = rollout.run(settings(policy={"pinned_prompts": 3}), inputs, tmp_path)
+        outcome = rollout.run(settings(policy={"pinned_prompts": 3}), inputs, tmp_path, Environment.read())
         champion, previous = find(runs, "small", "champion"), find(runs, "small", "previous")
         assert champion is not None and champion.version == "2"
         assert previous is not None and previous.version == "1"
@@ -121,7 +122,7 @@ def test_refused_version_moves_no_alias(
 
     monkeypatch.setattr(rollout, "reconcile", refuse)
     with pytest.raises(Rejected):
-        rollout.run(settings(), inputs, tmp_path)
+        rollout.run(settings(), inputs, tmp_path, Environment.read())
     assert find(tracked_run.parent, "small", "champion") is None
 
 
@@ -130,7 +131,7 @@ def test_target_none_starts_nothing(
 ) -> None:
     """A recipe that registers only must not need a serving environment."""
     monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
-    told = rollout.run(settings(target="none"), inputs, tmp_path).result
+    told = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).result
     assert isinstance(told, Rollout) and (told.endpoint, told.decision) == (None, "not asked for")
 
 
@@ -149,7 +150,7 @@ def test_other_bytes_than_were_registered_are_not_served(
     if harm == "flipped":
         Path(model.folder, "model", "config.json").write_text("[]")
         with pytest.raises(DamagedError, match=r"config\.json"):
-            rollout.run(settings(), inputs, tmp_path)
+            rollout.run(settings(), inputs, tmp_path, Environment.read())
     else:
         with pytest.raises(Rejected, match="registered with another model"):
-            rollout.run(settings(), inputs, tmp_path)
+            rollout.run(settings(), inputs, tmp_path, Environment.read())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts import keys
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.result import Other
 from nvila.components.contracts.results.run import Resolution
@@ -113,7 +114,7 @@ class Bench:
         step: str = "try",
         run: str = "run-1",
         inputs: dict[str, str] | None = None,
-        at_end: Callable[[], None] = lambda: None,
+        at_end: Callable[[Environment], None] = lambda here: None,
     ) -> tuple[int, str]:
         """Exit code and what was written to stderr, of the step in this process."""
         from nvila.components.runner.execute import execute
@@ -343,7 +344,7 @@ def test_a_recipe_without_the_step_is_refused(bench: Bench) -> None:
 def test_the_last_thing_is_done_however_the_step_ends(bench: Bench, do: str, code: int) -> None:
     """The exit task closes the run: a report that cannot be drawn must not leave jobs running."""
     seen: list[str] = []
-    assert bench.run(do, at_end=lambda: seen.append(bench.status()["status"]))[0] == code
+    assert bench.run(do, at_end=lambda here: seen.append(bench.status()["status"]))[0] == code
     assert len(seen) == 1 and seen[0] != "running"
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts import keys
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError, NvilaError, Preempted, Rejected
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.store import Store
 from nvila.components.runner import execute, handover
-from nvila.components.runner.execute import Place, perform
+from nvila.components.runner.execute import perform
 from nvila.components.runner.work import Work
 
 STEP = """
@@ -85,14 +85,22 @@ class Bench:
 
     def perform(self, do: str = "work", *, site: str = "", step: str = "try", store: str = "store") -> Manifest:
         self.patch.setenv("NVILA_SITE", site)
-        place = Place(Store(self.root / store), self.root / "runs" / "r1")
+        self.patch.setenv("NVILA_STORE", str(self.root / store))
+        self.patch.setenv("NVILA_RUN", str(self.root / "runs" / "r1"))
         given = Manifest(step="before", key="k", kind="dataset", folder=str(self.root))
-        return perform(place, step, "nvila.elsewhere.step", {"do": do}, {"samples": given})[0]
+        return perform(Environment.read(), step, "nvila.elsewhere.step", {"do": do}, {"samples": given})[0]
 
     def assign(self, do: str = "work") -> Path:
         """The path of an assignment that no node has seen yet."""
         work = Work(
-            "try", "nvila.elsewhere.step", "k" * 64, {"do": do}, {}, self.root / "out", self.root / "runs" / "r1"
+            step="try",
+            module="nvila.elsewhere.step",
+            key="k" * 64,
+            settings={"do": do},
+            inputs={},
+            out=self.root / "out",
+            run_dir=self.root / "runs" / "r1",
+            here=Environment(),
         )
         return handover.hand_over(work, "ab")
 

@@ -59,7 +59,9 @@ def test_a_wrong_recipe_name_is_looked_up_once(place: Path, monkeypatch: pytest.
     """`resolve` has no content key without the recipe's text, so it left no tombstone and ran three times."""
     calls: list[str] = []
     plain = resolve_step.run
-    monkeypatch.setattr(resolve_step, "run", lambda *given: calls.append("run") or plain(*given))
+    monkeypatch.setattr(
+        resolve_step, "run", lambda form, inputs, out, here: calls.append("run") or plain(form, inputs, out, here)
+    )
     first, second, third = (pod(place, "resolve", RESOLVE, settings=FORM) for _ in range(3))
     assert first == second == third
     assert first[:2] == (2, "failed") and "no recipe of that name" in first[2] and "tiny" in first[2]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nvila.components.serve.guard import KEY_VARIABLE, RequireKey
+from nvila.components.serve.guard import RequireKey
 
 
 def _status(path: str, headers: list[tuple[bytes, bytes]]) -> int:
@@ -38,11 +38,11 @@ def test_every_path_but_the_probes_asks_for_the_key(
     monkeypatch: pytest.MonkeyPatch, path: str, authorization: bytes | None, status: int
 ) -> None:
     """Prevents a path that vLLM's own check leaves open from answering without the key."""
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert _status(path, [(b"Authorization", authorization)] if authorization else []) == status
 
 
 def test_without_a_key_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a local endpoint that was started without a key from refusing its user."""
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert _status("/v1/models", []) == 200

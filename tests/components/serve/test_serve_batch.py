@@ -9,7 +9,7 @@ import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.serve.batch import Request, answer_line, generate_with_vllm, read_answers
-from nvila.components.serve.environment import PYTHON_VARIABLE, serve_python
+from nvila.components.serve.interpreter import serve_python
 
 REQUESTS = [Request([f"/data/{i}.png"], "image", f"question {i}") for i in range(5)]
 FAKE = """#!/bin/sh
@@ -47,12 +47,12 @@ def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, code: int
     script = tmp_path / f"python-{count}-{code}"
     script.write_text(FAKE.format(python=sys.executable, count=count, code=code))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv(PYTHON_VARIABLE, str(script))
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(script))
 
 
 def test_missing_environment_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A traceback of a missing interpreter after an hour of training helps nobody."""
-    monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "no" / "python"))
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(tmp_path / "no" / "python"))
     with pytest.raises(PreflightError, match="the serving environment with vLLM is missing"):
         serve_python()
 

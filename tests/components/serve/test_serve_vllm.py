@@ -26,7 +26,7 @@ from nvila.components.model.text.prompt import Prompt, make_prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request, generate_with_vllm
-from nvila.components.serve.environment import serve_python
+from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.ports import free_port
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.runner.handover import hand_over, read_outcome
@@ -90,7 +91,9 @@ def _job(small: Any, out: Path, stage: dict[str, Any]) -> Path:
     settings = {"stage": stage, "run": run, "seed": 0}
     inputs = {"model": small.model, "samples": small.samples}
     out.mkdir()
-    return hand_over(Work("train-4", "nvila.components.train.step", "k", settings, inputs, out, out / "run"), "ab")
+    return hand_over(
+        Work("train-4", "nvila.components.train.step", "k", settings, inputs, out, out / "run", Environment()), "ab"
+    )
 
 
 def _node(job: Path, nodes: int, rank: int, port: int) -> subprocess.Popen[bytes]:

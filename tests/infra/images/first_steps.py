@@ -19,12 +19,12 @@ from kfp.local import docker_task_handler
 from kfp.local.status import Status
 from kfp.local.task_handler_interface import ITaskHandler
 
+from nvila.components.contracts.environment import named
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.initialize.component import initialize
 from nvila.components.preflight.component import preflight
 from nvila.components.resolve.component import resolve
-from nvila.components.runner.execute import RUN_VARIABLE, STORE_VARIABLE
 from nvila.components.train.component import train
 from nvila.components.validate.component import validate
 from nvila.infra.images.build import SCRATCH, revision
@@ -109,7 +109,7 @@ def run_first_steps(place: Path, *, contained: bool, **arguments: str) -> dict[s
     Raises:
         RuntimeError: KFP's word for a step that failed.
     """
-    variables = {STORE_VARIABLE: str(place / "store"), RUN_VARIABLE: str(place / "runs/only"), "OMP_NUM_THREADS": "1"}
+    variables = named(store=place / "store", run=place / "runs/only", threads=1)
     runner = local.DockerRunner(environment=variables) if contained else local.SubprocessRunner(use_venv=False)
     with _open_to_all(), mock.patch.object(docker_task_handler, "DockerTaskHandler", InContainers):
         place.mkdir(exist_ok=True)

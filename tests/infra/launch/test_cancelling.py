@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Preempted
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.connect import Connection
@@ -16,7 +17,7 @@ from nvila.infra.launch.job import Job
 from nvila.infra.launch.jobs import Jobs
 from nvila.infra.launch.trainjob import KEY_LABEL, RUN_LABEL
 
-WORK = Work("train-1", "m", "a" * 64, {}, {}, Path("/store/train-1/aaaa"), Path("/runs/r1"))
+WORK = Work("train-1", "m", "a" * 64, {}, {}, Path("/store/train-1/aaaa"), Path("/runs/r1"), Environment())
 
 
 class OneJob:

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.contracts.site import Site
 from nvila.components.runner.work import Work
 from nvila.infra.launch import launcher as site
-from nvila.infra.launch.trainjob import Nodes, label, train_job
+from nvila.infra.launch.trainjob import label, train_job
 
 
 def work(step: str = "train-1", **settings: Any) -> Work:
-    return Work(step, "m", "0123456789abcdef" * 4, settings, {}, Path("/nvila/store/s/k"), Path("/nvila/runs/run-1"))
+    folders = Path("/nvila/store/s/k"), Path("/nvila/runs/run-1")
+    return Work(step, "m", "0123456789abcdef" * 4, settings, {}, *folders, Environment())
 
 
-def job(of: Work, **nodes: Any) -> dict[str, Any]:
-    return train_job(of, "ab", Path("/nvila/store/s/k/.job/ab/job.json"), Nodes(**nodes))
+def job(of: Work, **of_nodes: Any) -> dict[str, Any]:
+    return train_job(of, "ab", Path("/nvila/store/s/k/.job/ab/job.json"), Site(**of_nodes))
 
 
 def test_the_same_work_has_the_same_name_in_every_run() -> None:
@@ -51,26 +54,9 @@ def test_whole_nodes_are_the_runtimes() -> None:
 
 def test_a_part_of_a_node_asks_for_its_part() -> None:
     """An evaluation on one GPU that asks for the whole node keeps seven idle; one without memory is killed."""
-    asked = job(work("evaluate"), gpu_resource="amd.com/gpu", cpu="90", memory="1.5Ti")["spec"]["trainer"]
+    asked = job(work("evaluate"), gpu_resource="amd.com/gpu", node_cpu="90", node_memory="1.5Ti")["spec"]["trainer"]
     part = {"cpu": "11250m", "memory": "196608Mi", "amd.com/gpu": "1"}
     assert asked["resourcesPerNode"] == {"requests": part, "limits": part}
-
-
-def test_a_quantity_that_is_none_is_refused() -> None:
-    """The API server's own words name neither the variable nor the chart's value."""
-    with pytest.raises(ConfigError, match="NVILA_NODE_MEMORY"):
-        job(work("evaluate"), memory="lots")
-
-
-def test_the_site_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ConfigMap without effect is worse than none; an empty value counts as missing."""
-    for name, value in (("NVILA_QUEUE", "q"), ("NVILA_GPUS_PER_NODE", "4"), ("NVILA_TRAINING_RUNTIME", "")):
-        monkeypatch.setenv(name, value)
-    found = Nodes.from_environment()
-    assert (found.queue, found.gpus_per_node, found.runtime) == ("q", 4, "nvila-torch")
-    monkeypatch.setenv("NVILA_GPUS_PER_NODE", "eight")
-    with pytest.raises(ConfigError, match="NVILA_GPUS_PER_NODE"):
-        Nodes.from_environment()
 
 
 def test_labels_are_what_kubernetes_takes() -> None:
@@ -87,7 +73,7 @@ def test_without_a_cluster_the_message_says_what_to_do(tmp_path: Path, monkeypat
         site.run(work())
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(PreflightError, match=f"KUBECONFIG={tmp_path}"):
-        site.close("r1")
+        site.close("r1", Environment.read())
 
 
 def test_heavy_steps_become_jobs() -> None:

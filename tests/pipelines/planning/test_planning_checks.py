@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from nvila.components.kube.errors import NotThere
 from nvila.components.kube.requests import Patience, Requests
 from nvila.pipelines.planning.checks import Need, look
 
-SITE = {"NVILA_SITE": "nvila.infra.launch.launcher", "NVILA_GPUS_PER_NODE": "8"}
+SITE = {"launcher": "nvila.infra.launch.launcher", "gpus_per_node": 8, "node_cpu": "0", "node_memory": "0"}
 LARGE = Need(gpus=12, can_do_without=False, s3=False, hub=False)
 
 
@@ -25,10 +26,10 @@ class Written:
 
     connection = Connection(None, "written", "team")
 
-    def __init__(self, settings: Mapping[str, str], objects: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, settings: Mapping[str, Any], objects: Mapping[str, Any] | None = None) -> None:
         claim = {"status": {"phase": "Bound"}}
         self._objects = {
-            "/api/v1/namespaces/team/configmaps/nvila-site": {"data": settings},
+            "/api/v1/namespaces/team/configmaps/nvila-site": {"data": {"NVILA_SITE": json.dumps(settings)}},
             **_served("trainer.kubeflow.org", "v1alpha1", "trainjobs"),
             "/apis/trainer.kubeflow.org/v1alpha1/clustertrainingruntimes/nvila-torch": {},
             "/api/v1/namespaces/team": {},
@@ -43,7 +44,7 @@ class Written:
         return self._objects[path]
 
 
-def written(settings: Mapping[str, str], objects: Mapping[str, Any] | None = None) -> Cluster:
+def written(settings: Mapping[str, Any], objects: Mapping[str, Any] | None = None) -> Cluster:
     return Cluster(Written(settings, objects))  # type: ignore[arg-type]
 
 
@@ -64,7 +65,7 @@ def _node(resource: str) -> dict[str, Any]:
 
 def test_a_site_without_gpus_can_be_planned_for() -> None:
     """`gpu.perNode: 0` of the chart ended in a division by zero."""
-    assert look(written(SITE | {"NVILA_GPUS_PER_NODE": "0"}), LARGE, "h100") == []
+    assert look(written(SITE | {"gpus_per_node": 0}), LARGE, "h100") == []
 
 
 def test_processes_that_do_not_fill_nodes_are_refused() -> None:
@@ -84,7 +85,7 @@ def test_gpus_are_counted_under_the_sites_name() -> None:
         "/api/v1/namespaces/team/resourcequotas": quota,
     }
     need = Need(gpus=8, can_do_without=False, s3=False, hub=False)
-    findings = look(written(SITE | {"NVILA_GPU_RESOURCE": "example.com/h100"}, objects), need, "h100")
+    findings = look(written(SITE | {"gpu_resource": "example.com/h100"}, objects), need, "h100")
     assert [f.text for f in findings] == ["ResourceQuota gpus allows 4 GPUs, a stage asks for 8"]
 
 
@@ -102,7 +103,7 @@ def test_a_training_pod_must_fit_its_node(gpus: int, offered: dict[str, str], fi
     """A node of 96 CPUs gives pods less than 96: jobs waited for ever, and the plan had nothing to say."""
     node = _node("nvidia.com/gpu")
     node["status"]["allocatable"] |= offered
-    site = SITE | {"NVILA_NODE_CPU": "96", "NVILA_NODE_MEMORY": "1200Gi"}
+    site = SITE | {"node_cpu": "96", "node_memory": "1200Gi"}
     need = Need(gpus=gpus, can_do_without=False, s3=False, hub=False)
     findings = look(written(site, {"/api/v1/nodes": {"items": [node] * 2}}), need, "h100")
     assert [f.refused for f in findings] == ([] if fits else [True])
@@ -124,7 +125,7 @@ def test_numbers_are_read_as_kubernetes_writes_them() -> None:
         },
     }
     need = Need(gpus=8, can_do_without=False, s3=False, hub=False)
-    findings = look(written(SITE | {"NVILA_QUEUE": "q"}, objects), need, "h100")
+    findings = look(written(SITE | {"queue": "q"}, objects), need, "h100")
     assert [f.text for f in findings] == ["ResourceQuota gpus: 1000 of 1000 GPUs are taken, a stage asks for 8"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -81,12 +82,12 @@ def _set_up(make: Make, cluster: Cluster, gpus: int) -> None:
     """A namespace as the chart leaves it, with a queue of so many GPUs."""
     queue = f"{cluster.namespace}-queue"
     settings = {
-        "NVILA_SITE": "nvila.infra.launch.launcher",
-        "NVILA_TRAINING_RUNTIME": f"{cluster.namespace}-torch",
-        "NVILA_QUEUE": "nvila",
-        "NVILA_GPUS_PER_NODE": "8",
+        "launcher": "nvila.infra.launch.launcher",
+        "training_runtime": f"{cluster.namespace}-torch",
+        "queue": "nvila",
+        "gpus_per_node": 8,
     }
-    make(CONFIG_MAP, "nvila-site", data=settings)
+    make(CONFIG_MAP, "nvila-site", data={"NVILA_SITE": json.dumps(settings)})
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN")
     make(SECRET, "nvila-credentials", stringData=dict.fromkeys(keys, "x"))
     for claim in ("nvila", "nvila-cache"):

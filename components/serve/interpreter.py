@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nvila.components.contracts.environment import current, for_child, name_of
 from nvila.components.contracts.errors import PreflightError
-
-PYTHON_VARIABLE = "NVILA_SERVE_PYTHON"
-"""Environment variable: the Python of the serving environment (default `.venv-serve/bin/python`)."""
 
 
 def serve_python() -> Path:
@@ -19,8 +17,8 @@ def serve_python() -> Path:
     Raises:
         PreflightError: it is not there.
     """
-    if named := os.environ.get(PYTHON_VARIABLE):
-        candidates = [Path(named)]
+    if named := current().serve_python:
+        candidates = [named]
     else:
         checkout = Path(__file__).resolve().parents[2]
         candidates = [root / ".venv-serve" / "bin" / "python" for root in (Path.cwd(), checkout)]
@@ -29,7 +27,7 @@ def serve_python() -> Path:
             return path.absolute()
     raise PreflightError(
         "the serving environment with vLLM is missing",
-        where=PYTHON_VARIABLE,
+        where=name_of("serve_python"),
         value=[str(path) for path in candidates],
         do="Make it from requirements/serve.lock, or set NVILA_SERVE_PYTHON to a Python that has it.",
     )
@@ -42,6 +40,7 @@ def serve_variables(threads: int = 1) -> dict[str, str]:
         threads: compute threads on a CPU. A second one gains little with a small model and costs a factor of five
             when another process wants the same core (threads that wait for each other), hence one.
     """
+    here = current()
     variables = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -51,11 +50,10 @@ def serve_variables(threads: int = 1) -> dict[str, str]:
         "VLLM_MEDIA_CONNECTOR": "nvila",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        "VLLM_CPU_KVCACHE_SPACE": here.vllm_cache_gib,
+        "VLLM_CPU_OMP_THREADS_BIND": here.vllm_binding,
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     # PYTHONPATH and the like of the calling environment must not leak into another set of libraries.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    return inherited | variables
+    return for_child(variables, without=("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"))

@@ -1,0 +1,90 @@
+"""How a cluster is set up: one JSON value, the key `NVILA_SITE` of the chart's ConfigMap `nvila-site`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nvila.components.contracts.errors import ConfigError
+
+KEY = "NVILA_SITE"
+OLD_KEYS = {
+    "NVILA_TRAINING_RUNTIME": "training_runtime",
+    "NVILA_GPUS_PER_NODE": "gpus_per_node",
+    "NVILA_GPU_RESOURCE": "gpu_resource",
+    "NVILA_NODE_CPU": "node_cpu",
+    "NVILA_NODE_MEMORY": "node_memory",
+    "NVILA_QUEUE": "queue",
+}
+"""A ConfigMap of chart 0.1.0 has a key for each, and the launcher's bare name as `NVILA_SITE`. Read until 0.3.0."""
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
+"""As Kubernetes writes it, such as `500m` or `1200Gi`."""
+
+
+class Site(BaseModel):
+    """What training jobs of a cluster are made of, and who makes them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    launcher: str = ""
+    """Dotted name of the module that does heavy work as training jobs; empty: every step works in its own process."""
+    training_runtime: str = "nvila-torch"
+    """The ClusterTrainingRuntime that jobs are made from."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 8
+    """0 asks for no GPU and runs processes on the CPU."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name under which the cluster counts GPUs."""
+    node_cpu: Quantity = "96"
+    """Of a whole node of the runtime, like `node_memory`. Smaller jobs get a share."""
+    node_memory: Quantity = "1200Gi"
+    queue: str = ""
+    """Kueue's LocalQueue; empty leaves Kueue out."""
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str]) -> Site | None:
+        """The site that variables, or the data of the ConfigMap, describe; None where they describe none.
+
+        Raises:
+            ConfigError: names the key that is wrong.
+        """
+        text = variables.get(KEY, "")
+        single = {field: variables[name] for name, field in OLD_KEYS.items() if variables.get(name)}
+        if not text and not single:
+            return None
+        try:
+            if text.lstrip().startswith("{"):
+                return cls.model_validate_json(text)
+            return cls.model_validate({"launcher": text, **single})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            old = {field: name for name, field in OLD_KEYS.items() if field in single}
+            raise ConfigError(first["msg"], where=old.get(where, f"{KEY}: {where}"), value=first["input"]) from None
+
+    @classmethod
+    def notice(cls, variables: Mapping[str, str]) -> str | None:
+        """What to say where the variables have the form that is read for one release only."""
+        if any(variables.get(name) for name in (KEY, *OLD_KEYS)) and not variables.get(KEY, "").lstrip().startswith(
+            "{"
+        ):
+            return f"{KEY}: a ConfigMap of the form before 0.2.0; upgrade the chart, which writes one JSON value"
+        return None
+
+    def share(self, processes: int) -> tuple[int, int]:
+        """Nodes, and processes on each, for so many processes; a process stands for a GPU.
+
+        Raises:
+            ConfigError: they do not fill whole nodes.
+        """
+        if processes <= self.gpus_per_node or self.gpus_per_node == 0:
+            return 1, processes
+        if processes % self.gpus_per_node:
+            raise ConfigError(
+                f"the processes do not fill nodes of {self.gpus_per_node} GPUs",
+                where="train.gpus",
+                value=processes,
+                do=f"Ask for a multiple of {self.gpus_per_node}, or for fewer than that.",
+            )
+        return processes // self.gpus_per_node, self.gpus_per_node
