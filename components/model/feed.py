@@ -1,16 +1,13 @@
-"""From samples to batches: media are decoded and preprocessed, conversations tokenized, ahead of the model's need."""
+"""From samples to batches: media are decoded and preprocessed, conversations tokenized."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from nvila.components.contracts.errors import DataError, NvilaError
+from nvila.components.contracts.errors import DataError
 from nvila.components.data.samples import Sample
 from nvila.components.data.skipped import Skipped
 from nvila.components.model.batch import Batch, collate
@@ -18,7 +15,7 @@ from nvila.components.model.config import ModelConfig
 from nvila.components.model.conversation import IGNORED, Encoded
 from nvila.components.model.media import load_medium
 from nvila.components.model.positions import positions
-from nvila.components.model.preprocess import BlockSize, Kind, Medium, Visual
+from nvila.components.model.preprocess import Medium, Visual
 from nvila.components.model.prompt import Prompt, make_prompt
 from nvila.components.model.tokenizer import TokenIds
 
@@ -92,81 +89,19 @@ class Feed:
     def _tokens(self) -> TokenIds:
         return TokenIds.of(self.tokenizer, self.config.video_texts)
 
-    def batches(self, samples: Sequence[Sample], batch: int, *, start: int = 0, workers: int = 1) -> Iterator[Batch]:
-        """Consecutive batches of `samples`, the first `start` left out; `workers` processes prepare the next ones.
+    def batches(self, samples: Sequence[Sample], batch: int) -> Iterator[Batch]:
+        """Consecutive batches of `samples`."""
+        for first in range(0, len(samples), batch):
+            yield self.batch(samples[first : first + batch])
 
-        Samples that cannot be used are left out of their batch, which names them; it is not filled up from the next.
-        """
-        from torch.utils.data import DataLoader
-
-        order = [list(range(i, min(i + batch, len(samples)))) for i in range(start * batch, len(samples), batch)]
-        loader: Any = DataLoader(
-            _Items(self, samples),  # type: ignore[arg-type]
-            batch_sampler=order,
-            collate_fn=self._collate,
-            num_workers=workers,
-            worker_init_fn=_outlast_signals if workers else None,
-            prefetch_factor=8 if workers else None,
-        )
-        for made in loader:
-            if isinstance(made, NvilaError):
-                raise made
-            yield made.unpack()
-
-    def _collate(self, items: list[tuple[str, Item] | Skipped | NvilaError]) -> _Packed | NvilaError:
-        if error := next((item for item in items if isinstance(item, NvilaError)), None):
-            return error
-        good = [item for item in items if isinstance(item, tuple)]
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """One batch. Samples that cannot be used are left out of it, and it names them."""
+        good: list[tuple[str, Item]] = []
+        skipped: list[Skipped] = []
+        for sample in samples:
+            try:
+                good.append((sample.id, self.item(sample)))
+            except DataError as error:
+                skipped.append(Skipped.of(sample.id, error))
         batch = collate([item for _, item in good], pad_id=self.tokenizer.pad_token_id)
-        skipped = tuple(item for item in items if isinstance(item, Skipped))
-        return _Packed.of(replace(batch, samples=tuple(name for name, _ in good), skipped=skipped))
-
-
-def _outlast_signals(worker: int) -> None:
-    """A stop sent to the whole process group is for the main process, which still needs batches to end its step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A batch with all tiles in one tensor: every tensor that waits in a worker process holds file descriptors."""
-
-    batch: Batch
-    """Without visuals."""
-    tiles: torch.Tensor
-    visuals: list[tuple[Kind, BlockSize | None, int]]
-    """Kind, block size and number of tiles of each."""
-
-    @classmethod
-    def of(cls, batch: Batch) -> _Packed:
-        tiles = [visual.tiles for visual in batch.visuals]
-        return cls(
-            replace(batch, visuals=[]),
-            torch.cat(tiles) if tiles else torch.empty(0),
-            [(visual.kind, visual.block_size, len(visual.tiles)) for visual in batch.visuals],
-        )
-
-    def unpack(self) -> Batch:
-        parts = self.tiles.split([count for *_, count in self.visuals]) if self.visuals else ()
-        pairs = zip(self.visuals, parts, strict=True)
-        return replace(self.batch, visuals=[Visual(kind, part, size) for (kind, size, _), part in pairs])
-
-
-@dataclass(frozen=True)
-class _Items:
-    feed: Feed
-    samples: Sequence[Sample]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[str, Item] | Skipped | NvilaError:
-        """An error of ours is handed over as a value: raised in a worker process its message would be a traceback."""
-        sample = self.samples[index]
-        try:
-            return sample.id, self.feed.item(sample)
-        except DataError as error:
-            return Skipped.of(sample.id, error)
-        except NvilaError as error:
-            return error
+        return replace(batch, samples=tuple(name for name, _ in good), skipped=tuple(skipped))

@@ -112,7 +112,7 @@ def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, tally:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, reference.learning_rate, total_steps=total, pct_start=0.1)
     progress = Progress(tally.what, total)
     model.prepare_for_training()
-    for step, batch in enumerate(feed.batches(order, reference.batch, workers=0)):
+    for step, batch in enumerate(feed.batches(order, reference.batch)):
         tally.add(batch.skipped)
         if not batch.samples:
             schedule.step()
@@ -151,7 +151,7 @@ def _losses(model: NVILA, feed: Feed, samples: Sequence[Sample], tally: Tally) -
     found: dict[str, tuple[float, int]] = {}
     progress = Progress(f"{tally.what}: scoring", len(samples))
     model.eval()
-    for batch in feed.batches(samples, BATCH_SCORED, workers=0):
+    for batch in feed.batches(samples, BATCH_SCORED):
         tally.add(batch.skipped)
         progress.update(len(batch.skipped))
         if not batch.samples:

@@ -108,7 +108,7 @@ def _calibration(
     known = read_samples(samples.path("samples.parquet"), split="sft")
     chosen = choose_samples(known, settings.quantize.calibration_samples, settings.seed)
     tally = Tally("calibration", len(chosen), settings.max_skipped_share)
-    batches = list(Feed(tokenizer, model.config).batches(chosen, 1, workers=0))
+    batches = list(Feed(tokenizer, model.config).batches(chosen, 1))
     tally.add(one for batch in batches for one in batch.skipped)
     return [batch for batch in batches if batch.samples], tally.summary()
 

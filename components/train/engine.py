@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 BETAS = (0.9, 0.999)
+PEER_SECONDS = 1800
+"""How long a process waits in a collective for one that is silent; one that ends is missed at once."""
 T = TypeVar("T")
 
 
@@ -48,6 +51,11 @@ class Engine:
     def world(self) -> int:
         """Number of processes."""
         return int(self.deepspeed.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are needed."""
+        return self.deepspeed.device  # type: ignore[no-any-return]
 
     @property
     def learning_rate(self) -> float:
@@ -188,6 +196,11 @@ class Engine:
         return found
 
 
+def place() -> tuple[int, int]:
+    """Rank of this process, and how many there are: torchrun's variables."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> Engine:
     """Put `model` under DeepSpeed; parameters with `requires_grad` are trained."""
     import torch
@@ -196,11 +209,12 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int) -> E
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world = place()
     if not torch.cuda.is_available():
         # DeepSpeed would spend minutes compiling a shared-memory op for CPU ranks that gloo does not need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=PEER_SECONDS))
     plain = run.precision == "fp32" and run.zero == 0
     config = {
         "train_batch_size": stage.batch,

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,10 @@ from nvila.components.train.checkpoints import clear
 from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
 
 if TYPE_CHECKING:
+    from nvila.components.model.batch import Batch
     from nvila.components.model.nvila import NVILA
+    from nvila.components.train.account import Account
+    from nvila.components.train.engine import Engine
 
 CHECKPOINTS, PARTIAL = "checkpoints", "model.partial"
 """Folders of an unfinished stage."""
@@ -72,56 +76,68 @@ def train(job: Job, stop: StopRequest) -> None:
     """
     import torch
 
-    from nvila.components.model.checkpoint import load_native
+    from nvila.components.model.checkpoint import load_native, read_config
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
-    from nvila.components.train.account import Account, Share
+    from nvila.components.model.tokenizer import load_tokenizer
+    from nvila.components.train.account import Account
     from nvila.components.train.data import stage_samples
-    from nvila.components.train.engine import start
+    from nvila.components.train.engine import place, start
+    from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
 
     torch.manual_seed(job.seed)
-    out, stage = Path(job.out), job.stage
+    out, stage, folder = Path(job.out), job.stage, Path(job.model)
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
-    device = default_device()
-    # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
-    precision = "float32" if job.run.precision == "fp32" else "bfloat16"
-    model, tokenizer = load_native(Path(job.model), dtype=precision, device=device)
-    config = model.config
-    model.config = replace(config, max_length_tokens=min(config.max_length_tokens, stage.max_length_tokens))
-    set_trainable(model, stage.trainable)
-    model.prepare_for_training()
-    if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    engine = start(model, stage, job.run, total)
-    use_flash_attention(model)  # now that the weights have the precision of the stage
-    done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
     samples = samples[: total * stage.batch]
-    account = Account(engine, job, [sample.id for sample in samples], done)
-    feed = Feed(tokenizer, model.config)
-    micro = stage.batch // (engine.micro_batches * engine.world)
-    mine = _share_of(samples, stage.batch, engine.rank, engine.world)
-    saved = time.monotonic()
-    share = Share()
-    for index, batch in enumerate(feed.batches(mine, micro, start=done * engine.micro_batches), 1):
-        share.add(batch, *engine.accumulate(**batch.to(device).forward_arguments()))
-        if index % engine.micro_batches:
-            continue
-        stopping, due = account.step(share, stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
-        share = Share()
-        if account.done == total:
-            break
-        if stopping or due:
-            account.save(out / CHECKPOINTS)
-            saved = time.monotonic()
-        if stopping:
-            raise Preempted(f"stage {stage.name} stopped after {account.done} of {total} steps; its checkpoint is kept")
+    config = read_config(folder)
+    limit = min(config.max_length_tokens, stage.max_length_tokens)
+    rank, world = place()
+    mine = _share_of(samples, stage.batch, rank, world)
+    # Before there are weights, a GPU, and threads of a process group: see Loader.
+    feed = Feed(load_tokenizer(folder / "llm", folder), replace(config, max_length_tokens=limit))
+    with Loader(feed, mine, stage.samples_at_once(world)) as loader:
+        # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
+        precision = "float32" if job.run.precision == "fp32" else "bfloat16"
+        model, tokenizer = load_native(folder, dtype=precision, device=default_device())
+        config, model.config = model.config, replace(model.config, max_length_tokens=limit)
+        set_trainable(model, stage.trainable)
+        model.prepare_for_training()
+        if stage.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        engine = start(model, stage, job.run, total)
+        use_flash_attention(model)  # now that the weights have the precision of the stage
+        done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
+        account = Account(engine, job, [sample.id for sample in samples], done)
+        _take_steps(job, engine, account, loader.batches(done * engine.micro_batches), stop)
     account.check_weights()
     weights = engine.weights()
     if engine.rank == 0:
         model.config = config
         _save(model, tokenizer, weights, out)
+
+
+def _take_steps(job: Job, engine: Engine, account: Account, batches: Iterator[Batch], stop: StopRequest) -> None:
+    from nvila.components.train.account import Share
+
+    saved = time.monotonic()
+    share = Share()
+    for index, batch in enumerate(batches, 1):
+        share.add(batch, *engine.accumulate(**batch.to(engine.device).forward_arguments()))
+        if index % engine.micro_batches:
+            continue
+        stopping, due = account.step(share, stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
+        share = Share()
+        if account.done == account.total:
+            break
+        if stopping or due:
+            account.save(Path(job.out, CHECKPOINTS))
+            saved = time.monotonic()
+        if stopping:
+            raise Preempted(
+                f"stage {job.stage.name} stopped after {account.done} of {account.total} steps; its checkpoint is kept"
+            )
 
 
 def _save(model: NVILA, tokenizer: Any, weights: dict[str, Any], out: Path) -> None:

@@ -121,7 +121,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     feed = Feed(load_tokenizer(folder / "llm"), read_config(folder))
     known = read_samples(out / "samples.parquet")
     assert len(known) == 12
-    assert {len(batch.visuals) for batch in feed.batches(known, 1, workers=0)} == {1}  # training, pruning, calibration
+    assert {len(batch.visuals) for batch in feed.batches(known, 1)} == {1}  # training, pruning, calibration
     assert len(Questions.prepare(known, Feed(feed.tokenizer, feed.config)).shown) == 12  # evaluation
     assert len(read_label_records(out / "labels.parquet", 28).tiles) == 36  # the vision tower
 

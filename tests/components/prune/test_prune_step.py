@@ -124,7 +124,7 @@ def test_losses_are_those_of_the_answer(small: Any, tmp_path: Path, here: list[A
     rows = table(tmp_path)
     model, tokenizer = load_native(path, dtype="bfloat16")
     samples = read_samples(small.samples.path("samples.parquet"), split="sft")
-    for sample, batch in zip(samples, Feed(tokenizer, model.config).batches(samples, 1, workers=0), strict=True):
+    for sample, batch in zip(samples, Feed(tokenizer, model.config).batches(samples, 1), strict=True):
         tokens = int((batch.labels != -100).sum())
         with torch.no_grad():
             loss = float(model(**batch.forward_arguments()).loss) * tokens

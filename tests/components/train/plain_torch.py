@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
         sums = {name: torch.zeros_like(m) for name, m in masters.items()}
         loss, tokens, length = 0.0, 0, 0
         for sample in rows:  # one by one, so that no padding and no order can matter
-            (batch,) = Feed(tokenizer, model.config).batches([sample], 1, workers=0)
+            batch = Feed(tokenizer, model.config).batch([sample])
             if not batch.samples:
                 continue
             n = int((batch.labels[:, 1:] != -100).sum())
@@ -78,6 +80,7 @@ def main() -> None:
     class Never:
         asked = False
 
+    faulthandler.register(signal.SIGUSR1)  # shows where it waits
     accumulate, rank = Engine.accumulate, int(os.environ["RANK"])
 
     def spoil(engine: Engine, **batch: Any) -> tuple[Any, int]:

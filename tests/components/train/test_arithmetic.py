@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import plain_torch
+import psutil
 import pytest
 
 from nvila.components.contracts.errors import TrainingError
@@ -24,6 +25,9 @@ STAGE = {"data": {"s.sft": 4}, "learning_rate": 1e-3, "warmup_ratio": 0.0, "clip
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.04}
 """Of the distance that the weights moved. In bf16 the rounding of activations and of single gradients leaves 0.026; one
 step of AdamW on nothing before the first leaves 0.3."""
+
+PATIENCE_SECONDS = 900
+"""For what takes half a minute on two idle cores; a rank that is still there by then shows where it waits."""
 
 
 class Never:
@@ -132,19 +136,26 @@ def test_processes_end_together(make_job: MakeJob, samples: str) -> None:
 
 
 def two_ranks(jobs: list[Job]) -> None:
-    """Train jobs one after the other by two processes that torchrun could have started."""
+    """Train jobs one after the other by two processes, which meet as under torchrun: at a store that is kept here."""
+    from torch.distributed import TCPStore
+
     listing = Path(jobs[0].out).parent / "jobs.jsonl"
     listing.write_text("\n".join(job.model_dump_json() for job in jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_LOG_LEVEL": "warning"}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "DS_LOG_LEVEL": "warning"}
     command = [sys.executable, plain_torch.__file__, str(listing)]
     ranks = [
-        subprocess.Popen(command, env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        psutil.Popen(command, env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
-    assert [rank.wait(240) for rank in ranks] == [0, 0]
+    _, alive = psutil.wait_procs(ranks, timeout=PATIENCE_SECONDS)
+    for process in [one for rank in alive for one in (rank, *rank.children())]:
+        process.send_signal(signal.SIGUSR1)  # the stacks of all its threads on stderr
+        time.sleep(1)
+        process.kill()
+    assert not alive, "a rank did not end: the stacks of the ranks, each with its loader, are on stderr"
+    assert [rank.wait() for rank in ranks] == [0, 0]
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -1,0 +1,155 @@
+"""Batches out of the loader's process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.data.samples import Sample, read_samples
+from nvila.components.model.checkpoint import read_config
+from nvila.components.model.feed import Feed
+from nvila.components.model.tokenizer import load_tokenizer
+from nvila.components.train import loader as loading
+from nvila.components.train.job import Job
+from nvila.components.train.loader import Loader
+
+
+@pytest.fixture
+def feed(small: Any) -> Feed:
+    folder = small.model.dir("model")
+    return Feed(load_tokenizer(folder / "llm"), read_config(folder))
+
+
+@pytest.fixture
+def samples(small: Any) -> list[Sample]:
+    return read_samples(small.samples.path("samples.parquet"), split="sft")
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def child() -> psutil.Process:
+    """The loader's process, which is the newest."""
+    return max(psutil.Process().children(), key=lambda process: process.create_time())
+
+
+def catches(process: psutil.Process, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in status if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> number - 1 & 1)
+
+
+@pytest.mark.usefixtures("few_descriptors")
+def test_many_pictures_fit_a_common_limit_of_open_files(feed: Feed, small: Any) -> None:
+    """Every tensor on its way between processes holds a descriptor: one a picture breaks Debian's limit of 1024."""
+    pictures = read_samples(small.samples.path("samples.parquet"), split="sft", sources=["colours"]) * 40
+    with Loader(feed, pictures, 64) as loader:
+        batches = loader.batches()
+        found = len(next(batches).visuals)
+        time.sleep(1.0)  # the other process is as far ahead as it may be
+        assert found + sum(len(batch.visuals) for batch in batches) == 960
+
+
+def test_batches_are_those_that_the_feed_makes(feed: Feed, samples: list[Sample]) -> None:
+    """Tiles that end up at another sample's marker train the wrong answers without any error."""
+    here = list(feed.batches(samples[7:], 7))
+    with Loader(feed, samples, 7) as loader:
+        there = list(loader.batches(start=1))
+    assert len(here) == len(there) == -(-(len(samples) - 7) // 7)
+    items = iter([feed.item(sample) for sample in samples[7:]])
+    for ours, theirs in zip(here, there, strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.labels, theirs.labels)
+        assert ours.samples == theirs.samples
+        wanted = [visual for _ in ours.input_ids for visual in next(items)[1]]
+        for batch in (ours, theirs):
+            assert [(v.kind, v.block_size) for v in batch.visuals] == [(v.kind, v.block_size) for v in wanted]
+            assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(batch.visuals, wanted, strict=True))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_it_is_there_before_anything_starts_threads(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that a thread (of gloo, of CUDA) holds while the process is forked is never released in it: training
+    would wait for its first batch for ever."""
+    from nvila.components.model import checkpoint
+    from nvila.components.train.worker import train
+
+    class Enough(Exception):
+        pass
+
+    def load(*_: object, **__: object) -> None:
+        raise Enough(child().name())
+
+    monkeypatch.setattr(checkpoint, "load_native", load)
+    before = psutil.Process().children()
+    with pytest.raises(Enough):
+        train(make_job("a"), None)  # type: ignore[arg-type]
+    assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_is_silent_or_lost_is_named(
+    feed: Feed,
+    samples: list[Sample],
+    stop: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A GPU machine that waits for a batch for ever costs as much as one that trains."""
+    monkeypatch.setattr(loading, "SAY_SECONDS", 0.3)
+    monkeypatch.setattr(loading, "STALL_SECONDS", 0.8)
+    words = "no batch for 1 s" if stop == signal.SIGSTOP else "ended with code -9"
+    with Loader(feed, samples, 8) as loader:
+        process = child()
+        process.send_signal(stop)
+        with pytest.raises(NvilaError, match=f"{samples[0].id}.*{words}"):
+            next(loader.batches())
+    assert ("waiting for the data loader" in capsys.readouterr().err) == (stop == signal.SIGSTOP)
+    assert not process.is_running()
+
+
+def test_a_slow_batch_shows_where_it_is(
+    feed: Feed, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file system that does not answer nobody sees anything but a run that stands still."""
+    monkeypatch.setattr(loading, "SAY_SECONDS", 0.3)
+    monkeypatch.setattr(Feed, "batch", lambda *_: time.sleep(60))
+    monkeypatch.setattr(loading, "STALL_SECONDS", 0.5)
+    with Loader(feed, samples, 8) as loader:
+        deadline = time.monotonic() + 60
+        while not catches(child(), signal.SIGUSR1):
+            assert time.monotonic() < deadline, "no handler that shows the stack"
+            time.sleep(0.05)
+        with pytest.raises(NvilaError, match="Its stack is above"):
+            next(loader.batches())
+    assert "in _make" in capfd.readouterr().err
+
+
+def test_it_outlasts_a_stop_and_not_its_parent(feed: Feed, samples: list[Sample]) -> None:
+    """Ctrl-C reaches every process: the step under way still needs its batches. And an orphan would wait for ever."""
+    loader = Loader(feed, samples, 8)
+    process = child()
+    batches = loader.batches()
+    next(batches)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process.pid, number)
+    assert len(list(batches)) == -(-len(samples) // 8) - 1
+    loader._pipe.close()
+    loader._process.join(20)
+    assert loader._process.exitcode == 0
