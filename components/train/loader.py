@@ -63,14 +63,18 @@ class Loader:
         numbers = range(start, -(-len(self._samples) // self._batch))
         ahead = iter(numbers)
         for number in islice(ahead, AHEAD):
-            self._pipe.send(number)
+            self._ask(number)
         for number in numbers:
             made = self._receive(number)
             if (further := next(ahead, None)) is not None:
-                self._pipe.send(further)
+                self._ask(further)
             if isinstance(made, NvilaError):
                 raise made
             yield made.unpack()
+
+    def _ask(self, number: int) -> None:
+        with suppress(ConnectionError):  # a lost process is named where its batch is received
+            self._pipe.send(number)
 
     def _receive(self, number: int) -> _Packed | NvilaError:
         began = time.monotonic()

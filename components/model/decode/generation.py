@@ -139,7 +139,7 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     if top_p >= 1:
         return probabilities
     ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
+    before = torch.nn.functional.pad(ordered.cumsum(-1)[..., :-1], (1, 0))
     return torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
 
 

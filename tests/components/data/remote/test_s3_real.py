@@ -23,12 +23,13 @@ MIB = 1 << 20
 
 
 def _free_ports(count: int) -> list[int]:
-    """Low ones: SeaweedFS takes a second port 10000 above each."""
+    """SeaweedFS takes a second port 10000 above each; both are looked at, and lie below those of clients' own ends."""
     found = []
-    for port in range(20000 + os.getpid() % 4000, 30000):
-        with socket.socket() as one:
+    for port in range(10000 + os.getpid() % 10000, 22000):
+        with socket.socket() as one, socket.socket() as other:
             try:
                 one.bind(("127.0.0.1", port))
+                other.bind(("127.0.0.1", port + 10000))
             except OSError:
                 continue
         found.append(port)
@@ -65,14 +66,16 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as one:
         try:
             client = boto3.client("s3")
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 300
             while True:
                 try:
                     client.create_bucket(Bucket="nvila")
                     break
                 except Exception:
-                    if time.monotonic() > deadline:
-                        raise
+                    ended, late = one.poll() is not None, time.monotonic() > deadline
+                    if ended or late:
+                        said = (tmp_path / "log").read_text(errors="replace")[-2000:]
+                        pytest.fail(f"the store {'has ended' if ended else 'does not answer'}: {said}")
                     time.sleep(0.5)
             yield client
         finally:
