@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,6 +39,10 @@ class Site(BaseModel):
     node_cpu: Quantity = "96"
     """Of a whole node of the runtime, like `node_memory`. Smaller jobs get a share."""
     node_memory: Quantity = "1200Gi"
+    gpu_labels: dict[str, str] = {}
+    """Labels of the nodes with GPUs; pods that take GPUs go there only."""
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Of those pods, for the taints of such nodes."""
     queue: str = ""
     """Kueue's LocalQueue; empty leaves Kueue out."""
 

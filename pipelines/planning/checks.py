@@ -127,7 +127,7 @@ def _runtime(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
         yield Finding(
             False,
             f"ConfigMap {names.CONFIG_MAP} names no launcher: every step works in its own pod; "
-            "take --launch pods or cpu (the chart's pipelines.launch)",
+            "the chart's pipelines.launch says so",
         )
         if need.gpus > site.gpus_per_node:
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
@@ -220,7 +220,7 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
     fitting = [n for n in nodes if _count(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
-        instead = "" if refused else "; take --launch cpu (the chart's pipelines.launch)"
+        instead = "" if refused else "; take the chart's pipelines.launch=cpu"
         yield Finding(
             refused,
             f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",

@@ -13,7 +13,7 @@ from typer.main import get_command
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
-from nvila.pipelines.compile.package import NAME, Launch, compiled
+from nvila.pipelines.compile.package import NAME, compiled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
@@ -44,16 +44,15 @@ def test_lint_finds_nothing(values: Path | None) -> None:
     assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
-def test_the_native_pipeline_is_the_compiled_one(launch: Launch) -> None:
+def test_the_native_pipeline_is_the_compiled_one() -> None:
     """The template cuts it out as text; a lost line or a number turned to a float would show first in a failed run."""
     images = {"base": "registry.example/base:1", "quantize": "registry.example/nvila-python:0.1.0-cuda"}
     sets = [f'images.{key}="{image}"' for key, image in images.items()]
-    documents = render(sets=[*sets, 'pipelines.mode="native"', f'pipelines.launch="{launch}"'])
+    documents = render(sets=[*sets, 'pipelines.mode="native"'])
     (version,) = [d for d in documents if d["kind"] == "PipelineVersion"]
     assert version["spec"]["pipelineName"] == find(documents, "Pipeline", NAME)["metadata"]["name"]
     rendered = [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]]
-    wanted = json.dumps(compiled(launch=launch))
+    wanted = json.dumps(compiled())
     for placeholder, image in ((QUANTIZE_IMAGE, images["quantize"]), (IMAGE, images["base"])):
         wanted = wanted.replace(f'"{placeholder}"', f'"{image}"')
     assert rendered == json.loads(wanted)
@@ -83,7 +82,7 @@ def test_the_upload_is_a_command_that_exists() -> None:
     assert program == "nvila" and context.params["upload_only"]
     images = (context.params["image"], context.params["quantize_image"])
     assert images == ("localhost/nvila/base:0.1.0", "localhost/nvila/quantize:0.1.0")
-    assert (context.params["namespace"], context.params["launch"]) == ("team-a", "jobs")
+    assert context.params["namespace"] == "team-a"
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
     assert context.params["token_file"].parent in mounts
 

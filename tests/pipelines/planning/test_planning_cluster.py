@@ -134,7 +134,7 @@ def test_an_empty_namespace_is_refused_with_what_to_do(cluster: Cluster) -> None
     """A run there would stand still for a claim, hours after it was submitted, with no word."""
     refused, remarked = _texts(cluster, LARGE)
     assert f"no volume claim nvila in {cluster.namespace};" in refused and "no volume claim nvila-cache" in refused
-    assert "16 processes do not fit one pod" in refused and "--launch pods" in remarked
+    assert "16 processes do not fit one pod" in refused and "pipelines.launch" in remarked
     assert "no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY" in refused and "no HF_TOKEN" in remarked
 
 
@@ -175,7 +175,7 @@ def test_nodes_that_are_not_there_are_counted(cluster: Cluster, make: Make) -> N
     refused, _ = _texts(cluster, Need(gpus=800, can_do_without=False, s3=False, hub=False))
     assert "a stage asks for 100 nodes of 8 GPUs, " in refused
     refused, remarked = _texts(cluster, Need(gpus=800, can_do_without=True, s3=False, hub=False))
-    assert refused == "" and "take --launch cpu" in remarked
+    assert refused == "" and "pipelines.launch=cpu" in remarked
 
 
 def test_what_this_account_may_not_see_is_said(cluster: Cluster) -> None:

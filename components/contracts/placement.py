@@ -1,0 +1,94 @@
+"""What a step's pod asks of a cluster, and on which nodes it may run: one function of the recipe and the site."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.site import Site
+from nvila.components.contracts.steps import STEPS, Step
+
+ON_GPUS = ("gpu", "vllm", "node")
+"""Sizes of steps that take GPUs where the site has them."""
+GPU_RESOURCE = "gpu_resource"
+"""The parameter with the name under which the cluster counts GPUs."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Request and limit of a pod, as Kubernetes writes them, and where it may go."""
+
+    cpu: str = "1"
+    memory: str = "4Gi"
+    gpus: str = "0"
+    """A text, as KFP would make 8.0 of 8."""
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    node_labels: dict[str, str] = field(default_factory=dict)
+
+
+def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
+    """Of the step's own pod; where a job does the work, it only starts and watches the job."""
+    return Placement() if row.job and site.launcher else work(row, recipe, site)
+
+
+def work(row: Step, recipe: Recipe, site: Site) -> Placement:
+    """Of the work, wherever it is done; a training stage that does not fit one node fills it."""
+    processes = {"gpu": 1, "vllm": 1, "node": min(recipe.train.gpus, site.gpus_per_node)}.get(row.size)
+    if site.gpus_per_node == 0 or row.size == "small":
+        return Placement()
+    if processes:
+        cpu, memory = share(site, processes)
+        return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
+    if recipe.model.base.llm is None:  # it makes small weights and little data itself
+        return Placement()
+    cpus, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
+    whole, bytes_ = quantity(site.node_cpu), quantity(site.node_memory)
+    return Placement(f"{int(min(cpus, whole) * 1000)}m", f"{int(min(gib << 30, bytes_)) >> 20}Mi")
+
+
+def rooms() -> dict[str, dict[str, str]]:
+    """By step, less the small ones: for each field of its placement the pipeline's parameter that holds it.
+
+    Steps of one size share their parameters: KFP reads no fields out of a parameter, so each is one of its own.
+    """
+    return {row.name: {part: f"{_room(row)}_{part}" for part in _parts(row)} for row in STEPS if row.size != "small"}
+
+
+def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
+    """Every parameter of `rooms`, and `GPU_RESOURCE`; in this order they are the outputs of `resolve`."""
+    rows = {row.name: row for row in STEPS}
+    found: dict[str, Any] = {GPU_RESOURCE: site.gpu_resource}
+    for step, names in rooms().items():
+        wanted = pod(rows[step], recipe, site)
+        found |= {name: getattr(wanted, part) for part, name in names.items()}
+    return found
+
+
+def share(site: Site, processes: int) -> tuple[str, str]:
+    """CPUs and memory that belong to so many GPUs of a node."""
+    part = Fraction(processes, site.gpus_per_node)
+    millis, bytes_ = quantity(site.node_cpu) * part * 1000, quantity(site.node_memory) * part
+    return f"{int(millis)}m", f"{int(bytes_) >> 20}Mi"
+
+
+def quantity(text: str) -> Fraction:
+    """What Kubernetes writes as `500m` or `1200Gi`, in cores or bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m|[kMGTP]|[KMGTP]i|)", text)
+    if not found:
+        raise ValueError(f"not a quantity of Kubernetes: {text!r}")
+    number, unit = Fraction(found[1]), found[2]
+    if unit == "m":
+        return number / 1000
+    power = "kMGTP".index(unit[0].replace("K", "k")) + 1 if unit else 0
+    return number * (1024 if unit.endswith("i") else 1000) ** power
+
+
+def _room(row: Step) -> str:
+    return f"{row.size}_job" if row.job else row.size
+
+
+def _parts(row: Step) -> tuple[str, ...]:
+    return ("cpu", "memory", "gpus", "tolerations", "node_labels") if row.size in ON_GPUS else ("cpu", "memory")
