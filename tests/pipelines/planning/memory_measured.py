@@ -168,7 +168,7 @@ def test_the_engine_holds_the_planned_states(precision: str, zero: int) -> None:
     model = _model(trainable, torch.float32)
     model.prepare_for_training()
     stage = Stage(name="x", trainable=trainable, learning_rate=1e-3, data={"a.sft": 1}, batch=ROWS)
-    engine = start(model, stage, Run(precision=precision, zero=zero, gpus=1, checkpoint_seconds=60), 10)
+    engine = start(model, stage, Run(precision=precision, zero=zero, gpus=1, checkpoint_seconds=60), 10, 1)
     for _ in range(2):
         loss = engine.deepspeed(**batch).loss
         engine.deepspeed.backward(loss)
