@@ -20,7 +20,7 @@ from kfp.dsl.pipeline_task import PipelineTask
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
-from nvila.components.contracts.site import KEY, OLD_KEYS
+from nvila.components.contracts.site import OLD_KEYS
 from nvila.components.contracts.steps import Step
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
@@ -180,7 +180,7 @@ def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> N
             kubernetes.add_pod_annotation(task, name, value)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
-    unused = () if launch == "jobs" else (KEY, *OLD_KEYS)  # of the launcher
+    unused = () if launch == "jobs" else (name_of("site"), *OLD_KEYS)  # of the launcher
     keys = [key for key in site.CONFIG_KEYS if key not in unused]
     kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in keys}, optional=True)
     kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)

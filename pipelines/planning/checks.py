@@ -73,10 +73,11 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
     Raises:
         ApiError: the cluster does not answer, or lets nobody in.
     """
-    site = _site(cluster)
+    settings = _settings(cluster)
+    site, old = Site.read(settings) or Site(), Site.notice(settings)
     if site.gpus_per_node == 0:  # jobs of this site run on CPUs and ask for no GPU
         need = replace(need, gpus=0)
-    findings: list[Finding] = []
+    findings = [Finding(False, f"ConfigMap {names.CONFIG_MAP}: {old}")] if old else []
     for what, check in (
         ("the namespace", lambda: _namespace(cluster)),
         ("the volume claims", lambda: _claims(cluster)),
@@ -97,13 +98,12 @@ def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
         return [Finding(False, f"{what}: this account may not look, so it is not checked")]
 
 
-def _site(cluster: Cluster) -> Site:
-    """As the site's ConfigMap says, which may be missing."""
+def _settings(cluster: Cluster) -> Mapping[str, str]:
+    """The site's ConfigMap, which may be missing."""
     try:
-        data = (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
+        return (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
     except Denied:
-        data = {}
-    return Site.read(data) or Site()
+        return {}
 
 
 def _namespace(cluster: Cluster) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS, Step
@@ -193,7 +194,7 @@ def _stage(
         shape,
         states.largest(shape, stage, train.gpus, seen),
         stage.trainable,
-        precision=train.precision,
+        kept=PRECISIONS[train.precision],
         zero=train.zero,
         processes=train.gpus,
         recompute=stage.gradient_checkpointing,
@@ -201,7 +202,7 @@ def _stage(
     if drawn is None:
         return StagePlan(step, train.gpus, need, None, None, None, None)
     work, tokens = cost.stage_work(shape, stage, drawn, known)
-    peak = assumptions.gpu.fp32 if train.precision == "fp32" else assumptions.gpu.bf16
+    peak = getattr(assumptions.gpu, PRECISIONS[train.precision].products)
     hours = work / (train.gpus * peak * assumptions.mfu) / 3600
     price = hours * train.gpus * assumptions.gpu_hour_price
     return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
