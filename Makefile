@@ -74,8 +74,8 @@ golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; l
 	UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/pipelines/test_cluster.py tests/charts/test_chart_golden.py
 
 .PHONY: docs
-docs: $(MAIN) ## Write the README's tables anew from the code
-	$(BIN)/python -m nvila.pipelines.show.readme README.md
+docs: $(MAIN) ## Write the documents' tables anew from the code
+	$(BIN)/python -m nvila.pipelines.show.readme
 
 .PHONY: env
 env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files

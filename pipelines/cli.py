@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from nvila.components.contracts.environment import Environment, entered, notices
+from nvila.components.contracts.environment import Environment, entered, name_of, notices
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.places import local_folder
@@ -191,7 +191,7 @@ def submit(
         str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
     ] = "",
     host: Annotated[
-        str, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="URL of Kubeflow Pipelines.", show_default=False)
+        str, typer.Option(envvar=name_of("pipelines_endpoint"), help="URL of Kubeflow Pipelines.", show_default=False)
     ] = "",
     token_file: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ from kfp.dsl.graph_component import GraphComponent
 from kfp.dsl.pipeline_task import PipelineTask
 from kfp.dsl.python_component import PythonComponent
 
+from nvila.components.contracts.recipe.rollout import TARGETS
 from nvila.components.contracts.steps import STEPS, Step
 
 Place = Callable[[PipelineTask, Step, Mapping[str, Any]], None]
@@ -31,7 +32,6 @@ def build(place: Place = lambda task, row, places: None, steps: Sequence[Step] =
         place(task, row, places)
         return task
 
-    @dsl.pipeline(name="lifecycle", display_name="NVILA lifecycle")
     def lifecycle(
         recipe: str = "tiny",
         data_uri: str = "",
@@ -50,8 +50,7 @@ def build(place: Place = lambda task, row, places: None, steps: Sequence[Step] =
                 Empty takes the recipe's own paths.
             model_name: name in the model registry; empty takes the recipe's.
             keep_ratio: share of the SFT data that pruning keeps, above 0 up to 1; 0 takes the recipe's.
-            target: where to serve: none registers the model only, local starts a server beside the run (not on a
-                cluster); empty takes the recipe's.
+            target: where to serve: TARGETS; empty takes the recipe's.
             overrides: JSON object laid over the recipe, such as {"evaluate": {"limit": 200}}.
         """
         with dsl.ExitHandler(add(last), name="run"):
@@ -70,7 +69,9 @@ def build(place: Place = lambda task, row, places: None, steps: Sequence[Step] =
                 tasks[row.name] = add(row, resolved.outputs, slices=resolved.outputs["out"], **inputs)
                 tasks[row.name].after(*(tasks[step] for step in row.after))
 
-    return lifecycle
+    targets = ", ".join(f"{name} {target.about}" for name, target in TARGETS.items())
+    lifecycle.__doc__ = (lifecycle.__doc__ or "").replace("TARGETS", targets)
+    return dsl.pipeline(lifecycle, name="lifecycle", display_name="NVILA lifecycle")  # type: ignore[no-any-return]
 
 
 def component(row: Step) -> BaseComponent:

@@ -27,7 +27,7 @@ ours for its children; torchrun or Kubeflow Trainer; Kubernetes or Kubeflow in a
 Kept = Literal["config", "secret"]
 """Where the chart keeps a variable for the steps: the ConfigMap `nvila-site` or the Secret `nvila-credentials`."""
 
-_OF_TESTS = {"NVILA_KUBE_TOOLS", "NVILA_CRDS", "NVILA_NODE_IMAGE", "NVILA_POSTGRES_IMAGE", "NVILA_IMAGE"}
+OF_TESTS = {"NVILA_KUBE_TOOLS", "NVILA_CRDS", "NVILA_NODE_IMAGE", "NVILA_POSTGRES_IMAGE", "NVILA_IMAGE"}
 """Read by the tests of a checkout only."""
 _SERVICE = re.compile(r"NVILA_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)")
 """Kubernetes writes these into every pod beside a Service whose name begins with `nvila-`."""
@@ -74,6 +74,8 @@ class Environment(BaseModel):
     webhook_secret: SecretStr | None = _variable("NVILA_WEBHOOK_SECRET", "chart", kept="secret")
     """Signs those reports."""
 
+    pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
+    """URL of Kubeflow Pipelines; the option `--host` of `nvila submit` takes it."""
     pipelines_token: SecretStr | None = _variable("KF_PIPELINES_TOKEN", "user")
     """Bearer token for `nvila submit`."""
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
@@ -189,7 +191,7 @@ def notices(variables: Mapping[str, str] | None = None) -> list[str]:
     ours = {str(f.alias) for f in Environment.model_fields.values()} | set(OLD_KEYS)
     said = [old] if (old := Site.notice(source)) else []
     for name in sorted(source):
-        if name.startswith("NVILA_") and name not in ours | _OF_TESTS and not _SERVICE.fullmatch(name):
+        if name.startswith("NVILA_") and name not in ours | OF_TESTS and not _SERVICE.fullmatch(name):
             near = difflib.get_close_matches(name, ours, 1)
             said.append(f"{name}: nothing reads this variable" + (f"; {near[0]} is one" if near else ""))
     return said

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
-from nvila.components.contracts.steps import STEPS, Step
+from nvila.components.contracts.steps import ROWS, STEPS, Step
 
 ON_GPUS = ("gpu", "vllm", "node")
 """Sizes of steps that take GPUs where the site has them."""
@@ -59,10 +58,9 @@ def rooms() -> dict[str, dict[str, str]]:
 
 def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
     """Every parameter of `rooms`, and `GPU_RESOURCE`; in this order they are the outputs of `resolve`."""
-    rows = {row.name: row for row in STEPS}
     found: dict[str, Any] = {GPU_RESOURCE: site.gpu_resource}
     for step, names in rooms().items():
-        wanted = pod(rows[step], recipe, site)
+        wanted = pod(ROWS[step], recipe, site)
         found |= {name: getattr(wanted, part) for part, name in names.items()}
     return found
 
@@ -76,10 +74,8 @@ def share(site: Site, processes: int) -> tuple[str, str]:
 
 def quantity(text: str) -> Fraction:
     """What Kubernetes writes as `500m` or `1200Gi`, in cores or bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m|[kMGTP]|[KMGTP]i|)", text)
-    if not found:
-        raise ValueError(f"not a quantity of Kubernetes: {text!r}")
-    number, unit = Fraction(found[1]), found[2]
+    digits = text.rstrip("mkMGTPKi")
+    number, unit = Fraction(digits), text.removeprefix(digits)
     if unit == "m":
         return number / 1000
     power = "kMGTP".index(unit[0].replace("K", "k")) + 1 if unit else 0

@@ -18,7 +18,7 @@ OLD_KEYS = {
     "NVILA_NODE_MEMORY": "node_memory",
     "NVILA_QUEUE": "queue",
 }
-"""A ConfigMap of chart 0.1.0 has a key for each, and the launcher's bare name as `NVILA_SITE`. Read until 0.3.0."""
+"""The old form, read for one release: a key for each, and the launcher's bare name as `NVILA_SITE`."""
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
 """As Kubernetes writes it, such as `500m` or `1200Gi`."""
 
@@ -33,12 +33,13 @@ class Site(BaseModel):
     training_runtime: str = "nvila-torch"
     """The ClusterTrainingRuntime that jobs are made from."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 8
-    """0 asks for no GPU and runs processes on the CPU."""
+    """GPUs of a node; 0 asks for none and runs processes on the CPU."""
     gpu_resource: str = "nvidia.com/gpu"
     """Name under which the cluster counts GPUs."""
     node_cpu: Quantity = "96"
-    """Of a whole node of the runtime, like `node_memory`. Smaller jobs get a share."""
+    """Cores of a whole node of the runtime; smaller jobs get a share of them and of the memory."""
     node_memory: Quantity = "1200Gi"
+    """Memory of a whole node."""
     gpu_labels: dict[str, str] = {}
     """Labels of the nodes with GPUs; pods that take GPUs go there only."""
     tolerations: tuple[dict[str, Any], ...] = ()
@@ -73,7 +74,7 @@ class Site(BaseModel):
         if any(variables.get(name) for name in (KEY, *OLD_KEYS)) and not variables.get(KEY, "").lstrip().startswith(
             "{"
         ):
-            return f"{KEY}: a ConfigMap of the form before 0.2.0; upgrade the chart, which writes one JSON value"
+            return f"{KEY}: of the old form, which the next release does not read; upgrade the chart"
         return None
 
     def share(self, processes: int) -> tuple[int, int]:

@@ -171,7 +171,7 @@ STEPS = (
     Step(
         name=EVALUATE,
         folder="evaluate",
-        about="exact match on held-out data, before training and after every stage, beside question-only baselines",
+        about="scores on held-out data, before training and after every stage, beside question-only baselines",
         remark="held-out accuracy",
         result=Evaluation,
         recipe={"evaluate": "evaluate.tasks", "seed": "seed"},

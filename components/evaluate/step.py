@@ -1,4 +1,4 @@
-"""Step `evaluate`: exact match on held-out splits before training and after each stage, beside blind baselines."""
+"""Step `evaluate`: scores on held-out splits before training and after each stage, beside blind baselines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.metrics import Metric, in_words
 from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import Baseline, Evaluation, Scored
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
-from nvila.components.metrics.accuracy import QuestionOnly, accuracy, is_correct
+from nvila.components.metrics.accuracy import QuestionOnly, is_correct, measured, scores
 
 
 class Settings(Section):
@@ -59,18 +60,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             show: answers(model, tokenizer, questions.prompts(show), what=f"{source}, {show} picture", **how)
             for show in ("own", "blank", "other")
         }
-        scored[source] = _beside_baselines(questions.samples, said, known)
+        scored[source] = _beside_baselines(tasks.metric(source), questions.samples, said, known)
+        stages[last.step][source] = _measure(tasks.metric(source), said["own"][: tasks.stage_limit], questions.samples)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
     for made in earlier:
         model, tokenizer = load_native(made.dir("model"), dtype="bfloat16", device=device)
         for source, questions in asked.items():
             prompts = questions.prompts("own", tasks.stage_limit)
             predicted = answers(model, tokenizer, prompts, what=f"{made.step}: {source}", **how)
-            right = [is_correct(p, s.answer) for p, s in zip(predicted, questions.samples, strict=False)]
-            stages[made.step][source] = accuracy(right)
-    for source in asked:
-        right = [row["correct"] for row in rows if row["source"] == source]
-        stages[last.step][source] = accuracy(right[: tasks.stage_limit])
+            stages[made.step][source] = _measure(tasks.metric(source), predicted, questions.samples)
     _write(rows, out / "predictions.parquet")
     _plot(stages, out / "stages.png")
     seconds = time.monotonic() - began
@@ -96,19 +94,23 @@ def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:
     return samples[: tasks.limit]
 
 
-def _beside_baselines(samples: list[Sample], said: Mapping[str, list[str]], known: QuestionOnly) -> Scored:
-    def measure(given: list[str]) -> Measured:
-        return accuracy([is_correct(g, s.answer) for g, s in zip(given, samples, strict=True)])
+def _measure(metric: Metric, said: list[str], samples: list[Sample]) -> Measured:
+    """Of the first samples, as many as have been answered."""
+    return measured(metric, scores(metric, said, [s.answer for s in samples[: len(said)]]))
 
+
+def _beside_baselines(
+    metric: Metric, samples: list[Sample], said: Mapping[str, list[str]], known: QuestionOnly
+) -> Scored:
     baselines = {
-        "question text": measure([known.answer(s) for s in samples]),
-        "blank picture": measure(said["blank"]),
-        "other picture": measure(said["other"]),
+        "question text": _measure(metric, [known.answer(s) for s in samples], samples),
+        "blank picture": _measure(metric, said["blank"], samples),
+        "other picture": _measure(metric, said["other"], samples),
     }
     strongest = max(baselines, key=lambda kind: baselines[kind].value)
     return Scored(
-        **measure(said["own"]).model_dump(),
-        majority=measure([known.majority(s.source) for s in samples]),
+        **_measure(metric, said["own"], samples).model_dump(),
+        majority=_measure(metric, [known.majority(s.source) for s in samples], samples),
         question_only=Baseline(kind=strongest, **baselines[strongest].model_dump()),
         baselines=baselines,
     )
@@ -143,6 +145,6 @@ def _plot(stages: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
     axes = figure.subplots()
     for source in next(iter(stages.values())):
         axes.plot(list(stages), [stage[source].value for stage in stages.values()], marker="o", label=source)
-    axes.set(ylabel="exact match", ylim=(0, 1))
+    axes.set(ylabel=in_words(m.metric for stage in stages.values() for m in stage.values()), ylim=(0, 1))
     axes.legend()
     figure.savefig(path, dpi=100)

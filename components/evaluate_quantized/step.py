@@ -13,7 +13,7 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation, Retained
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
-from nvila.components.metrics.accuracy import accuracy, fall, is_correct
+from nvila.components.metrics.accuracy import fall, is_correct, measured, scores
 
 
 class Settings(Section):
@@ -57,7 +57,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     return Outcome(
         kind="metrics",
         result=QuantizedEvaluation(
-            accuracy=_compare(before, rows),
+            accuracy=_compare(settings.evaluate, before, rows),
             same_answer=round(sum(is_correct(r["prediction"], r["prediction_full"]) for r in rows) / len(rows), 4),
             through="vllm" if settings.through_vllm else "torch",
             max_new_tokens=settings.evaluate.max_new_tokens,
@@ -72,15 +72,21 @@ def _first_of_each_source(rows: list[dict[str, Any]], limit: int | None) -> list
     return [row for source in sources for row in [r for r in rows if r["source"] == source][:limit]]
 
 
-def _compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Retained]:
+def _compare(tasks: Tasks, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Retained]:
     """What is left of each source's value."""
     found = {}
     for source in dict.fromkeys(row["source"] for row in before):
-        full = [row["correct"] for row in before if row["source"] == source]
-        now = [row["correct"] for row in after if row["source"] == source]
+        metric = tasks.metric(source)
+        full, now = (
+            scores(metric, [row["prediction"] for row in mine], [row["answer"] for row in mine])
+            for mine in ([row for row in rows if row["source"] == source] for rows in (before, after))
+        )
         lost, noise = fall(full, now)
         found[source] = Retained(
-            **accuracy(now).model_dump(), full=accuracy(full), fall=round(lost, 4), fall_noise=round(noise, 4)
+            **measured(metric, now).model_dump(),
+            full=measured(metric, full),
+            fall=round(lost, 4),
+            fall_noise=round(noise, 4),
         )
     return found
 

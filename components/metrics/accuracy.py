@@ -1,12 +1,13 @@
-"""Exact match, its interval, and the baselines that never look at the picture."""
+"""How answers are scored, the interval of a value, and the baselines that never look at the picture."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from nvila.components.contracts.metrics import Metric
 from nvila.components.contracts.results.result import Measured
 from nvila.components.data.samples import Sample
 from nvila.components.model.text.controls import BREAK
@@ -29,27 +30,39 @@ def is_correct(prediction: str, answer: str) -> bool:
     return normal_form(prediction) == normal_form(answer)
 
 
-def accuracy(correct: Sequence[bool]) -> Measured:
-    """Share of right answers with the Wilson score interval (95%)."""
-    n = len(correct)
+SCORES: dict[Metric, Callable[[str, str], float]] = {"accuracy": is_correct}
+"""By metric: what a prediction is worth beside the answer, from 0 (wrong) to 1 (right)."""
+
+
+def scores(metric: Metric, predictions: Iterable[str], answers: Iterable[str]) -> list[float]:
+    """What each prediction is worth."""
+    return [SCORES[metric](said, answer) for said, answer in zip(predictions, answers, strict=True)]
+
+
+def measured(metric: Metric, worth: Sequence[float]) -> Measured:
+    """Mean worth of answers with the Wilson score interval (95%).
+
+    Shares vary less than a right and wrong of the same mean: for them the interval is wide enough, and rather wider.
+    """
+    n = len(worth)
     if n == 0:
-        return Measured(metric="accuracy", value=0.0, low=0.0, high=1.0, n=0)
-    p = sum(correct) / n
+        return Measured(metric=metric, value=0.0, low=0.0, high=1.0, n=0)
+    p = sum(worth) / n
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Measured(metric="accuracy", value=round(p, 4), low=round(low, 4), high=round(high, 4), n=n)
+    return Measured(metric=metric, value=round(p, 4), low=round(low, 4), high=round(high, 4), n=n)
 
 
-def fall(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
-    """How far accuracy fell on the same questions, and how much farther the fall may be in truth.
+def fall(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """How far the mean worth fell on the same questions, and how much farther the fall may be in truth.
 
     The sum of the two is the upper end of a 95% interval: Tango's score interval of a paired difference (Statistics in
     Medicine 17, 1998), with a continuity correction, so that it is not too narrow with few questions either. It is not
     empty where both models are right and wrong on the same questions; no questions say nothing (0 and 1).
 
     Args:
-        before: right or wrong of each question, first model.
+        before: what each answer of the first model is worth; right or wrong, or a share, as for `measured`.
         after: the same questions, second model.
     """
     from scipy.optimize import brentq
@@ -57,8 +70,8 @@ def fall(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
     n = len(before)
     if n == 0:
         return 0.0, 1.0
-    lost = sum(b and not a for b, a in zip(before, after, strict=True))
-    won = sum(a and not b for b, a in zip(before, after, strict=True))
+    lost = sum(max(b - a, 0) for b, a in zip(before, after, strict=True))
+    won = sum(max(a - b, 0) for b, a in zip(before, after, strict=True))
 
     def room(delta: float) -> float:
         """How far what was seen is from what a fall of `delta` would rule out; 0 at the end of the interval."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from nvila.components.contracts.metrics import in_words
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.contracts.results.accuracy import Retained, Scored
@@ -17,12 +18,13 @@ def objections(gate: Gate, measured: Mapping[str, Scored]) -> list[str]:
         if source not in measured:
             reasons.append(f"{source}: was not measured, and {least} is asked")
         elif measured[source].value < least:
-            reasons.append(f"{source}: exact match {measured[source].value:.3f} is below {least}")
+            m = measured[source]
+            reasons.append(f"{source}: {in_words([m.metric])} {m.value:.3f} is below {least}")
     for source, m in measured.items() if gate.above_question_only else ():
         if not above(m, m.question_only):
             reasons.append(
-                f"{source}: exact match {m.value:.3f} (95% from {m.low:.3f}) is not above the question-only baseline "
-                f"{m.question_only.value:.3f} (95% to {m.question_only.high:.3f})"
+                f"{source}: {in_words([m.metric])} {m.value:.3f} (95% from {m.low:.3f}) is not above the question-only "
+                f"baseline {m.question_only.value:.3f} (95% to {m.question_only.high:.3f})"
             )
     return reasons
 
@@ -30,8 +32,8 @@ def objections(gate: Gate, measured: Mapping[str, Scored]) -> list[str]:
 def objections_to_quantized(gate: QuantizeGate, measured: Mapping[str, Retained]) -> list[str]:
     """Why the gate of the quantization would refuse."""
     return _few(gate.least_questions, measured) + [
-        f"{source}: exact match fell by {m.fall:.3f}, in truth perhaps by {m.fall + m.fall_noise:.3f} (95% interval), "
-        f"more than {gate.max_loss}"
+        f"{source}: {in_words([m.metric])} fell by {m.fall:.3f}, in truth perhaps by {m.fall + m.fall_noise:.3f} (95% "
+        f"interval), more than {gate.max_loss}"
         for source, m in measured.items()
         if m.fall + m.fall_noise > gate.max_loss
     ]

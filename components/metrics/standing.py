@@ -6,10 +6,11 @@ pass is the recipe's affair (it may ask for nothing); this is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from nvila.components.contracts.metrics import in_words
 from nvila.components.contracts.recipe.quantize import QuantizeGate
 from nvila.components.contracts.results.accuracy import Baseline, Evaluation, QuantizedEvaluation, Retained, Scored
 from nvila.components.contracts.results.result import Measured, Result
@@ -49,6 +50,12 @@ def compared(full: Evaluation | None, quantized: QuantizedEvaluation | None) -> 
         source: Compared(full=m, quantized=after.get(source), majority=m.majority, question_only=m.question_only)
         for source, m in (full.accuracy if full else {}).items()
     }
+
+
+def what_was_measured(compared: Iterable[Compared]) -> str:
+    """The metrics of the sources, in words that begin a sentence."""
+    words = in_words(m.full.metric for m in compared)
+    return words[:1].upper() + words[1:]
 
 
 def above(measured: Measured, baseline: Measured) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -12,16 +11,16 @@ from pathlib import Path
 
 import psutil
 
-from nvila.components.contracts.errors import NvilaError, Unreachable
-from nvila.components.contracts.recipe.data import Source
+from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.recipe.data import LABELS, REQUIRED, Source
 from nvila.components.data.fetch import identity
+from nvila.components.data.layouts import read
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
 """Lies in the checkout; an image is built from it and does not carry it."""
-ANNOTATIONS = ("sft.json", "heldout.json")
-OPTIONAL_ANNOTATIONS = ("captions.json", "labels.json")
+ANNOTATIONS = (*REQUIRED, "captions", LABELS)
 
 
 def python_problems() -> list[str]:
@@ -83,7 +82,7 @@ def package_problems(lock: Path = LOCK) -> list[str]:
 
 
 def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False) -> list[str]:
-    """Annotation files are there and are JSON lists.
+    """Annotation files are there and hold records.
 
     Args:
         sources: the recipe's sources.
@@ -99,9 +98,11 @@ def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False)
         if source.demo and demo_can_be_built:
             continue
         problems += [
-            f"data source {source.name}: {folder / n} is missing" for n in ANNOTATIONS if not (folder / n).is_file()
+            f"data source {source.name}: {path} is missing"
+            for path in map(source.annotation, REQUIRED)
+            if not path.is_file()
         ]
-        problems += [p for n in ANNOTATIONS + OPTIONAL_ANNOTATIONS if (p := _list_problem(folder / n))]
+        problems += [p for name in ANNOTATIONS if (p := _annotation_problem(source, name))]
     return problems
 
 
@@ -125,14 +126,14 @@ def weights_problems(weights: Iterable[str]) -> list[str]:
     return problems
 
 
-def _list_problem(path: Path) -> str | None:
+def _annotation_problem(source: Source, name: str) -> str | None:
+    path = source.annotation(name)
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        return f"{path}: not JSON ({error})"
-    return None if isinstance(content, list) and content else f"{path}: must be a JSON list with at least one record"
+        return None if read(path, source.layout_of(name)) else f"{path}: must hold at least one record"
+    except DataError as error:
+        return str(error)
 
 
 def _nearest_existing(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
-from nvila.components.contracts.recipe.rollout import RolloutSettings
+from nvila.components.contracts.recipe.rollout import TARGETS, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
@@ -95,7 +95,7 @@ def problems(
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:
     found = checks.memory_problems(settings.needs.memory_bytes)
     found += checks.package_problems()
-    if settings.rollout.target == "local":
+    if TARGETS[settings.rollout.target].serves_here:
         found += port_problems(settings.rollout.host, settings.rollout.port, runs)
     if settings.vllm:
         found += _serving_problems()
@@ -111,8 +111,9 @@ def port_problems(host: str, port: int, runs: Path) -> list[str]:
 
 
 def _pod_problems(settings: Settings) -> list[str]:
-    if settings.rollout.target == "local":
-        return ["rollout.target: a server that the target local starts in a pod would end with the pod; give none"]
+    target = settings.rollout.target
+    if TARGETS[target].serves_here:
+        return [f"rollout.target: a server that the target {target} starts in a pod would end with the pod; give none"]
     return []
 
 
@@ -133,8 +134,8 @@ def _serving_problems() -> list[str]:
 
 def _annotation_digests(data: DataSettings) -> dict[str, str]:
     paths = [
-        (f"{source.name}/{name}", Path(source.path) / name)
+        (f"{source.name}/{path.name}", path)
         for source in data.sources
-        for name in checks.ANNOTATIONS + checks.OPTIONAL_ANNOTATIONS
+        for path in map(source.annotation, checks.ANNOTATIONS)
     ]
     return {label: file_sha256(path) for label, path in paths if path.is_file()}

@@ -8,7 +8,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Quantization, Validation
 from nvila.components.contracts.results.result import Measured
-from nvila.components.metrics.standing import Compared, compared, headline
+from nvila.components.metrics.standing import Compared, compared, headline, what_was_measured
 
 
 def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
@@ -19,17 +19,17 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
         inputs: `model`, `metrics`, `full`, `samples`, as `register` gets them.
     """
     full, quantized = inputs["full"].told(Evaluation), inputs["metrics"].told(QuantizedEvaluation)
-    said = headline(full, quantized).text
+    said, sources = headline(full, quantized).text, compared(full, quantized)
     parts = [
         f"# {name}",
         "A vision-language model after NVILA (scale then compress): question and picture or clip in, short answer out.",
         "## Accuracy",
         f"**{said[0].upper()}{said[1:]}**",
-        "Exact match on held-out questions with 95% intervals. *Without the picture* is the best score that any of the "
-        "baselines reaches which do not see the right picture.",
+        f"{what_was_measured(sources.values())} on held-out questions with 95% intervals. *Without the picture* is the "
+        "best score that any of the baselines reaches which do not see the right picture.",
         _table(
             ["source", "questions", "most common answer", "without the picture", "full model", "quantized"],
-            [_accuracy_row(source, m) for source, m in compared(full, quantized).items() if m.quantized],
+            [_accuracy_row(source, m) for source, m in sources.items() if m.quantized],
         ),
         *_data(inputs["samples"].told(Validation)),
         *_quantization(inputs["model"].told(Quantization)),

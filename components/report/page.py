@@ -10,7 +10,7 @@ from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEva
 from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
-from nvila.components.metrics.standing import above, change, compared, headline, standing
+from nvila.components.metrics.standing import Compared, above, change, compared, headline, standing, what_was_measured
 from nvila.components.report import charts, flow
 from nvila.components.report.gallery import cards, table
 from nvila.components.runner.status import Run, Status
@@ -34,6 +34,7 @@ def context(run: Run) -> dict[str, Any]:
         "rail": flow.rail(run, len(rows)),
         "row_pixels": flow.ROW_PIXELS,
         "accuracy": accuracy_rows(run),
+        "what": what_was_measured(_compared(run).values()),
         "accuracy_chart": _accuracy_chart(run),
         "stages": evaluation.stages if evaluation else {},
         "stages_chart": _stages_chart(run),
@@ -151,12 +152,17 @@ def quarantine(run: Run) -> dict[str, Any]:
 
 
 def _accuracy_chart(run: Run) -> str:
-    groups = []
-    for source, m in compared(run.result(Evaluation), run.result(QuantizedEvaluation)).items():
+    groups, sources = [], _compared(run)
+    for source, m in sources.items():
         found = ((0, "full model", m.full), (1, "quantized", m.quantized), (7, "question only", m.question_only))
         dots = [charts.Dot(series, label, v.value, v.low, v.high) for series, label, v in found if v]
         groups.append((source, [*dots, charts.Dot(7, "majority", m.majority.value)]))
-    return charts.dot_plot(groups, "Exact match with 95% intervals beside baselines") if groups else ""
+    words = what_was_measured(sources.values())
+    return charts.dot_plot(groups, f"{words} with 95% intervals beside baselines") if groups else ""
+
+
+def _compared(run: Run) -> dict[str, Compared]:
+    return compared(run.result(Evaluation), run.result(QuantizedEvaluation))
 
 
 def _stages_chart(run: Run) -> str:

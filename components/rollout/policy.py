@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nvila.components.contracts.recipe.rollout import Policy
-from nvila.components.metrics.accuracy import accuracy
+from nvila.components.metrics.accuracy import measured
 
 Decision = Literal["promote", "hold", "roll back"]
 
@@ -67,5 +67,5 @@ def decide(challenger: Observation, champion: Observation | None, policy: Policy
 
 
 def _clearly_worse(challenger: Observation, champion: Observation) -> bool:
-    mine, other = (accuracy([i < seen.right for i in range(seen.asked)]) for seen in (challenger, champion))
+    mine, other = (measured("accuracy", [i < seen.right for i in range(seen.asked)]) for seen in (challenger, champion))
     return mine.high < other.low

@@ -5,13 +5,13 @@ It reconciles: when the version is served already, nothing happens; a dead endpo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.recipe.rollout import RolloutSettings
+from nvila.components.contracts.recipe.rollout import RolloutSettings, Target
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Rollout
@@ -19,7 +19,7 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.rollout.local import Wanted, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
-from nvila.components.serve.endpoint import exclusive
+from nvila.components.serve.endpoint import Endpoint, exclusive
 from nvila.components.tracking.registry import DIGEST_TAG, find, promote
 
 
@@ -44,11 +44,15 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         Rejected: the policy said no, or the registry holds another model under this version.
         RolloutError: the promoted version did not come up at its address.
     """
-    version = inputs["version"].told(Registration)
-    told = Rollout(model=version.name, version=version.version, endpoint=None, decision="not asked for", pinned={})
-    if settings.rollout.target == "none":
-        return Outcome(kind="endpoint", result=told)
-    runs, rollout = Place.of(here).run_dir.parent, settings.rollout
+    return ACTS[settings.rollout.target](settings.rollout, inputs, here)
+
+
+def _none(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:
+    return Outcome(kind="endpoint", result=_told(inputs["version"].told(Registration), "not asked for"))
+
+
+def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:
+    version, runs = inputs["version"].told(Registration), Place.of(here).run_dir.parent
     _agree(runs, version.name, version.version, inputs["model"])
     wanted = Wanted(
         model=version.name,
@@ -66,10 +70,25 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         promote(runs, wanted.model, wanted.version)
     return Outcome(
         kind="endpoint",
-        result=told.model_copy(
-            update={"endpoint": served.endpoint.url, "decision": "promoted", "pinned": served.endpoint.pinned}
-        ),
+        result=_told(version, "promoted", served.endpoint),
         measured=served.measured,
+    )
+
+
+ACTS: dict[Target, Callable[[RolloutSettings, Mapping[str, Manifest], Environment], Outcome]] = {
+    "local": _local,
+    "none": _none,
+}
+"""What each target does with the version. What it needs for that stands in `contracts/recipe/rollout.py`."""
+
+
+def _told(version: Registration, decision: str, endpoint: Endpoint | None = None) -> Rollout:
+    return Rollout(
+        model=version.name,
+        version=version.version,
+        endpoint=endpoint.url if endpoint else None,
+        decision=decision,
+        pinned=endpoint.pinned if endpoint else {},
     )
 
 

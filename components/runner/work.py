@@ -13,10 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.environment import Environment, name_of
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest
-from nvila.components.contracts.site import KEY
 from nvila.components.contracts.step import Outcome, call
 
 
@@ -71,7 +70,7 @@ def launcher_of(here: Environment) -> Launcher | None:
     try:
         return cast(Launcher, importlib.import_module(here.site.launcher))
     except ImportError as error:
-        raise ConfigError(f"no such launcher: {error}", where=KEY, value=here.site.launcher) from error
+        raise ConfigError(f"no such launcher: {error}", where=name_of("site"), value=here.site.launcher) from error
 
 
 def do(work: Work) -> Outcome:

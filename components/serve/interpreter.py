@@ -27,9 +27,9 @@ def serve_python() -> Path:
             return path.absolute()
     raise PreflightError(
         "the serving environment with vLLM is missing",
-        where=name_of("serve_python"),
+        where=(variable := name_of("serve_python")),
         value=[str(path) for path in candidates],
-        do="Make it from requirements/serve.lock, or set NVILA_SERVE_PYTHON to a Python that has it.",
+        do=f"Make it from requirements/serve.lock, or set {variable} to a Python that has it.",
     )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.files import sync_tree
 from nvila.components.contracts.manifest import describe_files
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
@@ -208,13 +209,14 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         _without_shared_memory()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=PEER_SECONDS))
-    plain = run.precision == "fp32" and run.zero == 0
+    half = PRECISIONS[run.precision].weights == "bfloat16"
+    plain = not half and run.zero == 0
     config = {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
         "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
         "zero_optimization": {"stage": run.zero},
-        "bf16": {"enabled": run.precision != "fp32"},
+        "bf16": {"enabled": half},
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,
     }
@@ -231,7 +233,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         ),
         config=config,
     )
-    if run.precision != "fp32" and run.zero == 0:
+    if half and run.zero == 0:
         # DeepSpeed has made AdamW's moments by a step on gradients of zero, which counts as one, and decays.
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()

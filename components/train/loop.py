@@ -19,6 +19,7 @@ from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
 from nvila.components.tracking.redact import tell
 from nvila.components.train.checkpoints import clear
@@ -100,8 +101,8 @@ def train(job: Job, stop: StopRequest) -> None:
     feed = Feed(load_tokenizer(folder / "llm", folder), replace(config, max_length_tokens=limit))
     with Loader(feed, mine, stage.samples_at_once(here.world)) as loader:
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
-        precision = "float32" if job.run.precision == "fp32" else "bfloat16"
-        model, tokenizer = load_native(folder, dtype=precision, device=default_device(here.local_rank))
+        dtype = PRECISIONS[job.run.precision].weights
+        model, tokenizer = load_native(folder, dtype=dtype, device=default_device(here.local_rank))
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
         set_trainable(model, stage.trainable)
         model.prepare_for_training()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import DataError
-from nvila.components.contracts.recipe.data import SPLITS, Source
+from nvila.components.contracts.recipe.data import LABELS, REQUIRED, SPLITS, Source
+from nvila.components.data.layouts import read
 
-REQUIRED = ("sft", "heldout")
 MARKERS = {"image": ("<image>",), "video": ("<video>", "<vila/video>")}
 """Placeholders of media in a conversation, by the source's kind; the tables hold the last one of each kind."""
 ANY_MARKER = re.compile(r"<image>|<video>|<vila/video>")
@@ -25,15 +25,14 @@ def annotation_files(source: Source) -> dict[str, Path]:
     Raises:
         DataError: a required one is missing.
     """
-    root = Path(source.path).absolute()
     found = {}
-    for name in (*SPLITS, "labels"):
-        path = root / f"{name}.json"
+    for name in (*SPLITS, LABELS):
+        path = source.annotation(name).absolute()
         if path.is_file():
             found[name] = path
         elif name in REQUIRED:
             raise DataError(
-                f"data source {source.name!r} has no {name}.json",
+                f"data source {source.name!r} has no {path.name}",
                 where=str(path),
                 do="Write it, or correct the source's `path` in the recipe.",
             )
@@ -44,9 +43,10 @@ def read_records(source: Source, split: str, path: Path) -> list[Row]:
     """One row per record of a conversation file, with the measures that the expectations look at.
 
     Raises:
-        DataError: broken JSON, or a record without the structure of the format; names file, and line or record.
+        DataError: a broken file, or a record without the structure of the format; names file, and line or record.
     """
-    return [_record(source, split, index, record, path) for index, record in _each(path)]
+    records = _each(path, read(path, source.layout))
+    return [_record(source, split, index, record, path) for index, record in records]
 
 
 def read_label_rows(source: Source, path: Path) -> list[Row]:
@@ -56,7 +56,7 @@ def read_label_rows(source: Source, path: Path) -> list[Row]:
         DataError: as `read_records`.
     """
     rows = []
-    for index, record in _each(path):
+    for index, record in _each(path, read(path, source.layout_of(LABELS))):
         where = f"{path}[{index}]"
         media, box, frame = (record.get(key) for key in (source.kind, "box", "frame"))
         labels: Any = record.get("labels")
@@ -85,18 +85,9 @@ def read_label_rows(source: Source, path: Path) -> list[Row]:
     return rows
 
 
-def _each(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Index and record of each element of a JSON list."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8", where=str(path), value=f"byte {error.start}") from None
-    except RecursionError:
-        raise DataError("JSON nested too deeply", where=str(path)) from None
-    _require(isinstance(content, list), "must hold a JSON list of records", str(path), type(content).__name__)
-    for index, record in enumerate(content):
+def _each(path: Path, records: list[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Index and record of each of those that are JSON objects of whole texts, as all must be."""
+    for index, record in enumerate(records):
         where = f"{path}[{index}]"
         _require(isinstance(record, dict), "a record must be a JSON object", where, record)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.environment import Environment, name_of
 from nvila.components.contracts.errors import NvilaError, PreflightError
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
@@ -75,6 +75,6 @@ def _jobs(here: Environment) -> Jobs:
     except NoCluster as error:
         raise PreflightError(
             f"there is no cluster here that could take the job: {error}",
-            where="NVILA_SITE",
-            do="Set KUBECONFIG, or unset NVILA_SITE: steps then work in their own processes.",
+            where=name_of("site"),
+            do=f"Set KUBECONFIG, or unset {name_of('site')}: steps then work in their own processes.",
         ) from None

@@ -67,16 +67,17 @@ def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
     return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS)))
 
 
-def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
-    """Everything that is wrong or worth knowing, what is refused first.
+def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:
+    """The cluster's site, and everything that is wrong or worth knowing, what is refused first.
 
     Raises:
         ApiError: the cluster does not answer, or lets nobody in.
     """
-    site = _site(cluster)
+    settings = _settings(cluster)
+    site, old = Site.read(settings) or Site(), Site.notice(settings)
     if site.gpus_per_node == 0:  # jobs of this site run on CPUs and ask for no GPU
         need = replace(need, gpus=0)
-    findings: list[Finding] = []
+    findings = [Finding(False, f"ConfigMap {names.CONFIG_MAP}: {old}")] if old else []
     for what, check in (
         ("the namespace", lambda: _namespace(cluster)),
         ("the volume claims", lambda: _claims(cluster)),
@@ -87,7 +88,7 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
         ("the nodes", lambda: _nodes(cluster, site, need, gpu)),
     ):
         findings += _allowed(what, check)
-    return sorted(findings, key=lambda finding: not finding.refused)
+    return site, sorted(findings, key=lambda finding: not finding.refused)
 
 
 def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -97,13 +98,12 @@ def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
         return [Finding(False, f"{what}: this account may not look, so it is not checked")]
 
 
-def _site(cluster: Cluster) -> Site:
-    """As the site's ConfigMap says, which may be missing."""
+def _settings(cluster: Cluster) -> Mapping[str, str]:
+    """The site's ConfigMap, which may be missing."""
     try:
-        data = (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
+        return (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
     except Denied:
-        data = {}
-    return Site.read(data) or Site()
+        return {}
 
 
 def _namespace(cluster: Cluster) -> Iterator[Finding]:
@@ -229,8 +229,8 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
     if len(roomy) < wanted <= len(fitting):
         yield Finding(
             not need.can_do_without,
-            f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a training pod asks for (a "
-            f"whole node {site.node_cpu} and {site.node_memory}): jobs would wait for ever; "
+            f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a stage's pod asks for (a "
+            f"whole node {site.node_cpu} and {site.node_memory}): it would wait for ever; "
             "lower the chart's trainer.cpu and trainer.memory",
         )
     products = {n["metadata"].get("labels", {}).get(PRODUCT_LABEL) for n in fitting} - {None}
@@ -239,11 +239,9 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
 
 
 def _has_room(node: Mapping[str, Any], site: Site, processes: int) -> bool:
-    """Whether a training pod's CPUs and memory fit what the node gives to pods; others may hold a part of it now."""
+    """Whether what belongs to so many GPUs fits what the node gives to pods; others may hold a part of it now."""
     from kubernetes.utils.quantity import parse_quantity
 
-    if not site.launcher:
-        return True
     offered = node["status"]["allocatable"]
     return all(
         parse_quantity(whole) * processes <= parse_quantity(offered.get(key, 0)) * site.gpus_per_node

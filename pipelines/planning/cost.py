@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.data import DataSettings
+from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.recipe.data import DataSettings, Source
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.data.layouts import read
 from nvila.components.prune.select import kept
 from nvila.pipelines.planning.shape import Seen, Shape
 
@@ -69,11 +69,11 @@ def subsets(data: DataSettings, given: Mapping[str, int]) -> dict[str, Subset]:
             raise ConfigError("no such subset", where="--samples", value=name, do=f"There are {', '.join(known)}.")
     found: dict[str, Subset] = {}
     for name, source in known.items():
-        file = Path(source.path, f"{name.partition('.')[2]}.json")
+        file = source.annotation(name.partition(".")[2])
         if name in given:
             found[name] = Subset(given[name], TEXT_TOKENS, source.kind)
         elif file.is_file():
-            found[name] = _read(file, source.kind)
+            found[name] = _read(file, source)
     return found
 
 
@@ -125,13 +125,12 @@ def stage_work(
     return work, tokens
 
 
-def _read(file: Path, kind: str) -> Subset:
+def _read(file: Path, source: Source) -> Subset:
+    records: list[Any] = []
     try:
-        records = json.loads(file.read_bytes())
+        records = read(file, source.layout)
         texts = [turn["value"] for record in records for turn in record["conversations"] if isinstance(record, dict)]
-    except (ValueError, KeyError, TypeError):
-        # Spoilt records are for `validate`; their number is known all the same where the file is a list.
-        texts = []
-        records = records if isinstance(records, list) else []
+    except (DataError, KeyError, TypeError):
+        texts = []  # spoilt records are for `validate`; their number is known all the same where the file can be read
     characters = sum(len(text) for text in texts if isinstance(text, str))
-    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), kind)
+    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), source.kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nvila.components.contracts.precisions import Kept
 from nvila.components.contracts.recipe.train import Stage
 from nvila.pipelines.planning.shape import PARTS, Seen, Shape
 
@@ -88,7 +89,7 @@ def largest(shape: Shape, stage: Stage, processes: int, seen: list[Seen]) -> Mic
 
 
 def memory(
-    shape: Shape, batch: MicroBatch, trainable: list[Any], *, precision: str, zero: int, processes: int, recompute: bool
+    shape: Shape, batch: MicroBatch, trainable: list[Any], *, kept: Kept, zero: int, processes: int, recompute: bool
 ) -> Memory:
     """Memory of one GPU.
 
@@ -96,14 +97,13 @@ def memory(
         shape: of the model.
         batch: what it works on.
         trainable: parts that learn.
-        precision: `fp32`, or one that keeps weights in bf16.
+        kept: how the precision keeps numbers.
         zero: DeepSpeed's stage.
         processes: GPUs that share the states.
         recompute: gradient checkpointing.
     """
-    element = 4 if precision == "fp32" else 2
+    element, master = kept.weight_bytes, kept.master_bytes
     total, trained = shape.total, sum(shape.parameters[part] for part in PARTS if part in trainable)
-    master = 0 if precision == "fp32" else 4
 
     def shared(size: int, since: int) -> int:
         return -(-size // processes) if zero >= since else size

@@ -14,6 +14,7 @@ from rich.table import Table
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.placement import Placement, work
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.site import Site
@@ -115,7 +116,7 @@ def make_plan(
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
-            findings = look(cluster, Need.of(checked), assumptions.gpu.name)
+            site, findings = look(cluster, Need.of(checked), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
         except ApiError as error:
             if insist:
@@ -188,7 +189,7 @@ def _stage(
         shape,
         states.largest(shape, stage, train.gpus, seen),
         stage.trainable,
-        precision=train.precision,
+        kept=PRECISIONS[train.precision],
         zero=train.zero,
         processes=train.gpus,
         recompute=stage.gradient_checkpointing,
@@ -196,7 +197,7 @@ def _stage(
     if drawn is None:
         return StagePlan(step, train.gpus, need, None, None, None, None)
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
-    peak = assumptions.gpu.fp32 if train.precision == "fp32" else assumptions.gpu.bf16
+    peak = getattr(assumptions.gpu, PRECISIONS[train.precision].products)
     hours = operations / (train.gpus * peak * assumptions.mfu) / 3600
     price = hours * train.gpus * assumptions.gpu_hour_price
     return StagePlan(step, train.gpus, need, samples, tokens, hours, price)

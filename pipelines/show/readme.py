@@ -1,18 +1,19 @@
-"""Writes the README's tables from the code they describe: `make docs`. A test compares them and catches drift."""
+"""Writes the documents' tables from the code they describe: `make docs`. A test compares them and catches drift."""
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped, shipped_document
+from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import INITIALIZE, STEPS, nearest
 from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
@@ -87,17 +88,39 @@ def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{name}", command
 
 
-TABLES = {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table}
-"""By the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
+def variables_table() -> str:
+    """Each variable of the environment: what it says, who sets it, and what holds without it."""
+    rows = []
+    for field in Environment.model_fields.values():
+        by = ", ".join(dict(field.json_schema_extra or {})["by"])  # type: ignore[arg-type]
+        default = "" if field.default in (None, "") else f"`{field.default}`"
+        rows.append((f"`{field.alias}`", str(field.description), by, default))
+    return _table(("variable", "what it says", "set by", "else"), rows)
 
 
-def fill(text: str) -> str:
+def site_table() -> str:
+    """Each field of the JSON value `NVILA_SITE`."""
+    rows = [
+        (f"`{name}`", str(field.description), f"`{field.default}`" if field.default != "" else "")
+        for name, field in Site.model_fields.items()
+    ]
+    return _table(("field", "what it says", "else"), rows)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table},
+    "docs/environment.md": {"variables": variables_table, "site": site_table},
+}
+"""By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
+
+
+def fill(text: str, document: str) -> str:
     """`text` with every table between its markers made anew.
 
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for name, table in TABLES.items():
+    for name, table in TABLES[document].items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         head, opened, rest = text.partition(start)
         _, closed, tail = rest.partition(end)
@@ -112,5 +135,5 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        write_atomic(Path(argument), fill(Path(argument).read_text(encoding="utf-8")))
+    for name in TABLES:
+        write_atomic(Path(name), fill(Path(name).read_text(encoding="utf-8"), name))

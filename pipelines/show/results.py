@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.metrics import in_words
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Rollout
@@ -50,10 +51,12 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         colour = "green" if found.good and summary.exit_code == Exit.DONE else "yellow"
         print_line(console, f"\n{visible(found.text)}", style=f"bold {colour}")
     if summary.accuracy:
-        title = "exact match on held-out data (95% interval), beside what a model reaches without looking"
+        words = in_words(m.full.metric for m in summary.accuracy.values())
+        title = f"{words} on held-out data (95% interval), beside what a model reaches without looking"
         _print_table(console, title, _accuracy_table(summary.accuracy))
     if summary.stages:
-        _print_table(console, "exact match before training and after each stage", _stage_table(summary.stages))
+        words = in_words(m.metric for stage in summary.stages.values() for m in stage.values())
+        _print_table(console, f"{words} before training and after each stage", _stage_table(summary.stages))
     console.print()
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")

@@ -10,6 +10,7 @@ import yaml
 from helming import CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
+from nvila.components.contracts.site import Site
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
@@ -140,7 +141,8 @@ def test_without_trainer_and_kueue_nothing_of_theirs_is_left() -> None:
     assert {d["apiVersion"].partition("/")[0] for d in documents} == {
         "apps", "batch", "networking.k8s.io", "rbac.authorization.k8s.io", "v1",
     }  # fmt: skip
-    assert "NVILA_SITE" not in find(documents, "ConfigMap", "nvila-site")["data"]
+    site = Site.read(find(documents, "ConfigMap", "nvila-site")["data"])
+    assert site is not None and not site.launcher
     assert "trainjobs" not in str(documents)
 
 

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 
+from nvila.components.contracts.environment import kept
+from nvila.components.contracts.site import Site
 from nvila.pipelines.compile import names as site
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
@@ -145,7 +147,9 @@ def test_the_names_are_those_of_the_compiled_pipeline() -> None:
     (config,) = [
         d for d in documents if d["metadata"].get("namespace") == "team-a" and d["metadata"]["name"] == site.CONFIG_MAP
     ]
-    assert set(config["data"]) == set(site.CONFIG_KEYS)
+    assert set(config["data"]) == set(kept("config"))
+    assert set(json.loads(config["data"]["NVILA_SITE"])) == set(Site.model_fields)
+    assert Site.notice(config["data"]) is None
     container = find(documents, "ClusterTrainingRuntime", "nvila-torch")["spec"]["template"]["spec"]["replicatedJobs"][
         0
     ]

@@ -11,7 +11,9 @@ import yaml
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.placement import ON_GPUS, parameters
-from nvila.components.contracts.recipe.reader import Form, fill_in, shipped
+from nvila.components.contracts.recipe.form import Form, fill_in
+from nvila.components.contracts.recipe.reader import shipped
+from nvila.components.contracts.recipe.rollout import TARGETS
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import ROWS
 from nvila.components.resolve.component import resolve
@@ -105,7 +107,7 @@ def test_form_fields_are_explained(spec: dict[str, Any]) -> None:
     assert len(fields) <= 8
     assert [name for name, field in fields.items() if len(field.get("description", "")) < 20] == []
     assert [name for name in shipped() if name not in fields["recipe"]["description"]] == []
-    assert all(target in fields["target"]["description"] for target in ("none", "local"))
+    assert all(target in fields["target"]["description"] for target in TARGETS)
 
 
 def test_a_run_from_the_form_serves_nothing_unless_asked(spec: dict[str, Any]) -> None:

@@ -34,13 +34,13 @@ def note(path: str, seconds: float = 0.0) -> str:
     seen = {
         "pid": os.getpid(),
         "parent": os.getppid(),
-        "changed": os.environ.get("NVILA_TEST_CHANGED"),
+        "changed": os.environ.get("CHANGED_BY_A_TASK"),
         "path": os.environ["PATH"],
         "library": "library_of_the_test" in sys.modules,
         "sigterm": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
     }
     Path(path).write_text(json.dumps(seen))
-    os.environ["NVILA_TEST_CHANGED"] = "yes"
+    os.environ["CHANGED_BY_A_TASK"] = "yes"
     atexit.register(Path(path + ".exit").touch)
     print("a word on stdout")
     print("a word on stderr", file=sys.stderr)
@@ -129,7 +129,7 @@ def test_tasks_share_nothing_but_what_was_imported_for_them(client: Path, capfd:
         notes(first=str(client / "first"), second=str(client / "second"), seconds=1.5)
     first, second = seen(client / "first"), seen(client / "second")
     assert first["parent"] == second["parent"] == server.pid and first["pid"] != second["pid"]
-    assert (first["changed"], second["changed"], os.environ.get("NVILA_TEST_CHANGED")) == (None, None, None)
+    assert (first["changed"], second["changed"], os.environ.get("CHANGED_BY_A_TASK")) == (None, None, None)
     assert (first["library"], second["library"]) == (False, True)
     assert first["sigterm"] and second["sigterm"]
     assert (client / "first.exit").exists(), "what a step registers for its end is not done"
@@ -152,7 +152,7 @@ def test_what_a_task_is_given_arrives_as_it_was(forked: Path) -> None:
     notes(first=str(place / "first"), second=str(place / "second"), seconds=0.0)
     assert seen(place / "first")["path"] == os.environ["PATH"].partition(":")[2]
     scripts = Path(tempfile.gettempdir()).glob("tmp.*/ephemeral_component.py")
-    assert not any("NVILA_TEST_CHANGED" in script.read_text() for script in scripts)
+    assert not any("CHANGED_BY_A_TASK" in script.read_text() for script in scripts)
 
 
 def test_a_task_runs_the_code_that_is_on_disk(client: Path) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from nvila.components.contracts.places import INSTEAD, is_address
 from nvila.components.contracts.recipe.section import Section
 
 SPLITS = ("sft", "captions", "heldout")
-"""Annotation files of a source: `sft.json` (questions and answers for stages 4 and 5), `captions.json`
-(image-text pairs for stages 1 to 3), `heldout.json` (never trained on). `labels.json` is optional, for `initialize`."""
+"""Annotation files of a source: `sft` (questions and answers for stages 4 and 5), `captions` (image-text pairs for
+stages 1 to 3), `heldout` (never trained on). `labels.json` is optional, for `initialize`."""
+LABELS = "labels"
+REQUIRED = ("sft", "heldout")
+Layout = Literal["llava"]
+SUFFIXES: dict[Layout, str] = {"llava": ".json"}
+"""Of the annotation files of each layout. How their records are read is `data/layouts.py`'s."""
 
 
 class Source(Section):
-    """A folder with LLaVA-style conversation JSON and its media."""
+    """A folder with annotation files and the media that they name."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     kind: Literal["image", "video"]
     path: str
     """Folder with `sft.json`, `heldout.json`, optionally `captions.json` and `labels.json`, and the media they name."""
+    layout: Layout = "llava"
+    """How conversations lie in the annotation files: `llava` is a JSON list in LLaVA's form."""
     demo: Literal["shapes", "digits", "clips"] | None = None
     """Build this demonstration source at `path` first when it is not there."""
     demo_scale: float = Field(default=1.0, gt=0, le=1)
@@ -32,6 +40,20 @@ class Source(Section):
         if is_address(value):
             raise ValueError(f"not a path on this machine. {INSTEAD}")
         return value
+
+    @model_validator(mode="after")
+    def _demonstrations_are_llava(self) -> Source:
+        if self.demo and self.layout != "llava":
+            raise ValueError(f"a demonstration source is written as llava, not as {self.layout}")
+        return self
+
+    def layout_of(self, name: str) -> Layout:
+        """Of the annotation file `name`: labels have one layout, whatever that of the conversations."""
+        return "llava" if name == LABELS else self.layout
+
+    def annotation(self, name: str) -> Path:
+        """The annotation file `name`: a split, or the labels."""
+        return Path(self.path, name + SUFFIXES[self.layout_of(name)])
 
 
 class Validation(Section):

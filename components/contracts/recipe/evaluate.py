@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from nvila.components.contracts.metrics import Metric
 from nvila.components.contracts.recipe.section import Section
 
 LEAST_QUESTIONS = 30
@@ -16,7 +17,7 @@ class Gate(Section):
     """What a model must reach to go on; exit code 3 where it does not."""
 
     min_accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
-    """Least exact match per source."""
+    """Least value per source, in its metric."""
     above_question_only: bool = True
     """Each source's 95% interval must lie above that of its strongest question-only baseline."""
     least_questions: int = Field(default=LEAST_QUESTIONS, ge=1)
@@ -24,15 +25,21 @@ class Gate(Section):
 
 
 class Tasks(Section):
-    """What is asked: exact match on the held-out splits."""
+    """What is asked: the questions of the held-out splits, each source a benchmark."""
 
     sources: list[str] = Field(min_length=1)
+    metrics: dict[str, Metric] = {}
+    """By which metric a source's answers are scored; `accuracy` (exact match) where none is given."""
     limit: int | None = Field(default=None, ge=1)
     """Held-out questions per source for the final model; None is all of them."""
     stage_limit: int = Field(default=500, ge=1)
     """Held-out questions per source for the model before training and after each stage."""
     batch: int = Field(default=64, ge=1)
     max_new_tokens: int = Field(default=8, ge=1)
+
+    def metric(self, source: str) -> Metric:
+        """Of a source."""
+        return self.metrics.get(source, "accuracy")
 
 
 class EvaluateSettings(Tasks):

@@ -14,7 +14,7 @@ from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
-from nvila.components.contracts.recipe.rollout import RegisterSettings, RolloutSettings
+from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import TrainSettings
 from nvila.components.contracts.steps import STEPS, Step
@@ -51,7 +51,7 @@ class Recipe(Section):
     @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
-        return self.quantize.through_vllm or self.rollout.target == "local"
+        return self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @model_validator(mode="after")
     def _names_agree(self) -> Recipe:
@@ -68,6 +68,7 @@ class Recipe(Section):
                     )
         for option, used, known in (
             ("evaluate.sources", self.evaluate.sources, names),
+            ("evaluate.metrics", list(self.evaluate.metrics), self.evaluate.sources),
             ("evaluate.gate.min_accuracy", list(self.evaluate.gate.min_accuracy), self.evaluate.sources),
             ("prune.keep_ratio_of", list(self.prune.keep_ratio_of), names),
         ):

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
 from nvila.components.contracts.recipe.section import Section
+
+Target = Literal["local", "none"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a target does with a new version. The work is `rollout/step.py`'s."""
+
+    about: str
+    serves_here: bool
+    """Whether it starts a server on this machine: it then needs a free port and vLLM, and no pod can do it."""
+
+
+TARGETS: dict[Target, Serving] = {
+    "none": Serving("registers the model only", serves_here=False),
+    "local": Serving("starts a server beside the run (not on a cluster)", serves_here=True),
+}
 
 
 class RegisterSettings(Section):
@@ -30,7 +48,7 @@ class Policy(Section):
 class RolloutSettings(Section):
     """Where and how the model is served."""
 
-    target: Literal["local", "none"] = "local"
+    target: Target = "local"
     """`local` starts vLLM on this machine; `none` registers only."""
     host: str = "127.0.0.1"
     port: int = Field(default=8321, ge=1, le=65535)

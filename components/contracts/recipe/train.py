@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from nvila.components.contracts.precisions import Precision
 from nvila.components.contracts.recipe.section import Section
 
 Part = Literal["vision_tower", "mm_projector", "llm"]
-Precision = Literal["fp32", "bf16"]
-"""What really runs. FP8 is refused by the schema until its layers exist: it must never run as bf16 under that name."""
 
 
 class Stage(Section):

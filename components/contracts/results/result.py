@@ -23,7 +23,7 @@ class Measured(Result):
     model_config = ConfigDict(allow_inf_nan=False)
 
     metric: str
-    """What was measured: `accuracy` is the share of exact matches."""
+    """What was measured, by its name in `metrics`: `accuracy` is the share of exact matches."""
     value: float
     low: float
     high: float

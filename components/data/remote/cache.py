@@ -8,13 +8,23 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from nvila.components.contracts.environment import current
+from nvila.components.contracts.environment import current, name_of
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.progress import waiting_for
 
 
 def cache() -> Path:
     """Where downloads are kept."""
     return (current().cache or Path("~/.cache/nvila")).expanduser()
+
+
+def unwritable(error: OSError, folder: Path) -> NvilaError:
+    """What to say of a disk that takes nothing more."""
+    return NvilaError(
+        f"the cache cannot be written: {error.strerror or error}",
+        where=str(error.filename or folder),
+        do=f"Free space there, or name another disk in {name_of('cache')}; the same command goes on.",
+    )
 
 
 @contextmanager

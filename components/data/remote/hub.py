@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvila.components.contracts.environment import current, name_of
-from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
+from nvila.components.contracts.environment import current
+from nvila.components.contracts.errors import ConfigError, DataError, Unreachable
 from nvila.components.contracts.manifest import sha256_file, write_atomic
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.data.remote import insist as limits
 from nvila.components.data.remote import received
-from nvila.components.data.remote.cache import cache
+from nvila.components.data.remote.cache import cache, unwritable
 from nvila.components.data.remote.insist import insist, said
 from nvila.components.data.remote.received import Received
 from nvila.components.data.remote.wanted import WANTED
@@ -121,11 +121,7 @@ def _explained(attempt: Callable[[], T], uri: str) -> T:
         raise ConfigError("not a name on the hub", where=uri, do="Write hf://owner/name@revision.") from error
     except (OSError, httpx.HTTPError, httpx.InvalidURL, _Damaged, RevisionResolutionError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise NvilaError(
-                f"the cache cannot be written: {error.strerror}",
-                where=str(error.filename),
-                do=f"Free space there, or name another disk in {name_of('cache')}; the same command goes on.",
-            ) from error
+            raise unwritable(error, cache()) from error
         raise DataError(
             "the weights cannot be downloaded from the hub and are not in its cache",
             where=uri,

@@ -13,11 +13,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.errors import DataError, NvilaError
+from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.files import sync
 from nvila.components.contracts.progress import track
 from nvila.components.data.remote import received
-from nvila.components.data.remote.cache import alone, cache
+from nvila.components.data.remote.cache import alone, cache, unwritable
 from nvila.components.data.remote.insist import insist
 from nvila.components.data.remote.received import Received
 from nvila.components.data.remote.s3client import asked, connect, passes
@@ -103,11 +103,7 @@ def fetch(name: str) -> tuple[Path, dict[str, str]]:
                 received.write(book, record)
             shutil.rmtree(partials, ignore_errors=True)
     except OSError as error:
-        raise NvilaError(
-            f"the cache cannot be written: {error.strerror or error}",
-            where=str(error.filename or folder),
-            do="Free space there, or name another disk in NVILA_CACHE; the same command goes on.",
-        ) from error
+        raise unwritable(error, folder) from error
     return folder, {name: item.version for name, item in sorted(objects.items())}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -89,6 +90,19 @@ def test_children_get_what_is_handed_down(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert os.environ["NVILA_STORE"] == "before" and "NVILA_PROGRESS_FILE" not in os.environ
     child = for_child(named(run="r"), unless_set={"NVILA_STORE": "x", "A": "y"}, only=["NVILA_STORE"])
     assert child == {"A": "y", "NVILA_STORE": "before", "NVILA_RUN": "r"}
+
+
+def test_no_other_module_names_a_variable() -> None:
+    """A name that is written twice is renamed once."""
+    found = []
+    for path in [path for part in ("components", "pipelines", "infra") for path in (ROOT / part).rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        said = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings
+        texts = [
+            n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in said
+        ]
+        found += [path.name for text in texts if re.search(r"\bNVILA_[A-Z]", text)]
+    assert set(found) == {"environment.py", "site.py"}
 
 
 def test_few_places_ask_what_they_were_not_given() -> None:

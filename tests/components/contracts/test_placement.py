@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nvila.components.contracts.placement import Placement, parameters, pod, quantity, work
-from nvila.components.contracts.recipe.reader import Form, fill_in
+from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import ROWS

@@ -14,7 +14,7 @@ from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEva
 from nvila.components.contracts.results.result import Measured
 from nvila.components.evaluate import step
 from nvila.components.evaluate_quantized import step as quantized
-from nvila.components.metrics.accuracy import accuracy, is_correct
+from nvila.components.metrics.accuracy import is_correct, measured
 
 TASKS = {"sources": ["colours", "clips"], "limit": None, "stage_limit": 3, "batch": 4, "max_new_tokens": 3}
 
@@ -73,12 +73,14 @@ def test_accuracy_stands_beside_its_baselines(evaluated: tuple[Evaluation, Manif
     assert list(told.accuracy) == ["colours", "clips"]
     for source, found in told.accuracy.items():
         rows = [row for row in rows_of(manifest) if row["source"] == source]
-        own = accuracy([row["correct"] for row in rows])
+        own = measured("accuracy", [row["correct"] for row in rows])
         assert Measured(**found.model_dump(include=set(Measured.model_fields))) == own
         assert 0.0 <= found.low <= found.value <= found.high <= 1.0
         assert set(found.baselines) == {"question text", "blank picture", "other picture"}
         for kind, column in (("blank picture", "prediction_blank"), ("other picture", "prediction_other")):
-            assert found.baselines[kind] == accuracy([is_correct(row[column], row["answer"]) for row in rows])
+            assert found.baselines[kind] == measured(
+                "accuracy", [is_correct(row[column], row["answer"]) for row in rows]
+            )
         strongest = max(found.baselines.values(), key=lambda baseline: baseline.value)
         assert found.question_only.value == strongest.value
         assert found.baselines[found.question_only.kind].high == found.question_only.high
@@ -102,7 +104,7 @@ def test_every_stage_is_measured_on_the_same_first_questions(evaluated: tuple[Ev
     assert list(told.stages) == NAMES
     for source in TASKS["sources"]:  # type: ignore[attr-defined]
         first = [row["correct"] for row in rows_of(manifest) if row["source"] == source][:3]
-        assert all(stage[source] == accuracy(first) for stage in told.stages.values())
+        assert all(stage[source] == measured("accuracy", first) for stage in told.stages.values())
 
 
 def test_an_earlier_stage_that_was_replaced_is_found_out(small: Any, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_the_quantized_model_is_compared_question_by_question(
     found = outcome.result.accuracy["colours"]
     count = sum(row["source"] == "colours" for row in rows)
     before = [row["correct"] for row in kept if row["source"] == "colours"]
-    assert found.value == pytest.approx(1 - 1 / count, abs=1e-4) and found.full == accuracy(before)
+    assert found.value == pytest.approx(1 - 1 / count, abs=1e-4) and found.full == measured("accuracy", before)
     assert found.fall == pytest.approx(sum(before) / count - found.value, abs=1e-3)
     assert found.fall_noise > 0
     assert outcome.files == ("predictions.parquet",)

@@ -91,7 +91,7 @@ def test_so_many_questions_does_a_gate_need(gate: Gate | QuantizeGate, least: in
 
 def _asked(gate: Gate | QuantizeGate, n: int) -> list[str]:
     """What the gate has against a model that makes no mistake in so many questions, and loses nothing."""
-    right, wrong = accuracy.accuracy([True] * n), accuracy.accuracy([False] * n)
+    right, wrong = accuracy.measured("accuracy", [True] * n), accuracy.measured("accuracy", [False] * n)
     if isinstance(gate, QuantizeGate):
         return objections_to_quantized(gate, {"s": _retained([True] * n, [True] * n)})
     only = Baseline(**wrong.model_dump(), kind="blank picture")
@@ -100,8 +100,8 @@ def _asked(gate: Gate | QuantizeGate, n: int) -> list[str]:
 
 def _retained(before: list[bool], after: list[bool]) -> Retained:
     lost, noise = accuracy.fall(before, after)
-    told = accuracy.accuracy(after).model_dump()
-    return Retained(**told, full=accuracy.accuracy(before), fall=lost, fall_noise=noise)
+    told = accuracy.measured("accuracy", after).model_dump()
+    return Retained(**told, full=accuracy.measured("accuracy", before), fall=lost, fall_noise=noise)
 
 
 def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from nvila.components.contracts.results.result import Measured
 from nvila.components.data.samples import Sample, Turn
-from nvila.components.metrics.accuracy import QuestionOnly, accuracy, fall, is_correct
+from nvila.components.metrics.accuracy import QuestionOnly, fall, is_correct, measured
 
 
 def _sample(number: int, question: str, answer: str, source: str = "s") -> Sample:
@@ -24,7 +24,7 @@ def test_exact_match_forgives_case_and_full_stop_only(prediction: str, answer: s
 
 def test_interval_solves_the_wilson_equation() -> None:
     """Prevents a wrong interval: its ends are where |p - x| = z sqrt(x(1-x)/n), solved here by bisection."""
-    got = accuracy([True] * 37 + [False] * 63)
+    got = measured("accuracy", [True] * 37 + [False] * 63)
 
     def end(low: float, high: float) -> float:
         def excess(x: float) -> float:
@@ -42,7 +42,7 @@ def test_interval_solves_the_wilson_equation() -> None:
 
 def test_no_questions_prove_nothing() -> None:
     """Prevents a source without questions from passing a gate."""
-    assert accuracy([]) == Measured(metric="accuracy", value=0.0, low=0.0, high=1.0, n=0)
+    assert measured("accuracy", []) == Measured(metric="accuracy", value=0.0, low=0.0, high=1.0, n=0)
 
 
 def _fall(lost: int, won: int, n: int) -> tuple[float, float]:
@@ -118,3 +118,13 @@ def test_question_only_answers_by_question_text_then_majority() -> None:
     assert known.answer(_sample(1, "is it red?", "yes")) == "no"
     assert known.answer(_sample(1, "never asked before?", "yes")) == "circle"
     assert known.majority("unknown source") == ""
+
+
+def test_an_interval_of_shares_is_wide_enough() -> None:
+    """A metric may give part of a point: an interval narrower than its mean's spread would make gates lie."""
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0] * 8
+    found, binary = measured("accuracy", shares), measured("accuracy", [True, False] * 20)
+    spread = math.sqrt(sum((share - 0.5) ** 2 for share in shares)) / len(shares)
+    assert found == binary and found.high - found.value > 1.96 * spread
+    lost, noise = fall(shares, [share / 2 for share in shares])
+    assert lost == pytest.approx(0.25) and noise > 0

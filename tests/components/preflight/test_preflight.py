@@ -78,7 +78,7 @@ def test_one_disk_is_named_once(tmp_path: Path) -> None:
     assert len(checks.disk_problems(10**18, [tmp_path / "store", tmp_path / "runs"])) == 1
 
 
-@pytest.mark.parametrize(("content", "word"), [("{", "not JSON"), ("{}", "JSON list"), ("[]", "JSON list")])
+@pytest.mark.parametrize(("content", "word"), [("{", "broken JSON"), ("{}", "JSON list"), ("[]", "one record")])
 def test_annotation_files_must_be_lists_of_records(source: Source, content: str, word: str) -> None:
     """Found here in a second; found by validate after the environment was loaded."""
     Path(source.path, "sft.json").write_text(content)

@@ -89,7 +89,8 @@ def test_quantized_checkpoint_in_vllm_answers_as_in_torch(
     (tmp_path / "table").mkdir()
     write_samples(tmp_path / "table" / "samples.parquet", rows)
     inputs = {"model": manifest("train-5", tmp_path / "train"), "samples": manifest("validate", tmp_path / "table")}
-    settings = Settings.model_validate({"quantize": {"group_size": 32, "calibration_samples": 4}, "seed": 0})
+    given = {"quantize": {"group_size": 32, "calibration_samples": 4}, "seed": 0, "max_skipped_share": 0.01}
+    settings = Settings.model_validate(given)
     run(settings, inputs, tmp_path / "q")
 
     quantized, tokenizer = load_quantized(tmp_path / "q" / "model", torch.bfloat16)

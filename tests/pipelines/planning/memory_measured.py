@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.train import Run, Stage
@@ -145,7 +146,7 @@ def test_zero_shares_what_it_shares() -> None:
     total, trained = shape.total, shape.parameters["llm"]
 
     def states(zero: int) -> tuple[int, int, int]:
-        need = memory(shape, micro, ["llm"], precision="bf16", zero=zero, processes=8, recompute=False)
+        need = memory(shape, micro, ["llm"], kept=PRECISIONS["bf16"], zero=zero, processes=8, recompute=False)
         return need.weights, need.gradients, need.optimizer
 
     eighth = [-(-size // 8) for size in (2 * total, 2 * trained, 12 * trained)]
@@ -158,7 +159,7 @@ def test_zero_shares_what_it_shares() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("bf16", 0), ("bf16", 2)])
-def test_the_engine_holds_the_planned_states(precision: str, zero: int) -> None:
+def test_the_engine_holds_the_planned_states(precision: Precision, zero: int) -> None:
     """Weights, gradients and optimizer states are bytes of the real engine, after a step and a second backward pass."""
     from nvila.components.train.engine import start
 
@@ -168,7 +169,7 @@ def test_the_engine_holds_the_planned_states(precision: str, zero: int) -> None:
     model = _model(trainable, torch.float32)
     model.prepare_for_training()
     stage = Stage(name="x", trainable=trainable, learning_rate=1e-3, data={"a.sft": 1}, batch=ROWS)
-    engine = start(model, stage, Run(precision=precision, zero=zero, gpus=1, checkpoint_seconds=60), 10)
+    engine = start(model, stage, Run(precision=precision, zero=zero, gpus=1, checkpoint_seconds=60), 10, 1)
     for _ in range(2):
         loss = engine.deepspeed(**batch).loss
         engine.deepspeed.backward(loss)
@@ -179,7 +180,7 @@ def test_the_engine_holds_the_planned_states(precision: str, zero: int) -> None:
         count(CONFIG),
         _micro(count(CONFIG), False),
         trainable,
-        precision=precision,
+        kept=PRECISIONS[precision],
         zero=zero,
         processes=1,
         recompute=False,

@@ -68,6 +68,13 @@ def test_a_site_without_gpus_can_be_planned_for() -> None:
     assert look(written(SITE | {"gpus_per_node": 0}), LARGE, "h100") == []
 
 
+def test_a_site_of_the_old_form_is_planned_for_and_told() -> None:
+    """The next release does not read it, and would plan for another cluster."""
+    data = {"NVILA_SITE": SITE["launcher"], "NVILA_GPUS_PER_NODE": "0", "NVILA_NODE_CPU": "0"}
+    findings = look(written({}, {"/api/v1/namespaces/team/configmaps/nvila-site": {"data": data}}), LARGE, "h100")
+    assert [(f.refused, "upgrade the chart" in f.text) for f in findings] == [(False, True)]
+
+
 def test_processes_that_do_not_fill_nodes_are_refused() -> None:
     """The launcher refuses them too, but only when everything before the first stage has been paid for."""
     nodes = {"/api/v1/nodes": {"items": [_node("nvidia.com/gpu")] * 2}}

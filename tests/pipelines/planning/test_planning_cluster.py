@@ -73,7 +73,7 @@ def make(admin: Requests, cluster: Cluster) -> Iterator[Make]:
 
 def _texts(cluster: Cluster, need: Need) -> tuple[str, str]:
     """What is refused, and what is remarked."""
-    findings = look(cluster, need, "h100")
+    _, findings = look(cluster, need, "h100")
     assert [f.refused for f in findings] == sorted((f.refused for f in findings), reverse=True)
     return ("\n".join(f.text for f in findings if f.refused is kind) for kind in (True, False))  # type: ignore[return-value]
 
@@ -182,6 +182,6 @@ def test_what_this_account_may_not_see_is_said(cluster: Cluster) -> None:
     """A scientist may not list nodes or read secrets: that is no fault of the cluster."""
     nobody = connect(os.environ["KUBECONFIG"], cluster.namespace)
     nobody.client.set_default_header("Impersonate-User", "nobody-of-this-test")
-    findings = look(Cluster(Requests(nobody, Patience.once(10))), LARGE, "h100")
+    _, findings = look(Cluster(Requests(nobody, Patience.once(10))), LARGE, "h100")
     assert all("may not look" in f.text for f in findings if not f.refused and "names no" not in f.text)
     assert {f.text.partition(":")[0] for f in findings} >= {"the nodes", "the quota", "the credentials"}

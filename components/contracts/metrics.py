@@ -1,0 +1,12 @@
+"""Which metrics there are, and what each is called in a sentence. How one scores stands in `metrics/accuracy.py`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+Metric = Literal["accuracy"]
+METRICS: Mapping[str, str] = {"accuracy": "exact match"}
+
+
+def in_words(metrics: Iterable[str]) -> str:
+    """What was measured, each metric once."""
+    return " and ".join(dict.fromkeys(METRICS.get(metric, metric) for metric in metrics))

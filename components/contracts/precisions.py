@@ -1,0 +1,33 @@
+"""The precisions that training really runs in: what each keeps, by which the worker loads and the plan counts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["fp32", "bf16"]
+"""FP8 is refused by the schema until its layers exist: it must never run as bf16 under that name."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a precision keeps numbers."""
+
+    weights: Literal["float32", "bfloat16"]
+    """Type of the weights that the forward pass reads, of their gradients and of what is saved between the passes."""
+    products: Literal["fp32", "bf16"]
+    """In which the matrices are multiplied: the column of a GPU's speed in `nvila plan`."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight."""
+        return 4 if self.weights == "float32" else 2
+
+    @property
+    def master_bytes(self) -> int:
+        """Of the fp32 copy of a weight that the optimizer then keeps."""
+        return 0 if self.weights == "float32" else 4
+
+
+PRECISIONS: dict[Precision, Kept] = {
+    "fp32": Kept(weights="float32", products="fp32"),
+    "bf16": Kept(weights="bfloat16", products="bf16"),
+}
