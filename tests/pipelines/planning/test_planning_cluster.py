@@ -122,9 +122,10 @@ def nodes(cluster: Cluster, make: Make) -> None:
         taint = {"key": "nvila-test", "effect": "NoSchedule"}
         label = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
         make(NODE, name, metadata={"labels": label}, spec={"taints": [taint]})
+        room = {"nvidia.com/gpu": "8", "cpu": "96", "memory": "1200Gi"}
         status = {
-            "allocatable": {"nvidia.com/gpu": "8"},
-            "capacity": {"nvidia.com/gpu": "8"},
+            "allocatable": room,
+            "capacity": room,
             "conditions": [{"type": "Ready", "status": "True"}],
         }
         cluster.patch(NODE, name, {"status": status}, "status")
