@@ -80,7 +80,7 @@ def test_processes_that_do_not_fill_nodes_are_refused() -> None:
     nodes = {"/api/v1/nodes": {"items": [_node("nvidia.com/gpu")] * 2}}
     findings = look(written(SITE, nodes), LARGE, "h100")
     assert [f.text for f in findings if f.refused] == [
-        "train.gpus: 12 processes do not fill nodes of 8 GPUs; ask for a multiple, or fewer"
+        "train.gpus: the processes do not fill nodes of 8 GPUs (got 12). Ask for a multiple of 8, or for fewer than that."
     ]
 
 
