@@ -14,6 +14,7 @@ import pytest
 from kube import ApiServer, default_account, service_account, wait_for, write_kubeconfig
 from launches import Launch
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, PreflightError, Rejected
 from nvila.components.contracts.site import Site
 from nvila.components.kube.cluster import Cluster
@@ -212,7 +213,7 @@ def test_the_end_of_a_run_cancels_its_jobs_only(launch: Launch, set_status: SetS
         }
         names.append(obtain(launch.jobs, launch.work, Site(), 0).name)
     set_status(names[1], "Complete")
-    site.close("r1")
+    site.close("r1", Environment.read())
     wait_for(lambda: launch.jobs.get(names[0]) is None, "the job goes on")
     assert launch.jobs.get(names[1]) and launch.jobs.get(names[2])
 
@@ -228,7 +229,7 @@ def test_a_job_that_is_taken_over_meanwhile_is_not_cancelled(launch: Launch, mon
         return found
 
     monkeypatch.setattr(Jobs, "find", found_and_taken)
-    site.close("r1")
+    site.close("r1", Environment.read())
     assert launch.job().uid == first.uid
     assert not launch.job().deleting
 

@@ -12,6 +12,7 @@ from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.form import Form
 from nvila.components.runner.execute import _Status
+from nvila.components.runner.status import Status
 from nvila.pipelines.local import run as local
 
 ENDS = ["damaged", "damaged", "rejected"], ["damaged", "damaged", "damaged", "damaged"], ["failed", "damaged"]
@@ -32,8 +33,8 @@ def test_damaged_work_is_done_again_by_the_same_command(
         number = min(len(done), 2)  # the third time it is the same file again
         error = DamagedError("damaged output of step initialize", where=f"store/initialize/{number}.bin")
         code = {"damaged": Exit.FAULT, "rejected": Exit.REJECTED, "failed": Exit.FAULT}[how]
-        status = "rejected" if how == "rejected" else "failed"
-        _Status(run_dir, "train-1").end(status, code, message=str(error), damaged=how == "damaged")
+        status = Status.REJECTED if how == "rejected" else Status.FAILED
+        _Status(run_dir, "train-1", on_cluster=False).end(status, code, message=str(error), damaged=how == "damaged")
         return 1
 
     monkeypatch.setattr(local, "_watched", watched)

@@ -85,7 +85,7 @@ def test_more_stages_than_the_pipeline_has_are_refused(tmp_path: Path) -> None:
     """A sixth stage would be left out without a word."""
     overrides = json.dumps({"train": {"stages": [*_stages(), _stages()[-1]]}})
     with pytest.raises(ConfigError, match="6 stages, and this pipeline has training steps for 5"):
-        step.run(Form(recipe="tiny", overrides=overrides), {}, tmp_path)
+        step.run(Form(recipe="tiny", overrides=overrides), {}, tmp_path, Environment.read())
 
 
 def _stages() -> list[dict]:
