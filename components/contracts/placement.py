@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
+from decimal import Decimal
 from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
@@ -44,8 +44,8 @@ def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     if recipe.model.base.llm is None:  # it makes small weights and little data itself
         return Placement()
     cpus, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
-    whole, bytes_ = quantity(site.node_cpu), quantity(site.node_memory)
-    return Placement(f"{int(min(cpus, whole) * 1000)}m", f"{int(min(gib << 30, bytes_)) >> 20}Mi")
+    whole, memory = _node(site)
+    return Placement(f"{int(min(cpus, whole) * 1000)}m", f"{int(min(gib << 30, memory)) >> 20}Mi")
 
 
 def rooms() -> dict[str, dict[str, str]]:
@@ -67,19 +67,15 @@ def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def share(site: Site, processes: int) -> tuple[str, str]:
     """CPUs and memory that belong to so many GPUs of a node."""
-    part = Fraction(processes, site.gpus_per_node)
-    millis, bytes_ = quantity(site.node_cpu) * part * 1000, quantity(site.node_memory) * part
-    return f"{int(millis)}m", f"{int(bytes_) >> 20}Mi"
+    cpu, memory = (whole * processes / site.gpus_per_node for whole in _node(site))
+    return f"{int(cpu * 1000)}m", f"{int(memory) >> 20}Mi"
 
 
-def quantity(text: str) -> Fraction:
-    """What Kubernetes writes as `500m` or `1200Gi`, in cores or bytes."""
-    digits = text.rstrip("mkMGTPKi")
-    number, unit = Fraction(digits), text.removeprefix(digits)
-    if unit == "m":
-        return number / 1000
-    power = "kMGTP".index(unit[0].replace("K", "k")) + 1 if unit else 0
-    return number * (1024 if unit.endswith("i") else 1000) ** power
+def _node(site: Site) -> tuple[Decimal, Decimal]:
+    """Cores and bytes of a whole node."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    return parse_quantity(site.node_cpu), parse_quantity(site.node_memory)
 
 
 def _room(row: Step) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvila.components.contracts.placement import Placement, parameters, pod, quantity, work
+from nvila.components.contracts.placement import Placement, parameters, pod, work
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
@@ -54,8 +54,3 @@ def test_what_a_recipe_makes_itself_needs_little() -> None:
     assert work(ROWS["initialize"], recipe("tiny"), SITE) == Placement()
     assert work(ROWS["initialize"], recipe(), SITE).memory == "131072Mi"
     assert work(ROWS["initialize"], recipe(), Site(node_memory="64G", node_cpu="500m")).memory == "61035Mi"
-
-
-def test_quantities_are_read_as_kubernetes_writes_them() -> None:
-    """A node of 1.5Ti would be one of 1 byte."""
-    assert [quantity(text) for text in ("500m", "96", "1k", "1.5Ki")] == [0.5, 96, 1000, 1536]
