@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import ROWS, STEPS, Step
 
-ON_GPUS = ("gpu", "vllm", "node")
+ON_GPUS = ("gpu", "node")
 """Sizes of steps that take GPUs where the site has them."""
 GPU_RESOURCE = "gpu_resource"
-"""The parameter with the name under which the cluster counts GPUs."""
+"""The output of `resolve` with the name under which the cluster counts GPUs."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Placement:
     cpu: str = "1"
     memory: str = "4Gi"
     gpus: str = "0"
-    """A text, as KFP would make 8.0 of 8."""
+    """A text: KFP's driver takes a number for an empty text, so for no GPU."""
     tolerations: list[dict[str, Any]] = field(default_factory=list)
     node_labels: dict[str, str] = field(default_factory=dict)
 
@@ -35,31 +35,33 @@ def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
 
 def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     """Of the work, wherever it is done; a training stage that does not fit one node fills it."""
-    processes = {"gpu": 1, "vllm": 1, "node": min(recipe.train.gpus, site.gpus_per_node)}.get(row.size)
+    processes = {"gpu": 1, "node": min(recipe.train.gpus, site.gpus_per_node)}.get(row.size)
     if site.gpus_per_node == 0 or row.size == "small":
         return Placement()
     if processes:
         cpu, memory = share(site, processes)
         return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
-    if recipe.model.base.llm is None:  # it makes small weights and little data itself
+    if row.size == "memory" and recipe.model.base.llm is None:  # the weights that it makes itself are small
         return Placement()
-    cpus, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
-    whole, memory = _node(site)
-    return Placement(f"{int(min(cpus, whole) * 1000)}m", f"{int(min(gib << 30, memory)) >> 20}Mi")
+    cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
+    node_cores, node_bytes = _node(site)
+    return Placement(*_written(min(Fraction(cores), node_cores), min(Fraction(gib << 30), node_bytes)))
 
 
-def rooms() -> dict[str, dict[str, str]]:
-    """By step, less the small ones: for each field of its placement the pipeline's parameter that holds it.
+def sources() -> dict[str, dict[str, str]]:
+    """By step, less the small ones: for each field of its placement the output of `resolve` that says it.
 
-    Steps of one size share their parameters: KFP reads no fields out of a parameter, so each is one of its own.
+    KFP takes no field out of a parameter, so each is one of its own; steps of one size share theirs.
     """
-    return {row.name: {part: f"{_room(row)}_{part}" for part in _parts(row)} for row in STEPS if row.size != "small"}
+    return {
+        row.name: {part: f"{_shared_by(row)}_{part}" for part in _parts(row)} for row in STEPS if row.size != "small"
+    }
 
 
 def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
-    """Every parameter of `rooms`, and `GPU_RESOURCE`; in this order they are the outputs of `resolve`."""
+    """What `resolve` says, in the order of its outputs: `GPU_RESOURCE`, and everything that `sources` names."""
     found: dict[str, Any] = {GPU_RESOURCE: site.gpu_resource}
-    for step, names in rooms().items():
+    for step, names in sources().items():
         wanted = pod(ROWS[step], recipe, site)
         found |= {name: getattr(wanted, part) for part, name in names.items()}
     return found
@@ -67,18 +69,22 @@ def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
 
 def share(site: Site, processes: int) -> tuple[str, str]:
     """CPUs and memory that belong to so many GPUs of a node."""
-    cpu, memory = (whole * processes / site.gpus_per_node for whole in _node(site))
-    return f"{int(cpu * 1000)}m", f"{int(memory) >> 20}Mi"
+    part = Fraction(processes, site.gpus_per_node)
+    return _written(*(whole * part for whole in _node(site)))
 
 
-def _node(site: Site) -> tuple[Decimal, Decimal]:
+def _written(cores: Fraction, size: Fraction) -> tuple[str, str]:
+    return f"{int(cores * 1000)}m", f"{int(size) >> 20}Mi"
+
+
+def _node(site: Site) -> tuple[Fraction, Fraction]:
     """Cores and bytes of a whole node."""
     from kubernetes.utils.quantity import parse_quantity
 
-    return parse_quantity(site.node_cpu), parse_quantity(site.node_memory)
+    return Fraction(parse_quantity(site.node_cpu)), Fraction(parse_quantity(site.node_memory))
 
 
-def _room(row: Step) -> str:
+def _shared_by(row: Step) -> str:
     return f"{row.size}_job" if row.job else row.size
 
 

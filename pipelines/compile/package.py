@@ -20,7 +20,7 @@ from kfp.dsl.pipeline_task import PipelineTask
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
-from nvila.components.contracts.placement import GPU_RESOURCE, ON_GPUS, Placement, rooms
+from nvila.components.contracts.placement import GPU_RESOURCE, ON_GPUS, Placement, sources
 from nvila.components.contracts.steps import Step
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
@@ -152,8 +152,8 @@ def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], code: str |
 
 def _ask(task: PipelineTask, row: Step, places: Mapping[str, Any]) -> None:
     """Resources and nodes; `resolve` says at run time what depends on the recipe and the site."""
-    room = rooms().get(row.name)
-    wanted = {part: places[name] for part, name in room.items()} if room else asdict(Placement())
+    source = sources().get(row.name)
+    wanted = {part: places[name] for part, name in source.items()} if source else asdict(Placement())
     task.set_cpu_request(wanted["cpu"]).set_cpu_limit(wanted["cpu"])
     task.set_memory_request(wanted["memory"]).set_memory_limit(wanted["memory"])
     if row.size in ON_GPUS:

@@ -146,6 +146,18 @@ def test_without_trainer_and_kueue_nothing_of_theirs_is_left() -> None:
     assert "trainjobs" not in str(documents)
 
 
+@pytest.mark.parametrize(("launch", "gpus", "launches"), [("jobs", 4, True), ("pods", 4, False), ("cpu", 0, False)])
+def test_one_pipeline_serves_every_site(launch: str, gpus: int, launches: bool) -> None:
+    """What pods ask for comes from here: with GPUs on `cpu` they wait for ever, without a toleration on the others."""
+    taint = [{"key": "a", "operator": "Exists"}]
+    values = {"perNode": 4, "nodeLabels": {"pool": "h100"}, "tolerations": taint}
+    documents = render(sets=[f'pipelines.launch="{launch}"', *(f"gpu.{k}={json.dumps(v)}" for k, v in values.items())])
+    site = Site.read(find(documents, "ConfigMap", "nvila-site")["data"])
+    assert site is not None and (site.gpus_per_node, bool(site.launcher)) == (gpus, launches)
+    assert (site.gpu_labels, list(site.tolerations)) == ({"pool": "h100"}, taint)
+    assert (site.node_cpu, site.node_memory) == ("96", "1200Gi")
+
+
 def test_external_mlflow_leaves_no_server_behind() -> None:
     """Two stores of the same experiments would each have half of the runs."""
     documents = render(sets=['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example"'])

@@ -177,8 +177,10 @@ def test_what_pods_ask_for_comes_out_of_resolve(spec: dict[str, Any], pods: dict
 
 def test_resolve_gives_every_parameter_in_this_order() -> None:
     """Its wrapper lists them by hand, as KFP reads its source: a missing one leaves pods without a size."""
-    names = list(parameters(fill_in(Form(recipe="micro")), Site()))
-    assert [name for name in resolve.component_spec.outputs if name != "out"] == names
+    found = parameters(fill_in(Form(recipe="micro")), Site())
+    kinds = {str: "String", list: "List", dict: "Dict"}
+    made = {name: output.type for name, output in resolve.component_spec.outputs.items() if name != "out"}
+    assert list(made.items()) == [(name, kinds[type(value)]) for name, value in found.items()]
 
 
 def test_the_charts_copy_is_the_compiled_pipeline(tmp_path: Path) -> None:
