@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +68,14 @@ def _resources(processes: int, site: Site) -> dict[str, Any]:
 
     A job's own resources take the place of all of the runtime's, so CPU and memory belong to them.
     """
+    from kubernetes.utils.quantity import parse_quantity
+
     if processes >= site.gpus_per_node:
         return {}
-    part = Fraction(processes, site.gpus_per_node)
+    cpu, memory = (parse_quantity(whole) * processes for whole in (site.node_cpu, site.node_memory))
     wanted = {
-        "cpu": f"{int(_quantity(site.node_cpu) * part * 1000)}m",
-        "memory": f"{int(_quantity(site.node_memory) * part) >> 20}Mi",
+        "cpu": f"{cpu * 1000 // site.gpus_per_node}m",
+        "memory": f"{memory // (site.gpus_per_node << 20)}Mi",
         site.gpu_resource: str(processes),
     }
     return {"resourcesPerNode": {"requests": wanted, "limits": dict(wanted)}}
-
-
-def _quantity(text: str) -> Fraction:
-    """A quantity of Kubernetes in cores or bytes."""
-    digits = text.rstrip("mkMGTPKi")
-    number, unit = Fraction(digits), text.removeprefix(digits)
-    if unit == "m":
-        return number / 1000
-    power = "kMGTP".index(unit[0].replace("K", "k")) + 1 if unit else 0
-    return number * (1024 if unit.endswith("i") else 1000) ** power

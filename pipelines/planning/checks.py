@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import KEY, Site
 from nvila.components.kube.cluster import CONFIG_MAP, NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
@@ -132,12 +133,10 @@ def _runtime(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
         if need.gpus > site.gpus_per_node:
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
         return
-    per_node = site.gpus_per_node
-    if need.gpus > per_node and need.gpus % per_node:
-        yield Finding(
-            True,
-            f"train.gpus: {need.gpus} processes do not fill nodes of {per_node} GPUs; ask for a multiple, or fewer",
-        )
+    try:
+        site.share(need.gpus)
+    except ConfigError as error:
+        yield Finding(True, str(error))
     version = cluster.served_version(TRAINER, "trainjobs")
     if version is None:
         yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
