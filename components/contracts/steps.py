@@ -267,7 +267,6 @@ STEPS = (
 
 ROWS = {row.name: row for row in STEPS}
 STAGES = tuple(row.name for row in STEPS if row.folder == "train")
-PRUNES = tuple(row.name for row in STEPS if row.folder == "prune")
 
 
 def result_type(step: str) -> type[Result]:

@@ -140,9 +140,8 @@ def perform(
     if hasattr(code, "prepare"):
         with handed_down(progress_file=progress_file(place.run_dir, step)):
             code.prepare(code.Settings.model_validate(settings))
-    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
+    key, external = identity(here, step, module, settings, inputs)
     digests = {name: manifest.digest for name, manifest in inputs.items()}
-    key = content_key(module, {"step": step, **settings}, digests, external)
     store = place.store
     with store.working(step, key) as folder:
         if step not in ALWAYS:
@@ -198,6 +197,16 @@ def perform(
         manifest = store.finish(folder, manifest)
     _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
     return manifest, False
+
+
+def identity(
+    here: Environment, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+) -> tuple[str, dict[str, Any] | None]:
+    """The content key of this work, and what the step reads outside the store (see `contracts.step`)."""
+    code = importlib.import_module(module)
+    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
+    digests = {name: manifest.digest for name, manifest in inputs.items()}
+    return content_key(module, {"step": step, **settings}, digests, external), external
 
 
 def _track(
