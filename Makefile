@@ -36,6 +36,10 @@ test: env ## Run the test suite (no GPU, no cluster)
 test-gpu: env ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
+.PHONY: test-extend-run
+test-extend-run: $(MAIN) ## Make the five changes of docs/extend.md on a copy and run micro there (minutes)
+	$(BIN)/python tests/extend/run_all.py
+
 .PHONY: test-cluster
 test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) and its CRDs (NVILA_CRDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster

@@ -119,13 +119,6 @@ def compile_(
     quantize_image: Annotated[
         str, typer.Option(help="Image of quantize, evaluate-quantized and rollout: the first one, and vLLM.")
     ] = "",
-    launch: Annotated[
-        Literal["jobs", "pods", "cpu"],
-        typer.Option(
-            help="jobs: training, pruning and evaluation become training jobs. pods: every step works in its own pod, "
-            "with GPUs. cpu: the same without GPUs, for micro and tiny."
-        ),
-    ] = "jobs",
     format: Annotated[
         Literal["pipeline", "manifests"],
         typer.Option(help="pipeline: a file for the UI. manifests: Pipeline and PipelineVersion resources."),
@@ -139,7 +132,7 @@ def compile_(
 
     images = {"image": image, "quantize_image": quantize_image}
     given = {option: name for option, name in images.items() if name}
-    size = compile_pipeline(out, **given, launch=launch, format=format)
+    size = compile_pipeline(out, **given, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
     if not given:
         typer.echo("its images are placeholders: name yours with --image and --quantize-image", err=True)
@@ -220,7 +213,6 @@ def submit(
         str, typer.Option(help="Upload the pipeline of this checkout with this image, instead of the installed one.")
     ] = "",
     quantize_image: Annotated[str, typer.Option(help="Like that of `nvila compile`; goes with --image.")] = "",
-    launch: Annotated[Literal["jobs", "pods", "cpu"], typer.Option(help="Like that of `nvila compile`.")] = "jobs",
     wait: Annotated[bool, typer.Option("--wait", help="Show the steps until the run ends; its exit code.")] = False,
     upload_only: Annotated[
         bool, typer.Option("--upload-only", help="Upload the pipeline, start nothing; needs --image.")
@@ -240,7 +232,7 @@ def submit(
     from nvila.pipelines.kubeflow.submit import submit as start
 
     server = Server(host, context.obj, token_file=token_file, ca_cert=ca_cert)
-    version, console = Version(image, quantize_image, launch), Console()
+    version, console = Version(image, quantize_image), Console()
     if upload_only:
         upload(server, version, namespace_of(server, namespace, shared=True), console)
         return

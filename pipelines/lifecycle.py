@@ -1,8 +1,9 @@
 """The pipeline `lifecycle`: from a recipe to a served model. Says what follows what; the steps hold the work."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from kfp import dsl
@@ -14,20 +15,21 @@ from kfp.dsl.python_component import PythonComponent
 from nvila.components.contracts.recipe.rollout import TARGETS
 from nvila.components.contracts.steps import STEPS, Step
 
-Place = Callable[[PipelineTask, Step], None]
-"""Says where a task runs (resources, volumes, environment), given the task and its row."""
+Place = Callable[[PipelineTask, Step, Mapping[str, Any]], None]
+"""Says where a task runs (resources, volumes, environment), given the task, its row, and the outputs of the first step,
+which has worked it out; the first and the last step get none."""
 
 
-def build(place: Place = lambda task, row: None, steps: Sequence[Step] = STEPS) -> GraphComponent:
+def build(place: Place = lambda task, row, places: None, steps: Sequence[Step] = STEPS) -> GraphComponent:
     """The pipeline of a table of steps, the first of which makes the slices; `place` is called for every task."""
     first, *others = (row for row in steps if not row.at_exit)
     (last,) = (row for row in steps if row.at_exit)
 
-    def add(row: Step, **inputs: Any) -> PipelineTask:
+    def add(row: Step, places: Mapping[str, Any] = MappingProxyType({}), **inputs: Any) -> PipelineTask:
         task = component(row)(step=row.name, **inputs).set_display_name(row.name)
         # One cache, the store's: KFP's key does not see our package's code.
         task.set_caching_options(enable_caching=False)
-        place(task, row)
+        place(task, row, places)
         return task
 
     def lifecycle(
@@ -64,7 +66,7 @@ def build(place: Place = lambda task, row: None, steps: Sequence[Step] = STEPS) 
             tasks = {first.name: resolved}
             for row in others:
                 inputs = {name: tasks[step].outputs["out"] for name, step in row.inputs.items()}
-                tasks[row.name] = add(row, slices=resolved.outputs["out"], **inputs)
+                tasks[row.name] = add(row, resolved.outputs, slices=resolved.outputs["out"], **inputs)
                 tasks[row.name].after(*(tasks[step] for step in row.after))
 
     targets = ", ".join(f"{name} {target.about}" for name, target in TARGETS.items())

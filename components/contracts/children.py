@@ -1,8 +1,11 @@
-"""Child processes: none outlives the step that started it."""
+"""Child processes: none outlives the step that started it, and none takes down what only its parent has."""
 
 import ctypes
+import gc
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
 """Linux prctl option: signal to this process when the thread that started it dies."""
@@ -20,3 +23,17 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> Non
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Fork in this context, and the child's garbage collector leaves the parent's objects alone.
+
+    A process group that the parent has dropped and not yet collected would be taken down in the child, where its
+    threads do not exist: that waits for ever, or aborts.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

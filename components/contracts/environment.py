@@ -21,11 +21,8 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.site import OLD_KEYS, Site
 
-By = Literal["user", "chart", "pipeline", "platform", "launcher", "kubernetes"]
-"""Who sets a variable: a person; the chart, in `nvila-site` or `nvila-credentials`; the compiled pipeline; a process of
-ours for its children; torchrun or Kubeflow Trainer; Kubernetes or Kubeflow in a pod or notebook."""
-Kept = Literal["config", "secret"]
-"""Where the chart keeps a variable for the steps: the ConfigMap `nvila-site` or the Secret `nvila-credentials`."""
+By = Literal["user", "config", "secret", "pipeline", "platform", "launcher", "kubernetes"]
+"""Who sets a variable, as docs/environment.md explains."""
 
 OF_TESTS = {"NVILA_KUBE_TOOLS", "NVILA_CRDS", "NVILA_NODE_IMAGE", "NVILA_POSTGRES_IMAGE", "NVILA_IMAGE"}
 """Read by the tests of a checkout only."""
@@ -33,9 +30,9 @@ _SERVICE = re.compile(r"NVILA_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w
 """Kubernetes writes these into every pod beside a Service whose name begins with `nvila-`."""
 
 
-def _variable(name: str, *by: By, default: Any = None, kept: Kept | None = None, shown: bool = True) -> Any:
+def _variable(name: str, *by: By, default: Any = None, shown: bool = True) -> Any:
     """A field that is read from the variable `name`; `shown` is whether its value may stand in a log."""
-    return Field(default, alias=name, repr=shown, json_schema_extra={"by": list(by), "kept": kept})
+    return Field(default, alias=name, repr=shown, json_schema_extra={"by": list(by)})
 
 
 def _folder(name: str) -> AfterValidator:
@@ -59,19 +56,19 @@ class Environment(BaseModel):
     """Folder that relative paths of a recipe begin at; the working directory without it."""
     code: str | None = _variable("NVILA_CODE", "pipeline")
     """Digest of the code that the pipeline was compiled from; a step of other code refuses to run."""
-    site: Site | None = _variable("NVILA_SITE", "chart", kept="config")
+    site: Site | None = _variable("NVILA_SITE", "config")
     """The cluster as JSON: what its nodes are, and which module starts heavy work as training jobs (docs/launch.md)."""
-    cache: Annotated[Path | None, _folder("NVILA_CACHE")] = _variable("NVILA_CACHE", "user", "chart", kept="config")
+    cache: Annotated[Path | None, _folder("NVILA_CACHE")] = _variable("NVILA_CACHE", "user", "config")
     """Folder of downloaded weights; `~/.cache/nvila`, and the hub's own, without it."""
     progress_file: Path | None = _variable("NVILA_PROGRESS_FILE", "platform")
     """File that a step and its child processes write their progress to, for the terminal's table."""
     serve_python: Path | None = _variable("NVILA_SERVE_PYTHON", "user")
     """The Python that has vLLM; `.venv-serve/bin/python` here or in the checkout without it."""
-    api_key: SecretStr | None = _variable("NVILA_API_KEY", "user", "chart", kept="secret")
+    api_key: SecretStr | None = _variable("NVILA_API_KEY", "user", "secret")
     """Bearer token that the endpoint asks for; without it the endpoint is open to this machine."""
-    webhook_url: SecretStr | None = _variable("NVILA_WEBHOOK_URL", "chart", kept="secret")
+    webhook_url: SecretStr | None = _variable("NVILA_WEBHOOK_URL", "secret")
     """Where the end of a run on a cluster is reported to; who knows it may often post there."""
-    webhook_secret: SecretStr | None = _variable("NVILA_WEBHOOK_SECRET", "chart", kept="secret")
+    webhook_secret: SecretStr | None = _variable("NVILA_WEBHOOK_SECRET", "secret")
     """Signs those reports."""
 
     pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
@@ -87,27 +84,27 @@ class Environment(BaseModel):
     hostname: str = _variable("HOSTNAME", "kubernetes", default="")
     """In a pod, its name."""
 
-    mlflow_tracking_uri: str | None = _variable("MLFLOW_TRACKING_URI", "user", "chart", kept="config", shown=False)
+    mlflow_tracking_uri: str | None = _variable("MLFLOW_TRACKING_URI", "user", "config", shown=False)
     """The tracking store; `mlflow.db` in the folder of runs without it."""
     mlflow_registry_uri: str | None = _variable("MLFLOW_REGISTRY_URI", "user", shown=False)
     """The registry, where it is not the tracking store."""
     mlflow_run_id: str | None = _variable("MLFLOW_RUN_ID", "kubernetes")
     """The parent run that KFP's MLflow plugin has opened; steps join it."""
-    mlflow_username: str | None = _variable("MLFLOW_TRACKING_USERNAME", "user", "chart", kept="secret", shown=False)
+    mlflow_username: str | None = _variable("MLFLOW_TRACKING_USERNAME", "user", "secret", shown=False)
     """Read by MLflow itself."""
-    mlflow_password: SecretStr | None = _variable("MLFLOW_TRACKING_PASSWORD", "user", "chart", kept="secret")
+    mlflow_password: SecretStr | None = _variable("MLFLOW_TRACKING_PASSWORD", "user", "secret")
     """Read by MLflow itself."""
-    mlflow_token: SecretStr | None = _variable("MLFLOW_TRACKING_TOKEN", "user", "chart", kept="secret")
+    mlflow_token: SecretStr | None = _variable("MLFLOW_TRACKING_TOKEN", "user", "secret")
     """Read by MLflow itself."""
-    s3_endpoint: str | None = _variable("AWS_ENDPOINT_URL", "user", "chart", kept="config", shown=False)
+    s3_endpoint: str | None = _variable("AWS_ENDPOINT_URL", "user", "config", shown=False)
     """The object store, where it is not Amazon's; read by boto3 itself."""
-    s3_region: str | None = _variable("AWS_REGION", "user", "chart", kept="config")
+    s3_region: str | None = _variable("AWS_REGION", "user", "config")
     """Read by boto3 itself."""
-    s3_key: SecretStr | None = _variable("AWS_ACCESS_KEY_ID", "user", "chart", kept="secret")
+    s3_key: SecretStr | None = _variable("AWS_ACCESS_KEY_ID", "user", "secret")
     """Read by boto3 itself."""
-    s3_secret: SecretStr | None = _variable("AWS_SECRET_ACCESS_KEY", "user", "chart", kept="secret")
+    s3_secret: SecretStr | None = _variable("AWS_SECRET_ACCESS_KEY", "user", "secret")
     """Read by boto3 itself."""
-    hub_token: SecretStr | None = _variable("HF_TOKEN", "user", "chart", kept="secret")
+    hub_token: SecretStr | None = _variable("HF_TOKEN", "user", "secret")
     """For private weights of `hf://`; read by the hub's client itself."""
 
     threads: str = _variable("OMP_NUM_THREADS", "user", "platform", default="")
@@ -179,10 +176,14 @@ def named(**fields: object) -> dict[str, str]:
     return {name_of(field): str(value) for field, value in fields.items()}
 
 
-def kept(where: Kept) -> tuple[str, ...]:
+def set_by() -> dict[str, Collection[By]]:
+    """Who sets each variable."""
+    return {str(f.alias): dict(f.json_schema_extra)["by"] for f in Environment.model_fields.values()}  # type: ignore
+
+
+def kept(where: Literal["config", "secret"]) -> tuple[str, ...]:
     """The variables that steps on a cluster take from the chart's ConfigMap or Secret; every one may be missing."""
-    fields = Environment.model_fields.values()
-    return tuple(str(f.alias) for f in fields if dict(f.json_schema_extra or {})["kept"] == where)  # type: ignore[arg-type]
+    return tuple(name for name, by in set_by().items() if where in by)
 
 
 def notices(variables: Mapping[str, str] | None = None) -> list[str]:
@@ -227,16 +228,15 @@ def handed_down(**fields: object) -> Iterator[Environment]:
     torchrun and `multiprocessing` start their processes with the variables of this one, and ask nobody.
     """
     variables = named(**fields)
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         with entered(current().model_copy(update=fields)) as here:
             yield here
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def for_child(

@@ -6,11 +6,10 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvila.components.contracts.environment import current, handed_down
+from nvila.components.contracts.environment import current
 from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
@@ -49,11 +48,9 @@ def waiting_for(text: str) -> None:
         _write(file, {"what": text, "done": "", "total": None, "note": ""})
 
 
-@contextmanager
-def progress_to(path: Path) -> Iterator[None]:
-    """Have progress written to `path` by this process and its children, as long as the context is open."""
-    with handed_down(progress_file=path):
-        yield
+def progress_file(run_dir: Path, step: str) -> Path:
+    """Where a step of a run says how far it is: `handed_down`, it is written by its child processes too."""
+    return run_dir / "progress" / f"{step}.json"
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

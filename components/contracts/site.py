@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.components.contracts.errors import ConfigError
 
 KEY = "NVILA_SITE"
-OLD_KEYS = {
-    "NVILA_TRAINING_RUNTIME": "training_runtime",
-    "NVILA_GPUS_PER_NODE": "gpus_per_node",
-    "NVILA_GPU_RESOURCE": "gpu_resource",
-    "NVILA_NODE_CPU": "node_cpu",
-    "NVILA_NODE_MEMORY": "node_memory",
-    "NVILA_QUEUE": "queue",
-}
-"""The old form, read for one release: a key for each, and the launcher's bare name as `NVILA_SITE`."""
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
 """As Kubernetes writes it, such as `500m` or `1200Gi`."""
 
 
 class Site(BaseModel):
-    """What training jobs of a cluster are made of, and who makes them."""
+    """What pods and training jobs of a cluster are made of, and who makes the jobs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -40,6 +31,10 @@ class Site(BaseModel):
     """Cores of a whole node of the runtime; smaller jobs get a share of them and of the memory."""
     node_memory: Quantity = "1200Gi"
     """Memory of a whole node."""
+    gpu_labels: dict[str, str] = {}
+    """Labels of the nodes with GPUs; pods that take GPUs go there only."""
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Of those pods, for the taints of such nodes."""
     queue: str = ""
     """Kueue's LocalQueue; empty leaves Kueue out."""
 
@@ -50,28 +45,27 @@ class Site(BaseModel):
         Raises:
             ConfigError: names the key that is wrong.
         """
-        text = variables.get(KEY, "")
-        single = {field: variables[name] for name, field in OLD_KEYS.items() if variables.get(name)}
-        if not text and not single:
+        text, old = variables.get(KEY, ""), cls.notice(variables)
+        if not text and not old:
             return None
         try:
-            if text.lstrip().startswith("{"):
+            if not old:
                 return cls.model_validate_json(text)
+            single = {field: variables[name] for name, field in OLD_KEYS.items() if variables.get(name)}
             return cls.model_validate({"launcher": text, **single})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            old = {field: name for name, field in OLD_KEYS.items() if field in single}
-            raise ConfigError(first["msg"], where=old.get(where, f"{KEY}: {where}"), value=first["input"]) from None
+            field = ".".join(map(str, first["loc"]))
+            where = f"NVILA_{field.upper()}" if old else f"{KEY}: {field}"
+            raise ConfigError(first["msg"], where=where, value=first["input"]) from None
 
     @classmethod
     def notice(cls, variables: Mapping[str, str]) -> str | None:
         """What to say where the variables have the form that is read for one release only."""
-        if any(variables.get(name) for name in (KEY, *OLD_KEYS)) and not variables.get(KEY, "").lstrip().startswith(
-            "{"
-        ):
-            return f"{KEY}: of the old form, which the next release does not read; upgrade the chart"
-        return None
+        text = variables.get(KEY, "")
+        if text.lstrip().startswith("{") or not (text or any(variables.get(name) for name in OLD_KEYS)):
+            return None
+        return f"{KEY}: of the old form, which the next release does not read; upgrade the chart"
 
     def share(self, processes: int) -> tuple[int, int]:
         """Nodes, and processes on each, for so many processes; a process stands for a GPU.
@@ -89,3 +83,8 @@ class Site(BaseModel):
                 do=f"Ask for a multiple of {self.gpus_per_node}, or for fewer than that.",
             )
         return processes // self.gpus_per_node, self.gpus_per_node
+
+
+_NEW = {"launcher", "gpu_labels", "tolerations"}
+OLD_KEYS = {f"NVILA_{field.upper()}": field for field in Site.model_fields if field not in _NEW}
+"""The old form, read for one release: a key for each old field, and the launcher's bare name as `NVILA_SITE`."""

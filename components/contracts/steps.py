@@ -42,7 +42,7 @@ class Step:
     hands_on: str = ""
     """The input that goes on in its place where the recipe leaves the step out (a slice that is null)."""
     image: Literal["main", "quantize"] = "main"
-    size: Literal["small", "cpus", "memory", "gpu", "vllm", "node"] = "small"
+    size: Literal["small", "cpus", "memory", "gpu", "node"] = "small"
     """What its work takes on a cluster."""
     job: bool = False
     """Whether a launcher may move the work into a training job."""
@@ -211,7 +211,7 @@ STEPS = (
         recipe={"evaluate": "evaluate.tasks", "limit": "quantize.limit", "through_vllm": "quantize.through_vllm"},
         inputs={"model": QUANTIZE, "metrics": EVALUATE, "samples": VALIDATE},
         image="quantize",
-        size="vllm",
+        size="gpu",
     ),
     Step(
         name=GATE_QUANTIZED,
@@ -267,7 +267,6 @@ STEPS = (
 
 ROWS = {row.name: row for row in STEPS}
 STAGES = tuple(row.name for row in STEPS if row.folder == "train")
-PRUNES = tuple(row.name for row in STEPS if row.folder == "prune")
 
 
 def result_type(step: str) -> type[Result]:

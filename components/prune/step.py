@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.children import die_with_parent, forking
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.section import Section
@@ -113,7 +113,9 @@ def _make(jobs: list[Any]) -> None:
     processes = min(len(jobs), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(os.getpid(),)) as pool:
         try:
-            list(pool.map(work, jobs))
+            with forking():
+                made = pool.map(work, jobs)
+            list(made)
         except BaseException:
             # Leaving the pool waits for its processes, which may have minutes of work before them.
             for child in multiprocessing.active_children():

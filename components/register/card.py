@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Quantization, Validation
 from nvila.components.contracts.results.result import Measured
@@ -44,7 +45,14 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
 def _accuracy_row(source: str, m: Compared) -> list[str]:
     blind = f"{_interval(m.question_only)}, {m.question_only.kind}"
     questions = m.quantized.n if m.quantized else m.full.n
-    return [source, str(questions), f"{m.majority.value:.3f}", blind, _interval(m.full), _interval(m.quantized)]
+    return [
+        named(source, m.full.metric),
+        str(questions),
+        f"{m.majority.value:.3f}",
+        blind,
+        _interval(m.full),
+        _interval(m.quantized),
+    ]
 
 
 def _interval(measured: Measured | None) -> str:

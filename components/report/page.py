@@ -6,6 +6,7 @@ import json
 from itertools import accumulate
 from typing import Any
 
+from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
@@ -87,6 +88,7 @@ def accuracy_rows(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "source": source,
+                "named": named(source, m.full.metric),
                 "measured": m,
                 "change": change(after) if after else None,
                 "above": above(m.full, m.question_only),

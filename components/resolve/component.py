@@ -1,5 +1,7 @@
 """KFP wrapper of the step `resolve`: pipeline parameters in, every step's slice out."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from nvila.components.runner.image import IMAGE
@@ -15,8 +17,19 @@ def resolve(
     target: str,
     overrides: str,
     out: dsl.Output[dsl.Artifact],
-) -> None:
-    """Merge the form's fields into the recipe, check it, and write each step's slice."""
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Places",
+    [("gpu_resource", str)]
+    + [(f"{size}_{part}", str) for size in ("cpus", "memory") for part in ("cpu", "memory")]
+    + [
+        (f"{size}_{part}", kind)
+        for size in ("gpu_job", "node_job", "gpu")
+        for part, kind in (("cpu", str), ("memory", str), ("gpus", str), ("tolerations", list), ("node_labels", dict))
+    ],
+):
+    """Merge the form's fields into the recipe, check it, write the steps' slices, and say where their pods go."""
+    from nvila.components.contracts.environment import Environment
+    from nvila.components.resolve.places import places
     from nvila.components.runner.execute import execute
 
     form = {
@@ -28,3 +41,4 @@ def resolve(
         "overrides": overrides,
     }
     out.metadata.update(execute(step, "nvila.components.resolve.step", None, {}, out.path, settings=form))
+    return places(out.path, Environment.read())

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.environment import Environment, entered, name_of, notices
+from nvila.components.contracts.environment import Environment, entered, handed_down, name_of, notices
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard
@@ -27,7 +27,7 @@ from nvila.components.contracts.manifest import (
     Manifest,
     describe_files,
 )
-from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import call
 from nvila.components.contracts.steps import ROWS, STEPS
@@ -92,53 +92,40 @@ def execute(
     except NvilaError as error:
         _leave(error.exit_code, f"{step}: {error}")
     with entered(here):
-        return _execute(here, step, module, slices, inputs, output, settings, at_end)
-
-
-def _execute(
-    here: Environment,
-    step: str,
-    module: str,
-    slices: str | None,
-    inputs: Mapping[str, str],
-    output: str,
-    settings: Any,
-    at_end: Callable[[Environment], None],
-) -> dict[str, Any]:
-    place = Place.of(here)
-    status = _Status(place.run_dir, step, here.on_cluster)
-    signal.signal(signal.SIGTERM, _preempted)
-    try:
-        for line in notices() if here.on_cluster else ():
-            say(line)
-        status.begin()
-        _refuse_other_code(here.code)
-        if slices is not None:
-            every = Manifest.load(slices).told(Resolution).slices
-            if step not in every:
-                raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
-            settings = every[step]
-        loaded = {name: place.store.load(path) for name, path in inputs.items()}
-        made, cached = perform(here, step, module, settings, loaded) if settings is not None else (None, False)
-        manifest = made or loaded[ROWS[step].hands_on]
-        manifest.save(Path(output))
-        how = Status.CACHED if cached else Status.DONE if made else Status.NOT_ASKED_FOR
-        status.end(how, Exit.DONE, manifest=str(Path(made.folder, MANIFEST)) if made else None)
-        facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
-        return facts | _scalars(manifest)
-    except NvilaError as error:
-        damaged = isinstance(error, DamagedError)
-        status.end(_verdict(error.exit_code), error.exit_code, message=redact_text(str(error)), damaged=damaged)
-        _leave(error.exit_code, f"{step}: {error}")
-    except KeyboardInterrupt:
-        status.end(Status.PREEMPTED, Exit.PREEMPTED, message="interrupted")
-        _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
-    except Exception as error:
-        print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-        status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
-        _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
-    finally:
-        at_end(here)
+        place = Place.of(here)
+        status = _Status(place.run_dir, step, here.on_cluster)
+        signal.signal(signal.SIGTERM, _preempted)
+        try:
+            for line in notices() if here.on_cluster else ():
+                say(line)
+            status.begin()
+            _refuse_other_code(here.code)
+            if slices is not None:
+                every = Manifest.load(slices).told(Resolution).slices
+                if step not in every:
+                    raise ConfigError(f"the recipe has no slice for step {step}", where=slices, value=sorted(every))
+                settings = every[step]
+            loaded = {name: place.store.load(path) for name, path in inputs.items()}
+            made, cached = perform(here, step, module, settings, loaded) if settings is not None else (None, False)
+            manifest = made or loaded[ROWS[step].hands_on]
+            manifest.save(Path(output))
+            how = Status.CACHED if cached else Status.DONE if made else Status.NOT_ASKED_FOR
+            status.end(how, Exit.DONE, manifest=str(Path(made.folder, MANIFEST)) if made else None)
+            facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
+            return facts | _scalars(manifest)
+        except NvilaError as error:
+            damaged = isinstance(error, DamagedError)
+            status.end(_verdict(error.exit_code), error.exit_code, message=redact_text(str(error)), damaged=damaged)
+            _leave(error.exit_code, f"{step}: {error}")
+        except KeyboardInterrupt:
+            status.end(Status.PREEMPTED, Exit.PREEMPTED, message="interrupted")
+            _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
+        except Exception as error:
+            print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
+            status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
+            _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
+        finally:
+            at_end(here)
 
 
 def perform(
@@ -151,11 +138,10 @@ def perform(
     """
     code, place = importlib.import_module(module), Place.of(here)
     if hasattr(code, "prepare"):
-        with progress_to(place.run_dir / "progress" / f"{step}.json"):
+        with handed_down(progress_file=progress_file(place.run_dir, step)):
             code.prepare(code.Settings.model_validate(settings))
-    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
+    key, external = identity(here, step, module, settings, inputs)
     digests = {name: manifest.digest for name, manifest in inputs.items()}
-    key = content_key(module, {"step": step, **settings}, digests, external)
     store = place.store
     with store.working(step, key) as folder:
         if step not in ALWAYS:
@@ -176,7 +162,7 @@ def perform(
                 from nvila.components.tracking.recorded import compare
 
                 compare(place.run_dir.parent, step, inputs)
-            with progress_to(place.run_dir / "progress" / f"{step}.json"):
+            with handed_down(progress_file=progress_file(place.run_dir, step)):
                 outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir, here))
             if outcome.read is not None and outcome.read != external:
                 store.remove(step, key)  # it holds work on what the key does not say
@@ -211,6 +197,16 @@ def perform(
         manifest = store.finish(folder, manifest)
     _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
     return manifest, False
+
+
+def identity(
+    here: Environment, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+) -> tuple[str, dict[str, Any] | None]:
+    """The content key of this work, and what the step reads outside the store (see `contracts.step`)."""
+    code = importlib.import_module(module)
+    external = call(code.external, settings, here=here) if hasattr(code, "external") else None
+    digests = {name: manifest.digest for name, manifest in inputs.items()}
+    return content_key(module, {"step": step, **settings}, digests, external), external
 
 
 def _track(

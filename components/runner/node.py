@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.environment import Environment, entered
+from nvila.components.contracts.environment import Environment, entered, handed_down
 from nvila.components.contracts.errors import NvilaError, Preempted, PreflightError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.progress import progress_to
+from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.step import call
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.handover import Assignment, clear_verdict, write_outcome, write_verdict
@@ -55,7 +55,7 @@ def _work(assignment: Assignment, here: Environment, folder: Path) -> None:
     code: Any = importlib.import_module(assignment.module)
     settings = code.Settings.model_validate(assignment.settings)
     if here.node == 0:
-        with progress_to(assignment.run_dir / "progress" / f"{assignment.step}.json"):
+        with handed_down(progress_file=progress_file(assignment.run_dir, assignment.step)):
             outcome = call(code.run, settings, assignment.inputs, assignment.out, here=here)
             write_outcome(folder, replace(outcome, machine=machine(here.threads)))
     elif hasattr(code, "join"):

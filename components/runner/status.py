@@ -20,6 +20,7 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import read_bytes, write_atomic
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.steps import REPORT
 from nvila.components.contracts.text import say
@@ -190,7 +191,7 @@ def statuses(run_dir: Path) -> list[StepStatus]:
 def progress(run_dir: Path, step: str) -> str:
     """How far a step is that is running, as it says itself (see `contracts.progress`); empty where it does not."""
     try:
-        said = json.loads(read_bytes(run_dir / "progress" / f"{step}.json"))
+        said = json.loads(read_bytes(progress_file(run_dir, step)))
         of = f"/{said['total']}" if said["total"] is not None else ""
         return f"{said['what']} {said['done']}{of} {said['note']}".strip()
     except (OSError, ValueError, KeyError, TypeError):

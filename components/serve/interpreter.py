@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nvila.components.contracts.environment import current, for_child, name_of
+from nvila.components.contracts.environment import current, for_child, name_of, named
 from nvila.components.contracts.errors import PreflightError
 
 
@@ -17,8 +17,8 @@ def serve_python() -> Path:
     Raises:
         PreflightError: it is not there.
     """
-    if named := current().serve_python:
-        candidates = [named]
+    if given := current().serve_python:
+        candidates = [given]
     else:
         checkout = Path(__file__).resolve().parents[2]
         candidates = [root / ".venv-serve" / "bin" / "python" for root in (Path.cwd(), checkout)]
@@ -50,10 +50,8 @@ def serve_variables(threads: int = 1) -> dict[str, str]:
         "VLLM_MEDIA_CONNECTOR": "nvila",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_CPU_KVCACHE_SPACE": here.vllm_cache_gib,
-        "VLLM_CPU_OMP_THREADS_BIND": here.vllm_binding,
-        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
+        **named(vllm_cache_gib=here.vllm_cache_gib, vllm_binding=here.vllm_binding, threads=threads),
     }
     # PYTHONPATH and the like of the calling environment must not leak into another set of libraries.
     return for_child(variables, without=("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"))

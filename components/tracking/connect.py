@@ -1,4 +1,4 @@
-"""Where MLflow keeps things and how we reach it: late import, no telemetry, one writer at a time, errors in our words.
+"""Where MLflow keeps things and how we reach it: late import, no telemetry, one writer at a time, errors of ours.
 
 The first use of a new sqlite store creates its tables (2.6 s; later about 1 s a process, half of it import).
 """

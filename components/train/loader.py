@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from nvila.components.contracts.children import die_with_parent
+from nvila.components.contracts.children import die_with_parent, forking
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.text import say
 from nvila.components.data.samples import Sample
@@ -43,7 +43,8 @@ class Loader:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=self._work, args=(theirs, os.getpid()), daemon=True)
-        self._process.start()
+        with forking():
+            self._process.start()
         theirs.close()
 
     def __enter__(self) -> Loader:

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+from nvila.components.contracts.children import forking
 from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.media import Limits, MediaError, inside, probe
@@ -50,7 +51,9 @@ def probe_all(media: Iterable[Medium], limits: Limits) -> dict[Medium, Finding]:
     chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
     pool = _pool(PROCESSES)
     try:
-        for future in as_completed([pool.submit(_probe_chunk, chunk, limits) for chunk in chunks]):
+        with forking():
+            asked = [pool.submit(_probe_chunk, chunk, limits) for chunk in chunks]
+        for future in as_completed(asked):
             found |= (part := future.result())
             progress.update(len(part))
     except BrokenProcessPool:
@@ -75,7 +78,9 @@ def _probe_chunk(chunk: list[Medium], limits: Limits) -> dict[Medium, Finding]:
 def _probe_alone(medium: Medium, limits: Limits) -> Finding:
     with _pool(1) as pool:
         try:
-            return pool.submit(_probe, medium, limits).result()
+            with forking():
+                asked = pool.submit(_probe, medium, limits)
+            return asked.result()
         except BrokenProcessPool:
             return Finding("undecodable", "the decoder crashed")
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import Cancelled, ConfigError, NvilaError, Preempted
 from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.site import Site
@@ -146,7 +145,7 @@ def cancelled_with_us(jobs: Jobs, work: Work) -> Iterator[None]:
         yield
     except (Preempted, KeyboardInterrupt):
         with _undisturbed():
-            if _is_moved(jobs):
+            if _is_moved(jobs, work):
                 say(work, f"job {job_name(work)}: goes on; this pod is being moved")
                 raise
             _cancel(jobs, work)
@@ -167,9 +166,9 @@ def _cancel(jobs: Jobs, work: Work) -> None:
         say(work, f"job {name}: NOT cancelled: {error}. Delete it by hand, or run again to go on with it.")
 
 
-def _is_moved(jobs: Jobs) -> bool:
+def _is_moved(jobs: Jobs, work: Work) -> bool:
     """Whether Kubernetes says that this pod's node, and not this pipeline run, is the reason to stop."""
-    pod = jobs.pod(here.hostname) if (here := current()).in_cluster else None
+    pod = jobs.pod(work.here.hostname) if work.here.in_cluster else None
     return pod is not None and pod.moved
 
 

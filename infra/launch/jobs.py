@@ -20,7 +20,7 @@ CONTAINER = "node"
 """In a training pod: Trainer wants it to be called so. Without it no log of a pod into which another was injected."""
 ADVICE = Advice(
     right="Bind the Role nvila-launcher of the chart to the service account of the run's pods.",
-    kind="Install Kubeflow Trainer 2, or compile with `--launch pods`: steps then work in their own pods.",
+    kind="Install Kubeflow Trainer 2, or set the chart's pipelines.launch=pods: steps then work in their own pods.",
 )
 _WORKLOADS = [Kind(f"kueue.x-k8s.io/{version}", "Workload", "workloads") for version in ("v1beta2", "v1beta1")]
 """Newest first; older Kueues have only the last."""

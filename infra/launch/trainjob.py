@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.environment import named
+from nvila.components.contracts.placement import share
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.store import KEY_CHARACTERS
 from nvila.components.runner.work import Work
@@ -71,20 +71,6 @@ def _resources(processes: int, site: Site) -> dict[str, Any]:
     """
     if processes >= site.gpus_per_node:
         return {}
-    part = Fraction(processes, site.gpus_per_node)
-    wanted = {
-        "cpu": f"{int(_quantity(site.node_cpu) * part * 1000)}m",
-        "memory": f"{int(_quantity(site.node_memory) * part) >> 20}Mi",
-        site.gpu_resource: str(processes),
-    }
+    cpu, memory = share(site, processes)
+    wanted = {"cpu": cpu, "memory": memory, site.gpu_resource: str(processes)}
     return {"resourcesPerNode": {"requests": wanted, "limits": dict(wanted)}}
-
-
-def _quantity(text: str) -> Fraction:
-    """A quantity of Kubernetes in cores or bytes."""
-    digits = text.rstrip("mkMGTPKi")
-    number, unit = Fraction(digits), text.removeprefix(digits)
-    if unit == "m":
-        return number / 1000
-    power = "kMGTP".index(unit[0].replace("K", "k")) + 1 if unit else 0
-    return number * (1024 if unit.endswith("i") else 1000) ** power

@@ -1,14 +1,14 @@
-"""Compiles the same pipeline for a Kubeflow cluster: images, resources, volumes, environment, retries; then checks it.
+"""Compiles the same pipeline for a Kubeflow cluster: images, volumes, environment, retries; then checks it.
 
-A heavy step (train, prune, evaluate) does its work in a training job where the site has a launcher, and its own pod
-only starts and watches that job. So what its pod asks for depends on how the pipeline was compiled, see `Launch`.
+One compiled pipeline serves every recipe and every site: what a step's pod asks for and where it goes are outputs of
+`resolve`, see `contracts/placement.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from kfp.dsl.pipeline_task import PipelineTask
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
-from nvila.components.contracts.site import OLD_KEYS
+from nvila.components.contracts.placement import GPU_RESOURCE, ON_GPUS, Placement, sources
 from nvila.components.contracts.steps import Step
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
@@ -28,9 +28,6 @@ from nvila.pipelines.compile import names as site
 from nvila.pipelines.compile.references import dangling_references
 from nvila.pipelines.lifecycle import build
 
-Launch = Literal["jobs", "pods", "cpu"]
-"""`jobs`: heavy steps start a training job and their pods are small. `pods`: every step works in its own pod, with
-GPUs; for clusters without Kubeflow Trainer. `cpu`: the same without GPUs, enough for the recipes `micro` and `tiny`."""
 Format = Literal["pipeline", "manifests"]
 """`pipeline`: KFP's own YAML, for the UI and its API. `manifests`: Pipeline and PipelineVersion resources."""
 NAME = "nvila-lifecycle"
@@ -50,45 +47,11 @@ QUICK_SECONDS = 3600
 """Longest life of a pod that has little to do. The others wait for queues, data and training: they have no limit."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a step asks of the cluster: its request and its limit."""
-
-    cpus: int = 1
-    memory_gib: int = 4
-    gpus: int = 0
-    shared_memory_gib: int = 0
-    """Size of /dev/shm, for data-loading workers and NCCL; part of the memory."""
-
-
-SMALL = Resources()
-ONE_GPU = Resources(cpus=12, memory_gib=160, gpus=1, shared_memory_gib=16)
-SIZES = {
-    "small": SMALL,
-    "cpus": Resources(cpus=16, memory_gib=64),
-    "memory": Resources(cpus=8, memory_gib=128),
-    "gpu": ONE_GPU,
-    "vllm": ONE_GPU,
-    "node": Resources(cpus=96, memory_gib=1200, gpus=8, shared_memory_gib=128),
-}
-"""By `Step.size`."""
-ON_CPU = {"vllm": Resources(shared_memory_gib=1)}
-"""vLLM shares 160 MiB between its processes, and a container has 64 unless told."""
-
-
-def resources(row: Step, launch: Launch) -> Resources:
-    """What the pod of a step asks for; that of one whose work a job does only starts and watches the job."""
-    if launch == "cpu":
-        return ON_CPU.get(row.size, SMALL)
-    return SMALL if row.job and launch == "jobs" else SIZES[row.size]
-
-
 def compile_pipeline(
     path: Path,
     image: str = IMAGE,
     quantize_image: str = QUANTIZE_IMAGE,
     *,
-    launch: Launch = "jobs",
     format: Format = "pipeline",
 ) -> int:
     """Write the pipeline as YAML and return its size in bytes.
@@ -97,7 +60,7 @@ def compile_pipeline(
         ConfigError: an image has white space in it, or the file cannot be written.
         NvilaError: a reference leads nowhere, or the file is too large; both are faults of ours.
     """
-    spec, platform = compiled(image, quantize_image, launch=launch)
+    spec, platform = compiled(image, quantize_image)
     documents = [spec, platform] if format == "pipeline" else manifests(spec, platform)
     text = yaml.safe_dump_all(documents, sort_keys=True)
     size_bytes = len(text.encode())
@@ -111,9 +74,7 @@ def compile_pipeline(
     return size_bytes
 
 
-def compiled(
-    image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE, *, launch: Launch = "jobs"
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def compiled(image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline's specification and its platform part (volumes, environment), checked.
 
     Raises:
@@ -128,7 +89,7 @@ def compiled(
         raise ConfigError("name both images, or neither", where="--image and --quantize-image")
     # Without a named image nobody knows which code the steps will find in it.
     code = code_digest() if image != IMAGE else None
-    pipeline = build(lambda task, row: _place(task, row, launch, code))
+    pipeline = build(lambda task, row, places: _place(task, row, places, code))
     spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = images[executor["container"]["image"]]
@@ -168,9 +129,9 @@ def version_name(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> str:
     return f"{NAME}-{digest_json([spec, platform])[:12]}"
 
 
-def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> None:
+def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], code: str | None) -> None:
     """Everything that only a cluster knows of a task."""
-    _ask(task, resources(row, launch))
+    _ask(task, row, places)
     if not row.at_exit:  # KFP retries no exit task
         task.set_retry(RETRIES, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration=f"{RETRY_SECONDS}s")
     if row.quick:
@@ -180,9 +141,7 @@ def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> N
             kubernetes.add_pod_annotation(task, name, value)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
-    unused = () if launch == "jobs" else (name_of("site"), *OLD_KEYS)  # of the launcher
-    keys = [key for key in site.CONFIG_KEYS if key not in unused]
-    kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in keys}, optional=True)
+    kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in site.CONFIG_KEYS}, optional=True)
     kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
     run_id = name_of("run_id")
     kubernetes.use_field_path_as_env(task, env_name=run_id, field_path="metadata.labels['pipeline/runid']")
@@ -191,12 +150,15 @@ def _place(task: PipelineTask, row: Step, launch: Launch, code: str | None) -> N
         task.set_env_variable(name, value)
 
 
-def _ask(task: PipelineTask, wanted: Resources) -> None:
-    task.set_cpu_request(str(wanted.cpus)).set_cpu_limit(str(wanted.cpus))
-    task.set_memory_request(f"{wanted.memory_gib}Gi").set_memory_limit(f"{wanted.memory_gib}Gi")
-    if wanted.gpus:
-        task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(wanted.gpus)
-    if wanted.shared_memory_gib:
-        kubernetes.empty_dir_mount(
-            task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit=f"{wanted.shared_memory_gib}Gi"
-        )
+def _ask(task: PipelineTask, row: Step, places: Mapping[str, Any]) -> None:
+    """Resources and nodes; `resolve` says at run time what depends on the recipe and the site."""
+    source = sources().get(row.name)
+    wanted = {part: places[name] for part, name in source.items()} if source else asdict(Placement())
+    task.set_cpu_request(wanted["cpu"]).set_cpu_limit(wanted["cpu"])
+    task.set_memory_request(wanted["memory"]).set_memory_limit(wanted["memory"])
+    if row.size in ON_GPUS:
+        task.set_accelerator_type(places[GPU_RESOURCE]).set_accelerator_limit(wanted["gpus"])
+        kubernetes.add_toleration_json(task, wanted["tolerations"])
+        kubernetes.add_node_selector_json(task, wanted["node_labels"])
+        # For vLLM, data-loading workers and NCCL: a container has 64 MiB unless told. It counts as the pod's memory.
+        kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+_FOR_THE_DRIVER = re.compile(r"pipelinechannel--.*|(cpu|memory)_(request|limit)|accelerator_(type|count)")
+"""Inputs of a task that its component does not declare: KFP's driver reads them to make the pod."""
 
 
 def dangling_references(spec: Mapping[str, Any]) -> Iterator[str]:
@@ -30,7 +34,11 @@ def _dangling_in_task(
     for group in ("parameters", "artifacts"):
         declared = own.get("inputDefinitions", {}).get(group, {})
         given = task.get("inputs", {}).get(group, {})
-        yield from (f"{group}: {key} is not an input" for key in given if key not in declared)
+        yield from (
+            f"{group}: {key} is not an input"
+            for key in given
+            if key not in declared and not _FOR_THE_DRIVER.fullmatch(key)
+        )
         required = {
             key for key, value in declared.items() if not value.get("isOptional") and "defaultValue" not in value
         }

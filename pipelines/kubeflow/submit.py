@@ -28,8 +28,6 @@ from nvila.pipelines.show.watch import StepState, Watch, print_line
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1PipelineVersion, V2beta1Run
 
-    from nvila.pipelines.compile.package import Launch
-
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 1800.0
 """How long `--wait` bears with a server that is down: an upgrade of the cluster's control plane."""
@@ -45,7 +43,6 @@ class Version:
     image: str = ""
     """Image of the steps; empty takes the newest version that is installed on the cluster."""
     quantize_image: str = ""
-    launch: Launch = "jobs"
 
     @property
     def own(self) -> bool:
@@ -75,7 +72,7 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
 
     if not (version.image and version.quantize_image):
         raise ConfigError("an upload needs the images of the steps", where="--image and --quantize-image")
-    spec, platform = compiled(version.image, version.quantize_image, launch=version.launch)
+    spec, platform = compiled(version.image, version.quantize_image)
     name, about = version_name(spec, platform), spec["pipelineInfo"]["description"]
     pipeline = server.pipeline(NAME, [namespace])
     if pipeline is None:

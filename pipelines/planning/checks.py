@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import KEY, Site
 from nvila.components.kube.cluster import CONFIG_MAP, NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
@@ -67,8 +68,8 @@ def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
     return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS)))
 
 
-def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
-    """Everything that is wrong or worth knowing, what is refused first.
+def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:
+    """The cluster's site, and everything that is wrong or worth knowing, what is refused first.
 
     Raises:
         ApiError: the cluster does not answer, or lets nobody in.
@@ -88,7 +89,7 @@ def look(cluster: Cluster, need: Need, gpu: str) -> list[Finding]:
         ("the nodes", lambda: _nodes(cluster, site, need, gpu)),
     ):
         findings += _allowed(what, check)
-    return sorted(findings, key=lambda finding: not finding.refused)
+    return site, sorted(findings, key=lambda finding: not finding.refused)
 
 
 def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -127,17 +128,15 @@ def _runtime(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
         yield Finding(
             False,
             f"ConfigMap {names.CONFIG_MAP} names no launcher: every step works in its own pod; "
-            "take --launch pods or cpu (the chart's pipelines.launch)",
+            "the chart's pipelines.launch says so",
         )
         if need.gpus > site.gpus_per_node:
             yield Finding(True, f"{need.gpus} processes do not fit one pod; training jobs need Kubeflow Trainer")
         return
-    per_node = site.gpus_per_node
-    if need.gpus > per_node and need.gpus % per_node:
-        yield Finding(
-            True,
-            f"train.gpus: {need.gpus} processes do not fill nodes of {per_node} GPUs; ask for a multiple, or fewer",
-        )
+    try:
+        site.share(need.gpus)
+    except ConfigError as error:
+        yield Finding(True, str(error))
     version = cluster.served_version(TRAINER, "trainjobs")
     if version is None:
         yield Finding(True, f"the cluster knows no TrainJob; install Kubeflow Trainer ({TRAINER})")
@@ -220,7 +219,7 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
     fitting = [n for n in nodes if _count(n.get("status", {}).get("allocatable", {}).get(resource, 0)) >= each]
     if len(fitting) < wanted:
         refused = not need.can_do_without
-        instead = "" if refused else "; take --launch cpu (the chart's pipelines.launch)"
+        instead = "" if refused else "; take the chart's pipelines.launch=cpu"
         yield Finding(
             refused,
             f"a stage asks for {wanted} nodes of {each} GPUs, {len(fitting)} of {len(nodes)} nodes have them{instead}",
@@ -229,8 +228,8 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
     if len(roomy) < wanted <= len(fitting):
         yield Finding(
             not need.can_do_without,
-            f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a training pod asks for (a "
-            f"whole node {site.node_cpu} and {site.node_memory}): jobs would wait for ever; "
+            f"{len(roomy)} of {len(fitting)} nodes with GPUs have the CPUs and memory that a stage's pod asks for (a "
+            f"whole node {site.node_cpu} and {site.node_memory}): it would wait for ever; "
             "lower the chart's trainer.cpu and trainer.memory",
         )
     products = {n["metadata"].get("labels", {}).get(PRODUCT_LABEL) for n in fitting} - {None}
@@ -239,11 +238,9 @@ def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Findi
 
 
 def _has_room(node: Mapping[str, Any], site: Site, processes: int) -> bool:
-    """Whether a training pod's CPUs and memory fit what the node gives to pods; others may hold a part of it now."""
+    """Whether what belongs to so many GPUs fits what the node gives to pods; others may hold a part of it now."""
     from kubernetes.utils.quantity import parse_quantity
 
-    if not site.launcher:
-        return True
     offered = node["status"]["allocatable"]
     return all(
         parse_quantity(whole) * processes <= parse_quantity(offered.get(key, 0)) * site.gpus_per_node

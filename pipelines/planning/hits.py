@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from nvila.components.contracts.environment import Environment, current, entered
+from nvila.components.contracts.environment import current, entered
 from nvila.components.contracts.errors import NvilaError, Unreachable
-from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
-from nvila.components.contracts.step import call
 from nvila.components.contracts.steps import REPORT, RESOLVE, STEPS
 from nvila.components.contracts.store import Store
+from nvila.components.runner.execute import identity
 
 Verdict = Literal["hit", "miss", "unknown", "always", "not asked for"]
 """`hit`: skipped. `miss`: nothing of it is there. `unknown`: its inputs are not there yet or do not answer, so neither
@@ -41,30 +38,15 @@ def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
                 found[row.name] = "unknown"
             else:
                 try:
-                    manifest = _finished(here, Store(store), row.name, row.module, settings[row.name], inputs)
+                    key, _ = identity(here, row.name, row.module, settings[row.name], inputs)
                 except Unreachable:  # which it has said; other steps can be told of
                     found[row.name] = "unknown"
                     continue
+                except NvilaError:  # what it reads is not there (yet): demonstration data, say
+                    found[row.name] = "miss"
+                    continue
+                manifest = Store(store).finished(row.name, key)
                 found[row.name] = "hit" if manifest else "miss"
                 if manifest:
                     manifests[row.name] = manifest
     return found
-
-
-def _finished(
-    here: Environment,
-    store: Store,
-    step: str,
-    module: str,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Manifest],
-) -> Manifest | None:
-    code = import_module(module)
-    try:
-        external = call(code.external, settings, here=here) if hasattr(code, "external") else None
-    except Unreachable:
-        raise
-    except NvilaError:  # what it reads is not there (yet): demonstration data, say
-        return None
-    key = content_key(module, {"step": step, **settings}, {n: m.digest for n, m in inputs.items()}, external)
-    return store.finished(step, key)

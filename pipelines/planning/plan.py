@@ -13,17 +13,18 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.placement import Placement, work
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
-from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS, Step
+from nvila.components.contracts.site import Site
+from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
-from nvila.pipelines.compile.package import resources
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning.checks import Finding, Need, look
@@ -70,8 +71,8 @@ class Plan:
     recipe: str
     store: dict[str, str]
     """By step: hit, miss, unknown or always."""
-    gpus: dict[str, int]
-    """By step, where it has a pod or a job of its own."""
+    places: dict[str, Placement]
+    """By step, what its work asks of a cluster."""
     parameters: dict[str, int] | None
     stages: list[StagePlan]
     assumptions: Assumptions
@@ -111,10 +112,11 @@ def make_plan(
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
+    site = Site() if checked.model.base.llm else Site(gpus_per_node=0)  # small models can do without
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
-            findings = look(cluster, Need.of(checked), assumptions.gpu.name)
+            site, findings = look(cluster, Need.of(checked), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
         except ApiError as error:
             if insist:
@@ -123,7 +125,7 @@ def make_plan(
     return Plan(
         recipe=checked.name,
         store=dict(verdicts(form, store, runs)),
-        gpus={row.name: _gpus(row, checked) for row in STEPS},
+        places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
         stages=[
             _stage(step, stage, checked, shape, known, assumptions)
@@ -168,13 +170,6 @@ def parse_samples(pairs: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def _gpus(row: Step, recipe: Recipe) -> int:
-    """None for small models that the recipe makes itself: only their training counts processes."""
-    if row.name in STAGES:
-        return recipe.train.gpus
-    return resources(row, "pods").gpus if recipe.model.base.llm else 0
-
-
 def _stage(
     step: str,
     stage: Stage,
@@ -201,9 +196,9 @@ def _stage(
     )
     if drawn is None:
         return StagePlan(step, train.gpus, need, None, None, None, None)
-    work, tokens = cost.stage_work(shape, stage, drawn, known)
+    operations, tokens = cost.stage_work(shape, stage, drawn, known)
     peak = getattr(assumptions.gpu, PRECISIONS[train.precision].products)
-    hours = work / (train.gpus * peak * assumptions.mfu) / 3600
+    hours = operations / (train.gpus * peak * assumptions.mfu) / 3600
     price = hours * train.gpus * assumptions.gpu_hour_price
     return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
 
@@ -251,7 +246,7 @@ def _steps(plan: Plan) -> Table:
             numbers = (f"{stage.gpus}", _number(stage.samples, ","), _number(stage.tokens, ",.0f"))
             table.add_row(step, plan.store[step], *numbers, _number(stage.hours, ",.2f"), _number(stage.cost, ",.2f"))
         else:
-            table.add_row(step, plan.store[step], str(plan.gpus[step] or ""))
+            table.add_row(step, plan.store[step], "" if plan.places[step].gpus == "0" else plan.places[step].gpus)
     complete = len(whole) == len(plan.stages)
     hours = sum(stage.hours or 0 for stage in whole) if complete else None
     price = sum(stage.cost or 0 for stage in whole) if complete else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.environment import Environment, set_by
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped, shipped_document
@@ -91,10 +91,9 @@ def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
 def variables_table() -> str:
     """Each variable of the environment: what it says, who sets it, and what holds without it."""
     rows = []
-    for field in Environment.model_fields.values():
-        by = ", ".join(dict(field.json_schema_extra or {})["by"])  # type: ignore[arg-type]
+    for field, by in zip(Environment.model_fields.values(), set_by().values(), strict=True):
         default = "" if field.default in (None, "") else f"`{field.default}`"
-        rows.append((f"`{field.alias}`", str(field.description), by, default))
+        rows.append((f"`{field.alias}`", str(field.description), ", ".join(by), default))
     return _table(("variable", "what it says", "set by", "else"), rows)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.metrics import in_words
+from nvila.components.contracts.metrics import in_words, named
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Rollout
@@ -127,7 +127,7 @@ def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, m in accuracy.items():
         table.add_row(
-            Text(visible(source)),
+            Text(visible(named(source, m.full.metric))),
             str(m.full.n),
             f"{m.majority.value:.3f}",
             f"{_interval(m.question_only)} {m.question_only.kind}",

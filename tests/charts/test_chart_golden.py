@@ -14,7 +14,7 @@ from nvila.components.contracts.site import Site
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
-from nvila.pipelines.compile.package import NAME, Launch, compiled
+from nvila.pipelines.compile.package import NAME, compiled
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
@@ -45,16 +45,15 @@ def test_lint_finds_nothing(values: Path | None) -> None:
     assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.parametrize("launch", ["jobs", "pods", "cpu"])
-def test_the_native_pipeline_is_the_compiled_one(launch: Launch) -> None:
+def test_the_native_pipeline_is_the_compiled_one() -> None:
     """The template cuts it out as text; a lost line or a number turned to a float would show first in a failed run."""
     images = {"base": "registry.example/base:1", "quantize": "registry.example/nvila-python:0.1.0-cuda"}
     sets = [f'images.{key}="{image}"' for key, image in images.items()]
-    documents = render(sets=[*sets, 'pipelines.mode="native"', f'pipelines.launch="{launch}"'])
+    documents = render(sets=[*sets, 'pipelines.mode="native"'])
     (version,) = [d for d in documents if d["kind"] == "PipelineVersion"]
     assert version["spec"]["pipelineName"] == find(documents, "Pipeline", NAME)["metadata"]["name"]
     rendered = [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]]
-    wanted = json.dumps(compiled(launch=launch))
+    wanted = json.dumps(compiled())
     for placeholder, image in ((QUANTIZE_IMAGE, images["quantize"]), (IMAGE, images["base"])):
         wanted = wanted.replace(f'"{placeholder}"', f'"{image}"')
     assert rendered == json.loads(wanted)
@@ -84,7 +83,7 @@ def test_the_upload_is_a_command_that_exists() -> None:
     assert program == "nvila" and context.params["upload_only"]
     images = (context.params["image"], context.params["quantize_image"])
     assert images == ("localhost/nvila/base:0.1.0", "localhost/nvila/quantize:0.1.0")
-    assert (context.params["namespace"], context.params["launch"]) == ("team-a", "jobs")
+    assert context.params["namespace"] == "team-a"
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
     assert context.params["token_file"].parent in mounts
 
@@ -145,6 +144,18 @@ def test_without_trainer_and_kueue_nothing_of_theirs_is_left() -> None:
     site = Site.read(find(documents, "ConfigMap", "nvila-site")["data"])
     assert site is not None and not site.launcher
     assert "trainjobs" not in str(documents)
+
+
+@pytest.mark.parametrize(("launch", "gpus", "launches"), [("jobs", 4, True), ("pods", 4, False), ("cpu", 0, False)])
+def test_one_pipeline_serves_every_site(launch: str, gpus: int, launches: bool) -> None:
+    """What pods ask for comes from here: with GPUs on `cpu` they wait for ever, without a toleration on the others."""
+    taint = [{"key": "a", "operator": "Exists"}]
+    values = {"perNode": 4, "nodeLabels": {"pool": "h100"}, "tolerations": taint}
+    documents = render(sets=[f'pipelines.launch="{launch}"', *(f"gpu.{k}={json.dumps(v)}" for k, v in values.items())])
+    site = Site.read(find(documents, "ConfigMap", "nvila-site")["data"])
+    assert site is not None and (site.gpus_per_node, bool(site.launcher)) == (gpus, launches)
+    assert (site.gpu_labels, list(site.tolerations)) == ({"pool": "h100"}, taint)
+    assert (site.node_cpu, site.node_memory) == ("96", "1200Gi")
 
 
 def test_external_mlflow_leaves_no_server_behind() -> None:

@@ -53,7 +53,7 @@ def test_the_charts_role_is_all_a_launcher_needs(
     assert list(launch.work.out.glob("scores.parquet"))
 
 
-NOTHING_TO_PRUNE: dict[str, Any] = {"prune": {}, "sources": [], "seed": 0}
+NOTHING_TO_PRUNE: dict[str, Any] = {"prune": {}, "sources": [], "seed": 0, "max_skipped_share": 0.01}
 """The quickest work of a heavy step."""
 
 

@@ -118,7 +118,6 @@ def test_few_places_ask_what_they_were_not_given() -> None:
         "components/tracking/runs.py",
         "components/train/launch.py",
         "components/train/loop.py",
-        "infra/launch/follow.py",
         "pipelines/planning/hits.py",
         "pipelines/show/results.py",
     }

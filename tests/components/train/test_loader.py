@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -79,6 +80,34 @@ def test_batches_are_those_that_the_feed_makes(feed: Feed, samples: list[Sample]
         for batch in (ours, theirs):
             assert [(v.kind, v.block_size) for v in batch.visuals] == [(v.kind, v.block_size) for v in wanted]
             assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(batch.visuals, wanted, strict=True))
+
+
+class Group:
+    """As a process group: taking it down needs threads that only the process which made it has."""
+
+    def __init__(self) -> None:
+        self.itself, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os.abort()
+
+
+def test_what_its_parent_has_dropped_is_not_taken_down_in_it(
+    feed: Feed, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dropped process group that the collector of the loader's process meets waits there for threads that do not
+    exist: for ever, or until it aborts."""
+    before = Feed.batch
+    monkeypatch.setattr(Feed, "batch", lambda *given: (gc.collect(), before(*given))[1])
+    gc.disable()
+    try:
+        Group()
+        with Loader(feed, samples, 8) as loader:
+            assert next(loader.batches()).input_ids.shape[0] == 8
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -62,9 +62,9 @@ def test_a_step_runs_under_the_restricted_profile(
     state, log = _run(kubectl, namespace, _pod("resolve", container, "{}"))
     assert state["exitCode"] == Exit.DONE, log
     manifest = json.loads(log[log.index("manifest:") :].partition(":")[2])
-    assert manifest["step"] == "resolve" and manifest["values"]["slices"]["train-5"]
+    assert manifest["step"] == "resolve" and manifest["result"]["slices"]["train-5"]
     recipe = fill_in(Form(recipe="micro"))
-    assert manifest["values"]["slices"]["train-1"]["seed"] == recipe.seed
+    assert manifest["result"]["slices"]["train-1"]["seed"] == recipe.seed
 
 
 def test_a_step_that_refuses_its_input_ends_its_pod_with_2(

@@ -60,7 +60,7 @@ def test_a_large_recipe_is_planned_without_its_weights() -> None:
     plan = json.loads(ended.stdout)
     assert any("no such folder data/images" in problem for problem in plan["here"])
     assert 1.9e9 < sum(plan["parameters"].values()) < 2.1e9
-    assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["gpus"]["quantize"] == 1
+    assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["places"]["quantize"]["gpus"] == "1"
     assert all(stage["memory"]["loading"] == 2 * sum(plan["parameters"].values()) for stage in plan["stages"])
     assert all(stage["fits"] and stage["memory"]["peak"] < 141e9 for stage in plan["stages"])
     assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 200_000, 70_000]

@@ -73,7 +73,7 @@ def make(admin: Requests, cluster: Cluster) -> Iterator[Make]:
 
 def _texts(cluster: Cluster, need: Need) -> tuple[str, str]:
     """What is refused, and what is remarked."""
-    findings = look(cluster, need, "h100")
+    _, findings = look(cluster, need, "h100")
     assert [f.refused for f in findings] == sorted((f.refused for f in findings), reverse=True)
     return ("\n".join(f.text for f in findings if f.refused is kind) for kind in (True, False))  # type: ignore[return-value]
 
@@ -122,9 +122,10 @@ def nodes(cluster: Cluster, make: Make) -> None:
         taint = {"key": "nvila-test", "effect": "NoSchedule"}
         label = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
         make(NODE, name, metadata={"labels": label}, spec={"taints": [taint]})
+        room = {"nvidia.com/gpu": "8", "cpu": "96", "memory": "1200Gi"}
         status = {
-            "allocatable": {"nvidia.com/gpu": "8"},
-            "capacity": {"nvidia.com/gpu": "8"},
+            "allocatable": room,
+            "capacity": room,
             "conditions": [{"type": "Ready", "status": "True"}],
         }
         cluster.patch(NODE, name, {"status": status}, "status")
@@ -134,7 +135,7 @@ def test_an_empty_namespace_is_refused_with_what_to_do(cluster: Cluster) -> None
     """A run there would stand still for a claim, hours after it was submitted, with no word."""
     refused, remarked = _texts(cluster, LARGE)
     assert f"no volume claim nvila in {cluster.namespace};" in refused and "no volume claim nvila-cache" in refused
-    assert "16 processes do not fit one pod" in refused and "--launch pods" in remarked
+    assert "16 processes do not fit one pod" in refused and "pipelines.launch" in remarked
     assert "no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY" in refused and "no HF_TOKEN" in remarked
 
 
@@ -175,13 +176,13 @@ def test_nodes_that_are_not_there_are_counted(cluster: Cluster, make: Make) -> N
     refused, _ = _texts(cluster, Need(gpus=800, can_do_without=False, s3=False, hub=False))
     assert "a stage asks for 100 nodes of 8 GPUs, " in refused
     refused, remarked = _texts(cluster, Need(gpus=800, can_do_without=True, s3=False, hub=False))
-    assert refused == "" and "take --launch cpu" in remarked
+    assert refused == "" and "pipelines.launch=cpu" in remarked
 
 
 def test_what_this_account_may_not_see_is_said(cluster: Cluster) -> None:
     """A scientist may not list nodes or read secrets: that is no fault of the cluster."""
     nobody = connect(os.environ["KUBECONFIG"], cluster.namespace)
     nobody.client.set_default_header("Impersonate-User", "nobody-of-this-test")
-    findings = look(Cluster(Requests(nobody, Patience.once(10))), LARGE, "h100")
+    _, findings = look(Cluster(Requests(nobody, Patience.once(10))), LARGE, "h100")
     assert all("may not look" in f.text for f in findings if not f.refused and "names no" not in f.text)
     assert {f.text.partition(":")[0] for f in findings} >= {"the nodes", "the quota", "the credentials"}

@@ -1,0 +1,92 @@
+"""What a step's pod asks of a cluster, and on which nodes it may run: one function of the recipe and the site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.site import Site
+from nvila.components.contracts.steps import ROWS, STEPS, Step
+
+ON_GPUS = ("gpu", "node")
+"""Sizes of steps that take GPUs where the site has them."""
+GPU_RESOURCE = "gpu_resource"
+"""The output of `resolve` with the name under which the cluster counts GPUs."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Request and limit of a pod, as Kubernetes writes them, and where it may go."""
+
+    cpu: str = "1"
+    memory: str = "4Gi"
+    gpus: str = "0"
+    """A text: KFP's driver takes a number for an empty text, so for no GPU."""
+    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    node_labels: dict[str, str] = field(default_factory=dict)
+
+
+def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
+    """Of the step's own pod; where a job does the work, it only starts and watches the job."""
+    return Placement() if row.job and site.launcher else work(row, recipe, site)
+
+
+def work(row: Step, recipe: Recipe, site: Site) -> Placement:
+    """Of the work, wherever it is done; a training stage that does not fit one node fills it."""
+    processes = {"gpu": 1, "node": min(recipe.train.gpus, site.gpus_per_node)}.get(row.size)
+    if site.gpus_per_node == 0 or row.size == "small":
+        return Placement()
+    if processes:
+        cpu, memory = share(site, processes)
+        return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
+    if row.size == "memory" and recipe.model.base.llm is None:  # the weights that it makes itself are small
+        return Placement()
+    cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
+    node_cores, node_bytes = _node(site)
+    return Placement(*_written(min(Fraction(cores), node_cores), min(Fraction(gib << 30), node_bytes)))
+
+
+def sources() -> dict[str, dict[str, str]]:
+    """By step, less the small ones: for each field of its placement the output of `resolve` that says it.
+
+    KFP takes no field out of a parameter, so each is one of its own; steps of one size share theirs.
+    """
+    return {
+        row.name: {part: f"{_shared_by(row)}_{part}" for part in _parts(row)} for row in STEPS if row.size != "small"
+    }
+
+
+def parameters(recipe: Recipe, site: Site) -> dict[str, Any]:
+    """What `resolve` says, in the order of its outputs: `GPU_RESOURCE`, and everything that `sources` names."""
+    found: dict[str, Any] = {GPU_RESOURCE: site.gpu_resource}
+    for step, names in sources().items():
+        wanted = pod(ROWS[step], recipe, site)
+        found |= {name: getattr(wanted, part) for part, name in names.items()}
+    return found
+
+
+def share(site: Site, processes: int) -> tuple[str, str]:
+    """CPUs and memory that belong to so many GPUs of a node."""
+    part = Fraction(processes, site.gpus_per_node)
+    return _written(*(whole * part for whole in _node(site)))
+
+
+def _written(cores: Fraction, size: Fraction) -> tuple[str, str]:
+    return f"{int(cores * 1000)}m", f"{int(size) >> 20}Mi"
+
+
+def _node(site: Site) -> tuple[Fraction, Fraction]:
+    """Cores and bytes of a whole node."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    return Fraction(parse_quantity(site.node_cpu)), Fraction(parse_quantity(site.node_memory))
+
+
+def _shared_by(row: Step) -> str:
+    return f"{row.size}_job" if row.job else row.size
+
+
+def _parts(row: Step) -> tuple[str, ...]:
+    return ("cpu", "memory", "gpus", "tolerations", "node_labels") if row.size in ON_GPUS else ("cpu", "memory")
