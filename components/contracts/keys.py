@@ -62,8 +62,10 @@ def import_closure(module: str) -> dict[str, str]:
         if path is None:
             continue
         found[name] = path
-        queue.extend(n for n in _syntax(path).imported if n.startswith(OURS))
         parent = name.rpartition(".")[0]
+        package = name if path.endswith("/__init__.py") else parent
+        named = (importlib.util.resolve_name(n, package) for n in _syntax(path).imported)
+        queue.extend(n for n in named if n.startswith(OURS))
         if parent.count(".") >= 1:
             queue.append(parent)
     return dict(sorted(found.items()))
@@ -83,7 +85,7 @@ def data_files(modules: Mapping[str, str]) -> dict[str, str]:
 def library_versions(paths: Iterable[str]) -> dict[str, str]:
     """Installed versions of the third-party distributions that the source files import."""
     tops = {name.partition(".")[0] for path in paths for name in _syntax(path).imported}
-    tops -= set(sys.stdlib_module_names) | {"nvila", "__future__"}
+    tops -= set(sys.stdlib_module_names) | {"nvila", "__future__", ""}
     owners = _owners()
     found = {}
     for top in tops:

@@ -25,7 +25,8 @@ class Syntax:
 
     sha256: str
     imported: tuple[str, ...]
-    """Dotted names, sorted: of modules, and of what is taken from them, which may be modules too."""
+    """Dotted names, sorted: of modules, and of what is taken from them, which may be modules too. Those that are named
+    from where the file lies begin with a dot."""
 
 
 def read_syntax(source: bytes, where: str = "<unknown>") -> Syntax:
@@ -60,9 +61,9 @@ class _Walk:
         self.said.append(f"({type(node).__name__}")
         if isinstance(node, ast.Import):
             self.imported.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            self.imported.add(node.module)
-            self.imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            of = "." * node.level + (node.module or "")
+            self.imported |= {of, *(f"{of}{'.' if node.module else ''}{alias.name}" for alias in node.names)}
         for name in node._fields:
             value = getattr(node, name, None)
             if isinstance(value, list):

@@ -60,7 +60,7 @@ class Status(StrEnum):
 class StepStatus(BaseModel):
     """One step of a run."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     name: str
     status: Status
@@ -87,7 +87,7 @@ class StepStatus(BaseModel):
         """What the step says of itself; `waiting` where it has said nothing, `failed` where its file is damaged."""
         path = _place(run_dir, step)
         try:
-            return cls.model_validate_json(read_bytes(path))
+            return cls.model_validate_json(read_bytes(path)).model_copy(update={"name": step})
         except FileNotFoundError:
             return cls(name=step, status=Status.WAITING)
         except (OSError, ValidationError):
@@ -194,7 +194,7 @@ def progress(run_dir: Path, step: str) -> str:
         said = json.loads(read_bytes(progress_file(run_dir, step)))
         of = f"/{said['total']}" if said["total"] is not None else ""
         return f"{said['what']} {said['done']}{of} {said['note']}".strip()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -61,7 +61,7 @@ def _nest(tree: Any, path: Sequence[str], value: Any, above: Sequence[str]) -> A
     if isinstance(tree, Value):
         return _changed(tree.content, path, value, above)
     head, rest = path[0], path[1:]
-    below = tree[index_of(tree, head, above)] if isinstance(tree, list) else (tree or {}).get(head)
+    below = tree[index_of(tree, head, above, OPTION)] if isinstance(tree, list) else (tree or {}).get(head)
     return {head: _nest(below, rest, value, [*above, head])}
 
 
@@ -73,7 +73,7 @@ def _changed(content: Any, path: Sequence[str], value: Any, above: Sequence[str]
     if not isinstance(content, list):
         table = content if isinstance(content, dict) else {}
         return table | {head: _changed(table.get(head), rest, value, [*above, head])}
-    index = index_of(content, head, above)
+    index = index_of(content, head, above, OPTION)
     return [*content[:index], _changed(content[index], rest, value, [*above, head]), *content[index + 1 :]]
 
 

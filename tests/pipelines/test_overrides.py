@@ -49,6 +49,12 @@ def test_one_field_of_one_stage(entry: str) -> None:
     assert recipe.model_dump() == wanted
 
 
+def test_an_entry_of_a_list_that_should_hold_none() -> None:
+    """A mistake in one override must be told as such, not as a fault of ours, by the next one."""
+    with pytest.raises(ConfigError, match=r"evaluate\.sources"):
+        changed("evaluate.sources=[{name: a}, {name: b}]", "evaluate.sources.0=b")
+
+
 def test_one_entry_of_a_list_or_a_table() -> None:
     """A key that goes into a table must not drop its other entries, as a table that is given whole does."""
     recipe = changed("model.s2_scales.1=84", "model.max_tiles=9", "evaluate.gate.min_accuracy.clips=0.25")

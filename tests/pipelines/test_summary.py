@@ -18,6 +18,7 @@ from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import visible
+from nvila.components.report.step import render
 from nvila.components.runner.status import Run
 from nvila.pipelines.local.peak_memory import MemorySampler, pss_bytes
 from nvila.pipelines.local.run import _exit_code, _new_run, _point_latest
@@ -314,3 +315,37 @@ def test_messages_with_brackets_are_shown_as_they_are(run_dir: Path) -> None:
         finished, write_summary(finished, 1.0, 0, 2).model_copy(update={"endpoint": None}), Console(file=out, width=140)
     )
     assert out.getvalue().count("no such path [/data] [bold]") == 2
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "",
+        '{"name": "train-1", "status": "ru',
+        '{"name": "train-1", "status": "done", "started": NaN, "ended": 1}',
+        '{"name": "train-1", "status": "running", "started": -Infinity}',
+        '{"name": "train-1", "status": "done", "started": 1, "ended": 1e999}',
+    ],
+)
+def test_a_damaged_status_file_is_shown_as_such(run_dir: Path, left: str) -> None:
+    """A node that goes down leaves files of any content; the page and the table are there to tell of it."""
+    (run_dir / "steps" / "train-1.json").write_text(left)
+    run = Run.read(run_dir)
+    assert "the status file is damaged" in str(run.step("train-1").message)
+    assert "the status file is damaged" in render(run)
+    assert [state.note for state in read_states(run_dir) if "damaged" in state.note]
+    write_summary(run, 1.0, 1, 1)
+
+
+def test_a_status_file_speaks_for_its_own_step(run_dir: Path) -> None:
+    """A file that was copied by hand would give another step two rows and its own none."""
+    (run_dir / "steps" / "train-1.json").write_text('{"name": "evaluate", "status": "running", "started": 1}')
+    assert [state.name for state in read_states(run_dir)] == list(ROWS)
+
+
+@pytest.mark.parametrize("left", ["", "[", "[]", "null", '{"what": 1}', "[" * 100_000])
+def test_damaged_progress_is_none(run_dir: Path, left: str) -> None:
+    """The terminal reads it four times a second, of steps that are killed at any time."""
+    (run_dir / "progress").mkdir()
+    (run_dir / "progress" / "train-1.json").write_text(left)
+    assert not [state.note for state in read_states(run_dir) if state.note]

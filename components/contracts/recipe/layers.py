@@ -58,7 +58,7 @@ class Layers:
         Raises:
             ConfigError: a key that no recipe has; its path, where it stands, and the nearest right one.
         """
-        return Layers(self.name, _merge(self.tree, layer(content, source), ()))
+        return Layers(self.name, _merge(self.tree, layer(content, source), (), source))
 
     @property
     def content(self) -> dict[str, Any]:
@@ -92,9 +92,13 @@ class Layers:
         if first["type"] == "missing":
             return ConfigError(f"recipe key {dotted} is missing{others}", where=self.name)
         message = re.sub(r"^Value error, ", "", first["msg"])
-        value = None if isinstance(first.get("input"), (dict, list)) else first.get("input")
         where = self.source(first["loc"]) or self.name
-        return ConfigError(f"{dotted or 'recipe'}: {message}{others}", where=where, value=value)
+        return ConfigError(f"{dotted or 'recipe'}: {message}{others}", where=where, value=short(first.get("input")))
+
+
+def short(value: Any) -> Any:
+    """What a message shows of a value: none that holds others, of which YAML's references make any number."""
+    return None if isinstance(value, (dict, list)) else value
 
 
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -171,19 +175,19 @@ def _section(kind: Any) -> tuple[type[BaseModel] | None, bool]:
     return (kind, listed) if isinstance(kind, type) and issubclass(kind, BaseModel) else (None, False)
 
 
-def _merge(base: Tree | None, over: Tree, path: Sequence[str]) -> Any:
+def _merge(base: Tree | None, over: Tree, path: Sequence[str], source: str) -> Any:
     if not isinstance(over, dict) or not isinstance(base, dict | list):
         return over
     if isinstance(base, dict):
-        return base | {key: _merge(base.get(key), below, [*path, key]) for key, below in over.items()}
+        return base | {key: _merge(base.get(key), below, [*path, key], source) for key, below in over.items()}
     entries = list(base)
     for key, below in over.items():
-        index = index_of(base, key, path)
-        entries[index] = _merge(base[index], below, [*path, str(index)])
+        index = index_of(base, key, path, source)
+        entries[index] = _merge(base[index], below, [*path, str(index)], source)
     return entries
 
 
-def index_of(entries: list[Any], key: Any, path: Sequence[str]) -> int:
+def index_of(entries: list[Any], key: Any, path: Sequence[str], source: str) -> int:
     """Which entry of a list is meant: by its name, or as messages count, from 0."""
     names = _names(entries, path)
     if key in names:
@@ -192,12 +196,13 @@ def index_of(entries: list[Any], key: Any, path: Sequence[str]) -> int:
         return int(key)
     dotted = ".".join(path)
     there = ", ".join(filter(None, names)) or f"0 to {len(entries) - 1}"
-    raise ConfigError(f"{dotted} has no entry {key!r}", do=f"There are {there}.")
+    raise ConfigError(f"{dotted} has no entry {key!r}", where=source, do=f"There are {there}.")
 
 
 def _names(entries: list[Tree], path: Sequence[str]) -> list[str]:
     """How layers call the entries of a list of sections."""
-    own = [str(entry["name"].content) if isinstance(entry, dict) and "name" in entry else "" for entry in entries]
+    said = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    own = [str(name.content) if isinstance(name, Value) else "" for name in said]
     return [STEP_OF.get(".".join([*path, str(index)]), name) for index, name in enumerate(own)]
 
 

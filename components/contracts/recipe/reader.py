@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.layers import EXTENDS, Layers
+from nvila.components.contracts.recipe.layers import EXTENDS, Layers, short
 
 SHIPPED = "nvila.pipelines.recipes"
 """Where the recipes lie that come with the platform: read as data, never imported."""
@@ -45,7 +45,7 @@ class Document:
             raise ConfigError("nested too deeply", where=self.name) from None
         if not isinstance(content, dict):
             message = "a recipe is a mapping of sections"
-            raise ConfigError(message, where=self.name, value=content, do=_one_line(self.text))
+            raise ConfigError(message, where=self.name, value=short(content), do=_one_line(self.text))
         return content
 
     @property
@@ -63,7 +63,7 @@ class Document:
         if named is None:
             return None
         if not isinstance(named, str):
-            raise ConfigError("not the name of a recipe", where=f"{self.name}: {EXTENDS}", value=named)
+            raise ConfigError("not the name of a recipe", where=f"{self.name}: {EXTENDS}", value=short(named))
         if not named.endswith(SUFFIXES):
             return shipped_document(named, where=f"{self.name}: {EXTENDS}")
         if self.path is None:
@@ -95,10 +95,10 @@ def file_document(path: Path) -> Document:
     Raises:
         ConfigError: it cannot be read.
     """
-    if not path.is_file():
-        raise ConfigError("no such recipe file", where=str(path), do=f"Shipped recipes: {', '.join(shipped())}.")
     try:
-        return Document(str(path), path.read_text(encoding="utf-8"), path)
+        if path.is_file():
+            return Document(str(path), path.read_text(encoding="utf-8"), path)
+        raise ConfigError("no such recipe file", where=str(path), do=f"Shipped recipes: {', '.join(shipped())}.")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
 
@@ -166,7 +166,19 @@ def _one_line(text: str) -> str | None:
 class _Loader(yaml.SafeLoader):
     """The safe loader, to which dates are texts: nothing in a recipe is a date, a name may look like one."""
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As usual, but for a key that is there twice, of which one would be lost."""
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            keys.add(key.value)
+        return node
 
+
+_JSON = {None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
+_Loader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _JSON}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -109,6 +109,28 @@ def test_what_only_type_checkers_import_is_left_out(package: Path) -> None:
     assert key() == before
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from . import unrelated\n",
+        "from .unrelated import x\n",
+        "from ..trial.unrelated import x\n",
+        "try:\n    import nvila.trial.unrelated\nexcept ImportError:\n    pass\n",
+        "if helper:\n    from nvila.trial import unrelated as other\n",
+        "from importlib import import_module\nimport_module('nvila.trial.unrelated')\n",
+    ],
+)
+def test_however_a_module_is_imported_it_counts(package: Path, text: str) -> None:
+    """A way to import that the walk does not know hides whatever is imported by it."""
+    for name in ("near.py", "__init__.py"):
+        (package / name).write_text(f"helper = 1\n{text}")
+        before = key()
+        (package / "unrelated.py").write_text("import torch\nx = 2\n")
+        assert key() != before
+        (package / name).write_text(FILES[name])
+        (package / "unrelated.py").write_text(FILES["unrelated.py"])
+
+
 def test_an_entry_point_in_a_string_counts() -> None:
     """vLLM imports our architecture by its name: nothing else would tell that the quantized model is computed by it."""
     closure = keys.import_closure("nvila.components.evaluate_quantized.step")

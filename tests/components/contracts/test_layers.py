@@ -17,6 +17,8 @@ from nvila.components.contracts.recipe.reader import document, file_document, la
 from nvila.components.contracts.recipe.recipe import Recipe
 
 TINY = layers(document("tiny"))
+BOMB = "- &a0 [a]\n" + "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+"""A few lines, and 10 to the power of 11 texts."""
 
 
 def over(text: str) -> Recipe:
@@ -131,6 +133,16 @@ def test_files_extend_files_relative_to_themselves(tmp_path: Path, monkeypatch: 
         ),
         ({"mine": "extends: tiny\ndata: plates"}, r"mine\.yaml: data: Input should be .*\(got 'plates'\)"),
         ({"mine": "seed: 1"}, r"mine\.yaml: recipe key name is missing"),
+        ({"mine": "extends: " + "a" * 5000 + ".yaml"}, "cannot be read: .*File name too long"),
+        ({"mine": "extends: a.yaml", "a": "seed: 1\nname: a\nseed: 2"}, r"a\.yaml: not YAML: the key seed .* twice"),
+        (
+            {"mine": "extends: tiny\ntrain: {stages: {train-4: {batch: 8}, train-4: null}}"},
+            r"mine\.yaml: not YAML: the key train-4 stands twice",
+        ),
+        ({"mine": "extends: tiny\nevaluate: {sources: !!set {shapes}}"}, r"mine\.yaml: not YAML: could not determine"),
+        ({"mine": "extends: tiny\ndata: {sources: {digit: {path: x}}}"}, r"mine\.yaml: data\.sources has no entry"),
+        ({"mine": BOMB}, r"mine\.yaml: a recipe is a mapping of sections$"),
+        ({"mine": "extends:\n" + BOMB}, r"mine\.yaml: extends: not the name of a recipe$"),
     ],
 )
 def test_what_cannot_be_extended_is_refused(tmp_path: Path, texts: dict[str, str], message: str) -> None:
