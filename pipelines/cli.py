@@ -329,7 +329,7 @@ def serve(
     context: typer.Context,
     model: Model = "champion",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8321,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8321,
     runs: Runs = Path("runs"),
 ) -> None:
     """Start the endpoint of a model and wait until it answers.

@@ -107,7 +107,7 @@ def port_problems(host: str, port: int, runs: Path) -> list[str]:
     reason = why_taken(host, port)
     if reason is None or any(server.port == port for server in alive(runs)):
         return []
-    return [f"rollout.port: {host}:{port} is in use by someone else ({reason}); free it or choose another"]
+    return [f"rollout.port: {host}:{port} cannot be had ({reason}); free it or choose another"]
 
 
 def _pod_problems(settings: Settings) -> list[str]:

@@ -65,7 +65,7 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
         max_tokens: longest answer, as in the evaluation.
 
     Raises:
-        PreflightError: the port is held by a program that is not ours.
+        PreflightError: the port is held, or was taken meanwhile, by a program that is not ours.
         Rejected: the policy said no; the old version serves on, or again.
         RolloutError: the promoted version did not come up at its address; the old one was started again.
     """
@@ -121,7 +121,7 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: 
         port=port,
         served_name=wanted.model,
         log_path=log,
-        api_key=wanted.key.get_secret_value() if wanted.key else None,
+        api_key=None if wanted.key is None else wanted.key.get_secret_value(),  # an empty key is one
     )
     with _stopped_on_failure(runs, started.pid, name):
         endpoint = Endpoint(
@@ -153,6 +153,7 @@ def _try(
     try:
         challenger, ready = start(runs, wanted, port, policy.deadline_seconds, records.CHALLENGER)
     except RolloutError as error:
+        server.require_free_port(wanted.host, port)  # whoever took it meanwhile says nothing about the version
         return _refusal(decide(Observation(trouble=str(error)), None, policy).reasons)
     with _stopped_on_failure(runs, challenger.pid, records.CHALLENGER):
         key = revealed(wanted.key)

@@ -1,7 +1,7 @@
 """Answers many questions with vLLM in one go: the evaluation backend, a child process of the serving environment.
 
 The caller (main environment) writes requests as JSON lines and reads answers as JSON lines; an answer is kept as soon
-as its chunk is done, so that a killed evaluation goes on where it was. `worker` holds what runs inside the child.
+as its chunk is done, so that a killed evaluation goes on where it was. `batch_process` is what runs inside the child.
 """
 
 from __future__ import annotations

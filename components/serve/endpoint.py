@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from nvila.components.contracts.files import discard, read_json, write_atomic
 
@@ -27,7 +27,7 @@ class Endpoint(BaseModel):
 
     url: str
     """Base URL without `/v1`."""
-    pid: int
+    pid: PositiveInt
     born: float
     """When the process started (seconds since the epoch): tells it from a later one with the same id."""
     host: str

@@ -25,7 +25,7 @@ class RequireKey:
     def __init__(self, app: App) -> None:
         self._app = app
         key = Environment.read().vllm_key  # vLLM makes the middleware, with no arguments of ours
-        self._key = key and key.get_secret_value()
+        self._key = None if key is None else key.get_secret_value()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""

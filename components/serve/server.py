@@ -96,14 +96,13 @@ def start(
 
 def require_free_port(host: str, port: int) -> None:
     """Raises:
-    PreflightError: something listens on the port already.
+    PreflightError: something listens on the port already, or the address is none of this machine.
     """
     if reason := why_taken(host, port):
         raise PreflightError(
-            f"port {port} is in use by another program ({reason})",
-            where="rollout.port",
-            value=port,
-            do="Stop that program, or set rollout.port to a free port.",
+            f"nothing of ours can listen there ({reason})",
+            where=f"{host}:{port}",
+            do="Stop the program that does, or choose another address: rollout.port, or --port of `nvila serve`.",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.tracking.connect import has_store, tracking_uri
+from nvila.components.tracking.connect import has_store, hurry, tracking_uri
 from nvila.components.tracking.redact import redact_text
 from nvila.components.tracking.registry import Version, find, models, registered_inputs
 
@@ -19,11 +19,15 @@ def named(reference: str, runs: Path) -> Path | Version:
     Raises:
         ConfigError: neither, or a version that no run of ours registered.
         DamagedError: the version's tags were edited.
+        Unreachable: MLflow does not answer.
     """
-    if (path := Path(reference)).exists():
+    if reference and (path := Path(reference)).exists():
         return path
     name, given, key = reference.rpartition("@" if "@" in reference else "/")
-    known = models(runs) if has_store(runs) else []
+    known = []
+    if has_store(runs):
+        hurry()
+        known = models(runs)
     for model in [name] if given else known:
         version = find(runs, model, key) if model in known else None
         if version is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
-from nvila.components.tracking.connect import connected
+from nvila.components.tracking.connect import answered, connected
 from nvila.components.tracking.redact import redact, redact_text
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
 
     Raises:
         DataError: MLflow has no such file, or it does not come.
+        Unreachable: MLflow does not answer.
     """
     with connected(runs) as client:
         place, uri = client.get_model_version_download_uri(version.name, version.version), client.tracking_uri
@@ -142,7 +143,8 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
 
     target = folder / name
     try:  # not under the lock: it may take minutes
-        download_artifacts(artifact_uri=f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
+        with answered(uri):
+            download_artifacts(f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
     except (MlflowException, OSError) as error:
         raise DataError(
             f"MLflow does not give the file {name} of {version.uri}: {error}",

@@ -96,8 +96,9 @@ def _parent(client: MlflowClient, run_dir: Path) -> tuple[str, str]:
     if run_id := read_json(known).get("run_id"):
         try:
             info = client.get_run(str(run_id)).info
-        except MlflowException:  # the tracking store was replaced since
-            pass
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else the tracking store was replaced since
+                raise
         else:
             if info.status != "RUNNING":
                 client.update_run(info.run_id, status="RUNNING")

@@ -18,7 +18,7 @@ from nvila.components.data.stamp import STAMP, as_built
 
 OURS = ("store", "runs")
 DATA = "data"
-WORKER = b"nvila.pipelines.local.child"
+CHILD = b"nvila.pipelines.local.child"
 COMMAND = Path(".venv", "bin", "nvila")
 
 
@@ -56,7 +56,7 @@ def busy(root: Path) -> str | None:
             words = process.read_bytes().split(b"\0")
         except OSError:  # it has ended
             continue
-        if WORKER in words and any(Path(os.fsdecode(word)).is_relative_to(root / "runs") for word in words if word):
+        if CHILD in words and any(Path(os.fsdecode(word)).is_relative_to(root / "runs") for word in words if word):
             return f"a run is going on (process {process.parent.name})"
     locks = (*(root / "store").glob("*/.*.lock"), *(root / DATA).glob(".*.lock"), *(root / DATA).glob("*/.*.lock"))
     return next((f"something is at work: {lock.relative_to(root)} is locked" for lock in locks if _locked(lock)), None)

@@ -53,7 +53,7 @@ def find_model(reference: str, runs: Path) -> Model:
         ConfigError: none of these.
         DataError: it cannot be brought here.
         DamagedError: files or manifest are not what the step wrote, or not what was registered.
-        Unreachable: S3 or the hub does not answer.
+        Unreachable: S3, the hub or MLflow does not answer.
     """
     if is_address(reference):
         from nvila.components.data.fetch import fetch

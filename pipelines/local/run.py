@@ -181,15 +181,15 @@ class _Stop:
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def _exit_code(run: Run, worker_code: int) -> Exit:
-    """That of the first step that did not come through; else the worker's own. Done is only a run of which all are."""
-    if worker_code == Exit.PREEMPTED:
+def _exit_code(run: Run, child_code: int) -> Exit:
+    """That of the first step that did not come through; else the child's own. Done is only a run of which all are."""
+    if child_code == Exit.PREEMPTED:
         return Exit.PREEMPTED
     if run.trouble:
         return run.trouble.exit_code or Exit.FAULT
-    if run.lost or (worker_code == Exit.DONE and run.unfinished(ROWS)):
+    if run.lost or (child_code == Exit.DONE and run.unfinished(ROWS)):
         return Exit.FAULT
-    return Exit(worker_code) if worker_code in list(Exit) else Exit.FAULT
+    return Exit(child_code) if child_code in list(Exit) else Exit.FAULT
 
 
 def _new_run(runs: Path, recipe: str) -> Path:

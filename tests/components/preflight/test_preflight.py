@@ -114,7 +114,7 @@ def test_a_port_used_by_someone_else_is_refused(settings: dict, listener: int, t
     settings["rollout"] = {"target": "local", "port": listener}
     with pytest.raises(PreflightError) as caught:
         _run(settings, tmp_path)
-    assert str(listener) in str(caught.value) and "someone else" in str(caught.value)
+    assert str(listener) in str(caught.value) and "already in use" in str(caught.value)
 
 
 def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:

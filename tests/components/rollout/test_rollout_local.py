@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from nvila.components.contracts.errors import DamagedError, PreflightError, Rejected, RolloutError
 from nvila.components.contracts.manifest import Manifest, describe_files
@@ -179,6 +180,39 @@ def test_port_of_another_program_is_refused(runs: Path, port: int) -> None:
             roll(runs, wanted(runs, port, "1", GOOD))
 
 
+def test_a_port_that_was_taken_meanwhile_rejects_no_version(
+    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM binds its port seconds after it was found free: exit code 3 would blame the model for another program."""
+    roll(runs, wanted(runs, port, "1", GOOD))
+    with socket.socket() as other:
+
+        def take(url: str, deadline_seconds: float, pid: int, log_path: Path | None = None) -> float:
+            server.stop(pid)
+            other.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+            other.listen()
+            raise RolloutError("the server ended while starting: address already in use")
+
+        monkeypatch.setattr(server, "wait_ready", take)
+        with pytest.raises(PreflightError, match="in use"):
+            roll(runs, wanted(runs, port, "2", GOOD))
+    assert serving(runs).version == "1"
+
+
+@pytest.mark.parametrize(("key", "given"), [(None, None), (SecretStr(""), ""), (SecretStr("k"), "k")])
+def test_a_key_that_is_set_and_empty_is_a_key(
+    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch, key: SecretStr | None, given: str | None
+) -> None:
+    """`NVILA_API_KEY=` of a script whose secret is missing opened the endpoint to everyone."""
+    keys: list[str | None] = []
+    start = server.start
+    monkeypatch.setattr(
+        server, "start", lambda *a, **options: (keys.append(options["api_key"]), start(*a, **options))[1]
+    )
+    roll(runs, replace(wanted(runs, port, "1", GOOD), key=key))
+    assert keys == [given]
+
+
 def test_record_of_a_reused_process_id_is_not_ours(runs: Path, port: int) -> None:
     """After a reboot the recorded id may be any program: it must be neither trusted nor killed."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -263,7 +297,13 @@ def test_an_old_version_that_was_changed_does_not_come_back(runs: Path, port: in
     assert recorded is None or not recorded.alive
 
 
-@pytest.mark.parametrize("content", [b"", b"{", bytes(30), b"\xff", b"[]", None])
+NO_PROCESS = json.dumps(
+    dict.fromkeys(("url", "host", "model", "version", "digest", "model_dir", "log"), "x")
+    | {"pid": -1, "born": 1.0, "port": 1}
+).encode()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(30), b"\xff", b"[]", NO_PROCESS, None])
 def test_a_torn_record_is_no_endpoint(runs: Path, content: bytes | None) -> None:
     """A record that a crash left half ended every further rollout, `serve` and `stop`."""
     path = runs / "serving" / "endpoint.json"

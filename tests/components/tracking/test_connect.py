@@ -1,0 +1,97 @@
+"""What comes of an MLflow that is away, is none, or lets nobody in."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from nvila.components.contracts.environment import Environment, entered
+from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
+from nvila.components.serve.ports import free_port
+from nvila.components.tracking.connect import connected, hurry
+from nvila.components.tracking.named import named
+from nvila.components.tracking.registry import models
+
+
+@contextmanager
+def server(status: int, body: bytes = b"<html>\n<body>a page</body></html>") -> Iterator[str]:
+    """Something that answers everything in the same way, and is no MLflow."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://user:pass-word@127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+def refusal(uri: str, runs: Path) -> NvilaError:
+    with entered(Environment(mlflow_tracking_uri=uri)), pytest.raises(NvilaError) as caught:
+        named("champion", runs)
+    assert "\n" not in str(caught.value) and "pass-word" not in str(caught.value)
+    return caught.value
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+
+def test_a_server_that_is_away_is_no_fault_of_ours(tmp_path: Path) -> None:
+    """Commands must end with 75 and one line, as for S3 and the hub, and not with a traceback."""
+    away = refusal(f"http://127.0.0.1:{free_port('127.0.0.1')}", tmp_path)
+    assert isinstance(away, Unreachable) and "refused" in str(away)
+    with server(503) as uri:
+        assert isinstance(refusal(uri, tmp_path), Unreachable)
+
+
+@pytest.mark.parametrize(("status", "body"), [(401, b"no"), (403, b'{"error_code": "PERMISSION_DENIED"}'), (404, b"")])
+def test_a_wrong_address_or_password_is_the_users_to_mend(tmp_path: Path, status: int, body: bytes) -> None:
+    """Asking again would change nothing."""
+    with server(status, body) as uri:
+        error = refusal(uri, tmp_path)
+    assert isinstance(error, ConfigError) and "MLFLOW_TRACKING_URI" in str(error)
+
+
+def test_what_is_no_mlflow_is_named(tmp_path: Path) -> None:
+    """A proxy's log-in page, a scheme that MLflow does not know, and a file that is no database have one line each."""
+    with server(200) as uri:
+        assert isinstance(refusal(uri, tmp_path), ConfigError)
+    assert "ftp" in str(refusal("ftp://127.0.0.1/x", tmp_path))
+    (tmp_path / "mlflow.db").write_text("no database at all")
+    with entered(Environment()), pytest.raises(ConfigError, match="file is not a database"):
+        models(tmp_path)
+
+
+def test_waiting_for_a_server_keeps_nobody_from_the_local_store(tmp_path: Path) -> None:
+    """A run at work beside it stood still while `nvila trace` asked a server that was away."""
+    with (
+        entered(Environment(mlflow_tracking_uri="http://127.0.0.1:1")),
+        connected(tmp_path),
+        (tmp_path / ".mlflow.lock").open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_commands_give_up_sooner_than_mlflow_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow itself tries for four minutes, in silence; what the user has set stays."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    hurry()
+    assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (4, 5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # so that it is taken away again
