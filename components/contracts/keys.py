@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from nvila.components.contracts.manifest import digest_json, sha256_file
@@ -49,8 +50,8 @@ def import_closure(module: str) -> dict[str, str]:
     """Files of our own modules that `module` reaches by import, at any depth, late imports included: name -> path.
 
     Reads the source, executes nothing. A package's `__init__` counts for each module inside it, and so does a module
-    that is named in a string: a process started with `-m nvila...`, or `import_module("nvila...")`. Without
-    the modules of `NEUTRAL`.
+    that is named in a string: a process started with `-m nvila...`, or `import_module("nvila...")`. Of a name
+    that is put together the whole package counts. Without the modules of `NEUTRAL`.
     """
     found: dict[str, str] = {}
     queue = [module]
@@ -58,6 +59,8 @@ def import_closure(module: str) -> dict[str, str]:
         name = queue.pop()
         if name in found or name in NEUTRAL:
             continue
+        if name.endswith(".*") and (folder := (_source(name[:-2]) or "").removesuffix("/__init__.py")):
+            queue.extend(name[:-1] + module.name for module in iter_modules([folder]))
         path = _source(name)
         if path is None:
             continue

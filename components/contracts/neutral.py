@@ -22,7 +22,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.results.result",
         "nvila.components.contracts.results.run",
         "nvila.components.contracts.site",  # what jobs ask of a cluster
-        "nvila.components.contracts.steps",  # what a row says reaches a step as settings and inputs, which count
+        "nvila.components.contracts.steps",  # what a row says is settings and inputs of steps, or in `resolve.external`
         "nvila.components.contracts.text",  # a line on stderr
         "nvila.components.tracking.redact",  # without secrets; of outputs only the report's page, which is always made
         "nvila.components.tracking.tokens",

@@ -13,8 +13,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-_OURS = re.compile(r"(nvila(?:\.[A-Za-z_]\w*)+)(?::\w*)?")
-"""A string that names one of our modules, or something in it: `-m nvila...`, an entry point `nvila...:Name`."""
+_OURS = re.compile(r"(nvila(?:\.[A-Za-z_]\w*)+)(\.|:\w*)?")
+"""A string that names one of our modules, or something in it: `-m nvila...`, an entry point `nvila...:Name`; or that
+begins such a name, as `f"nvila.components.data.demo.{name}"` does."""
 _SAY_NOTHING = {"ctx", "kind", "type_comment", "type_ignores"}
 """Fields that repeat where a name stands, or how a string was written."""
 
@@ -25,8 +26,8 @@ class Syntax:
 
     sha256: str
     imported: tuple[str, ...]
-    """Dotted names, sorted: of modules, and of what is taken from them, which may be modules too. Those that are named
-    from where the file lies begin with a dot."""
+    """Dotted names, sorted: of modules, and of what is taken from them, which may be modules too, or `*`. Those that
+    are named from where the file lies begin with a dot."""
 
 
 def read_syntax(source: bytes, where: str = "<unknown>") -> Syntax:
@@ -76,7 +77,7 @@ class _Walk:
 
     def _constant(self, value: object) -> None:
         if isinstance(value, str) and (named := _OURS.fullmatch(value)):
-            self.imported.add(named[1])
+            self.imported.add(named[1] + (".*" if named[2] == "." else ""))
         # Not `repr`: which characters it shows as they are depends on the version's Unicode.
         self.said += (type(value).__name__, ascii(value))
 

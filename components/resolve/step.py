@@ -15,12 +15,14 @@ from nvila.components.contracts.recipe.reader import document, family
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import STEPS
 
 Settings = Form
 
 
-def external(settings: Mapping[str, Any], here: Environment) -> dict[str, str]:
-    """Digest of the recipe's text and of what it extends, for shipped recipes may change; and where its paths begin.
+def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
+    """What the slices depend on besides: digest of the recipe's text and of what it extends, for shipped recipes may
+    change; where its paths begin; and which part of it each step takes, for no key holds the table of steps.
 
     A wrong name is left to `run`, as any other mistake in the form: then there is a key for its tombstone.
     """
@@ -29,7 +31,11 @@ def external(settings: Mapping[str, Any], here: Environment) -> dict[str, str]:
         texts = [member.text for member in family(document(recipe))]
     except ConfigError:
         texts = [recipe]
-    return {"recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(), "root": here.root}
+    return {
+        "recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+        "root": here.root,
+        "parts": {row.name: [row.recipe, row.hands_on] for row in STEPS if row.recipe},
+    }
 
 
 def run(settings: Form, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:

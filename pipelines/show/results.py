@@ -109,9 +109,10 @@ def _quoted(content: Any) -> str:
 
 def _held_out(run: Run) -> tuple[Path, str] | None:
     """A held-out picture and its question as the record has it, from the source that the model answers best."""
-    from nvila.components.data.samples import read_samples
+    from nvila.components.data.samples import SAMPLES_FILE, read_samples
 
-    samples = read_samples(run.manifests[VALIDATE].path("samples.parquet"), split="heldout")
+    table = run.file(VALIDATE, SAMPLES_FILE)
+    samples = read_samples(table, split="heldout") if table else []
     pictures = {sample.source: sample for sample in samples if sample.kind == "image" and len(sample.media) == 1}
     if not pictures:
         return None

@@ -118,6 +118,8 @@ def test_what_only_type_checkers_import_is_left_out(package: Path) -> None:
         "try:\n    import nvila.trial.unrelated\nexcept ImportError:\n    pass\n",
         "if helper:\n    from nvila.trial import unrelated as other\n",
         "from importlib import import_module\nimport_module('nvila.trial.unrelated')\n",
+        "from importlib import import_module\nimport_module(f'nvila.trial.{helper}')\n",
+        "from nvila.trial import *\n",
     ],
 )
 def test_however_a_module_is_imported_it_counts(package: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The step `resolve` and the form it reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.recipe import reader
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import Document, document, shipped, shipped_document
+from nvila.components.contracts.steps import STEPS
 from nvila.components.resolve import step
 
 TINY = shipped_document("tiny").text
@@ -177,6 +179,20 @@ def test_a_changed_shipped_recipe_changes_the_key(monkeypatch: pytest.MonkeyPatc
     assert key() == first
     texts["tiny"] += "\n# edited\n"
     assert key() != first
+
+
+def test_another_table_of_steps_cuts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was added would find no slice of its own in the store, and a new setting would stay away."""
+
+    def parts(**changed: object) -> object:
+        monkeypatch.setattr(step, "STEPS", (*STEPS[:-2], replace(STEPS[-2], **changed), STEPS[-1]))
+        return step.external({"recipe": "tiny"}, Environment.read())
+
+    before = parts()
+    assert parts(about="something else", remark="") == before
+    assert parts(recipe={"rollout": "rollout", "seed": "seed"}) != before
+    assert parts(hands_on="version") != before
+    assert parts(name="another") != before
 
 
 def test_shipped_names_are_not_paths() -> None:
