@@ -20,7 +20,7 @@ def main(folder: str, arguments: list[str]) -> int:
     environment = dict(os.environ)  # noqa: TID251 (contracts.environment takes longer to import than this to run)
     environment["PATH"] = environment["PATH"].removeprefix(folder + os.pathsep)
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(f"{folder}/{SOCKET}")
+        server.connect(address(folder))
         server.sendall(json.dumps({"arguments": arguments, "environment": environment}).encode())
         server.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: server.recv(64), b""))
@@ -31,6 +31,11 @@ def main(folder: str, arguments: list[str]) -> int:
     _tidy(arguments)
     code = int(answer)
     return code if code >= 0 else 128 - code
+
+
+def address(folder: str) -> str:
+    """The socket in the folder, however long its path is: an address has 107 bytes. For the process that asks only."""
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH)}/{SOCKET}"
 
 
 def _tidy(arguments: list[str]) -> None:

@@ -34,7 +34,7 @@ from nvila.components.runner.execute import ALWAYS
 from nvila.components.runner.status import Status, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.pipelines.local import fork_client
-from nvila.pipelines.local.fork_client import OWN, SOCKET
+from nvila.pipelines.local.fork_client import OWN, address
 
 ALWAYS_NEEDED = (
     "kfp.dsl.executor",
@@ -74,7 +74,7 @@ def start(folder: Path, run_dir: Path, program: Sequence[str] = ("-m", __name__)
     `program` is what calls `main`.
     """
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(folder / SOCKET))
+        listener.bind(address(str(folder)))
         listener.listen()
         return subprocess.Popen(
             [sys.executable, *program, str(listener.fileno()), str(run_dir), str(os.getpid())],

@@ -103,7 +103,8 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
     ):
         fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
         put_client(Path(python))
-        environment["PATH"] = os.pathsep.join([python, environment.get("PATH", os.defpath)])
+        # Where the user's has no `sh`, KFP needs one all the same.
+        environment["PATH"] = os.pathsep.join([python, *filter(None, [environment.get("PATH")]), os.defpath])
         command = [sys.executable, "-m", "nvila.pipelines.local.child", str(run_dir), str(os.getpid()), python]
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

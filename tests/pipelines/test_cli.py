@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.recipe.reader import document, layers, shipped, shipped_document
 from nvila.pipelines import cli
 from nvila.pipelines.commands import ask, recipes
+from nvila.pipelines.local import run as local_run
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
@@ -227,3 +230,23 @@ def test_the_shipped_recipes_are_named(nvila: Nvila) -> None:
     listed = nvila("recipe", "list").stdout.splitlines()
     assert [line.split()[0] for line in listed] == shipped()
     assert all(len(line.split()) > 4 for line in listed)
+
+
+@pytest.mark.parametrize("path", [None, "", "/of/the/user"])
+def test_a_run_finds_a_shell_whatever_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    """KFP starts each step with `sh`: services and cron jobs have no PATH, and a virtual environment's may be all."""
+    monkeypatch.delenv("PATH") if path is None else monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(local_run, "put_client", lambda folder: None)
+    started: list[dict[str, str]] = []
+
+    def start(*words: object, env: dict[str, str], **options: object) -> subprocess.Popen[bytes]:
+        started.append(env)
+        return popen("exit 7", shell=True, env=env)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(local_run.subprocess, "Popen", start)
+    assert local_run._watched(tmp_path, tmp_path, Console(quiet=True)) == 7
+    client, *others = started[0]["PATH"].split(os.pathsep)
+    assert Path(client).name.startswith("nvila-") and others == [*([path] if path else []), *os.defpath.split(":")]

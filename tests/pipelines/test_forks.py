@@ -66,6 +66,8 @@ def failing(path: str) -> None:
     note(path=path).after(left)
 
 
+BIN = Path("a temporary folder, é", "x" * 120, "bin")
+"""As `TMPDIR` may have it: the address of a socket has room for 107 bytes."""
 SERVER = """
 import sys
 from nvila.pipelines.local import forks
@@ -84,9 +86,10 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The `python3` of this process hands its arguments over; the folder of the run."""
     (tmp_path / "library_of_the_test.py").touch()
     (tmp_path / "steps").mkdir()
-    (tmp_path / "bin").mkdir()
-    forks.put_client(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    bin = tmp_path / BIN
+    bin.mkdir(parents=True)
+    forks.put_client(bin)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("_KFP_RUNTIME", "true")  # as KFP's command does
     return tmp_path
@@ -95,7 +98,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def serving(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The process that forks."""
-    server = forks.start(folder / "bin", folder, ("-c", SERVER))
+    server = forks.start(folder / BIN, folder, ("-c", SERVER))
     yield server
     server.terminate()
     assert server.wait(20) == 0
@@ -217,10 +220,10 @@ def test_a_task_ends_with_the_worker(client: Path) -> None:
     begun = client / "begun"
     code = (
         "import sys, time; from pathlib import Path; from nvila.pipelines.local import forks\n"
-        f"forks.start(Path(sys.argv[1], 'bin'), Path(sys.argv[1]), ('-c', {SERVER!r})); time.sleep(60)"
+        f"forks.start(Path(sys.argv[1], {str(BIN)!r}), Path(sys.argv[1]), ('-c', {SERVER!r})); time.sleep(60)"
     )
     worker = subprocess.Popen([sys.executable, "-c", code, str(client)])
-    while not (client / "bin" / SOCKET).exists():
+    while not (client / BIN / SOCKET).exists():
         time.sleep(0.05)
     step = task(client, f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)")
     wait_for(begun)
