@@ -49,7 +49,8 @@ def _mapping(content: dict[str, Any], path: Path, laid: Layers) -> Iterator[str]
         elif isinstance(below, list) and any(isinstance(entry, dict) for entry in below):
             yield f"{_flow(key)}:"
             for index, entry in enumerate(below):
-                lines = _mapping(entry, (*place, index), laid) if entry else iter(["null"])
+                at = (*place, index)
+                lines = _mapping(entry, at, laid) if entry else iter([f"null\0{laid.source(at)}"])
                 yield f"  - {next(lines)}"
                 yield from _indented(lines, "    ")
         else:

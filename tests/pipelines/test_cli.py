@@ -211,14 +211,15 @@ def test_a_recipe_that_is_shown_is_the_same_recipe(name: str) -> None:
 
 def test_a_recipe_is_shown_with_where_its_values_come_from(nvila: Nvila, tmp_path: Path) -> None:
     """A value of a recipe far below is looked for in vain in the file at hand."""
-    (tmp_path / "mine.yaml").write_text("extends: nvila-15b\nname: mine\ntrain: {stages: {train-2: {batch: 64}}}\n")
+    stages = "train: {stages: {train-2: {batch: 64}, train-3: null}}"
+    (tmp_path / "mine.yaml").write_text(f"extends: nvila-15b\nname: mine\n{stages}\n")
     shown = nvila("recipe", "show", "mine.yaml", "--override", "seed=3")
     assert shown.returncode == 0, shown.stderr
     found = [line.split("  # ") for line in shown.stdout.splitlines() if "  # " in line]
     sources = {text.strip(): source for text, source in found}
     assert sources["name: mine"] == "mine.yaml"
     assert sources["seed: 3"] == "--override"
-    assert sources["batch: 64"] == "mine.yaml"
+    assert sources["batch: 64"] == sources["- null"] == "mine.yaml"
     assert sources["model_name: nvila-15b"] == "nvila-15b"
     assert sources["vision_mode: dynamic_s2"] == "nvila-8b"
     assert sources["weight_decay: 0.0"] == "default"

@@ -72,7 +72,7 @@ def _rooted(recipe: Recipe, root: Path) -> Recipe:
 def _overrides(text: str) -> Mapping[str, Any]:
     try:
         content = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}", where="overrides", value=text) from None
     if not isinstance(content, dict):
         raise ConfigError("overrides must be a JSON object", where="overrides", value=text)

@@ -77,13 +77,18 @@ class Layers:
             raise self._explain(error) from None
 
     def source(self, path: Iterable[str | int]) -> str | None:
-        """Which layer says the option at this path; None where none does, and the default counts."""
+        """Which layer says the option at this path; None where none does, and the default counts.
+
+        An entry of a list has no default: null leaves it out.
+        """
         tree: Any = self.tree
+        entry = False
         for part in path:
             if isinstance(tree, Value) or tree is None:
                 break
-            tree = tree[int(part)] if isinstance(tree, list) else tree.get(part)
-        return tree.source if isinstance(tree, Value) and tree.content is not None else None
+            entry = isinstance(tree, list)
+            tree = tree[int(part)] if entry else tree.get(part)
+        return tree.source if isinstance(tree, Value) and (entry or tree.content is not None) else None
 
     def _explain(self, error: ValidationError) -> ConfigError:
         first = error.errors()[0]

@@ -80,6 +80,15 @@ def test_a_stage_is_left_out_by_its_step() -> None:
     )
 
 
+def test_a_stage_that_is_left_out_says_by_whom() -> None:
+    """A stage that is missing from a long recipe is looked for in the wrong file."""
+    laid = layers(document("extends: tiny\nname: mine\ntrain: {stages: {train-2: null}}"))
+    laid = laid.over({"train": {"stages": {"train-3": None, "train-4": {"clip_norm": None}}}}, "over it")
+    stages = ("train", "stages")
+    assert [laid.source((*stages, index)) for index in (1, 2)] == ["recipe", "over it"]
+    assert laid.source((*stages, 3, "clip_norm")) is None
+
+
 def test_sources_are_changed_by_name() -> None:
     """Whoever moves one source would have to write down all of them."""
     recipe = over("data: {sources: {digits: {path: data/mine}}}")

@@ -128,6 +128,7 @@ def test_a_wrong_recipe_is_explained_in_one_line(override: dict, words: list[str
         ({"recipe": "a: " + "[" * 3000}, "deeply"),
         ({"overrides": "{'a': 1}"}, "JSON"),
         ({"overrides": "[1]"}, "object"),
+        ({"overrides": "[" * 100_000}, "JSON"),
     ],
 )
 def test_what_is_no_recipe_is_explained(fields: dict[str, str], word: str) -> None:
