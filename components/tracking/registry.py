@@ -147,7 +147,7 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
             download_artifacts(f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
     except (MlflowException, OSError) as error:
         raise DataError(
-            f"MLflow does not give the file {name} of {version.uri}: {error}",
+            f"MLflow does not give the file {name} of {version.uri}: {' '.join(str(error).split())}",
             where=redact_text(place),
             do="Give the folder of a checkpoint, or run the recipe again where this MLflow is set: it registers the "
             "model with its files.",

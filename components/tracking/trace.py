@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from nvila.components.contracts.digests import file_sha256
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import File, InputRef, Manifest, OlderVersion
+from nvila.components.contracts.places import is_address
 from nvila.components.contracts.store import MANIFEST, Store
 from nvila.components.tracking.media import changed_media
 from nvila.components.tracking.named import named
@@ -74,9 +75,11 @@ def trace(store_root: Path, reference: str = "champion", *, runs: Path = Path("r
         deep: read every file and every picture and clip, not only their sizes.
 
     Raises:
-        ConfigError: the reference names nothing.
+        ConfigError: the reference names nothing, or what has no lineage.
         DataError, DamagedError: the manifest or version to start from cannot be read.
     """
+    if is_address(reference):
+        raise ConfigError("a checkpoint from elsewhere has no lineage", where=reference, do="Name one of a run.")
     found = named(reference, runs)
     if isinstance(found, Path):
         beside = found.parent / MANIFEST

@@ -188,6 +188,8 @@ def test_question_without_a_registry_makes_none(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match="Registered models: none"):
         trace(tmp_path / "store", "champion", runs=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+    with pytest.raises(ConfigError, match="no lineage"):
+        trace(tmp_path / "store", "hf://owner/name@main", runs=tmp_path / "runs")
 
 
 def logged(client: Any) -> dict[str, str]:
