@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Result(BaseModel):
     """What a step found out, small enough for its manifest: no times and no paths of one execution."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, ser_json_inf_nan="constants", use_attribute_docstrings=True
+    )
 
 
 class Other(Result):

@@ -90,3 +90,12 @@ def test_a_result_is_frozen_and_takes_no_more(kind: type[Result]) -> None:
 def test_the_version_is_the_models() -> None:
     """A reader that says another version than it writes sends people in circles."""
     assert Manifest(step="a", key="k", kind="model").schema_version == manifests.SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("wrong", [{"n": True}, {"n": "9"}, {"n": 9.0}, {"value": True}, {"value": float("nan")}])
+def test_a_result_takes_no_value_of_another_type(wrong: dict[str, object]) -> None:
+    """A step that tells `True` for a count would be read as 1, and nobody would find its mistake."""
+    right = {"metric": "accuracy", "value": 0.5, "low": 0, "high": 1, "n": 9}
+    assert Measured.model_validate(right).high == 1.0
+    with pytest.raises(ValueError, match=f"for Measured\n{next(iter(wrong))}\n"):
+        Measured.model_validate(right | wrong)
