@@ -117,7 +117,7 @@ def compile_(
     out: Annotated[Path, typer.Argument(callback=_local, help="YAML file to write.")] = Path("lifecycle.yaml"),
     image: Annotated[str, typer.Option(help="Container image of the steps, pinned by digest if you can.")] = "",
     quantize_image: Annotated[
-        str, typer.Option(help="Image of quantize, evaluate-quantized and rollout: the first one, and vLLM.")
+        str, typer.Option(help="Image of the steps that use vLLM: the first one, and vLLM.")
     ] = "",
     format: Annotated[
         Literal["pipeline", "manifests"],
