@@ -45,7 +45,7 @@ def generate_with_vllm(
     has an empty one.
 
     Args:
-        model_dir: serving folder (`model.serving`).
+        model_dir: serving folder (`model.checkpoint.serving`).
         requests: the questions.
         max_new_tokens: longest answer.
         work: folder for requests, answers and log; answers found there for the same model and requests are kept.

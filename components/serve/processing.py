@@ -1,7 +1,7 @@
 """From a prompt with media to token placeholders and tensors: the part of the plugin that runs in the front end.
 
-It wraps `model.preprocess`, the same code that made the training batches; no image processor of another library is
-involved. The media markers of the prompt become as many placeholder tokens as the model will put embeddings there.
+It wraps `model.vision.preprocess`, the same code that made the training batches; no image processor of another library
+is involved. The media markers of the prompt become as many placeholder tokens as the model will put embeddings there.
 """
 
 from __future__ import annotations

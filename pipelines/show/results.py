@@ -21,6 +21,8 @@ from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
 from nvila.components.runner.status import Run
+from nvila.components.tracking.connect import has_store, tracking_uri
+from nvila.components.tracking.redact import redact_text
 from nvila.pipelines.show.summary import LOG, Summary, verdict
 from nvila.pipelines.show.watch import StepState, print_line, step_table
 
@@ -156,9 +158,9 @@ def _places(run: Run, summary: Summary) -> list[tuple[str, str]]:
     places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
     if (run_dir / REPORT).is_file():
         places.append(("report", short(run_dir / REPORT)))
-    store = run_dir.parent / "mlflow.db"
-    if store.is_file():
-        places.append(("MLflow", f"sqlite:///{store} (`make ui` shows it)"))
+    if has_store(run_dir.parent):
+        ours = " (`make ui` shows it)" if current().mlflow_tracking_uri is None else ""
+        places.append(("MLflow", f"{redact_text(tracking_uri(run_dir.parent))}{ours}"))
     if version := run.result(Registration):
         places.append(("registered", f"{version.name} version {version.version}"))
     if summary.endpoint:

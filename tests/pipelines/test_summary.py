@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from telling import evaluation, quantized_evaluation, retained, scored
 
+from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.result import Result
@@ -169,6 +170,18 @@ def test_only_a_good_model_gets_a_green_headline(
     shown = _measured(run_dir, monkeypatch, accuracy, quantized)
     assert (said or "learnt") in shown
     assert ("\x1b[1;32m" in shown) is (said is None) and ("\x1b[1;33m" in shown) is (said is not None)
+
+
+@pytest.mark.parametrize("uri", [None, "https://ada:pass-word@mlflow.example/team"])
+def test_closing_words_name_the_mlflow_that_was_told(run_dir: Path, uri: str | None) -> None:
+    """With a server set they named the file that an earlier run had left here, where nothing of this run is."""
+    (run_dir.parent / "mlflow.db").touch()
+    finished, out = Run.read(run_dir), io.StringIO()
+    with entered(Environment(mlflow_tracking_uri=uri)):
+        closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("MLflow")]
+    assert ("mlflow.example/team" in line) == (uri is not None) == ("mlflow.db (`make ui` shows it)" not in line)
+    assert "pass-word" not in line
 
 
 def test_a_run_without_pictures_ends_well(run_dir: Path) -> None:
