@@ -56,7 +56,7 @@ class Site(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"]))
-            where = f"NVILA_{field.upper()}" if old else f"{KEY}: {field}"
+            where = f"NVILA_{field.upper()}" if old else f"{KEY}: {field}".removesuffix(": ")
             raise ConfigError(first["msg"], where=where, value=first["input"]) from None
 
     @classmethod

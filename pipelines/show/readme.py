@@ -100,8 +100,8 @@ def variables_table() -> str:
 def site_table() -> str:
     """Each field of the JSON value `NVILA_SITE`."""
     rows = [
-        (f"`{name}`", str(field.description), f"`{field.default}`" if field.default != "" else "")
-        for name, field in Site.model_fields.items()
+        (f"`{name}`", str(Site.model_fields[name].description), "" if value == "" else f"`{value}`")
+        for name, value in Site().model_dump(mode="json").items()
     ]
     return _table(("field", "what it says", "else"), rows)
 

@@ -37,7 +37,7 @@ def test_a_wrong_value_is_refused_by_the_variables_name(name: str, value: str | 
     if value is None:
         assert Environment.read({name: "x"}) == Environment()
         return
-    with pytest.raises(ConfigError, match=f"^{name}"):
+    with pytest.raises(ConfigError, match=rf"^{name}: \w"):
         Environment.read({name: value})
 
 
