@@ -1,36 +1,90 @@
-"""Recipe section `prune`: DeltaLoss pruning of the SFT data; paper section 2.3."""
+"""Recipe section `prune`: which of the SFT data stays; paper section 2.3."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from nvila.components.contracts.recipe.model import DecoderSizes
 from nvila.components.contracts.recipe.section import Section
+
+Method = Literal["deltaloss", "multimodal-gain", "clusters", "random", "none"]
+"""How samples are ranked within their group."""
+JUDGED = ("deltaloss", "multimodal-gain")
+"""Methods whose scores come of reference models, which have to prove themselves first."""
+FIELD = "field:"
+"""What stands before the name of a record's own field in `within`."""
 
 
 class Reference(Section):
     """A reference VLM: a checkpoint, or (tiny recipes) one trained here per fold so that it never scores its own."""
 
     path: str | None = None
-    """Path, `s3://` URI or `hf://id@revision` of a trained VLM; None trains one."""
+    """A trained VLM: a folder, `s3://` URI, `hf://id@revision`, or `NAME@ALIAS` or `NAME/NUMBER` of the registry; None
+    trains one, projector and decoder, on the tower of `initialize`."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """What computes its losses: `vllm` reads them off `prompt_logprobs` of a serving folder."""
     decoder: DecoderSizes = DecoderSizes()
-    epochs: float = Field(default=4.0, gt=0)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    epochs: float = Field(default=2.0, gt=0)
+    """Passes over the other fold's SFT samples."""
+    caption_epochs: float = Field(default=0.0, ge=0)
+    """Passes over the captions of the other fold's pictures, before the SFT samples."""
+    learning_rate: float = Field(default=2e-3, gt=0)
     batch: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _vllm_reads_a_checkpoint(self) -> Reference:
+        if self.engine == "vllm" and self.path is None:
+            raise ValueError("engine: vllm scores with a checkpoint; name it in `path`")
+        return self
 
 
 class PruneSettings(Section):
     """What stays in the SFT mixture."""
 
+    method: Method = "deltaloss"
+    """`deltaloss`: loss of the small reference less that of the large one. `multimodal-gain`: loss of the large
+    reference without the picture less that with it. `clusters`: k-means over vision features, as many of each.
+    `random`. `none`: everything stays."""
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
-    """Share of each source that stays: the ceil(keep_ratio * n) samples of highest DeltaLoss."""
+    """Share of each group that stays: the ceil(keep_ratio * n) samples that rank highest."""
     keep_ratio_of: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """Keep ratio of single sources by name, where it differs."""
+    within: list[str] = []
+    """What a group shares besides its source: `answer-kind` (yes/no, number, word, phrase, text), `answer` (the very
+    answer, of the commonest 50), `question` (a cluster of questions), `field:NAME` (a field of the record)."""
+    question_clusters: int = Field(default=8, ge=2, le=1000)
+    """Of each source, for `question`."""
+    vision_clusters: int = Field(default=64, ge=2, le=10000)
+    """Of each source, for the method `clusters`."""
     score: Literal["sum", "mean"] = "sum"
-    """Sum or mean over answer tokens; the paper leaves it open."""
+    """Losses summed or averaged over answer tokens; the paper leaves it open, and the table holds both."""
+    untrusted: Literal["keep", "random"] = "keep"
+    """What becomes of a group in which the references prove nothing: it stays whole, or a random share of it does."""
+    largest_shift: float = Field(default=0.1, ge=0, le=1)
+    """How far pruning may move a source's composition: the share of samples (total variation distance) by which the
+    answers, kinds, lengths or resolutions that stay differ from those before."""
+    on_shift: Literal["warn", "refuse"] = "warn"
     heldout_questions: int = Field(default=300, ge=1)
-    """Held-out questions per source on which the references are compared before their scores are believed."""
+    """Held-out questions of each group at most, on which the references are judged."""
+    ranks: int = Field(default=1, ge=1)
+    """Processes that score shards of the samples side by side, one per GPU; on a CPU one per core at most."""
     small: Reference = Reference()
     large: Reference = Reference()
+
+    @field_validator("within")
+    @classmethod
+    def _known(cls, within: list[str]) -> list[str]:
+        for part in within:
+            if part not in ("answer-kind", "answer", "question") and not (part.startswith(FIELD) and part != FIELD):
+                raise ValueError(f"{part!r} is none of answer-kind, answer, question, {FIELD}NAME")
+        if len(set(within)) != len(within):
+            raise ValueError("a part stands there twice")
+        return within
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """Those that the method asks, by name."""
+        names = {"deltaloss": ("small", "large"), "multimodal-gain": ("large",)}.get(self.method, ())
+        return {name: getattr(self, name) for name in names}

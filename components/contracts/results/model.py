@@ -34,24 +34,74 @@ class Initialization(Result):
     tower_steps: int | None = None
 
 
+class Judged(Result):
+    """The references on held-out questions of one kind: mean losses of an answer, in nats, and shares of answers that
+    are right token by token."""
+
+    n: int
+    """Held-out questions."""
+    loss: dict[str, float]
+    """By reference (`small`, `large`), of the large one without the picture (`blank`), and of the commonest answers to
+    the same question text (`question_only`)."""
+    accuracy: dict[str, float]
+    """By reference."""
+    against: dict[str, float]
+    """By what it is held against (`small`, `blank`, `question_only`): the lower end of the 95% interval of how much
+    lower the loss of the large reference is, question by question. All must be above 0."""
+    trusted: bool
+    why: str
+    """In words, where it is not trusted."""
+
+
+class PrunedGroup(Result):
+    """One group of samples, which pruning parted by itself."""
+
+    source: str
+    n: int
+    kept: int
+    ranked_by: str
+    """The method that ranked it: the recipe's, or what stands in where the references are not trusted."""
+    judged: str | None = None
+    """The kind of question whose judgement holds for it; None where no reference was asked."""
+    mean_score: float | None = None
+    """In nats, of the samples that have one."""
+
+
+class Composition(Result):
+    """What a source is made of in one respect: shares by value, of all samples and of those that stay."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    shift: float
+    """Total variation distance between the two."""
+
+
 class PrunedSource(Result):
     """How pruning parted one source."""
 
     n: int
     kept: int
-    accuracy_small: float
-    """Of the small reference model, on held-out questions."""
-    accuracy_large: float
-    informative: bool
-    """Whether the scores mean anything: the large reference model is the better one."""
-    mean_delta: float
+    composition: dict[str, Composition]
+    """By respect: answers, answer kinds, answer lengths, resolutions."""
+    categories: dict[str, int]
+    """Samples by what the references say of them: too easy, both fail, distracting, informative."""
+    examples: dict[str, list[str]]
+    """Some sample ids of each category."""
 
 
 class Pruning(Result):
     """Of `prune`."""
 
     sources: dict[str, PrunedSource]
+    groups: dict[str, PrunedGroup] = {}
+    judged: dict[str, Judged] = {}
+    """By kind of question."""
+    method: str = "none"
     score: str | None = None
+    shifted: list[str] = []
+    """What moved farther than the recipe allows, in words."""
+    spent_seconds: dict[str, float] = {}
+    """By part of the work: references, features, scores."""
     skipped: SkippedRecords = SkippedRecords()
 
 
