@@ -100,8 +100,6 @@ class Pruning(Result):
     score: str | None = None
     shifted: list[str] = []
     """What moved farther than the recipe allows, in words."""
-    spent_seconds: dict[str, float] = {}
-    """By part of the work: references, features, scores."""
     skipped: SkippedRecords = SkippedRecords()
 
 
