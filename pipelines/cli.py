@@ -384,8 +384,7 @@ def ablate_prune(
     from nvila.pipelines.commands.ablate import numbers, prune, words
 
     design = Design(words(methods), numbers(ratios, "--ratios"), seeds, spoilt)
-    places = {"out": out, "runs": runs, "store": store}
-    prune(recipe, override or [], design, jobs=jobs, dry_run=dry_run, **places)
+    prune(recipe, override or [], design, jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
 
 
 @app.command()

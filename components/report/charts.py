@@ -99,8 +99,8 @@ def line_plot(
         body.append(f'<polyline class="s{line.series} line{faint}" points="{path}"/>')
         for (px, py), reach in zip(line.points, line.spread, strict=False):
             ends = [y(min(max(py + sign * reach, low), high)) for sign in (-1, 1)]
-            at = f'x1="{x(px):.1f}" x2="{x(px):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"'
-            body.append(f'<line class="s{line.series} whisker" {at}/>')
+            box = f'x1="{x(px):.1f}" x2="{x(px):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"'
+            body.append(f'<line class="s{line.series} whisker" {box}/>')
         if marks:
             body += [
                 f'<circle class="s{line.series} dot" cx="{x(px):.1f}" cy="{y(py):.1f}" r="3.5">'
