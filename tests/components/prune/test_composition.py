@@ -46,7 +46,7 @@ def test_the_composition_is_that_of_the_samples(rows: pyarrow.Table) -> None:
     assert found["answer kinds"].shift == 0 and found["answer kinds"].before == {"yes/no": 1.0}
     assert found["resolutions"].before == {"8x8": 0.5, "16x16": 0.25, "unknown": 0.25}
     told = moved({"s": found}, {"s": 50}, 0.1)
-    assert [line.split(" moved")[0] for line in told] == ["s: answers", "s: answer lengths"]
+    assert [line.split(" moved")[0] for line in told] == ["s: answers"]
     assert "yes 0.60 -> 1.00" in told[0]
     assert moved({"s": found}, {"s": 50}, 0.5) == []
 
