@@ -36,8 +36,8 @@ class Histogram:
     dropped: list[int]
 
 
-def histograms(path: Path, sources: Collection[str], groups: Collection[str]) -> dict[str, Histogram]:
-    """Scores of each source's samples that belong to `groups`; no entry where none has a score that is a number.
+def histograms(path: Path, sources: Collection[str], kinds: Collection[str]) -> dict[str, Histogram]:
+    """Scores of each source's samples of these kinds of question; no entry where none has a score that is a number.
 
     Raises:
         DataError: the table cannot be read, or is of another version.
@@ -45,11 +45,11 @@ def histograms(path: Path, sources: Collection[str], groups: Collection[str]) ->
     import numpy
 
     seen: dict[str, _Thinned] = {}
-    for source, score, _ in _scored(path, sources, groups):
+    for source, score, _ in _scored(path, sources, kinds):
         seen.setdefault(source, _Thinned()).add(score)
     ends = {source: some.ends() for source, some in seen.items()}
     counts = {source: numpy.zeros((2, BINS), numpy.int64) for source in ends}
-    for source, score, kept in _scored(path, sources, groups):
+    for source, score, kept in _scored(path, sources, kinds):
         low, high = ends[source]
         at = numpy.clip((score - low) / (high - low) * BINS, 0, BINS - 1).astype(numpy.int64)
         for row, chosen in enumerate((kept, ~kept)):
@@ -103,16 +103,16 @@ class _Thinned:
         return (low, high) if high - low > 1e-9 else (low - 0.5, high + 0.5)
 
 
-def _scored(path: Path, sources: Collection[str], groups: Collection[str]) -> Iterator[tuple[str, Array, Array]]:
+def _scored(path: Path, sources: Collection[str], kinds: Collection[str]) -> Iterator[tuple[str, Array, Array]]:
     """Source, scores and whether they stay, a stretch of one source at a time; no stretch is empty."""
     import numpy
     import pyarrow
     import pyarrow.compute as compute
 
-    among = pyarrow.array(sorted(groups), pyarrow.string())
+    among = pyarrow.array(sorted(kinds), pyarrow.string())
     with _reading(path):
-        for rows in _stretches(path, ["source", "group", "score", "kept"]):
-            chosen = rows.filter(compute.is_in(rows["group"], value_set=among))
+        for rows in _stretches(path, ["source", "kind", "score", "kept"]):
+            chosen = rows.filter(compute.is_in(rows["kind"], value_set=among))
             source = chosen["source"].dictionary_encode()
             codes = source.indices.fill_null(-1).to_numpy(zero_copy_only=False)
             score = chosen["score"].cast(pyarrow.float64()).to_numpy(zero_copy_only=False)

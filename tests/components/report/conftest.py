@@ -192,13 +192,13 @@ def _pruning(folder: Path, sources: tuple[str, ...], dice: random.Random, text: 
             ),
         }
         groups |= {
-            colour: PrunedGroup(source=source, n=400, kept=200, ranked_by="deltaloss", judged=colour, mean_score=0.3),
-            other: PrunedGroup(source=source, n=400, kept=400, ranked_by="none", judged=other),
+            colour: PrunedGroup(source=source, n=400, kept=200, ranked_by="deltaloss", kinds=[colour], mean_score=0.3),
+            other: PrunedGroup(source=source, n=400, kept=400, ranked_by="none", kinds=[other]),
         }
         deltas = sorted((dice.gauss(0.3, 0.8) for _ in range(400)), reverse=True)
         for i in range(800):
             score = deltas[i] if i < 400 else None
-            told = {"id": f"{source}-{i}", "source": source, "group": colour if i < 400 else other, "score": score}
+            told = {"id": f"{source}-{i}", "source": source, "kind": colour if i < 400 else other, "score": score}
             losses = {"loss_small": 2.0 + (score or 0), "loss_large": 2.0, "loss_blank": None}
             rows.append(told | losses | {"kept": i < 200 or i >= 400})
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "scores.parquet")
