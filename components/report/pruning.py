@@ -115,8 +115,8 @@ def _fate(groups: Sequence[PrunedGroup]) -> str:
         if kept == n:
             found.append(f"{many} of {n:,} samples {'stay' if len(mine) > 1 else 'stays'} whole")
         else:
-            found.append(f"of {many}, {kept:,} of {n:,} samples stay, {how(method)}")
-    return "; ".join(found) or "no group of samples is of this kind"
+            found.append(f"{kept:,} of the {n:,} samples of {many} stay, {how(method)}")
+    return "; ".join(found) or "No sample is of this kind"
 
 
 def _judged(judged: Mapping[str, Judged]) -> dict[str, Any]:
@@ -159,6 +159,8 @@ def _losses_chart(judged: Mapping[str, Judged]) -> str:
 
 def _groups(pruning: Pruning) -> Some:
     """Those that the method did not rank first, then the largest."""
+    if all(name in pruning.sources and of.ranked_by == pruning.method for name, of in pruning.groups.items()):
+        return Some(())  # each source is a group, as told already
     order = sorted(pruning.groups.items(), key=lambda item: (item[1].ranked_by == pruning.method, -item[1].n))
     own = all(group.kinds in ([], [name]) for name, group in order)
     return Some.of(
