@@ -25,6 +25,8 @@ SCORES_FILE = "scores.parquet"
 ROWS, SOURCES, WORDS = 40, 24, 12
 """Of a table, of a step, and of a list of sentences: what is beyond is counted."""
 CHART_KINDS, CHART_VALUES = 16, 8
+OTHERS = "others"
+"""Values that the step has counted together."""
 ABOUT = {
     "deltaloss": "DeltaLoss of a sample is the small reference model's loss of its answer less the large one's. "
     "High means worth learning.",
@@ -212,12 +214,13 @@ def _series(category: str) -> int:
 def _composition(source: str, respect: str, of: Composition) -> dict[str, Any]:
     """Bars of the commonest values, in their natural order where they are numbers; one value alone needs none."""
     shares = {value: (of.before.get(value, 0.0), of.after.get(value, 0.0)) for value in {**of.before, **of.after}}
-    largest = sorted(shares, key=lambda value: (-max(shares[value]), value))[:CHART_VALUES]
+    largest = sorted(shares.keys() - {OTHERS}, key=lambda value: (-max(shares[value]), value))[:CHART_VALUES]
     if all(re.match(r"\d", value) for value in largest):
         largest.sort(key=lambda value: [int(number) for number in re.findall(r"\d{1,9}", value)])
     rows = [(tell(value), *shares[value]) for value in largest]
     if rest := [both for value, both in shares.items() if value not in largest]:
-        rows.append((f"{len(rest)} others", sum(before for before, _ in rest), sum(after for _, after in rest)))
+        name = OTHERS if OTHERS in shares else f"{len(rest)} {OTHERS}"
+        rows.append((name, sum(before for before, _ in rest), sum(after for _, after in rest)))
     chart = charts.paired_bars(rows, f"{tell(respect)} of {tell(source)} before and after") if len(rows) > 1 else ""
     return {"respect": respect, "shift": of.shift, "chart": chart, "only": rows[0][0] if len(rows) == 1 else ""}
 

@@ -314,3 +314,6 @@ def test_values_that_are_numbers_keep_their_order() -> None:
     assert chart.index("<title>1<") < chart.index("<title>2-3<") < chart.index("<title>8+<")
     many = Composition(before={f"w{i}": 0.1 for i in range(10)}, after={f"w{i}": 0.1 for i in range(10)}, shift=0.0)
     assert "2 others" in pruning._composition("shapes", "answers", many)["chart"]
+    rare = Composition(before={"others": 0.9, "2": 0.06, "10": 0.04}, after={"others": 1.0}, shift=0.1)
+    chart = pruning._composition("shapes", "answers", rare)["chart"]
+    assert chart.index("<title>2<") < chart.index("<title>10<") < chart.index("<title>others<")
