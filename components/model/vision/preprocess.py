@@ -99,7 +99,8 @@ def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixe
 
 def blank(visual: Visual) -> Visual:
     """The same tiles in the middle grey of SigLIP's normalisation: a model that sees nothing."""
-    return replace(visual, tiles=torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0))
+    grey = torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0)
+    return replace(visual, tiles=grey, features=None)
 
 
 def _squared(image: Image.Image) -> Image.Image:
