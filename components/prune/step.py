@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import JUDGED, Method, PruneSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Judged, PrunedSource, Pruning
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.text import say
 from nvila.components.data.fetch import fetch_version, identity
-from nvila.components.data.samples import sample_batches
+from nvila.components.data.samples import read_limits, sample_batches
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.prune import table, work
 
@@ -164,5 +166,35 @@ def _score(
 
 
 def _described(job: work.Job, known: table.Table) -> tuple[dict[str, PrunedSource], list[str]]:
-    """What each source was and is made of, and in words what moved farther than the recipe allows."""
-    raise NotImplementedError
+    """What each source was and is made of, and in words what moved farther than the recipe allows.
+
+    Raises:
+        DataError: it moved, and the recipe refuses that.
+    """
+    from nvila.components.prune.composition import makeup, moved
+
+    assert known.decision is not None
+    kept = known.decision.kept
+    rows = _rows(job, ["source", "kind", "root", "media", "answer"])
+    made = makeup(rows, kept, read_limits(job.samples))
+    told = known.categories(_rows(job, ["id"]))
+    found = {}
+    for number, source in enumerate(known.columns.sources):
+        mine = known.columns.source == number
+        found[source] = PrunedSource(
+            n=int(mine.sum()),
+            kept=int(kept[mine].sum()),
+            composition=made[source],
+            categories=told[source][0],
+            examples=told[source][1],
+        )
+    shifted = moved(made, {source: one.kept for source, one in found.items()}, job.prune.largest_shift)
+    for line in shifted:
+        say(f"pruning: {line}")
+    if shifted and job.prune.on_shift == "refuse":
+        raise DataError(
+            "pruning would change what the data are made of: " + "; ".join(shifted),
+            where="prune",
+            do="Group what belongs together (prune.within), or raise prune.largest_shift.",
+        )
+    return dict(sorted(found.items())), shifted

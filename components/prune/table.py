@@ -154,6 +154,7 @@ class Table:
 
         columns, decision = self.columns, self._decided
         of, at = categories(columns), 0
+        deltas = {how: columns.delta(how) for how in ("sum", "mean")}
         with parquet.ParquetWriter(path, _schema()) as writer:
             for batch in rows:
                 span = slice(at, at + len(batch))
@@ -168,8 +169,7 @@ class Table:
                     "category": _named([*CATEGORIES, None], of[span]),
                     "kept": pyarrow.array(decision.kept[span]),
                 }
-                if {"small", "large"} <= columns.loss.keys():
-                    made |= {f"delta_{how}": _floats(columns.delta(how)[span]) for how in ("sum", "mean")}
+                made |= {f"delta_{how}": _floats(delta[span]) for how, delta in deltas.items()}
                 if columns.cluster is not None:
                     made["cluster"] = pyarrow.array(columns.cluster[span])
                 writer.write_table(_whole(made, len(batch)))
