@@ -60,7 +60,7 @@ class Place:
     @classmethod
     def of(cls, here: Environment) -> Place:
         """Of a process with this environment."""
-        return cls(Store((here.store or Path("store")).absolute()), (here.run or Path("runs/adhoc")).absolute())
+        return cls(Store((here.store or Path("store")).absolute()), here.run_folder)
 
 
 def execute(

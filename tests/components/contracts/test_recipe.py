@@ -192,6 +192,23 @@ def test_the_seed_reaches_every_step_that_draws() -> None:
     assert affected("seed", 1) == {"initialize", *PRUNES, *STAGES, "evaluate", "quantize"}
 
 
+def test_weights_are_those_that_are_read() -> None:
+    """A run that scores nothing would be refused for a reference that it does not ask, and a folder of the decoder's
+    for a name that the registry does not have."""
+    content = changed("prune.small.path", "small@champion")
+    content["prune"]["large"] = {"path": "s3://b/large"}
+    content["model"]["base"] |= {"vision_tower": "weights/1", "llm": "hf://a/b@c"}
+    own = ["./weights/1", "hf://a/b@c"]
+    for method, read in (
+        ("deltaloss", ["small@champion", "s3://b/large"]),
+        ("multimodal-gain", ["s3://b/large"]),
+        ("random", []),
+        ("none", []),
+    ):
+        content["prune"]["method"] = method
+        assert parse_recipe(content).weights == own + read
+
+
 def test_each_prune_step_takes_its_kind_of_source() -> None:
     """Images pruned by the video step would be scored twice, or never."""
     found = slices(parse_recipe(RECIPE))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from buckets import Bucket
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.model import Pruning
@@ -24,6 +25,7 @@ TINY: dict[str, Any] = {
     "epochs": 1,
     "batch": 16,
 }
+HERE = Environment()
 IDS = [f"colours/sft/{n}-{q}" for n in range(12) for q in "ab"]
 
 
@@ -74,7 +76,7 @@ def test_delta_is_the_small_loss_minus_the_large_one(
 ) -> None:
     """The wrong sign keeps exactly the distracting samples; the wrong length norm keeps long answers or short ones."""
     large = TINY | {"epochs": 2}
-    outcome = step.run(settings(score=score, keep_ratio=0.25, large=large), inputs(small), tmp_path)
+    outcome = step.run(settings(score=score, keep_ratio=0.25, large=large), inputs(small), tmp_path, HERE)
     rows = table(tmp_path)
     assert sorted(rows) == sorted(IDS)
     for row in rows.values():
@@ -92,7 +94,7 @@ def test_delta_is_the_small_loss_minus_the_large_one(
 def test_what_is_not_believed_is_not_scored(small: Any, tmp_path: Path, here: list[str]) -> None:
     """Two references of random weights are equally blind: their DeltaLoss threw away half of the data by chance, after
     all of it had been scored."""
-    outcome = step.run(settings(), inputs(small), tmp_path)
+    outcome = step.run(settings(), inputs(small), tmp_path, HERE)
     assert here.count("train") == 4 and "answer" in here and "score" not in here
     rows = table(tmp_path)
     assert all(row["kept"] and row["loss_large"] is None and row["category"] is None for row in rows.values())
@@ -108,7 +110,7 @@ def test_other_methods_train_nothing(
     small: Any, tmp_path: Path, here: list[str], method: str, tasks: list[str]
 ) -> None:
     """The baselines are to cost what they cost: no reference is made for them."""
-    outcome = step.run(settings(["clips", "colours"], method=method), inputs(small), tmp_path)
+    outcome = step.run(settings(["clips", "colours"], method=method), inputs(small), tmp_path, HERE)
     rows = table(tmp_path)
     assert sum(row["kept"] for row in rows.values()) == (32 if method == "none" else 16)
     assert here[: len(tasks)] == tasks[: len(here)] and outcome.result.judged == {}
@@ -138,7 +140,7 @@ def test_no_reference_scores_a_picture_it_was_trained_on(
 
     monkeypatch.setattr(references, "_order", watch_order)
     monkeypatch.setattr(Panel, "score", watch_score)
-    step.run(settings(), inputs(small), tmp_path)
+    step.run(settings(), inputs(small), tmp_path, HERE)
     scored = [paths for paths in seen if paths]
     assert len(scored) == 2 and all(learnt[fold] for fold in (0, 1))
     assert not learnt[0] & scored[0] and not learnt[1] & scored[1]
@@ -189,7 +191,7 @@ def test_only_what_is_missing_is_made_again(
     from nvila.components.prune import references
 
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the pieces stay
-    first = step.run(settings(), inputs(small), tmp_path)
+    first = step.run(settings(), inputs(small), tmp_path, HERE)
     place = tmp_path / step.PIECES / lost
     place.write_bytes(place.read_bytes()[:40])
     trained: list[str] = []
@@ -201,13 +203,13 @@ def test_only_what_is_missing_is_made_again(
 
     monkeypatch.setattr(references, "_train", watch)
     work._panels.cache_clear()
-    again = step.run(settings(), inputs(small), tmp_path)
+    again = step.run(settings(), inputs(small), tmp_path, HERE)
     assert trained == made and again.result == first.result
 
 
 def test_without_sources_the_table_is_empty(small: Any, tmp_path: Path, here: list[str]) -> None:
     """A recipe without clips still has a video prune step; its table must be readable by the stages."""
-    outcome = step.run(settings().model_copy(update={"sources": []}), {}, tmp_path)
+    outcome = step.run(settings().model_copy(update={"sources": []}), {}, tmp_path, HERE)
     assert (table(tmp_path), here, outcome.result) == ({}, [], Pruning(sources={}, method="deltaloss"))
 
 
@@ -221,7 +223,7 @@ def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[str
     write_samples(tmp_path / "samples.parquet", [row for row in rows if row["media"] == ["sft-0.png"]])
     alone = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     with pytest.raises(DataError, match="all fall into one fold"):
-        step.run(settings(), {"samples": alone, "model": small.model}, tmp_path)
+        step.run(settings(), {"samples": alone, "model": small.model}, tmp_path, HERE)
 
 
 def test_questions_on_one_picture_share_a_fold() -> None:
@@ -241,10 +243,10 @@ def test_a_reference_checkpoint_belongs_to_the_key(small: Any, tmp_path: Path) -
     path = tmp_path / "reference"
     shutil.copytree(small.model.dir("model"), path)
     given = settings(small={"path": str(path)}).model_dump(mode="json")
-    before = step.external(given)
+    before = step.external(given, HERE)
     assert before["large"] == {} and "llm/model.safetensors" in before["small"]
     (path / "llm" / "config.json").write_text("{}")
-    assert step.external(given) != before
+    assert step.external(given, HERE) != before
 
 
 def test_a_reference_in_a_bucket_belongs_to_the_key(small: Any, tmp_path: Path, s3: Bucket, here: list[str]) -> None:
@@ -255,11 +257,11 @@ def test_a_reference_in_a_bucket_belongs_to_the_key(small: Any, tmp_path: Path, 
             s3.put(f"m/{file.relative_to(folder).as_posix()}", file.read_bytes())
     place = {"path": "s3://b/m"}
     given = settings(small=place, large=place)
-    before = step.external(given.model_dump(mode="json"))
-    made = step.run(given, {"samples": small.samples, "model": small.model}, tmp_path)
+    before = step.external(given.model_dump(mode="json"), HERE)
+    made = step.run(given, {"samples": small.samples, "model": small.model}, tmp_path, HERE)
     assert made.read == before and "llm/model.safetensors" in before["small"]
     s3.put("m/config.json", s3.objects["m/config.json"].body + b" ")
-    assert step.external(given.model_dump(mode="json")) != before
+    assert step.external(given.model_dump(mode="json"), HERE) != before
 
 
 @pytest.fixture
@@ -284,13 +286,13 @@ def test_unusable_samples_have_no_score_and_do_not_stay(
     """One damaged picture ended hours of scoring; with a score of 0 it would be kept before distracting samples."""
     given = {"samples": damaged, "model": small.model}
     allowed = settings(keep_ratio=1.0).model_copy(update={"max_skipped_share": 0.2})
-    outcome = step.run(allowed, given, tmp_path)
+    outcome = step.run(allowed, given, tmp_path, HERE)
     rows = table(tmp_path)
     assert sorted(one for one in IDS if not rows[one]["kept"]) == ["colours/sft/3-a", "colours/sft/3-b"]
     assert outcome.result.skipped.records == 2
     assert all("sft-3.png" in one for one in outcome.result.skipped.first)
     with pytest.raises(DataError, match=r"records .*sft-3\.png"):
-        step.run(settings(), given, tmp_path / "again")
+        step.run(settings(), given, tmp_path / "again", HERE)
 
 
 POOL = """
