@@ -29,8 +29,6 @@ POSITIONS_AT_ONCE = 16384
 """Of a padded batch: enough to keep a GPU busy, few enough for its memory beside a large model."""
 PATCHES_AT_ONCE = 65536
 """Of one tower call."""
-BLANK = "blank"
-"""Name of the large reference without the picture."""
 
 
 class Loss(NamedTuple):
