@@ -22,6 +22,7 @@ from nvila.components.model.positions import positions
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual, blank, normalise
+from nvila.components.prune.decide import BLANK
 
 WINDOW = 256
 """Samples whose media are in memory together; within them batches are of like length."""
