@@ -131,7 +131,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     }
     manifests["evaluate"] = predictions(known, tmp_path / "evaluate")
     run = Run(tmp_path, manifests=manifests)
-    shown = [card.picture for some in cards(run).values() for card in some]
+    shown = [card.picture.uri for some in cards(run).values() for card in some]
     assert len(shown) == 12 and None not in shown  # the report
 
 
