@@ -13,6 +13,8 @@ from nvila.components.prune.select import keep_top
 if TYPE_CHECKING:
     import numpy as np
 
+BLANK = "blank"
+"""In the place of a reference's name: the large one without the picture."""
 MARGIN_NATS = 0.1
 """DeltaLoss per answer token that is about 0."""
 EASY_NATS = 0.6931
@@ -38,7 +40,7 @@ class Columns:
     loss: dict[str, np.ndarray] = field(default_factory=dict)
     """(n,) float64 by `small`, `large`, `blank`: nats summed over the answer; not a number where there is none."""
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
-    """(n,) int32 by the same names: answer tokens."""
+    """(n,) int32 by `small` and `large`: answer tokens."""
     cluster: np.ndarray | None = None
     """(n,) int32: the k-means cluster of its picture, -1 where it could not be seen."""
     usable: np.ndarray | None = None
@@ -50,7 +52,8 @@ class Columns:
 
         if name not in self.loss:
             return np.full(len(self.ties), np.nan)
-        return self.loss[name] if score == "sum" else self.loss[name] / np.maximum(self.tokens[name], 1)
+        tokens = self.tokens["large" if name == BLANK else name]
+        return self.loss[name] if score == "sum" else self.loss[name] / np.maximum(tokens, 1)
 
     def delta(self, score: str) -> np.ndarray:
         """(n,) DeltaLoss."""
@@ -156,7 +159,7 @@ def _scores(columns: Columns, method: str, score: str, seed: int) -> np.ndarray:
     if method == "deltaloss":
         return columns.delta(score)
     if method == "multimodal-gain":
-        return columns.losses("blank", score) - columns.losses("large", score)
+        return columns.losses(BLANK, score) - columns.losses("large", score)
     chance = random_scores(columns.ties, seed)
     if method != "clusters":
         return chance

@@ -22,6 +22,7 @@ from nvila.components.model.positions import positions
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual, blank, normalise
+from nvila.components.prune.decide import BLANK
 
 WINDOW = 256
 """Samples whose media are in memory together; within them batches are of like length."""
@@ -29,8 +30,6 @@ POSITIONS_AT_ONCE = 16384
 """Of a padded batch: enough to keep a GPU busy, few enough for its memory beside a large model."""
 PATCHES_AT_ONCE = 65536
 """Of one tower call."""
-BLANK = "blank"
-"""Name of the large reference without the picture."""
 
 
 class Loss(NamedTuple):

@@ -32,6 +32,8 @@ class Line:
     label: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
+    spread: Sequence[float] = ()
+    """Of each point, how far its whisker reaches to either side."""
 
 
 def dot_plot(groups: Sequence[tuple[str, Sequence[Dot]]], title: str) -> str:
@@ -95,6 +97,10 @@ def line_plot(
         path = " ".join(f"{x(px):.1f},{y(min(max(py, low), high)):.1f}" for px, py in line.points)
         faint = " faint" if line.faint else ""
         body.append(f'<polyline class="s{line.series} line{faint}" points="{path}"/>')
+        for (px, py), reach in zip(line.points, line.spread, strict=False):
+            ends = [y(min(max(py + sign * reach, low), high)) for sign in (-1, 1)]
+            box = f'x1="{x(px):.1f}" x2="{x(px):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"'
+            body.append(f'<line class="s{line.series} whisker" {box}/>')
         if marks:
             body += [
                 f'<circle class="s{line.series} dot" cx="{x(px):.1f}" cy="{y(py):.1f}" r="3.5">'

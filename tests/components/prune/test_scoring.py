@@ -43,7 +43,8 @@ def alone(model: Any, tokenizer: Any, sample: Sample, *, blank: bool = False) ->
 def test_a_sample_has_the_same_loss_in_any_company(known: Any) -> None:
     """Padding, other pictures, a shared tower or a bad place for the blank picture would each change a loss a little:
     DeltaLoss is a difference of two such numbers."""
-    from nvila.components.prune.scoring import BLANK, Panel
+    from nvila.components.prune.decide import BLANK
+    from nvila.components.prune.scoring import Panel
 
     model, tokenizer, samples = known
     models = {"small": resized(model, 1), "large": resized(model, 2)}
