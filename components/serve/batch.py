@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
@@ -65,6 +65,17 @@ class Conversation:
         return cls([str(path) for path in sample.paths], sample.kind, turns, sample.limits, blank)
 
 
+class Score(NamedTuple):
+    """What a model makes of a conversation's answers."""
+
+    nats: float
+    """Their loss, summed over the tokens."""
+    tokens: int
+    """End tokens included."""
+    right: bool
+    """Whether each token was the likeliest: what greedy decoding would have said."""
+
+
 def generate_with_vllm(
     model_dir: Path, requests: Sequence[Request], *, max_new_tokens: int, work: Path, threads: int = 1
 ) -> list[str]:
@@ -93,8 +104,8 @@ def generate_with_vllm(
 
 def score_with_vllm(
     model_dir: Path, requests: Sequence[Conversation], *, work: Path, threads: int = 1
-) -> list[tuple[float, int] | None]:
-    """Loss of each conversation's answers, summed over their tokens (nats), and the number of these tokens.
+) -> list[Score | None]:
+    """Loss of each conversation's answers, in the order of `requests`.
 
     What counts is what training supervises: every answer and its end, as far as `max_length_tokens` reaches, each
     picture of several tiled. A conversation has None where it leaves the decoder no position, where nothing supervised
@@ -105,7 +116,7 @@ def score_with_vllm(
     found = _told(model_dir, requests, {"score": True}, work, threads)
     if unscored := found.count(None):
         say(f"vLLM: {unscored} of {len(requests)} conversations have no score; the log in {work} says why")
-    return [None if one is None else (float(one[0]), int(one[1])) for one in found]
+    return [None if one is None else Score(*one) for one in found]
 
 
 def _told(

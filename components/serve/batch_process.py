@@ -23,7 +23,7 @@ from nvila.components.model.text.conversation import IGNORED, VIDEO_TOKEN, Encod
 from nvila.components.model.text.prompt import make_prompt, picture_marker
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.vision.media import load_medium
-from nvila.components.serve.batch import answer_line, read_answers, served_config
+from nvila.components.serve.batch import Score, answer_line, read_answers, served_config
 
 PLUGIN = "nvila.components.serve.plugin:register"
 """What vLLM calls by our entry point; named here, so that it is part of the content key."""
@@ -169,18 +169,20 @@ class Scores(_Asking):
             print(f"request {request['index']} {request['media']}: {why}", flush=True)
         return asked
 
-    def read(self, asked: Asked, output: Any) -> tuple[float, int] | None:
+    def read(self, asked: Asked, output: Any) -> Score | None:
         """Summed over the supervised tokens within `max_length_tokens`; None where there are none, or no number."""
         known = _text(asked.encoded.input_ids, {self.tokens.image, self.tokens.video}, self.tokens.newline)
         places = _text(output.prompt_token_ids, {self.tokens.pad}, self.tokens.newline)
-        losses = []
+        losses, right = [], True
         for at, place in zip(known, places, strict=True):
             label = asked.encoded.labels[at]
             if label != IGNORED and place < self.config.max_length_tokens:
-                losses.append(-output.prompt_logprobs[place][label].logprob)
+                found = output.prompt_logprobs[place][label]
+                losses.append(-found.logprob)
+                right &= found.rank == 1
         total = math.fsum(losses)
         if losses and math.isfinite(total):
-            return total, len(losses)
+            return Score(total, len(losses), right)
         print(f"{asked.media}: {len(losses)} supervised tokens within the length, loss {total}", flush=True)
         return None
 

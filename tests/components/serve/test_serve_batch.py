@@ -33,7 +33,7 @@ except FileNotFoundError:
 left = [r for r in asked if r["index"] not in done][:{count}]
 with open(sys.argv[2], "a") as out:
     for r in left:
-        answer = r["question"].upper() if "question" in r else [0.1 * r["index"], 3] if r["turns"] else None
+        answer = r["question"].upper() if "question" in r else [0.1 * r["index"], 3, True] if r["turns"] else None
         said = {{"index": r["index"], "answer": answer}}
         sealed = json.dumps([pathlib.Path(sys.argv[2]).name, said], sort_keys=True, separators=(",", ":"))
         out.write(json.dumps(said | {{"sha256": hashlib.sha256(sealed.encode()).hexdigest()}}) + "\\n")
@@ -96,7 +96,7 @@ def test_killed_scoring_goes_on_where_it_was(
     with pytest.raises(RolloutError, match="answered 2 of 5"):
         score_with_vllm(model, asked, work=tmp_path / "work")
     _fake(tmp_path, monkeypatch, 99, 0)
-    expected = [(0.1 * i, 3) for i in range(4)]
+    expected = [(0.1 * i, 3, True) for i in range(4)]
     assert score_with_vllm(model, asked, work=tmp_path / "work") == [*expected, None]
     assert "1 of 5 conversations have no score" in capsys.readouterr().err
     _fake(tmp_path, monkeypatch, 0, 1)

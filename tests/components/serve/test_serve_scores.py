@@ -16,8 +16,9 @@ from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.serving import write_serving
 from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.vision.preprocess import blank
-from nvila.components.serve.batch import Conversation, score_with_vllm
+from nvila.components.serve.batch import Conversation, Score, score_with_vllm
 from nvila.components.serve.interpreter import serve_python
 
 
@@ -63,10 +64,11 @@ def test_vllm_scores_as_torch_does(dtype: str, mode: str, scales: tuple[int, ...
     a picture's placeholders end would score nothing."""
     torch.set_num_threads(1)
     model, tokenizer = servable_model(vision_mode=mode, s2_scales=scales, max_length_tokens=TRAINED)
-    write_serving(model, tokenizer, tmp_path / "model", dtype=getattr(torch, dtype))
-    model, tokenizer = load(tmp_path / "model", dtype=dtype)
     (tmp_path / "data").mkdir()
     samples = _samples(tmp_path / "data")
+    _learn(model, tokenizer, samples[0])
+    write_serving(model, tokenizer, tmp_path / "model", dtype=getattr(torch, dtype))
+    model, tokenizer = load(tmp_path / "model", dtype=dtype)
     asked = [(one, hidden) for one in samples for hidden in (False, True) if one.media or not hidden]
     requests = [Conversation.of(one, blank=hidden) for one, hidden in asked]
     too_long = replace(requests[0], turns=[("human", "Which?"), ("gpt", "7" * 256)])
@@ -79,17 +81,31 @@ def test_vllm_scores_as_torch_does(dtype: str, mode: str, scales: tuple[int, ...
     assert all(text in log for text in ("none of the decoder's 256 positions", "0 supervised tokens", "gone.png"))
     expected = [_loss(model, tokenizer, one, hidden=hidden) for one, hidden in asked]
     told = [one for one in found[: len(requests)] if one is not None]
-    assert [count for _, count in told] == [count for _, count in expected]
-    assert [loss for loss, _ in told] == [pytest.approx(loss, rel=off, abs=off) for loss, _ in expected]
-    shown = [(seen, unseen) for (seen, _), (unseen, _) in zip(expected[:12:2], expected[1:12:2], strict=True)]
+    assert [one.tokens for one in told] == [one.tokens for one in expected]
+    assert [one.nats for one in told] == [pytest.approx(one.nats, rel=off, abs=off) for one in expected]
+    assert [one.right for one in told] == [one.right for one in expected]
+    assert len({one.right for one in told}) == 2
+    shown = [(seen.nats, unseen.nats) for seen, unseen in zip(expected[:12:2], expected[1:12:2], strict=True)]
     assert max(abs(seen - unseen) / seen for seen, unseen in shown) > 2 * off, "a blank picture makes a difference"
 
 
-def _loss(model: NVILA, tokenizer: Any, sample: Sample, *, hidden: bool) -> tuple[float, int]:
+def _learn(model: NVILA, tokenizer: Any, sample: Sample) -> None:
+    """Random weights are never right; these are about one sample."""
+    batch = Feed(tokenizer, model.config).batch([sample])
+    optimizer = torch.optim.Adam(model.llm.parameters(), lr=1e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(**batch.forward_arguments()).loss.backward()
+        optimizer.step()
+
+
+def _loss(model: NVILA, tokenizer: Any, sample: Sample, *, hidden: bool) -> Score:
     batch = Feed(tokenizer, model.config).batch([sample])
     assert batch.samples
     if hidden:
         batch = replace(batch, visuals=[blank(visual) for visual in batch.visuals])
     with torch.no_grad():
-        output = model(**batch.forward_arguments(), reduction="sum")
-    return float(output.loss), output.supervised
+        output = model(**batch.forward_arguments(), reduction="sum", full_logits=True)
+    labels = output.labels[:, 1:]
+    right = output.logits[:, :-1].argmax(-1)[labels != IGNORED] == labels[labels != IGNORED]
+    return Score(float(output.loss), output.supervised, bool(right.all()))
