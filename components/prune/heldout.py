@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from nvila.components.prune.groups import Grouping
 
-Told = Mapping[str, Mapping[str, tuple[float, bool | None]]]
-"""By reference, by sample id: nats, and whether it was right where that is known."""
+Told = Mapping[str, Mapping[str, tuple[float, bool]]]
+"""By reference, by sample id: nats, and whether it was right."""
 
 
 def questions(job: work.Job, grouping: Grouping) -> dict[str, list[Sample]]:
@@ -36,8 +36,7 @@ def answered(asked: Mapping[str, Sequence[Sample]], told: Sequence[Told]) -> dic
     """The questions of each kind with what all references said of them; where models of several folds answered, their
     mean. Questions that one of them could not use are left out."""
     names = {name for one in told for name in one}
-    seen = {name for one in told for name, answers in one.items() if all(r is not None for _, r in answers.values())}
-    said: dict[tuple[str, str], list[tuple[float, bool | None]]] = defaultdict(list)
+    said: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
     for one in told:
         for name, answers in one.items():
             for sample, answer in answers.items():
@@ -49,7 +48,7 @@ def answered(asked: Mapping[str, Sequence[Sample]], told: Sequence[Told]) -> dic
                 sample.question,
                 sample.answer,
                 {name: _mean([nats for nats, _ in said[name, sample.id]]) for name in names},
-                {name: _mean([float(right or 0) for _, right in said[name, sample.id]]) for name in seen},
+                {name: _mean([float(right) for _, right in said[name, sample.id]]) for name in names},
             )
             for sample in samples
             if all(said[name, sample.id] for name in names)

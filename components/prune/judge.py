@@ -100,8 +100,8 @@ def _judged(questions: Sequence[Heldout], commonest: Commonest, method: Method) 
         n=len(questions),
         loss={name: round(sum(values) / max(1, len(values)), 4) for name, values in nats.items()},
         accuracy={
-            name: round(sum(question.right[name] for question in questions) / len(questions), 4)
-            for name in sorted({name for question in questions for name in question.right})
+            name: round(sum(question.right[name] for question in questions) / max(1, len(questions)), 4)
+            for name in names
         },
         against=against,
         trusted=True,

@@ -18,14 +18,17 @@ from nvila.components.prune.work import SHARD_SAMPLES, Job
 if TYPE_CHECKING:
     import numpy as np
 
+    from nvila.components.serve.batch import Score
+
 SHARDS_AT_ONCE = 16
-Losses = dict[str, tuple[float, int]]
+Scores = dict[str, "Score"]
+"""By sample id."""
 
 
-def answer(job: Job, samples: Sequence[Sample]) -> dict[str, dict[str, tuple[float, None]]]:
+def answer(job: Job, samples: Sequence[Sample]) -> dict[str, dict[str, tuple[float, bool]]]:
     """Losses of held-out questions by reference and id, of the large one without the picture too."""
     found = _all(job, samples, blank=True)[0]
-    return {name: {one: (nats, None) for one, (nats, _) in losses.items()} for name, losses in found.items()}
+    return {name: {one: (score.nats, score.right) for one, score in scores.items()} for name, scores in found.items()}
 
 
 def score(job: Job, believed: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -52,15 +55,17 @@ def _shards(job: Job, waiting: Sequence[tuple[list[Sample], list[Sample]]]) -> I
     for _, wanted in waiting:
         ids = {one.id for one in wanted}
         yield {
-            "losses": {name: {i: loss for i, loss in losses.items() if i in ids} for name, losses in found.items()},
+            "losses": {
+                name: {i: (s.nats, s.tokens) for i, s in scores.items() if i in ids} for name, scores in found.items()
+            },
             "skipped": [[one.id, one.reason, one.where] for one in skipped if one.id in ids],
             "clusters": {},
         }
 
 
-def _all(job: Job, samples: Sequence[Sample], *, blank: bool) -> tuple[dict[str, Losses], list[Skipped]]:
+def _all(job: Job, samples: Sequence[Sample], *, blank: bool) -> tuple[dict[str, Scores], list[Skipped]]:
     """Of every reference that vLLM runs; samples that one of them cannot use."""
-    found: dict[str, Losses] = {}
+    found: dict[str, Scores] = {}
     skipped: list[Skipped] = []
     for name, folder in job.served.items():
         names = {name: False, BLANK: True} if blank and name == "large" else {name: False}
@@ -72,7 +77,7 @@ def _all(job: Job, samples: Sequence[Sample], *, blank: bool) -> tuple[dict[str,
 
 def _losses(
     folder: Path, samples: Sequence[Sample], work: Path, names: Mapping[str, bool]
-) -> tuple[dict[str, Losses], list[Skipped]]:
+) -> tuple[dict[str, Scores], list[Skipped]]:
     """By name, which says whether the picture is hidden: all in one start of vLLM."""
     from nvila.components.serve.batch import Conversation, score_with_vllm
 
@@ -83,10 +88,10 @@ def _losses(
         except DataError as error:
             skipped.append(Skipped.of(sample.id, error))
     told = score_with_vllm(folder, [conversation for *_, conversation in asked], work=work)
-    found: dict[str, Losses] = {name: {} for name in names}
-    for (name, one, _), loss in zip(asked, told, strict=True):
-        if loss is None:
+    found: dict[str, Scores] = {name: {} for name in names}
+    for (name, one, _), score in zip(asked, told, strict=True):
+        if score is None:
             skipped.append(Skipped(one, "vLLM gave it no loss"))
         else:
-            found[name][one] = loss
+            found[name][one] = score
     return found, skipped
