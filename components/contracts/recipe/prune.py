@@ -11,8 +11,17 @@ from nvila.components.contracts.recipe.section import Section
 
 Method = Literal["deltaloss", "multimodal-gain", "clusters", "random", "none"]
 """How samples are ranked within their group."""
-JUDGED = ("deltaloss", "multimodal-gain")
+JUDGED: tuple[Method, ...] = ("deltaloss", "multimodal-gain")
 """Methods whose scores come of reference models, which have to prove themselves first."""
+READ_BY: dict[str, tuple[Method, ...]] = {
+    "small": ("deltaloss",),
+    "large": JUDGED,
+    "score": JUDGED,
+    "untrusted": JUDGED,
+    "heldout_questions": JUDGED,
+    "vision_clusters": ("clusters",),
+}
+"""The settings that not every method reads."""
 FIELD = "field:"
 """What stands before the name of a record's own field in `within`."""
 
@@ -82,6 +91,28 @@ class PruneSettings(Section):
         if len(set(within)) != len(within):
             raise ValueError("a part stands there twice")
         return within
+
+    @model_validator(mode="after")
+    def _takes_effect(self) -> PruneSettings:
+        """All that is set must; but `none` switches pruning off and lets the rest stand."""
+        if self.method == "none":
+            return self
+        options = type(self).model_fields
+        idle = [f"prune.{name}" for name in self._idle() if getattr(self, name) != options[name].default]
+        if idle:
+            raise ValueError(f"method {self.method} does not read {', '.join(idle)}: take it out (null)")
+        if "question" not in self.within and self.question_clusters != options["question_clusters"].default:
+            raise ValueError("prune.question_clusters is read only where `within` has `question`: take it out (null)")
+        return self
+
+    def by(self, method: Method) -> PruneSettings:
+        """The same with another method, less what only the former one reads."""
+        idle = self.model_copy(update={"method": method})._idle()
+        content = self.model_dump(exclude=set(idle)) | {"method": method}
+        return PruneSettings.model_validate(content)
+
+    def _idle(self) -> list[str]:
+        return [name for name, methods in READ_BY.items() if self.method not in methods]
 
     @property
     def references(self) -> dict[str, Reference]:

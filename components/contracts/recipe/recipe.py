@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.model import ModelSettings
-from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.contracts.recipe.prune import PruneSettings, Reference
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
@@ -43,15 +43,31 @@ class Recipe(Section):
     needs: Needs = Needs()
 
     @property
+    def pruned_images(self) -> list[str]:
+        """Names of the sources of pictures that are pruned, as a stage takes what is kept of them."""
+        return [name for name in self.data.images if name in self.train.pruned]
+
+    @property
+    def pruned_videos(self) -> list[str]:
+        """Names of the sources of clips that are pruned."""
+        return [name for name in self.data.videos if name in self.train.pruned]
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """The reference models that pruning asks, by name; none where nothing is pruned."""
+        return self.prune.references if self.train.pruned else {}
+
+    @property
     def weights(self) -> list[str]:
         """Where weights are taken from: folders, `s3://` and `hf://`."""
-        base, prune = self.model.base, self.prune
-        return [uri for uri in (base.vision_tower, base.llm, prune.small.path, prune.large.path) if uri]
+        base = self.model.base
+        return [uri for uri in (base.vision_tower, base.llm, *(r.path for r in self.references.values())) if uri]
 
     @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
-        return self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
+        scores = any(reference.engine == "vllm" for reference in self.references.values())
+        return scores or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @model_validator(mode="after")
     def _names_agree(self) -> Recipe:
@@ -75,6 +91,9 @@ class Recipe(Section):
             for name in used:
                 if name not in known:
                     raise ValueError(f"{option}: no source is called {name!r}; there are {known}")
+        for name in self.prune.keep_ratio_of:
+            if name not in self.train.pruned:
+                raise ValueError(f"prune.keep_ratio_of: all of {name} stays: no stage with pruned: true draws its sft")
         return self
 
 
@@ -84,7 +103,8 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
     A step's content key depends on its slice and nothing else of the recipe.
 
     Raises:
-        ConfigError: the recipe has more stages than the pipeline has steps for them.
+        ConfigError: the recipe has more stages than the pipeline has steps for them, or a stage takes what pruning kept
+            of a source whose scores its step does not read.
     """
     places, stages = sum(bool(row.hands_on) for row in steps), len(recipe.train.stages)
     if stages > places:
@@ -93,7 +113,25 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
             where="train.stages",
             do="Leave stages out, or use a pipeline whose table has a row for each.",
         )
+    _scores_are_read(recipe, steps)
     return {row.name: _slice(recipe, row) for row in steps if row.recipe}
+
+
+def _scores_are_read(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Of every source that a stage takes pruned: it waits only for the prune steps that its row names."""
+    scored = {row.name: _at(recipe, row.recipe["sources"]) for row in steps if "sources" in row.recipe}
+    stages = [row for row in steps if "stage" in row.recipe]
+    reads = {row.name: {source for step in row.inputs.values() for source in scored.get(step, ())} for row in stages}
+    for row in stages:
+        stage = _at(recipe, row.recipe["stage"])
+        for source in stage.tuned_on if stage and stage.pruned else ():
+            if source not in reads[row.name]:
+                others = [name for name in reads if source in reads[name]]
+                raise ConfigError(
+                    f"{row.name} reads no scores of {source}, of which it would take what pruning kept",
+                    where=f"{row.recipe['stage']}.pruned",
+                    do=f"Draw {source}.sft in {' or '.join(others) or 'no stage'}, or leave `pruned` out here.",
+                )
 
 
 def _slice(recipe: Recipe, row: Step) -> dict[str, Any] | None:
