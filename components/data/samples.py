@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -140,6 +140,42 @@ def read_samples(
     if wanted is not None and (lost := wanted - {sample.id for sample in found}):
         raise DataError(f"{len(lost)} samples are not in the table", where=str(path), value=min(lost))
     return found
+
+
+def sample_batches(
+    path: Path, rows: int, *, split: str, sources: Collection[str], columns: Sequence[str] | None = None
+) -> Iterator[pyarrow.Table]:
+    """The rows of one split of some sources, in the table's order, so many at a time (the last may have fewer).
+
+    The table may be larger than the memory: no more than a few batches of it are held.
+
+    Raises:
+        DataError: the table cannot be read.
+    """
+    import pyarrow
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    chosen = (pc.field("split") == split) & pc.field("source").isin(sorted(sources))
+    wanted = None if columns is None else sorted({"source", "split", *columns})
+    waiting: list[pyarrow.Table] = []
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(rows, columns=wanted):
+                waiting.append(pyarrow.Table.from_batches([batch]).filter(chosen))
+                if sum(map(len, waiting)) >= rows:
+                    joined = pyarrow.concat_tables(waiting)
+                    yield joined.slice(0, rows)
+                    waiting = [joined.slice(rows)]
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise DataError("not a readable table", where=str(path), value=str(error)) from error
+    if any(map(len, waiting)):
+        yield pyarrow.concat_tables(waiting)
+
+
+def samples_of(rows: pyarrow.Table, limits: Limits) -> list[Sample]:
+    """The samples of a batch; `limits` is what `read_limits` says of its table."""
+    return [_sample(row, limits) for row in rows.to_pylist()]
 
 
 def read_labels(path: Path, *, sources: Collection[str] | None = None) -> list[Label]:

@@ -46,7 +46,7 @@ class Questions:
         for sample, name in zip(chosen, media, strict=True):
             prompt = replace(self.shown[name], turns=_question(sample))
             if show == "blank":
-                prompt = replace(prompt, visuals=[_blank(visual) for visual in prompt.visuals])
+                prompt = replace(prompt, visuals=[blank(visual) for visual in prompt.visuals])
             prompts.append(prompt)
         return prompts
 
@@ -77,7 +77,7 @@ def _question(sample: Sample) -> list[Turn]:
     return [sample.conversations[0]]
 
 
-def _blank(visual: Visual) -> Visual:
+def blank(visual: Visual) -> Visual:
     """The same tiles in the middle grey of SigLIP's normalisation."""
     return replace(visual, tiles=torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0))
 

@@ -1,11 +1,11 @@
-"""Reference VLMs: loaded, or trained here on one fold to score the other. Each runs in a process of its own."""
+"""Reference models: checkpoints, or small ones trained here on one fold of the samples, which then score the other."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -13,86 +13,23 @@ from zlib import crc32
 import torch
 
 from nvila.components.contracts.errors import DataError, TrainingError
-from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.prune import Reference
-from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.sealed import seal
-from nvila.components.data.fetch import fetch_version
+from nvila.components.contracts.sealed import fault, seal
 from nvila.components.data.mixture import draw
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.data.skipped import Skipped, Tally
-from nvila.components.metrics.accuracy import is_correct
-from nvila.components.metrics.answers import Questions, answers
-from nvila.components.model.batch import Batch
-from nvila.components.model.checkpoint.native import load_native
-from nvila.components.model.device import default_device
-from nvila.components.model.feed import Feed
+from nvila.components.model.batch import Batch, collate
+from nvila.components.model.checkpoint.native import load_native, save_native
+from nvila.components.model.feed import Feed, Item
 from nvila.components.model.fresh import resized_decoder
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.text.tokenizer import TokenIds
+from nvila.components.prune.scoring import look
 
 FOLDS = 2
-BATCH_SCORED = 128
-
-
-class Work(Section):
-    """What one reference process does."""
-
-    name: str
-    """`small` or `large`."""
-    reference: Reference
-    fold: int | None
-    """The fold that is scored; the model is trained on the others. None scores everything with a given checkpoint."""
-    base: str
-    """Native checkpoint whose tower and tokenizer a reference that is trained here starts from."""
-    samples: str
-    sources: list[str]
-    heldout_limit: int
-    seed: int
-    max_skipped_share: float
-    """Of the samples, on all folds."""
-    out: str
-    """Result file: losses per sample id, held-out accuracy per source, samples that were skipped, the version of a
-    fetched checkpoint."""
-
-    @property
-    def record(self) -> Path:
-        """Digest of the result file; without it the file is not believed."""
-        return Path(self.out).with_suffix(".sealed.json")
-
-
-def work(job: Work) -> None:
-    """Make the reference, measure it on held-out questions, score its fold, write the result and seal it."""
-    torch.set_num_threads(1)
-    torch.manual_seed(job.seed)
-    what = job.name if job.fold is None else f"{job.name} reference, fold {job.fold}"
-    samples = read_samples(Path(job.samples), split="sft", sources=job.sources)
-    weights: dict[str, str] = {}
-    tally = Tally(what, len(samples), job.max_skipped_share)
-    if job.reference.path:
-        folder, weights = fetch_version(job.reference.path)
-        model, tokenizer = load_native(folder, dtype="bfloat16", device=default_device())
-        scored = samples
-    else:
-        model, tokenizer = load_native(Path(job.base))
-        sizes = job.reference.decoder.model_dump(exclude={"vocabulary"})
-        model = resized_decoder(model, sizes, seed=job.seed).to(default_device())
-        scored = [s for s in samples if fold_of(s) == job.fold]
-        others = [s for s in samples if fold_of(s) != job.fold]
-        if not others:
-            raise DataError(
-                f"no SFT sample of {', '.join(job.sources)} is left to train a reference on: all fall into one fold",
-                where=job.samples,
-                do="Bring more pictures, or name trained references in prune.small.path and prune.large.path.",
-            )
-        train(model, Feed(tokenizer, model.config), others, job, tally)
-    feed = Feed(tokenizer, model.config)
-    accuracy = _heldout_accuracy(model, tokenizer, feed, job, what)
-    losses = _losses(model, feed, scored, tally)
-    result = {"accuracy": accuracy, "weights": weights, "losses": losses, "skipped": [asdict(one) for one in tally.met]}
-    out = Path(job.out)
-    write_atomic(out, json.dumps(result))
-    seal(out.parent, job.record, [out.name])
+KEPT_BYTES = 2**30
+"""Features of media, which a reference sees in every epoch."""
 
 
 def fold_of(sample: Sample) -> int:
@@ -100,21 +37,90 @@ def fold_of(sample: Sample) -> int:
     return crc32("/".join((sample.source, *sample.media)).encode()) % FOLDS
 
 
-def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, tally: Tally) -> None:
-    """Instruction tuning of all parts in plain torch (AdamW, one cycle): enough for a reference of this size.
+def trained(name: str, reference: Reference, fold: int, job: Any, device: str) -> Path:
+    """The checkpoint of a reference that has not seen `fold`: made now, or by an attempt before this one.
+
+    Args:
+        name: `small` or `large`.
+        reference: sizes and training.
+        fold: what it will score; it learns from the others.
+        job: of the step (`work.Job`).
+        device: to train on.
 
     Raises:
+        DataError: no sample is left to train on; more cannot be used than `max_skipped_share` allows.
         TrainingError: a loss or a gradient is not finite.
-        DataError: too many samples cannot be used.
     """
-    reference = job.reference
-    order = draw({"sft": samples}, {"sft": reference.epochs}, job.seed)
+    folder = job.folder / "references"
+    done, record = folder / f"{name}-{fold}", folder / f"{name}-{fold}.sealed.json"
+    if fault(folder, record) is None:
+        return done
+    torch.manual_seed(job.seed)
+    base, tokenizer = load_native(job.base, device=device)
+    sizes = reference.decoder.model_dump(exclude={"vocabulary"})
+    model = resized_decoder(base, sizes, seed=job.seed).to(device)
+    _train(name, reference, model, Lesson(Feed(tokenizer, model.config), base), fold, job)
+    shutil.rmtree(done, ignore_errors=True)
+    save_native(model, tokenizer, done)
+    seal(folder, record, [f"{done.name}/**/*"])
+    return done
+
+
+class Lesson:
+    """Batches of samples whose media the frozen tower sees once, as far as they fit in memory."""
+
+    def __init__(self, feed: Feed, base: NVILA) -> None:
+        self._feed, self._base = feed, base
+        self._left_bytes = KEPT_BYTES
+        self._kept: dict[str, Item] = {}
+        self._pad = TokenIds.of(feed.tokenizer, feed.config.video_texts).pad
+
+    def batches(self, samples: Sequence[Sample], batch: int) -> Iterator[Batch]:
+        """Consecutive batches of `samples`."""
+        for first in range(0, len(samples), batch):
+            yield self._batch(samples[first : first + batch])
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        good: list[Sample] = []
+        fresh: dict[str, Item] = {}
+        skipped: list[Skipped] = []
+        for sample in samples:
+            try:
+                if sample.id not in self._kept and sample.id not in fresh:
+                    fresh[sample.id] = self._feed.item(sample)
+                good.append(sample)
+            except DataError as error:
+                skipped.append(Skipped.of(sample.id, error))
+        seen = look(self._base, [visuals for _, visuals in fresh.values()])
+        for (name, (encoded, _)), visuals in zip(list(fresh.items()), seen, strict=True):
+            fresh[name] = (encoded, visuals)
+            self._keep(name, fresh[name])
+        items = [fresh.get(sample.id) or self._kept[sample.id] for sample in good]
+        made = collate(items, self._pad)
+        return replace(made, samples=tuple(sample.id for sample in good), skipped=tuple(skipped))
+
+    def _keep(self, name: str, item: Item) -> None:
+        encoded, visuals = item
+        size = 64 * len(encoded.input_ids)
+        size += sum(visual.features.nbytes for visual in visuals if visual.features is not None)
+        if size <= self._left_bytes:
+            self._left_bytes -= size
+            self._kept[name] = item
+
+
+def _train(name: str, reference: Reference, model: NVILA, lesson: Lesson, fold: int, job: Any) -> None:
+    """Instruction tuning of projector and decoder in plain torch (AdamW, one cycle): enough for a reference."""
+    what = f"{name} reference, fold {fold}"
+    order = _order(reference, fold, job)
+    tally = Tally(what, len({sample.id for sample in order}), job.max_skipped_share)
     total = max(1, math.ceil(len(order) / reference.batch))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=reference.learning_rate, weight_decay=0.0)
+    model.vision_tower.requires_grad_(False)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=reference.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, reference.learning_rate, total_steps=total, pct_start=0.1)
-    progress = Progress(tally.what, total)
+    progress = Progress(what, total)
     model.prepare_for_training()
-    for step, batch in enumerate(feed.batches(order, reference.batch)):
+    for step, batch in enumerate(lesson.batches(order, reference.batch)):
         tally.add(batch.skipped)
         if not batch.samples:
             schedule.step()
@@ -124,60 +130,30 @@ def train(model: NVILA, feed: Feed, samples: Sequence[Sample], job: Work, tally:
             loss = model(**batch.to(model.device).forward_arguments()).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
         if not bool((loss + norm).isfinite()):
             raise TrainingError(
                 "the loss or a gradient is not finite",
-                where=f"{tally.what}, optimizer step {step}",
+                where=f"{what}, optimizer step {step}",
                 value=float(loss.detach()),
-                do=f"Lower prune.{job.name}.learning_rate; the batch began with {', '.join(batch.samples[:5])}",
+                do=f"Lower prune.{name}.learning_rate; the batch began with {', '.join(batch.samples[:5])}",
             )
         optimizer.step()
         schedule.step()
         progress.update(1, f"loss {loss.item():.3f}" if step % 10 == 0 else "")
 
 
-def _heldout_accuracy(model: NVILA, tokenizer: Any, feed: Feed, job: Work, what: str) -> dict[str, float]:
-    found = {}
-    for source in job.sources:
-        rows = read_samples(Path(job.samples), split="heldout", sources=[source])
-        rows = sorted(rows, key=lambda s: crc32(s.id.encode()))[: job.heldout_limit]
-        prompts = Questions.prepare(rows, feed).prompts("own")
-        said = answers(model, tokenizer, prompts, batch=64, max_new_tokens=8, what=f"{what}: held-out {source}")
-        found[source] = sum(is_correct(a, s.answer) for a, s in zip(said, rows, strict=True)) / max(1, len(rows))
+def _order(reference: Reference, fold: int, job: Any) -> list[Sample]:
+    """Captions of the other folds' media, then their SFT samples."""
+    found: list[Sample] = []
+    for split, epochs in (("captions", reference.caption_epochs), ("sft", reference.epochs)):
+        rows = read_samples(job.samples, split=split, sources=job.sources) if epochs else []
+        others = [sample for sample in rows if fold_of(sample) != fold]
+        if split == "sft" and not others:
+            raise DataError(
+                f"no SFT sample of {', '.join(job.sources)} is left to train a reference on: all fall into one fold",
+                where=str(job.samples),
+                do="Bring more pictures, or name trained references in prune.small.path and prune.large.path.",
+            )
+        found += draw({split: others}, {split: epochs}, job.seed)
     return found
-
-
-def _losses(model: NVILA, feed: Feed, samples: Sequence[Sample], tally: Tally) -> dict[str, tuple[float, int]]:
-    """Loss of each sample's answer tokens, summed (nats), and their number, by id; skipped samples have none."""
-    found: dict[str, tuple[float, int]] = {}
-    progress = Progress(f"{tally.what}: scoring", len(samples))
-    model.eval()
-    for batch in feed.batches(samples, BATCH_SCORED):
-        tally.add(batch.skipped)
-        progress.update(len(batch.skipped))
-        if not batch.samples:
-            continue
-        sums, counts = token_logprobs(model, batch)
-        for sample, total, count in zip(batch.samples, sums.tolist(), counts.tolist(), strict=True):
-            if math.isfinite(total):
-                found[sample] = (-total, int(count))
-            else:
-                tally.add([Skipped(sample, "the loss of its answer is not finite")])
-        progress.update(len(counts))
-    return found
-
-
-@torch.no_grad()
-def token_logprobs(model: NVILA, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the log-probabilities (nats) of each sample's supervised tokens, and their number.
-
-    Returns:
-        (B,) float32 and (B,) int64, on the model's device. A sample whose answer was cut off counts 0 tokens.
-    """
-    batch = batch.to(model.device)
-    spliced = model.prepare(batch.input_ids, batch.attention_mask, batch.visuals, batch.labels)
-    assert spliced.labels_BT is not None
-    losses, rows = model.token_losses(model.hidden_states(spliced), spliced.labels_BT)
-    sums = torch.zeros(len(batch.input_ids), device=losses.device).index_add(0, rows, -losses)
-    return sums, torch.bincount(rows, minlength=len(batch.input_ids))

@@ -1,35 +1,37 @@
-"""Selection: the top share of each source by DeltaLoss (paper section 2.3, equation 2)."""
+"""Selection: the top share of each group by its score (paper section 2.3, equation 2)."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
-def keep_top(
-    ids: Sequence[str], sources: Sequence[str], scores: Sequence[float], ratio: float, ratio_of: Mapping[str, float]
-) -> set[str]:
-    """Ids of the ceil(ratio * n) samples of highest score within each source.
-
-    A score that is not a number ranks last; equal scores rank by id, so that the choice is the same every time.
+def keep_top(groups: np.ndarray, scores: np.ndarray, ties: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
+    """Which samples stay: of each group the ceil(ratio * n) of highest score.
 
     Args:
-        ids: sample ids.
-        sources: source of each sample.
-        scores: DeltaLoss of each sample; high is informative.
-        ratio: share of a source that stays, in (0, 1].
-        ratio_of: share of single sources, where it differs.
+        groups: (n,) number of each sample's group.
+        scores: (n,) high stays; a score that is not a number ranks last.
+        ties: (n,) decides between equal scores, the lowest first, so that the choice is the same every time.
+        ratios: share of each group that stays, in (0, 1].
+
+    Returns:
+        (n,) bool.
     """
-    members: dict[str, list[tuple[float, str]]] = defaultdict(list)
-    for sample, source, score in zip(ids, sources, scores, strict=True):
-        members[source].append((math.inf if math.isnan(score) else -score, sample))
-    return {
-        sample
-        for source, ranked in members.items()
-        for _, sample in sorted(ranked)[: kept(ratio_of.get(source, ratio), len(ranked))]
-    }
+    import numpy as np
+
+    order = np.lexsort((ties, np.where(np.isnan(scores), np.inf, -scores), groups))
+    sizes = np.bincount(groups, minlength=len(ratios))
+    first = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    rank = np.empty(len(groups), dtype=np.int64)
+    rank[order] = np.arange(len(groups)) - np.repeat(first, sizes)
+    places = np.array([kept(ratio, int(size)) for ratio, size in zip(ratios, sizes, strict=True)], dtype=np.int64)
+    return rank < places[groups]
 
 
 def kept(ratio: float, n: int) -> int:

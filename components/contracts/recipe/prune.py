@@ -56,6 +56,8 @@ class PruneSettings(Section):
     """`deltaloss`: loss of the small reference less that of the large one. `multimodal-gain`: loss of the large
     reference without the picture less that with it. `clusters`: k-means over vision features, as many of each.
     `random`. `none`: everything stays."""
+    compare: list[Method] = []
+    """Methods whose scores are worked out as well and stand in the table beside those of `method`."""
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Share of each group that stays: the ceil(keep_ratio * n) samples that rank highest."""
     keep_ratio_of: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
@@ -115,7 +117,17 @@ class PruneSettings(Section):
         return [name for name, methods in READ_BY.items() if self.method not in methods]
 
     @property
+    def methods(self) -> set[Method]:
+        """Those whose scores are worked out."""
+        return {self.method, *self.compare}
+
+    @property
     def references(self) -> dict[str, Reference]:
-        """Those that the method asks, by name."""
-        names = {"deltaloss": ("small", "large"), "multimodal-gain": ("large",)}.get(self.method, ())
-        return {name: getattr(self, name) for name in names}
+        """Those that the methods ask, by name."""
+        small = {"small": self.small} if "deltaloss" in self.methods else {}
+        return small | ({"large": self.large} if self.methods.intersection(JUDGED) else {})
+
+    @property
+    def blank(self) -> bool:
+        """Whether the large reference is asked about every sample without its picture as well."""
+        return "multimodal-gain" in self.methods

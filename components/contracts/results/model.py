@@ -61,8 +61,8 @@ class PrunedGroup(Result):
     kept: int
     ranked_by: str
     """The method that ranked it: the recipe's, or what stands in where the references are not trusted."""
-    judged: str | None = None
-    """The kind of question whose judgement holds for it; None where no reference was asked."""
+    kinds: list[str] = []
+    """The kinds of question that its samples are of, by which references are judged."""
     mean_score: float | None = None
     """In nats, of the samples that have one."""
 

@@ -40,6 +40,8 @@ class Visual:
     black -1; the lower scales of plain S2 are interpolated, may go a little beyond, and are always float32."""
     block_size: BlockSize | None
     """(rows, columns) of the largest scale; None is one tile per picture or frame."""
+    features: torch.Tensor | None = None
+    """(T, N, C) of the tiles, where the tower has seen them already: it is not asked again."""
 
     def normalised(self) -> Visual:
         """The same with float tiles."""

@@ -68,8 +68,7 @@ def encode_visuals(
     if not visuals:
         return []
     groups = _group(visuals)
-    tiles = torch.cat([visuals[i].tiles for members in groups.values() for i in members])
-    features = vision_tower(normalise(tiles.to(newline.device)).to(newline.dtype))
+    features = _features(vision_tower, [visuals[i] for members in groups.values() for i in members], newline)
     sizes = [len(members) * tiles_each for (_, _, tiles_each), members in groups.items()]
     projected = _project(projector, list(zip(groups, features.split(sizes), strict=True)), config)
     nothing = newline.new_zeros(0, len(newline))
@@ -80,6 +79,15 @@ def encode_visuals(
         sequences = _video(tokens, around, config) if kind == "video" else _end(tokens, newline).flatten(1, 2)
         encoded.update(zip(members, sequences.unbind(0), strict=True))
     return [encoded[i] for i in range(len(visuals))]
+
+
+def _features(vision_tower: Tower, visuals: Sequence[Visual], like: torch.Tensor) -> torch.Tensor:
+    """(T, N, C) of all tiles: those that come with the visuals where all do, else of one tower call."""
+    known = [visual.features for visual in visuals if visual.features is not None]
+    if len(known) == len(visuals):
+        return torch.cat(known).to(like)
+    tiles = torch.cat([visual.tiles for visual in visuals])
+    return vision_tower(normalise(tiles.to(like.device)).to(like.dtype))
 
 
 def _project(
