@@ -188,7 +188,7 @@ def test_a_pruned_stage_without_scores_is_refused(make_job: MakeJob, tmp_path: P
     parquet.write_table(pyarrow.table({"id": ["clips/sft/1"], "kept": [True]}), other)
     for kept in ([], [str(other)]):
         job = make_job("a", stage={"pruned": True, "data": {"colours.sft": 1, "clips.sft": 1}}, kept=kept)
-        with pytest.raises(DataError, match="no scores of .*colours, of which stage .* takes what pruning kept"):
+        with pytest.raises(DataError, match=r"no scores of .*colours, of which stage .* takes what pruning kept"):
             train(job, Stop())
 
 
