@@ -63,7 +63,7 @@ def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -
     asked = ["keep_ratio"] if form.keep_ratio else []
     asked += [f"prune.{name}" for name, value in (overrides.get("prune") or {}).items() if value is not None]
     asked = [name for name in asked if name != "prune.method"]
-    if asked and recipe.prune.method == "none":
+    if asked and recipe.prune.methods == {"none"}:
         raise ConfigError("nothing is pruned: the method is none", where=asked[0], do="Name another in prune.method.")
     if asked and not recipe.train.pruned:
         raise ConfigError(

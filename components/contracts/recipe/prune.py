@@ -94,28 +94,6 @@ class PruneSettings(Section):
             raise ValueError("a part stands there twice")
         return within
 
-    @model_validator(mode="after")
-    def _takes_effect(self) -> PruneSettings:
-        """All that is set must; but `none` switches pruning off and lets the rest stand."""
-        if self.method == "none":
-            return self
-        options = type(self).model_fields
-        idle = [f"prune.{name}" for name in self._idle() if getattr(self, name) != options[name].default]
-        if idle:
-            raise ValueError(f"method {self.method} does not read {', '.join(idle)}: take it out (null)")
-        if "question" not in self.within and self.question_clusters != options["question_clusters"].default:
-            raise ValueError("prune.question_clusters is read only where `within` has `question`: take it out (null)")
-        return self
-
-    def by(self, method: Method) -> PruneSettings:
-        """The same with another method, less what only the former one reads."""
-        idle = self.model_copy(update={"method": method})._idle()
-        content = self.model_dump(exclude=set(idle)) | {"method": method}
-        return PruneSettings.model_validate(content)
-
-    def _idle(self) -> list[str]:
-        return [name for name, methods in READ_BY.items() if self.method not in methods]
-
     @property
     def methods(self) -> set[Method]:
         """Those whose scores are worked out."""
@@ -126,6 +104,15 @@ class PruneSettings(Section):
         """Those that the methods ask, by name."""
         small = {"small": self.small} if "deltaloss" in self.methods else {}
         return small | ({"large": self.large} if self.methods.intersection(JUDGED) else {})
+
+    @property
+    def idle(self) -> list[str]:
+        """What is set and takes no effect; where everything stays that is all of it, and may stand for another time."""
+        if self.methods == {"none"}:
+            return []
+        unread = {name for name, methods in READ_BY.items() if not self.methods.intersection(methods)}
+        unread |= set() if "question" in self.within else {"question_clusters"}
+        return sorted(name for name in unread if getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def blank(self) -> bool:

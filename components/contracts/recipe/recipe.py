@@ -91,6 +91,9 @@ class Recipe(Section):
             for name in used:
                 if name not in known:
                     raise ValueError(f"{option}: no source is called {name!r}; there are {known}")
+        if self.train.pruned and self.prune.idle:
+            idle = ", ".join(f"prune.{name}" for name in self.prune.idle)
+            raise ValueError(f"prune: method {self.prune.method} does not read {idle}: take it out (null)")
         for name in self.prune.keep_ratio_of:
             if name not in self.train.pruned:
                 raise ValueError(f"prune.keep_ratio_of: all of {name} stays: no stage with pruned: true draws its sft")

@@ -135,11 +135,6 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("prune.keep_ratio_of", {"shapes": 2}, "less than or equal to 1"),
         ("prune.keep_ratio", 0, r"prune\.keep_ratio"),
         ("prune.keep_ratio_of", {"clips": 0.5}, r"keep_ratio_of: all of clips stays: no stage with pruned: true"),
-        ("prune", {"method": "random", "untrusted": "random"}, "method random does not read prune.untrusted"),
-        ("prune", {"method": "clusters", "small": TRAINED, "score": "mean"}, "read prune.small, prune.score: take"),
-        ("prune", {"method": "multimodal-gain", "small": TRAINED}, "does not read prune.small"),
-        ("prune", {"vision_clusters": 8}, "method deltaloss does not read prune.vision_clusters"),
-        ("prune", {"question_clusters": 9}, "only where `within` has `question`"),
         ("train.stages.0.pruned", True, "pruned: true draws less of sft splits, and the stage's data has none"),
         ("data.sources.1.name", "shapes", "two sources share a name"),
         ("rollout.port", 70000, r"rollout\.port"),
@@ -264,14 +259,24 @@ def test_a_stage_reads_the_scores_that_it_needs(stages: list[Any], message: str)
         slices(parse_recipe(pruned(*stages)))
 
 
-def test_another_method_leaves_out_what_it_does_not_read() -> None:
-    """A comparison of methods would have to know the settings of each."""
-    content = pruned(None, None, None, IMAGE, small=TRAINED, large=TRAINED, untrusted="random", within=["answer"])
-    prune = parse_recipe(content).prune
-    assert prune.by("random").model_dump(exclude_defaults=True) == {"method": "random", "within": ["answer"]}
-    gain = prune.by("multimodal-gain")
-    assert gain.large == prune.large and gain.untrusted == "random" and gain.small.epochs != 5
-    assert prune.by("deltaloss") == prune and prune.by("none").references == {}
+@pytest.mark.parametrize(
+    ("prune", "idle"),
+    [
+        ({"method": "random", "untrusted": "random"}, "method random does not read prune.untrusted: take it out"),
+        ({"method": "clusters", "small": TRAINED, "score": "mean"}, "does not read prune.score, prune.small: take"),
+        ({"method": "multimodal-gain", "small": TRAINED}, "does not read prune.small"),
+        ({"vision_clusters": 8}, "method deltaloss does not read prune.vision_clusters"),
+        ({"question_clusters": 9, "within": ["answer"]}, "does not read prune.question_clusters"),
+    ],
+    ids=str,
+)
+def test_what_the_method_does_not_read_is_refused(prune: dict[str, Any], idle: str) -> None:
+    """A setting that has no effect is believed to have had one."""
+    with pytest.raises(ConfigError, match=idle):
+        parse_recipe(pruned(None, None, None, IMAGE, **prune))
+    every = prune | {"compare": ["deltaloss", "clusters"], "within": ["question"]}
+    assert parse_recipe(pruned(None, None, None, IMAGE, **every)).prune.idle == []
+    assert parse_recipe(pruned(None, None, None, IMAGE, **prune | {"method": "none"})).references == {}
 
 
 def test_several_mistakes_are_counted() -> None:
