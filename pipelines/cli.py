@@ -341,6 +341,52 @@ def serve(
     typer.echo(tell(f"serving at {start(model, host, port, runs, context.obj.api_key)}; `nvila stop` ends it"))
 
 
+ablations = typer.Typer(help="Find out what pays, by leaving it out.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(ablations, name="ablate")
+
+
+@ablations.command(name="prune")
+def ablate_prune(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-ablate",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Which methods, with commas between them; `random` is what the others are held against.")
+    ] = "deltaloss,multimodal-gain,clusters,random",
+    ratios: Annotated[
+        str, typer.Option(help="Shares of the samples to keep, with commas between them.")
+    ] = "0.5,0.3,0.1",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each case; with one nothing is tested.")] = 3,
+    spoilt: Annotated[
+        bool, typer.Option("--spoilt/--no-spoilt", help="Also with 30% of the answers replaced by another sample's.")
+    ] = True,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(callback=_local, help="JSON file to write, the page beside it; runs/bench/prune.json by default."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the cases and an estimate; nothing is made.")
+    ] = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Train on what each pruning method keeps, and on all data; test whether it beats chance.
+
+    From one stage-3 model and one table of scores, the pruned stages are trained for every method, keep ratio and seed:
+    for one epoch over each subset, and for equal steps. Held-out questions are asked after each stage. Then the same
+    with spoilt answers. Finished cases stay in the store: after an interruption the same command goes on.
+
+    Example: nvila ablate prune --dry-run
+    """
+    from nvila.pipelines.ablate.cases import Design
+    from nvila.pipelines.commands.ablate import numbers, prune, words
+
+    design = Design(words(methods), numbers(ratios, "--ratios"), seeds, spoilt)
+    prune(recipe, override or [], design, jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
+
+
 @app.command()
 def stop(runs: Runs = Path("runs")) -> None:
     """Stop the endpoint that a run or `nvila serve` has started.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nvila.components.contracts.results.accuracy import Baseline, Evaluation, QuantizedEvaluation, Retained, Scored
-from nvila.components.contracts.results.model import PrunedSource, Quantization, Training, Validation
+from nvila.components.contracts.results.model import Judged, PrunedSource, Quantization, Training, Validation
 from nvila.components.contracts.results.result import Measured, SkippedRecords
 
 NONE_SKIPPED = SkippedRecords(records=0, first=[])
@@ -63,5 +63,18 @@ def validation(records: dict[str, dict[str, int]], quarantined: dict[str, int]) 
 
 def pruned(**told: Any) -> PrunedSource:
     """One source of `prune`."""
-    usual = {"n": 800, "kept": 400, "informative": True, "accuracy_small": 0.41, "accuracy_large": 0.55}
-    return PrunedSource(**usual | {"mean_delta": 0.3} | told)
+    usual: dict[str, Any] = {"n": 800, "kept": 400, "composition": {}, "categories": {}, "examples": {}}
+    return PrunedSource(**usual | told)
+
+
+def judged(**told: Any) -> Judged:
+    """The references on questions of one kind, where they can be believed."""
+    usual: dict[str, Any] = {
+        "n": 200,
+        "loss": {"small": 2.15, "large": 0.09, "blank": 2.2, "question_only": 1.9},
+        "accuracy": {"small": 0.21, "large": 0.97},
+        "against": {"small": 1.9, "blank": 1.95, "question_only": 1.6},
+        "trusted": True,
+        "why": "",
+    }
+    return Judged(**usual | told)

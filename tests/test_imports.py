@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 NOUNS: dict[str, set[str]] = {
     "contracts": set(),
     "data": {"contracts"},
-    "tracking": {"contracts"},
+    "tracking": {"contracts", "data"},
     "kube": {"contracts", "tracking"},
     "model": {"contracts", "data"},
     "metrics": {"contracts", "data", "model"},

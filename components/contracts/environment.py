@@ -132,6 +132,11 @@ class Environment(BaseModel):
     podman_configuration: str | None = _variable("CONTAINERS_CONF", "user")
     """podman's configuration for the building of images; one that works in containers is written without it."""
 
+    @property
+    def run_folder(self) -> Path:
+        """`run`, absolute; the folder of all runs, with the local registry in it, is around it."""
+        return (self.run or Path("runs/adhoc")).absolute()
+
     @classmethod
     def read(cls, variables: Mapping[str, str] | None = None) -> Environment:
         """The object from these variables, the process's own by default.

@@ -191,6 +191,25 @@ def probe(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()
     return Probe(*size, decoded, round(end, 3))
 
 
+def size(path: Path, kind: Literal["image", "video"], limits: Limits = Limits()) -> tuple[int, int]:
+    """Width and height as the header says, of a folder of frames those of its first; nothing is decoded.
+
+    Raises:
+        MediaError: missing, larger than the limits, or no such medium.
+    """
+    if path.is_dir():
+        return size(_frame_files(path, limits)[0], "image", limits)
+    _check_file(path, limits)
+    if kind == "video":
+        with _opened(path, limits) as container:
+            return container.streams.video[0].width, container.streams.video[0].height
+    from PIL import Image
+
+    with _decoding(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+        _check_pixels(image.width, image.height, path, limits)
+        return image.size
+
+
 def _check_file(path: Path, limits: Limits) -> None:
     if not path.is_file():
         raise MediaError("missing_file", "no such media file", path)

@@ -228,7 +228,7 @@ def write_labels(path: Path, rows: list[dict[str, Any]], limits: Limits = _DEFAU
 
 
 def sample_schema() -> pyarrow.Schema:
-    """Columns of `samples.parquet`."""
+    """Columns of `samples.parquet`. `fields` is JSON: what else a record says of itself, as far as it is short."""
     import pyarrow as pa
 
     texts = ("id", "source", "kind", "split", "root")
@@ -239,6 +239,7 @@ def sample_schema() -> pyarrow.Schema:
             ("media", pa.list_(pa.string())),
             ("media_sha256", pa.list_(pa.string())),
             *((name, pa.string()) for name in more),
+            ("fields", pa.string()),
             ("line", pa.int64()),
         ]
     )

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.decode.answer import generate
@@ -16,7 +14,7 @@ from nvila.components.model.feed import Feed
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.prompt import Prompt
 from nvila.components.model.text.tokenizer import TokenIds
-from nvila.components.model.vision.preprocess import Visual
+from nvila.components.model.vision.preprocess import blank
 
 Show = Literal["own", "blank", "other"]
 
@@ -75,11 +73,6 @@ def answers(
 def _question(sample: Sample) -> list[Turn]:
     """The conversation up to the answer that is asked for."""
     return [sample.conversations[0]]
-
-
-def blank(visual: Visual) -> Visual:
-    """The same tiles in the middle grey of SigLIP's normalisation."""
-    return replace(visual, tiles=torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0))
 
 
 def _displaced(media: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import LABELS, REQUIRED, Source
-from nvila.components.data.fetch import identity
 from nvila.components.data.layouts import read
+from nvila.components.tracking.checkpoints import identity
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -106,8 +107,12 @@ def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False)
     return problems
 
 
-def weights_problems(weights: Iterable[str]) -> list[str]:
-    """Weights are there and may be read. Asks stores and the hub what they have; nothing is fetched.
+def weights_problems(weights: Iterable[str], runs: Path) -> list[str]:
+    """Weights are there and may be read. Asks stores, the hub and the registry what they have; nothing is fetched.
+
+    Args:
+        weights: folders, addresses, and versions of the registry.
+        runs: folder of all runs, with the local registry.
 
     Raises:
         Unreachable: one of them does not answer, which is no fault of the recipe.
@@ -115,8 +120,8 @@ def weights_problems(weights: Iterable[str]) -> list[str]:
     problems = []
     for uri in dict.fromkeys(weights):
         try:
-            if "://" in uri:
-                identity(uri)
+            if "://" in uri or is_version(uri):
+                identity(uri, runs)
             elif not Path(uri).is_dir():
                 problems.append(f"{uri}: no such folder of weights")
         except Unreachable:

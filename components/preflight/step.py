@@ -33,7 +33,7 @@ class Settings(Section):
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
     weights: list[str] = []
-    """Where the recipe takes weights from: folders, `s3://` and `hf://`."""
+    """Where the recipe takes weights from: folders, `s3://`, `hf://`, and versions of the registry."""
 
 
 def prepare(settings: Settings) -> None:
@@ -54,7 +54,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         Unreachable: the place of weights does not answer.
     """
     refuse(_problems(settings, here))
-    refuse(checks.weights_problems(settings.weights))
+    refuse(checks.weights_problems(settings.weights, here.run_folder.parent))
     return Outcome(
         kind="report",
         result=Preflight(annotations=_annotation_digests(settings.data)),

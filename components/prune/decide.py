@@ -13,6 +13,8 @@ from nvila.components.prune.select import keep_top
 if TYPE_CHECKING:
     import numpy as np
 
+BLANK = "blank"
+"""In the place of a reference's name: the large one without the picture."""
 MARGIN_NATS = 0.1
 """DeltaLoss per answer token that is about 0."""
 EASY_NATS = 0.6931
@@ -44,18 +46,18 @@ class Columns:
     usable: np.ndarray | None = None
     """(n,) bool: not found to be unusable; None where no one has looked."""
 
-    def mean(self, name: str) -> np.ndarray:
-        """(n,) loss per answer token."""
+    def losses(self, name: str, score: str) -> np.ndarray:
+        """(n,) losses of a reference, `sum` or `mean` over answer tokens; not a number where it was not asked."""
         import numpy as np
 
-        counts = self.tokens["large" if name == "blank" else name]
-        return self.loss[name] / np.maximum(counts, 1)
+        if name not in self.loss:
+            return np.full(len(self.ties), np.nan)
+        tokens = self.tokens["large" if name == BLANK else name]
+        return self.loss[name] if score == "sum" else self.loss[name] / np.maximum(tokens, 1)
 
     def delta(self, score: str) -> np.ndarray:
-        """(n,) DeltaLoss, `sum` or `mean` over answer tokens."""
-        if score == "sum":
-            return self.loss["small"] - self.loss["large"]
-        return self.mean("small") - self.mean("large")
+        """(n,) DeltaLoss."""
+        return self.losses("small", score) - self.losses("large", score)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,7 @@ def categories(columns: Columns) -> np.ndarray:
     import numpy as np
 
     found = np.full(len(columns.ties), -1, dtype=np.int8)
-    if not {"small", "large"} <= columns.loss.keys():
-        return found
-    delta, large = columns.delta("mean"), columns.mean("large")
+    delta, large = columns.delta("mean"), columns.losses("large", "mean")
     known = np.isfinite(delta)
     for place, here in enumerate(
         (
@@ -159,9 +159,7 @@ def _scores(columns: Columns, method: str, score: str, seed: int) -> np.ndarray:
     if method == "deltaloss":
         return columns.delta(score)
     if method == "multimodal-gain":
-        if score == "sum":
-            return columns.loss["blank"] - columns.loss["large"]
-        return columns.mean("blank") - columns.mean("large")
+        return columns.losses(BLANK, score) - columns.losses("large", score)
     chance = random_scores(columns.ties, seed)
     if method != "clusters":
         return chance

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.samples import Sample
 from nvila.components.data.skipped import Skipped
-from nvila.components.metrics.answers import blank
 from nvila.components.model.batch import Batch, collate
 from nvila.components.model.feed import Feed, Item
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.positions import positions
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.tokenizer import TokenIds
-from nvila.components.model.vision.preprocess import Visual, normalise
+from nvila.components.model.vision.preprocess import Visual, blank, normalise
+from nvila.components.prune.decide import BLANK
 
 WINDOW = 256
 """Samples whose media are in memory together; within them batches are of like length."""
@@ -30,8 +30,6 @@ POSITIONS_AT_ONCE = 16384
 """Of a padded batch: enough to keep a GPU busy, few enough for its memory beside a large model."""
 PATCHES_AT_ONCE = 65536
 """Of one tower call."""
-BLANK = "blank"
-"""Name of the large reference without the picture."""
 
 
 class Loss(NamedTuple):

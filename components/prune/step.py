@@ -10,17 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.prune import JUDGED, Method, PruneSettings
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Judged, PrunedSource, Pruning
 from nvila.components.contracts.step import Outcome
-from nvila.components.data.fetch import fetch_version, identity
-from nvila.components.data.samples import sample_batches
+from nvila.components.contracts.text import say
+from nvila.components.data.samples import read_limits, sample_batches
 from nvila.components.data.skipped import Skipped, Tally
-from nvila.components.prune import table, work
+from nvila.components.prune import work
+from nvila.components.tracking.checkpoints import fetch_version, identity
 
 if TYPE_CHECKING:
+    from nvila.components.prune import table
     from nvila.components.prune.groups import Grouping
 
 PIECES = "work"
@@ -36,14 +40,14 @@ class Settings(Section):
     max_skipped_share: float
 
 
-def external(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the named reference checkpoints are now, as in `initialize`."""
+def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
+    """What the named reference checkpoints are now, as in `initialize`; of the registry's the digest of the model."""
     prune = PruneSettings.model_validate(settings["prune"])
     asked = prune.references if settings["sources"] else {}
-    return {name: identity(reference.path) for name, reference in asked.items()}
+    return {name: identity(reference.path, here.run_folder.parent) for name, reference in asked.items()}
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Score and select.
 
     Groups in which the references prove nothing on held-out questions are not scored: they stay whole, or a random
@@ -54,19 +58,22 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         inputs: `samples`, and `model` (tower and tokenizer of references that are trained here).
         out: gets `scores.parquet` (columns as in `table.SCHEMA`) and `histogram.png`; finished pieces of work stay in
             `work/` until the end, so that an interrupted step goes on with the next one.
+        here: tells where the registry is.
 
     Raises:
         DataError: more samples cannot be used than `max_skipped_share` allows; fewer have no score, and do not stay.
             Or the composition moves farther than the recipe allows.
         TrainingError: a reference's loss is not finite.
     """
+    from nvila.components.prune import table
     from nvila.components.prune.groups import Grouping
 
     began, prune = time.monotonic(), settings.prune
     if not settings.sources:
         table.empty(out / "scores.parquet")
         return Outcome(kind="dataset", result=Pruning(sources={}, method=prune.method), files=("scores.parquet",))
-    versions = {name: fetch_version(one.path) for name, one in prune.references.items() if one.path}
+    runs = here.run_folder.parent
+    versions = {name: fetch_version(one.path, runs) for name, one in prune.references.items() if one.path}
     job = work.Job(
         prune=prune,
         sources=settings.sources,
@@ -164,5 +171,35 @@ def _score(
 
 
 def _described(job: work.Job, known: table.Table) -> tuple[dict[str, PrunedSource], list[str]]:
-    """What each source was and is made of, and in words what moved farther than the recipe allows."""
-    raise NotImplementedError
+    """What each source was and is made of, and in words what moved farther than the recipe allows.
+
+    Raises:
+        DataError: it moved, and the recipe refuses that.
+    """
+    from nvila.components.prune.composition import makeup, moved
+
+    assert known.decision is not None
+    kept = known.decision.kept
+    rows = _rows(job, ["source", "kind", "root", "media", "answer"])
+    made = makeup(rows, kept, read_limits(job.samples))
+    told = known.categories(_rows(job, ["id"]))
+    found = {}
+    for number, source in enumerate(known.columns.sources):
+        mine = known.columns.source == number
+        found[source] = PrunedSource(
+            n=int(mine.sum()),
+            kept=int(kept[mine].sum()),
+            composition=made[source],
+            categories=told[source][0],
+            examples=told[source][1],
+        )
+    shifted = moved(made, {source: one.kept for source, one in found.items()}, job.prune.largest_shift)
+    for line in shifted:
+        say(f"pruning: {line}")
+    if shifted and job.prune.on_shift == "refuse":
+        raise DataError(
+            "pruning would change what the data are made of: " + "; ".join(shifted),
+            where="prune",
+            do="Group what belongs together (prune.within), or raise prune.largest_shift.",
+        )
+    return dict(sorted(found.items())), shifted

@@ -14,7 +14,7 @@ import numpy as np
 from nvila.components.contracts.recipe.prune import JUDGED, PruneSettings
 from nvila.components.contracts.results.model import PrunedGroup
 from nvila.components.data.skipped import Skipped
-from nvila.components.prune.decide import CATEGORIES, Columns, Decision, categories, decide
+from nvila.components.prune.decide import BLANK, CATEGORIES, Columns, Decision, categories, decide
 
 if TYPE_CHECKING:
     import pyarrow
@@ -87,9 +87,12 @@ class Table:
             place = {one: at + i for i, one in enumerate(ids)}
             for name, losses in shard["losses"].items():
                 loss = columns.loss.setdefault(name, np.full(n, np.nan))
-                tokens = columns.tokens.setdefault(name, np.zeros(n, dtype=np.int32))
-                for one, (nats, count) in losses.items():
-                    loss[place[one]], tokens[place[one]] = nats, count
+                for one, (nats, _) in losses.items():
+                    loss[place[one]] = nats
+                if name != BLANK:
+                    tokens = columns.tokens.setdefault(name, np.zeros(n, dtype=np.int32))
+                    for one, (_, count) in losses.items():
+                        tokens[place[one]] = count
             for one, reason, where in shard["skipped"]:
                 columns.usable[place[one]] = False
                 skipped.append(Skipped(one, reason, where))
@@ -154,6 +157,7 @@ class Table:
 
         columns, decision = self.columns, self._decided
         of, at = categories(columns), 0
+        deltas = {how: columns.delta(how) for how in ("sum", "mean")}
         with parquet.ParquetWriter(path, _schema()) as writer:
             for batch in rows:
                 span = slice(at, at + len(batch))
@@ -163,13 +167,12 @@ class Table:
                     "group": _named(columns.groups, columns.group[span]),
                     "kind": _named(columns.kinds, columns.kind[span]),
                     **{f"loss_{name}": _floats(values[span]) for name, values in columns.loss.items()},
-                    **{f"tokens_{n}": pyarrow.array(v[span]) for n, v in columns.tokens.items() if n != "blank"},
+                    **{f"tokens_{n}": pyarrow.array(v[span]) for n, v in columns.tokens.items()},
                     "score": _floats(decision.score[span]),
                     "category": _named([*CATEGORIES, None], of[span]),
                     "kept": pyarrow.array(decision.kept[span]),
                 }
-                if {"small", "large"} <= columns.loss.keys():
-                    made |= {f"delta_{how}": _floats(columns.delta(how)[span]) for how in ("sum", "mean")}
+                made |= {f"delta_{how}": _floats(delta[span]) for how, delta in deltas.items()}
                 if columns.cluster is not None:
                     made["cluster"] = pyarrow.array(columns.cluster[span])
                 writer.write_table(_whole(made, len(batch)))

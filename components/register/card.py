@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
-from nvila.components.contracts.results.model import Quantization, Validation
+from nvila.components.contracts.results.model import Pruning, Quantization, Validation
 from nvila.components.contracts.results.result import Measured
+from nvila.components.metrics.pruned import believed, what_stays
 from nvila.components.metrics.standing import Compared, compared, headline, what_was_measured
 
 
@@ -33,6 +34,7 @@ def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
             [_accuracy_row(source, m) for source, m in sources.items() if m.quantized],
         ),
         *_data(inputs["samples"].told(Validation)),
+        *_pruning(inputs["model"]),
         *_quantization(inputs["model"].told(Quantization)),
         "## Limits",
         "Answers only what its training sources ask; other questions and other kinds of pictures were not measured.",
@@ -64,6 +66,23 @@ def _data(samples: Validation) -> list[str]:
     rows = [[source, *(str(of.get(split, 0)) for split in splits)] for source, of in samples.records.items()]
     set_aside = sum(samples.quarantined.values())
     return ["## Data", _table(["source", *splits], rows), f"{set_aside} spoilt records were set aside."]
+
+
+def _pruning(model: Manifest) -> list[str]:
+    """What each prune step left of the data that the model was trained on."""
+    told: dict[str, Pruning] = {}
+    while "model" in model.inputs:
+        model = model.origin("model")
+        for name in model.inputs:
+            if name.startswith("kept_"):
+                kept = model.origin(name)
+                told[kept.step] = kept.told(Pruning)
+    lines = [
+        f"- {step}: {what_stays(pruning)}." + (f" {said}." if (said := believed(pruning)) else "")
+        for step, pruning in sorted(told.items())
+        if pruning.sources
+    ]
+    return ["\n".join(["Pruning of the instruction data:", "", *lines])] if lines else []
 
 
 def _quantization(model: Quantization) -> list[str]:

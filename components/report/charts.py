@@ -32,6 +32,8 @@ class Line:
     label: str
     points: Sequence[tuple[float, float]]
     faint: bool = False
+    spread: Sequence[float] = ()
+    """Of each point, how far its whisker reaches to either side."""
 
 
 def dot_plot(groups: Sequence[tuple[str, Sequence[Dot]]], title: str) -> str:
@@ -95,6 +97,10 @@ def line_plot(
         path = " ".join(f"{x(px):.1f},{y(min(max(py, low), high)):.1f}" for px, py in line.points)
         faint = " faint" if line.faint else ""
         body.append(f'<polyline class="s{line.series} line{faint}" points="{path}"/>')
+        for (px, py), reach in zip(line.points, line.spread, strict=False):
+            ends = [y(min(max(py + sign * reach, low), high)) for sign in (-1, 1)]
+            box = f'x1="{x(px):.1f}" x2="{x(px):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"'
+            body.append(f'<line class="s{line.series} whisker" {box}/>')
         if marks:
             body += [
                 f'<circle class="s{line.series} dot" cx="{x(px):.1f}" cy="{y(py):.1f}" r="3.5">'
@@ -104,26 +110,61 @@ def line_plot(
     return _svg(height, title, body)
 
 
-def histogram(kept: Sequence[float], dropped: Sequence[float], title: str, bins: int = 36) -> str:
-    """What stayed stacked on what went, over common bins. Tails beyond 0.5% on either side share the end bins.
-
-    Scores that are no number (a sample without a single answer token has none) have no place on the axis.
-    """
-    kept, dropped = ([value for value in some if math.isfinite(value)] for some in (kept, dropped))
-    values = sorted([*kept, *dropped])
-    if not values:
+def losses(rows: Sequence[tuple[str, Sequence[Dot], bool]], title: str) -> str:
+    """One line per row with all its dots, over 0 to the largest; rows that are `False` have their names in red."""
+    shown = [dot.value for _, dots, _ in rows for dot in dots if math.isfinite(dot.value)]
+    if not shown:
         return ""
-    low, high = values[len(values) // 200], values[-1 - len(values) // 200]
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    counts = [_binned(some, low, high, bins) for some in (dropped, kept)]
-    top_count = max(a + b for a, b in zip(*counts, strict=True))
+    left, right, row = 8, 14, 36
+    high = max(shown) or 1.0
+    x = _scale(0, high, left, WIDTH - right)
+    bottom = row * len(rows) + 4
+    body = [f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="4" y2="{bottom}"/>' for t in _ticks(0, high)]
+    for number, (name, dots, good) in enumerate(rows):
+        y = row * number + 14
+        body.append(f'<text class="group{"" if good else " doubt"}" x="0" y="{y}">{escape(_cut(name, 50))}</text>')
+        body.append(f'<line class="guide" x1="{left}" x2="{WIDTH - right}" y1="{y + 12}" y2="{y + 12}"/>')
+        body += [
+            f'<circle class="s{dot.series} dot" cx="{x(max(dot.value, 0)):.1f}" cy="{y + 12}" r="4.5">'
+            f"<title>{escape(f'{name}, {dot.label}: {dot.value:.3f}')}</title></circle>"
+            for dot in dots
+            if math.isfinite(dot.value)
+        ]
+    body += [
+        f'<text class="tick" text-anchor="middle" x="{x(t):.1f}" y="{bottom + 14}">{t:g}</text>'
+        for t in _ticks(0, high)
+    ]
+    return _svg(bottom + 20, title, body)
+
+
+def paired_bars(rows: Sequence[tuple[str, float, float]], title: str) -> str:
+    """Two thin bars per row, shares before and after, with both in percent behind them."""
+    left, right, row = 112, 88, 21
+    longest = max((share for _, *both in rows for share in both), default=0) or 1.0
+    x = _scale(0, longest, left, WIDTH - right)
+    body = []
+    for number, (name, before, after) in enumerate(rows):
+        y = row * number + 4
+        body.append(
+            f'<text class="small" x="0" y="{y + 11}"><title>{escape(name)}</title>{escape(_cut(name, 19))}</text>'
+        )
+        for series, share, top in ((7, before, y), (0, after, y + 7)):
+            size = f'width="{max(x(share) - left, 0.5):.1f}" height="6"'
+            body.append(f'<rect class="s{series} bar" x="{left}" y="{top}" {size}/>')
+        text = f"{100 * before:.1f} → {100 * after:.1f}%"
+        body.append(f'<text class="tick" text-anchor="end" x="{WIDTH}" y="{y + 11}">{text}</text>')
+    return _svg(row * len(rows) + 4, title, body)
+
+
+def histogram(low: float, high: float, kept: Sequence[int], dropped: Sequence[int], title: str) -> str:
+    """What stayed stacked on what went, over as many bins of one width."""
+    top_count = max(a + b for a, b in zip(dropped, kept, strict=True))
     height, left, right, top = 150, 14, 14, 8
     bottom = height - 24
     x, y = _scale(low, high, left, WIDTH - right), _scale(0, top_count, bottom, top)
-    step = (high - low) / bins
+    step = (high - low) / len(kept)
     body = []
-    for index, (gone, stayed) in enumerate(zip(*counts, strict=True)):
+    for index, (gone, stayed) in enumerate(zip(dropped, kept, strict=True)):
         at, width = x(low + index * step) + 0.5, x(step + low) - x(low) - 1
         for name, base, count in (("s7", 0, gone), ("s0", gone, stayed)):
             if count:
@@ -169,8 +210,5 @@ def _ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _binned(values: Sequence[float], low: float, high: float, bins: int) -> list[int]:
-    counts = [0] * bins
-    for value in values:
-        counts[min(max(int((value - low) / (high - low) * bins), 0), bins - 1)] += 1
-    return counts
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

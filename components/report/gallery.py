@@ -1,4 +1,4 @@
-"""Sample predictions with their pictures, embedded: some right and some wrong ones per source, always the same ones."""
+"""Pictures and clips, embedded; and sample predictions with theirs, some right and some wrong, always the same ones."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ LARGEST = 320
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a sample shows."""
+
+    uri: str | None
+    """Its data; None where the file cannot be read any more."""
+    wide: bool
+    """A strip of frames or pictures rather than one."""
+    pixelated: bool
+    """So small that it is shown pixel by pixel."""
+
+
+@dataclass(frozen=True)
 class Card:
     """One answered question."""
 
@@ -36,18 +48,14 @@ class Card:
     prediction: str
     quantized: str | None
     correct: bool
-    picture: str | None
-    """A data URI; None when the file cannot be read any more."""
-    wide: bool
-    """A strip of frames rather than one picture."""
-    pixelated: bool
+    picture: Picture
 
 
 def cards(run: Run) -> dict[str, list[Card]]:
     """Per source, right answers then wrong ones, spread evenly over the held-out questions."""
     rows = sorted(table(run.file(EVALUATE, "predictions.parquet")), key=lambda row: row["id"])
     after = {row["id"]: row["prediction"] for row in table(run.file(EVALUATE_QUANTIZED, "predictions.parquet"))}
-    limits = _limits(run)
+    limits = limits_of(run)
     found = {}
     evaluation = run.result(Evaluation)
     for source in evaluation.accuracy if evaluation else ():
@@ -73,7 +81,7 @@ def _spread(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, 
     return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
-def _limits(run: Run) -> Limits:
+def limits_of(run: Run) -> Limits:
     """What the run's media may be; a table that is gone or damaged says nothing of it."""
     from nvila.components.data.media import Limits
     from nvila.components.data.samples import SAMPLES_FILE, read_limits
@@ -85,42 +93,39 @@ def _limits(run: Run) -> Limits:
         return Limits()
 
 
-def _card(row: Mapping[str, Any], quantized: str | None, limits: Limits) -> Card:
-    media = list(row.get("media") or [])
-    paths = [Path(row.get("root") or "", name) for name in media]
+def picture(paths: Sequence[Path], limits: Limits) -> Picture:
+    """A picture, the first of several, or a clip's frames: a few, and small, whatever lies there."""
+    from nvila.components.data.media import load_image, load_video_frames
+    from nvila.components.data.sampling import Sampling
+
     clip = len(paths) == 1 and (paths[0].suffix.lower() in CLIP_SUFFIXES or paths[0].is_dir())
-    picture, small = _picture(paths, clip, limits)
+    wide = clip or len(paths) > 1
+    try:
+        if clip:
+            images = load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)
+        else:
+            images = [load_image(path, limits) for path in paths[:CLIP_FRAMES]]
+    except (DataError, OSError):
+        images = []
+    if not images:
+        return Picture(None, wide, False)
+    limit = LARGEST if len(images) == 1 else LARGEST // 2
+    small = max(max(image.size) for image in images) <= PIXEL_ART
+    for image in images:
+        image.thumbnail((limit, limit))
+    return Picture(_data_uri(_strip(images), lossless=small), wide, small)
+
+
+def _card(row: Mapping[str, Any], quantized: str | None, limits: Limits) -> Card:
+    paths = [Path(row.get("root") or "", name) for name in row.get("media") or []]
     return Card(
         question=row["question"],
         answer=row["answer"],
         prediction=row["prediction"],
         quantized=quantized,
         correct=bool(row["correct"]),
-        picture=picture,
-        wide=clip or len(paths) > 1,
-        pixelated=small,
+        picture=picture(paths, limits),
     )
-
-
-def _picture(paths: list[Path], clip: bool, limits: Limits) -> tuple[str | None, bool]:
-    """Data URI of one picture or of a strip, and whether it is small enough to be shown pixel by pixel."""
-    from nvila.components.data.media import load_image, load_video_frames
-    from nvila.components.data.sampling import Sampling
-
-    try:
-        if clip:
-            images = load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)
-        else:
-            images = [load_image(path, limits) for path in paths]
-    except (DataError, OSError):
-        return None, False
-    if not images:
-        return None, False
-    limit = LARGEST if len(images) == 1 else LARGEST // 2
-    small = max(max(image.size) for image in images) <= PIXEL_ART
-    for image in images:
-        image.thumbnail((limit, limit))
-    return _data_uri(_strip(images), lossless=small), small
 
 
 def _strip(images: list[Image]) -> Image:

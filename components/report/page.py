@@ -8,12 +8,13 @@ from typing import Any
 
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
-from nvila.components.contracts.results.model import Pruning, Quantization, Training, Validation
+from nvila.components.contracts.results.model import Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
 from nvila.components.metrics.standing import Compared, above, change, compared, headline, standing, what_was_measured
 from nvila.components.report import charts, flow
-from nvila.components.report.gallery import cards, table
+from nvila.components.report.gallery import cards
+from nvila.components.report.pruning import prune_parts
 from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.flatten import parameters
 
@@ -125,22 +126,6 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
                 "chart": charts.line_plot(lines, f"Loss of {step}", height=150),
             }
         )
-    return found
-
-
-def prune_parts(run: Run) -> list[dict[str, Any]]:
-    """Per pruned source: what stayed, how good the reference models are, and the histogram of DeltaLoss."""
-    found = []
-    for step, pruning in run.results(Pruning).items():
-        scores = table(run.file(step, "scores.parquet"))
-        for source, told in pruning.sources.items():
-            mine = [row for row in scores if row["source"] == source]
-            chart = charts.histogram(
-                [row["delta"] for row in mine if row["kept"]],
-                [row["delta"] for row in mine if not row["kept"]],
-                f"DeltaLoss of {source}",
-            )
-            found.append({"source": source, "told": told, "chart": chart})
     return found
 
 

@@ -60,7 +60,7 @@ class Place:
     @classmethod
     def of(cls, here: Environment) -> Place:
         """Of a process with this environment."""
-        return cls(Store((here.store or Path("store")).absolute()), (here.run or Path("runs/adhoc")).absolute())
+        return cls(Store((here.store or Path("store")).absolute()), here.run_folder)
 
 
 def execute(
@@ -129,9 +129,14 @@ def execute(
 
 
 def perform(
-    here: Environment, step: str, module: str, settings: Mapping[str, Any], inputs: Mapping[str, Manifest]
+    here: Environment,
+    step: str,
+    module: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Manifest],
+    tracked: bool = True,
 ) -> tuple[Manifest, bool]:
-    """The manifest of this work, and whether it was there already.
+    """The manifest of this work, and whether it was there already; MLflow is told of it where it is `tracked`.
 
     Raises:
         NvilaError: what the step raised; exit codes 2 and 3 leave a tombstone for retries within the same run.
@@ -174,7 +179,8 @@ def perform(
         except Exception as error:
             if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)
-            _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
+            if tracked:
+                _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
             raise
         files = describe_files(folder, outcome.files)
         for name in [name for name in files if name in (MANIFEST, TOMBSTONE, SUSPECT) or name.startswith(f"{FOLDER}/")]:
@@ -195,7 +201,8 @@ def perform(
             machine=dict(outcome.machine),
         )
         manifest = store.finish(folder, manifest)
-    _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
+    if tracked:
+        _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
     return manifest, False
 
 

@@ -1,7 +1,7 @@
-"""Answers many questions with vLLM in one go: the evaluation backend, a child process of the serving environment.
+"""Answers questions, or scores conversations, with vLLM in one go: in a child process of the serving environment.
 
 The caller (main environment) writes requests as JSON lines and reads answers as JSON lines; an answer is kept as soon
-as its chunk is done, so that a killed evaluation goes on where it was. `batch_process` is what runs inside the child.
+as its chunk is done, so that killed work goes on where it was. `batch_process` is what runs inside the child.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import digest_json, write_atomic
+from nvila.components.contracts.text import say
 from nvila.components.data.media import Limits
 from nvila.components.serve.interpreter import serve_python, serve_variables
 
 if TYPE_CHECKING:
+    from nvila.components.data.samples import Sample
     from nvila.components.model.config.config import ModelConfig
 
 
@@ -36,6 +38,42 @@ class Request:
     """A human turn in the form of a record: media stand where it has literals, the first of too many in front."""
     limits: Limits = field(default_factory=Limits)
     """What the media may be."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A whole conversation about pictures or a clip, whose answers are scored."""
+
+    media: Sequence[str]
+    """Paths of the media files."""
+    kind: Literal["image", "video"]
+    turns: Sequence[tuple[str, str]]
+    """Role and text of each turn, as in a record."""
+    limits: Limits = field(default_factory=Limits)
+    """What the media may be."""
+    blank: bool = False
+    """Whether the model is shown grey instead (`preprocess.blank`)."""
+
+    @classmethod
+    def of(cls, sample: Sample, *, blank: bool = False) -> Conversation:
+        """A sample's.
+
+        Raises:
+            MediaError: as of `Sample.paths`.
+        """
+        turns = [(turn.role, turn.text) for turn in sample.conversations]
+        return cls([str(path) for path in sample.paths], sample.kind, turns, sample.limits, blank)
+
+
+class Score(NamedTuple):
+    """What a model makes of a conversation's answers."""
+
+    nats: float
+    """Their loss, summed over the tokens."""
+    tokens: int
+    """End tokens included."""
+    right: bool
+    """Whether each token was the likeliest: what greedy decoding would have said."""
 
 
 def generate_with_vllm(
@@ -55,18 +93,48 @@ def generate_with_vllm(
         PreflightError: no serving environment.
         RolloutError: the child died; its last lines are in the message, its log in `work`.
     """
+    answers = _told(model_dir, requests, {"max_new_tokens": max_new_tokens}, work, threads)
+    unanswered = sum(text is None for text in answers)
+    if unanswered:
+        from nvila.components.model.decode.room import say_unanswered
+
+        say_unanswered("vLLM", unanswered, len(requests), served_config(model_dir))
+    return [text or "" for text in answers]
+
+
+def score_with_vllm(
+    model_dir: Path, requests: Sequence[Conversation], *, work: Path, threads: int = 1
+) -> list[Score | None]:
+    """Loss of each conversation's answers, in the order of `requests`.
+
+    What counts is what training supervises: every answer and its end, as far as `max_length_tokens` reaches, each
+    picture of several tiled. A conversation has None where it leaves the decoder no position, where nothing supervised
+    lies within `max_length_tokens`, where a medium cannot be read or where the loss is not finite; the log says which.
+
+    Arguments and errors as of `generate_with_vllm`. One call starts vLLM once, which takes most of a minute.
+    """
+    found = _told(model_dir, requests, {"score": True}, work, threads)
+    if unscored := found.count(None):
+        say(f"vLLM: {unscored} of {len(requests)} conversations have no score; the log in {work} says why")
+    return [None if one is None else Score(*one) for one in found]
+
+
+def _told(
+    model_dir: Path, requests: Sequence[Request | Conversation], what: dict[str, Any], work: Path, threads: int
+) -> list[Any]:
+    """What the child finds for each request, in their order; `what` is asked of each."""
     if not requests:
         return []
     python = serve_python()
     work.mkdir(parents=True, exist_ok=True)
     wanted = [asdict(request) for request in requests]
-    key = digest_json({"model": _identity(model_dir), "requests": wanted, "max_new_tokens": max_new_tokens})[:16]
+    key = digest_json({"model": _identity(model_dir), "requests": wanted, **what})[:16]
     asked, answered, log = (work / f"vllm-{key}.{end}" for end in ("requests.jsonl", "answers.jsonl", "log"))
     answers = read_answers(answered)
     if len(answers) < len(requests):
         write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
         command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
-        command += ["--model", str(model_dir), "--max-new-tokens", str(max_new_tokens)]
+        command += ["--model", str(model_dir), "--what", json.dumps(what)]
         variables = serve_variables(threads)
         variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
         # A second process costs another import of everything (20 s on two cores) and buys nothing with one worker.
@@ -81,12 +149,7 @@ def generate_with_vllm(
                 where=str(log),
                 do="Run again: the answers so far are kept.",
             )
-    unanswered = sum(text is None for text in answers.values())
-    if unanswered:
-        from nvila.components.model.decode.room import say_unanswered
-
-        say_unanswered("vLLM", unanswered, len(requests), served_config(model_dir))
-    return [answers[index] or "" for index in range(len(requests))]
+    return [answers[index] for index in range(len(requests))]
 
 
 def _identity(model_dir: Path) -> dict[str, str]:
@@ -94,24 +157,24 @@ def _identity(model_dir: Path) -> dict[str, str]:
     return {path.name: sha256 for path, sha256 in sha256_of(sorted(filter(Path.is_file, model_dir.iterdir()))).items()}
 
 
-def answer_line(path: Path, index: int, text: str | None) -> str:
-    """A line of the answers file at `path`, sealed: an answer, or None for a question that is too long."""
-    said = {"index": index, "text": text}
+def answer_line(path: Path, index: int, answer: Any) -> str:
+    """A line of the answers file at `path`, sealed: an answer, or None for a request that has none."""
+    said = {"index": index, "answer": answer}
     return json.dumps(said | {"sha256": digest_json([path.name, said])}) + "\n"
 
 
-def read_answers(path: Path) -> dict[int, str | None]:
+def read_answers(path: Path) -> dict[int, Any]:
     """Answers so far, by the index of their request; lines that are torn, damaged or of another file are none."""
-    answers: dict[int, str | None] = {}
+    answers: dict[int, Any] = {}
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
             record = json.loads(line)
-            index, text = record["index"], record["text"]
-            sound = answer_line(path, index, text).encode() == line + b"\n"
+            index, answer = record["index"], record["answer"]
+            sound = answer_line(path, index, answer).encode() == line + b"\n"
         except (ValueError, LookupError, TypeError):
             continue
         if sound:
-            answers[index] = text
+            answers[index] = answer
     return answers
 
 

@@ -32,7 +32,7 @@ from vllm.multimodal.processing import (
 
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.text.controls import IMAGE_TOKEN, VIDEO_TOKEN
-from nvila.components.model.vision.preprocess import Kind, Visual, preprocess_image, preprocess_video
+from nvila.components.model.vision.preprocess import Kind, Visual, blank, preprocess_image, preprocess_video
 from nvila.components.model.vision.visual import token_count
 from nvila.components.serve.config import NVILAServingConfig
 
@@ -82,25 +82,30 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
     """Cuts pictures and frames into tiles and expands the markers."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """A picture is tiled only when it is the prompt's only one.
+        """A picture is tiled only when it is the prompt's only one, or where the request says `tile_all`, as training
+        does; with `blank` grey is shown in place of all media.
 
         The rule looks at the whole prompt while vLLM processes and caches item by item, so it travels with the item's
         options, which are part of the cache's key.
         """
-        alone = inputs.mm_data_items.get_all_counts().get("image", 0) == 1
-        options = {**inputs.hf_processor_mm_kwargs, "images_kwargs": {"alone": alone}}
+        asked = inputs.hf_processor_mm_kwargs
+        alone = bool(asked.get("tile_all")) or inputs.mm_data_items.get_all_counts().get("image", 0) == 1
+        options = {**asked, "images_kwargs": {"alone": alone}}
         return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         config = self.info.nvila
         alone = _alone(hf_kwargs)
+        cut: dict[str, list[list[Visual]]] = {
+            "image": [preprocess_image(one, config, alone=alone, pixels=True) for one in hf_data.get("images") or ()],
+            "video": [
+                [preprocess_video(_frames(one, config), config, pixels=True)] for one in hf_data.get("videos") or ()
+            ],
+        }
         output: dict[str, Any] = {}
-        if images := hf_data.get("images"):
-            cut = [preprocess_image(image, config, alone=alone, pixels=True) for image in images]
-            output |= _fields("image", cut, config)
-        if videos := hf_data.get("videos"):
-            cut = [[preprocess_video(_frames(video, config), config, pixels=True)] for video in videos]
-            output |= _fields("video", cut, config)
+        for modality, items in cut.items():
+            shown = [[blank(each) for each in item] for item in items] if hf_kwargs.get("blank") else items
+            output |= _fields(modality, shown, config) if shown else {}
         return BatchFeature(output)
 
     def _get_mm_fields_config(
@@ -121,17 +126,20 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
     ) -> Sequence[PromptUpdate]:
         hf_config = self.info.get_hf_config()
         alone = _alone(hf_processor_mm_kwargs)
+        # The markers' ids lie behind the vocabulary. In their place stands a token of it that no text has: where
+        # prompt_logprobs or penalties look up the prompt's tokens, an id without a logit would end the engine.
+        placeholder = self.info.get_tokenizer().pad_token_id
 
         def replacement(modality: str, token: int) -> Any:
             def expand(index: int) -> PromptUpdateDetails:
                 item = out_mm_kwargs[modality][index]
                 counts = item[f"{modality}_tokens"].data.flatten().tolist()
-                ids = [token] * counts[0]
+                ids = [placeholder] * counts[0]
                 if self.info.nvila.vision_mode == "dynamic" and alone and modality == "image":
                     # Each tile of dynamic tiling stands on a line of its own (`prompt.picture_marker`). The break
                     # behind the last one is the prompt's, which may end there.
-                    ids = [i for count in counts for i in (*[token] * count, hf_config.newline_token_id)][:-1]
-                return PromptUpdateDetails.select_token_id(ids, token)
+                    ids = [i for count in counts for i in (*[placeholder] * count, hf_config.newline_token_id)][:-1]
+                return PromptUpdateDetails.select_token_id(ids, placeholder)
 
             return PromptReplacement(modality=modality, target=[token], replacement=expand)
 

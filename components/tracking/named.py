@@ -23,6 +23,11 @@ def named(reference: str, runs: Path) -> Path | Version:
     """
     if reference and (path := Path(reference)).exists():
         return path
+    return registered(reference, runs)
+
+
+def registered(reference: str, runs: Path) -> Version:
+    """The version of the registry with this name, as of `named`, whatever lies at a path like it."""
     name, given, key = reference.rpartition("@" if "@" in reference else "/")
     known = []
     if has_store(runs):
@@ -34,9 +39,10 @@ def named(reference: str, runs: Path) -> Path | Version:
             if not registered_inputs(version):
                 raise ConfigError("this version was not registered by a run", where=version.uri)
             return version
+    folder = f" The folder is ./{reference}." if reference and Path(reference).exists() else ""
     raise ConfigError(
-        "nothing here and no version of the registry has this name",
+        f"{'' if folder else 'nothing here and '}no version of the registry has this name",
         where=redact_text(tracking_uri(runs)) if has_store(runs) else f"{runs} has no registry",
         value=reference,
-        do=f"Registered models: {', '.join(known) or 'none'}. Give {FORMS}.",
+        do=f"Registered models: {', '.join(known) or 'none'}. Give {FORMS}.{folder}",
     )

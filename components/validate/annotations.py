@@ -16,6 +16,9 @@ MARKERS = {"image": ("<image>",), "video": ("<video>", "<vila/video>")}
 """Placeholders of media in a conversation, by the source's kind; the tables hold the last one of each kind."""
 ANY_MARKER = re.compile(r"<image>|<video>|<vila/video>")
 
+FIELDS, FIELD_CHARACTERS = 32, 200
+"""Of a record's own fields: of more none are kept; how long a name or a text may be."""
+
 Row = dict[str, Any]
 
 
@@ -124,12 +127,26 @@ def _record(source: Source, split: str, index: int, record: dict[str, Any], path
         "conversations": [{**turn, "value": _plain(turn["value"], own)} for turn in turns],
         "question": ANY_MARKER.sub("", texts[0]).strip(),
         "answer": answers[0].strip(),
+        "fields": json.dumps(_fields(record), sort_keys=True),
         "line": index,
         "media_count": len(media),
         "markers": sum(_markers(turn, own) for turn in turns),
         "text_chars": sum(map(len, texts)),
         "shortest_answer_chars": min(len(answer.strip()) for answer in answers),
     }
+
+
+def _fields(record: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """The record's own further fields, as far as they are short: samples can be grouped by them."""
+    known = ("id", "image", "video", "conversations")
+    further = [key for key in sorted(record) if key not in known and len(key) <= FIELD_CHARACTERS]
+    return {key: record[key] for key in further if _is_short(record[key])} if len(further) <= FIELDS else {}
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= FIELD_CHARACTERS
+    return isinstance(value, (bool, int, float)) and -(2**63) < value < 2**63  # not a number is in no range
 
 
 def _turns(turns: Any, where: str) -> list[dict[str, str]]:

@@ -141,7 +141,7 @@ def _refusal(reason: str, items: list[dict[str, Any]], paths: Mapping[str, str],
 
 
 def _sample(row: Row) -> dict[str, Any]:
-    columns = ("id", "source", "kind", "split", "root", "media", "media_sha256", "question", "answer", "line")
+    columns = ("id", "source", "kind", "split", "root", "media", "media_sha256", "question", "answer", "fields", "line")
     return {column: row[column] for column in columns} | {
         "conversations": json.dumps(row["conversations"], ensure_ascii=False)
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.errors import ConfigError
-from nvila.pipelines.commands.models import find_model
+from nvila.components.tracking.checkpoints import find_model
 
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig

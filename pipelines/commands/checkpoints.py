@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvila.components.contracts.environment import before_importing
-from nvila.pipelines.commands.models import find_model
+from nvila.components.tracking.checkpoints import find_model
 
 
 def convert(reference: str, target: Path, layout: str, dtype: str | None, runs: Path) -> str:

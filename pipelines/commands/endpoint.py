@@ -10,7 +10,7 @@ from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.rollout.local import Wanted, start
 from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
-from nvila.pipelines.commands.models import find_model
+from nvila.components.tracking.checkpoints import find_model
 
 DEADLINE_SECONDS = 300.0
 

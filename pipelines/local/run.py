@@ -54,7 +54,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
     form, checked = asked_for(recipe, overrides)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
-    preflight.refuse(weights_problems(needs.weights))
+    preflight.refuse(weights_problems(needs.weights, runs.absolute()))
     run_dir = _new_run(runs.absolute(), checked.name)
     return _run_checked(form, run_dir, store.absolute())
 

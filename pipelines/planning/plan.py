@@ -149,7 +149,7 @@ def make_plan(
         assumptions=assumptions,
         speed_here=here,
         assumed=assumed,
-        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights),
+        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights, runs),
         not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
         looked=looked,
         findings=findings,
@@ -219,10 +219,10 @@ def _stage(
     return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
 
 
-def _weights(weights: Iterable[str]) -> list[str]:
+def _weights(weights: Iterable[str], runs: Path) -> list[str]:
     """What is wrong with weights that are not on the hub: a plan does without the internet."""
     try:
-        return weights_problems(uri for uri in weights if not uri.startswith("hf://"))
+        return weights_problems((uri for uri in weights if not uri.startswith("hf://")), runs)
     except Unreachable as error:
         return [str(error)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.layers import Layers, parse_recipe
 from nvila.components.contracts.recipe.reader import document, layers
 from nvila.components.contracts.recipe.recipe import Recipe
@@ -78,7 +79,7 @@ def _rooted(recipe: Recipe, root: Path) -> Recipe:
     for section, key in (
         *((source, "path") for source in content["data"]["sources"]),
         *((base, part) for part in ("vision_tower", "llm")),
-        *((prune[name], "path") for name in ("small", "large")),
+        *((prune[name], "path") for name in ("small", "large") if not is_version(prune[name]["path"] or "")),
     ):
         if section[key] and "://" not in section[key]:
             section[key] = str(root / section[key])

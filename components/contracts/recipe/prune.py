@@ -30,8 +30,8 @@ class Reference(Section):
     """A reference VLM: a checkpoint, or (tiny recipes) one trained here per fold so that it never scores its own."""
 
     path: str | None = None
-    """A trained VLM: a folder, `s3://` URI, `hf://id@revision`, or `NAME@ALIAS` or `NAME/NUMBER` of the registry; None
-    trains one, projector and decoder, on the tower of `initialize`."""
+    """A trained VLM: a folder, `s3://` URI, `hf://id@revision`, or `NAME@ALIAS` or `NAME/NUMBER` of the registry (a
+    folder of such a name begins with `./`); None trains one, projector and decoder, on the tower of `initialize`."""
     engine: Literal["torch", "vllm"] = "torch"
     """What computes its losses: `vllm` reads them off `prompt_logprobs` of a serving folder."""
     decoder: DecoderSizes = DecoderSizes()

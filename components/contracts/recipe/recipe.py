@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.model import ModelSettings
@@ -59,15 +60,16 @@ class Recipe(Section):
 
     @property
     def weights(self) -> list[str]:
-        """Where weights are taken from: folders, `s3://` and `hf://`."""
-        base = self.model.base
-        return [uri for uri in (base.vision_tower, base.llm, *(r.path for r in self.references.values())) if uri]
+        """Where weights are taken from: folders, `s3://`, `hf://`, and versions of the registry (`is_version`)."""
+        base = [uri for uri in (self.model.base.vision_tower, self.model.base.llm) if uri]
+        references = [one.path for one in self.references.values() if one.path]
+        return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
 
     @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
-        scores = any(reference.engine == "vllm" for reference in self.references.values())
-        return scores or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
+        scored = any(one.engine == "vllm" for one in self.references.values())
+        return scored or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @model_validator(mode="after")
     def _names_agree(self) -> Recipe:

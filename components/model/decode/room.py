@@ -11,12 +11,15 @@ from nvila.components.model.text.prompt import Prompt
 from nvila.components.model.text.tokenizer import TokenIds
 
 
-def leaves_room(prompt: Prompt, tokenizer: Any, config: ModelConfig, tokens: TokenIds) -> bool:
+def leaves_room(
+    prompt: Prompt, tokenizer: Any, config: ModelConfig, tokens: TokenIds, *, generate: bool = True
+) -> bool:
     """Whether a question leaves the decoder a position for an answer; one that does not stays without any.
 
-    Cut short it would be another question, and an error would end the evaluation of all the others.
+    Cut short it would be another question, and an error would end the evaluation of all the others. Without `generate`
+    the conversation is taken as it stands.
     """
-    ids = prompt.encode(tokenizer, generate=True).input_ids
+    ids = prompt.encode(tokenizer, generate=generate).input_ids
     return positions(ids, prompt.visuals, config, tokens) < config.positions
 
 

@@ -97,6 +97,12 @@ def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixe
     return visual if pixels else visual.normalised()
 
 
+def blank(visual: Visual) -> Visual:
+    """The same tiles in the middle grey of SigLIP's normalisation: a model that sees nothing."""
+    grey = torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0)
+    return replace(visual, tiles=grey, features=None)
+
+
 def _squared(image: Image.Image) -> Image.Image:
     """The picture in the middle of a square of its longer side, the rest in SigLIP's mean colour."""
     width, height = image.size

@@ -8,7 +8,7 @@ import pytest
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.places import local_folder
+from nvila.components.contracts.places import is_version, local_folder
 
 
 @pytest.mark.parametrize("path", ["store", "/data/store", "./s3:/x", "~/store", "a:b/c", "/mnt/s3://x", "C:/x"])
@@ -32,3 +32,16 @@ def test_variables_are_held_to_the_same(variable: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(variable, "s3://bucket/place")
     with pytest.raises(ConfigError, match=f"{variable}: not a path"):
         Environment.read()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *((name, True) for name in ("small@champion", "small/3", "nvila-8b@previous")),
+        *((path, False) for path in ("./small/3", "/small/3", "refs/small/3", "weights", "./a@b", "../3")),
+        *((address, False) for address in ("hf://a/b@c", "hf://a@b", "s3://b/3", "s3://3", "", "~/3")),
+    ],
+)
+def test_a_version_of_the_registry_is_known_by_its_form(value: str, expected: bool) -> None:
+    """A step in a pod must read a name as the preflight on a laptop did, whatever folders lie there."""
+    assert is_version(value) is expected

@@ -222,16 +222,21 @@ def test_what_no_stage_takes_pruned_is_not_scored(stages: list[Any], sources: li
     assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == ([], sources)
 
 
-def test_references_that_are_not_asked_are_not_fetched() -> None:
-    """Preflight refused a run for weights that no step reads."""
-    paths = {"small": {"path": "small"}, "large": {"path": "s3://large", "engine": "vllm"}}
-    both = parse_recipe(pruned(None, None, None, IMAGE, **paths))
-    assert both.weights == ["small", "s3://large"] and both.references.keys() == {"small", "large"}
-    gain = pruned(None, None, None, IMAGE, method="multimodal-gain", large=paths["large"])
-    assert parse_recipe(gain).weights == ["s3://large"]
-    off = pruned(None, None, None, IMAGE, method="none", **paths)
-    assert parse_recipe(off).weights == []
-    assert parse_recipe(RECIPE | {"prune": paths}).weights == [], "no stage is pruned"
+def test_weights_are_those_that_are_read() -> None:
+    """A run that scores nothing would be refused for a reference that it does not ask, and a folder of the decoder's
+    for a name that the registry does not have."""
+    small, large = {"path": "small@champion"}, {"path": "s3://b/large"}
+    for prune, read in (
+        ({"method": "deltaloss", "small": small, "large": large}, ["small@champion", "s3://b/large"]),
+        ({"method": "multimodal-gain", "large": large}, ["s3://b/large"]),
+        ({"method": "random"}, []),
+        ({"method": "none", "small": small, "large": large}, []),
+    ):
+        content = pruned(None, None, None, IMAGE, **prune)
+        content["model"]["base"] |= {"vision_tower": "weights/1", "llm": "hf://a/b@c"}
+        assert parse_recipe(content).weights == ["./weights/1", "hf://a/b@c", *read]
+        content["train"]["stages"][3]["pruned"] = False
+        assert parse_recipe(content).weights == ["./weights/1", "hf://a/b@c"], "no stage is pruned"
 
 
 def test_vllm_is_asked_for_by_a_reference() -> None:

@@ -190,10 +190,10 @@ def test_a_pod_is_not_asked_for_what_other_pods_have(
 
 def test_weights_that_are_not_there_are_found_before_anything_long(s3: Bucket, tmp_path: Path) -> None:
     """Else validation runs for hours and `initialize` then says that the bucket has another name."""
-    assert weights_problems(["s3://b/m", "s3://b/m", str(tmp_path)]) == []
+    assert weights_problems(["s3://b/m", "s3://b/m", str(tmp_path)], tmp_path) == []
     assert s3.asked == ["LIST m/"]
-    found = weights_problems(["s3://other/m", "s3://b/none", str(tmp_path / "nowhere")])
+    found = weights_problems(["s3://other/m", "s3://b/none", str(tmp_path / "nowhere")], tmp_path)
     assert [line.partition(": ")[0] for line in found] == ["s3://other/m", "s3://b/none", str(tmp_path / "nowhere")]
     s3.faults["LIST m/"] = [503, ...]
     with pytest.raises(Unreachable, match="s3://b/m: no success"):
-        weights_problems(["s3://b/m"])
+        weights_problems(["s3://b/m"], tmp_path)

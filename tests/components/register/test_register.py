@@ -9,11 +9,13 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from telling import evaluation, quantization, quantized_evaluation, retained, scored
+from telling import evaluation, judged, pruned, quantization, quantized_evaluation, retained, scored, training
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
-from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.manifest import InputRef, Kind, Manifest
+from nvila.components.contracts.results.model import Pruning
+from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration
 from nvila.components.data.sampling import Sampling
 from nvila.components.register.card import model_card
@@ -22,6 +24,15 @@ from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import CHALLENGER, find, registered_inputs
 
 SETTINGS = Settings.model_validate({"register": {"model_name": "small"}})
+
+
+def manifest(root: Path, step: str, kind: Kind, result: Result, **inputs: Manifest) -> Manifest:
+    folder = root / "store" / step / "0"
+    folder.mkdir(parents=True)
+    refs = {n: InputRef(step=m.step, uri=f"{m.folder}/manifest.json", digest=m.digest) for n, m in inputs.items()}
+    made = Manifest(step=step, key="0" * 64, kind=kind, result=result, inputs=refs, folder=str(folder))
+    made.save(folder / "manifest.json")
+    return made
 
 
 @pytest.fixture
@@ -67,6 +78,26 @@ def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, M
     assert "**Lost by quantization: digits**" in model_card("small", register_inputs)
     register_inputs["full"].result = evaluation({"digits": scored(0.71, 0.41)})
     assert "**Not above its baseline: digits**" in model_card("small", register_inputs)
+
+
+def test_the_card_says_how_the_data_was_pruned(tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:
+    """A model of half of the data, chosen by references that knew nothing, looks like any other."""
+    found = Pruning(
+        method="deltaloss",
+        sources={"digits": pruned(n=9600, kept=4800)},
+        judged={"digit": judged(), "yes/no": judged(trusted=False, why="it knows no more than the small one")},
+    )
+    kept = manifest(tmp_path, "prune-image", "dataset", found)
+    unused = manifest(tmp_path, "prune-video", "dataset", Pruning(sources={}))
+    stage = manifest(tmp_path, "train-4", "model", training(), kept_image=kept)
+    last = manifest(tmp_path, "train-5", "model", training(), model=stage, kept_image=kept, kept_video=unused)
+    model = manifest(tmp_path, "quantize", "model", quantization(), model=last)
+    card = model_card("small", register_inputs | {"model": model})
+    assert card.count("prune-") == 1
+    assert (
+        "- prune-image: 4,800 of 9,600 samples stay, ranked by DeltaLoss. "
+        "The references can be believed in 1 of 2 kinds of question.\n"
+    ) in card
 
 
 def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from telling import (
     evaluation,
+    judged,
     pruned,
     quantization,
     quantized_evaluation,
@@ -22,9 +23,10 @@ from telling import (
 )
 
 from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files
-from nvila.components.contracts.results.model import PrunedSource, Pruning
+from nvila.components.contracts.results.model import Composition, PrunedGroup, PrunedSource, Pruning
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
+from nvila.components.data.samples import write_samples
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 NAMES = ("shapes", "digits", "clips")
@@ -115,10 +117,10 @@ def _result(root: Path, folder: Path, step: str, text: str) -> Result | None:
     if step == "validate":
         spoilt = [{"source": n, "id": f"{n}-{i}", "line": i, "reason": text} for i, n in enumerate(NAMES)]
         (folder / "quarantine.jsonl").write_text("\n".join(map(json.dumps, spoilt)))
+        _samples(root, folder, text)
         return validation({n: {"sft": 4000, "heldout": 1000} for n in NAMES}, {text: 3})
     if step.startswith("prune"):
-        sources = ("clips",) if step.endswith("video") else ("shapes", "digits")
-        return Pruning(sources=_scores(folder, sources, dice))
+        return _pruning(folder, ("clips",) if step.endswith("video") else ("shapes", "digits"), dice, text)
     if step.startswith("train"):
         rows = [{"step": i, "loss": 2 * math.exp(-i / 90) + 0.4 + dice.gauss(0, 0.07), "lr": 1e-3} for i in range(400)]
         (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -141,16 +143,95 @@ def _result(root: Path, folder: Path, step: str, text: str) -> Result | None:
     return told.get(step)
 
 
-def _scores(folder: Path, sources: tuple[str, ...], dice: random.Random) -> dict[str, PrunedSource]:
+def _samples(root: Path, folder: Path, text: str) -> None:
+    """Twelve samples of each source, the clips as folders of frames; the picture of the last of each is gone."""
+    from PIL import Image
+
+    media, rows = root / "media", list[dict[str, Any]]()
+    for number, source in enumerate(NAMES):
+        for i in range(12):
+            name = f"{source}/{i}" if source == "clips" else f"{source}-sft-{i}.png"
+            frames = [f"{name}/{frame}.png" for frame in range(8)] if source == "clips" else [name]
+            for frame, path in enumerate(frames) if i < 11 else ():
+                (media / path).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (56, 56), (60 * number + 50, 20 * i, 30 * frame)).save(media / path)
+            rows.append(
+                {
+                    "id": f"{source}-{i}",
+                    "source": source,
+                    "kind": "video" if source == "clips" else "image",
+                    "split": "sft",
+                    "root": str(media),
+                    "media": [name],
+                    "media_sha256": [None],
+                    "conversations": "[]",
+                    "question": f"What is it? {text}",
+                    "answer": f"yes {text}",
+                    "line": i,
+                }
+            )
+    write_samples(folder / "samples.parquet", rows)
+
+
+def _pruning(folder: Path, sources: tuple[str, ...], dice: random.Random, text: str) -> Pruning:
+    """DeltaLoss, whose references know colours and have learnt nothing of yes and no."""
     import pyarrow
     import pyarrow.parquet as parquet
 
-    rows = []
+    rows, kinds, groups = list[dict[str, Any]](), {}, {}
     for source in sources:
-        deltas = sorted((dice.gauss(0.3, 0.8) for _ in range(800)), reverse=True)
-        rows += [{"id": f"{source}-{i}", "source": source, "delta": d, "kept": i < 400} for i, d in enumerate(deltas)]
+        colour, other = f"{source}: colour", f"{source}: yes/no {text}"
+        kinds |= {
+            colour: judged(),
+            other: judged(
+                loss={"small": 0.46, "large": 0.45, "blank": 0.47, "question_only": 0.44},
+                accuracy={"small": 0.5, "large": 0.51},
+                against={"small": -0.03, "blank": -0.01, "question_only": -0.08},
+                trusted=False,
+                why=f"the large reference is not better than the small one: {text}",
+            ),
+        }
+        groups |= {
+            colour: PrunedGroup(source=source, n=400, kept=200, ranked_by="deltaloss", kinds=[colour], mean_score=0.3),
+            other: PrunedGroup(source=source, n=400, kept=400, ranked_by="none", kinds=[other]),
+        }
+        deltas = sorted((dice.gauss(0.3, 0.8) for _ in range(400)), reverse=True)
+        for i in range(800):
+            score = deltas[i] if i < 400 else None
+            told = {"id": f"{source}-{i}", "source": source, "kind": colour if i < 400 else other, "score": score}
+            losses = {"loss_small": 2.0 + (score or 0), "loss_large": 2.0, "loss_blank": None}
+            rows.append(told | losses | {"kept": i < 200 or i >= 400})
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "scores.parquet")
-    return {source: pruned(informative=source != "digits") for source in sources}
+    return Pruning(
+        method="deltaloss",
+        score="sum",
+        sources={source: _pruned_source(source, text) for source in sources},
+        groups=groups,
+        judged=kinds,
+        shifted=[f"the answers of {source} moved by 13.1%: {text}" for source in sources[:1]],
+    )
+
+
+def _pruned_source(source: str, text: str) -> PrunedSource:
+    words = [*(f"answer {i}" for i in range(12)), text]
+    before, after = dict.fromkeys(words, 1 / 13), {w: (i + 1) / 91 for i, w in enumerate(words)}
+    ids = [f"{source}-{i}" for i in range(12)]
+    return pruned(
+        n=800,
+        kept=600,
+        composition={
+            "answers": Composition(before=before, after=after, shift=0.231),
+            "answer lengths": Composition(before={"1": 0.7, "2-3": 0.3}, after={"2-3": 0.4, "1": 0.6}, shift=0.1),
+            "resolutions": Composition(before={"56x56": 1.0}, after={"56x56": 1.0}, shift=0.0),
+        },
+        categories={"too easy": 300, "both fail": 200, "distracting": 100, "informative": 200},
+        examples={
+            "informative": ids[:3],
+            "too easy": ids[3:6],
+            "both fail": ids[6:9],
+            "distracting": [*ids[9:], "lost"],
+        },
+    )
 
 
 def _evaluation(root: Path, folder: Path, step: str, text: str) -> Result:

@@ -80,7 +80,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     overrides = {
         "data": {"sources": [{"name": "plates", "kind": "image", "path": "data/plates"}]},
         "model": {"base": {"vision_tower": "weights/tower", "llm": "hf://a/b@main"}},
-        "prune": {"small": {"path": "/elsewhere/small"}},
+        "prune": {"small": {"path": "/elsewhere/small"}, "large": {"path": "large@champion"}},
     }
     stages = {"train": {"stages": [s | {"data": {"plates.sft": 1}} for s in _stages()]}}
     evaluate = {"evaluate": {"sources": ["plates"], "gate": {"min_accuracy": {}}}}
@@ -92,6 +92,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     base = slices["initialize"]["model"]["base"]
     assert (base["vision_tower"], base["llm"]) == ("/volume/weights/tower", "hf://a/b@main")
     assert slices["prune-image"]["prune"]["small"]["path"] == "/elsewhere/small"
+    assert slices["prune-image"]["prune"]["large"]["path"] == "large@champion"  # of the registry
     assert step.external(form.model_dump(), Environment.read()) != before, (
         "a cached result would hold the paths of another place"
     )

@@ -16,6 +16,7 @@ def main(folder: Path) -> None:
     from vllm.tokenizers import get_tokenizer
 
     from nvila.components.model.config.config import ModelConfig
+    from nvila.components.model.text.conversation import Turn
     from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.serve.batch_process import _prompt
     from nvila.components.serve.plugin import register
@@ -36,7 +37,9 @@ def main(folder: Path) -> None:
         tokenizer = load_tokenizer(model)
         for case in json.loads((model / "cases.json").read_text()):
             _, (asked,) = renderer.render_chat([case["messages"]], chat, skip_mm_cache=True)
-            (request,) = renderer.render_cmpl([_prompt(tokenizer, case["request"], config)], skip_mm_cache=True)
+            turns = [Turn("human", case["request"]["question"])]
+            asked_in_batch = _prompt(tokenizer, case["request"], turns, config, score=False).inputs
+            (request,) = renderer.render_cmpl([asked_in_batch], skip_mm_cache=True)
             seen["endpoint"].append(list(asked["prompt_token_ids"]))
             seen["batch"].append(list(request["prompt_token_ids"]))
         (model / "seen.json").write_text(json.dumps(seen))

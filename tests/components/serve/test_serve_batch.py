@@ -3,12 +3,21 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
-from nvila.components.serve.batch import Request, answer_line, generate_with_vllm, read_answers
+from nvila.components.serve.batch import (
+    Conversation,
+    Request,
+    answer_line,
+    generate_with_vllm,
+    read_answers,
+    score_with_vllm,
+)
 from nvila.components.serve.interpreter import serve_python
 
 REQUESTS = [Request([f"/data/{i}.png"], "image", f"question {i}") for i in range(5)]
@@ -24,7 +33,8 @@ except FileNotFoundError:
 left = [r for r in asked if r["index"] not in done][:{count}]
 with open(sys.argv[2], "a") as out:
     for r in left:
-        said = {{"index": r["index"], "text": r["question"].upper()}}
+        answer = r["question"].upper() if "question" in r else [0.1 * r["index"], 3, True] if r["turns"] else None
+        said = {{"index": r["index"], "answer": answer}}
         sealed = json.dumps([pathlib.Path(sys.argv[2]).name, said], sort_keys=True, separators=(",", ":"))
         out.write(json.dumps(said | {{"sha256": hashlib.sha256(sealed.encode()).hexdigest()}}) + "\\n")
 print("last words")
@@ -75,7 +85,27 @@ def test_killed_evaluation_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch,
     assert len(next(work.glob("*.answers.jsonl")).read_text().splitlines()) == 5
 
 
-SAID = ["a\u2028b\x85c\x0bd", "4", None, "", "é"]
+def test_killed_scoring_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scores of a shard that cost hours are kept to the last digit, those of the same media shown blank are others, and
+    who has none is counted aloud."""
+    turns = [("human", "question"), ("gpt", "answer")]
+    asked = [Conversation([f"/data/{i}.png"], "image", turns if i < 4 else []) for i in range(5)]
+    _fake(tmp_path, monkeypatch, 2, 137)
+    with pytest.raises(RolloutError, match="answered 2 of 5"):
+        score_with_vllm(model, asked, work=tmp_path / "work")
+    _fake(tmp_path, monkeypatch, 99, 0)
+    expected = [(0.1 * i, 3, True) for i in range(4)]
+    assert score_with_vllm(model, asked, work=tmp_path / "work") == [*expected, None]
+    assert "1 of 5 conversations have no score" in capsys.readouterr().err
+    _fake(tmp_path, monkeypatch, 0, 1)
+    assert score_with_vllm(model, asked, work=tmp_path / "work") == [*expected, None]
+    with pytest.raises(RolloutError, match="answered 0 of 5"):
+        score_with_vllm(model, [replace(one, blank=True) for one in asked], work=tmp_path / "work")
+
+
+SAID: list[Any] = ["a\u2028b\x85c\x0bd", "4", None, "", "é"]
 """Texts with signs that end lines elsewhere, and a question that is too long."""
 
 

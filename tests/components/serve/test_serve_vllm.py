@@ -218,6 +218,26 @@ def test_request_cannot_choose_the_number_of_frames(running: Running, media: Med
     assert server.is_ready(running.url)
 
 
+def test_requests_that_look_up_the_prompt_do_not_end_the_engine(running: Running, media: Media) -> None:
+    """One request with a picture and `prompt_logprobs` or a penalty ended the server for everybody: the ids of media
+    markers lie behind the vocabulary."""
+    for options in (
+        {"prompt_logprobs": 1},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5},
+        {"prompt_logprobs": 0},
+    ):
+        body = server.chat_request("tiny", "Which digit?", image=media.pictures[0], max_tokens=2) | options
+        request = urllib.request.Request(
+            f"{running.url}/v1/chat/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            said = json.load(answer)
+        assert ("prompt_logprobs" in options) == bool(said["prompt_logprobs"])
+    assert server.is_ready(running.url)
+
+
 def _generate(model: NVILA, tokenizer: Any, requests: list[Request]) -> list[str]:
     prompts = [_prompt(model, request) for request in requests]
     return answers(model, tokenizer, prompts, batch=1, max_new_tokens=6, what="torch")

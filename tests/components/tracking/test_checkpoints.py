@@ -1,4 +1,4 @@
-"""Which checkpoint `trace`, `serve`, `infer`, `convert` and `inspect` take, and that it is the one that was written."""
+"""Which checkpoint commands and recipes take, and that it is the one that was written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.preflight.checks import weights_problems
 from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
 from nvila.components.serve.server import stop, wait_ready
+from nvila.components.tracking.checkpoints import fetch_version, find_model, identity
 from nvila.components.tracking.connect import connected, experiment_id
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
 from nvila.pipelines.commands import checkpoints
-from nvila.pipelines.commands.models import find_model
 
 
 def made(root: Path, weights: str = "weights") -> Manifest:
@@ -80,6 +81,38 @@ def test_a_registered_model_is_the_one_that_was_registered(tmp_path: Path, monke
     made(tmp_path, "WEIGHTS")
     with pytest.raises(DamagedError, match="not the model that was registered"):
         find_model("champion", runs)
+
+
+def test_a_recipe_names_a_version_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A content key of the name alone would take yesterday's scores for those of today's champion; a name that the
+    registry does not have was found out after hours, and a folder of such a name was taken for the version."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    runs, found = tmp_path / "runs", []
+    for weights in ("weights", "better"):
+        manifest = made(tmp_path / weights, weights)
+        tags = lineage_tags({"model": manifest})
+        version = register_version(runs, "small", manifest.digest, logged, description="", tags=tags).version
+        promote(runs, "small", version)
+        assert identity("small@champion", runs) == identity(f"small/{version}", runs) == {"digest": manifest.digest}
+        assert fetch_version("small@champion", runs) == (Path(manifest.folder, "model"), {"digest": manifest.digest})
+        found.append(manifest.digest)
+    assert len(set(found)) == 2 and identity("small/1", runs) == {"digest": found[0]}
+    folder = Path(manifest.folder, "model")
+    assert fetch_version(str(folder), runs) == (folder, identity(str(folder), runs)) and identity(None, runs) == {}
+
+    shutil.copytree(folder, "small/1")
+    assert fetch_version("small/1", runs)[0] != fetch_version("./small/1", runs)[0] == Path("small/1")
+    assert weights_problems(["small@champion", "small/1", "./small/1"], runs) == []
+    shutil.copytree(folder, "other/7")
+    problems = weights_problems(["small@nobody", "other/7"], runs)
+    assert len(problems) == 2 and not any("\n" in line for line in problems)
+    assert "no version of the registry has this name" in problems[0] and "Registered models: small" in problems[0]
+    assert "The folder is ./other/7." in problems[1]
+    (folder / "model.safetensors").write_text("WEIGHTS")
+    with pytest.raises(DamagedError, match="safetensors"):
+        fetch_version("small@champion", runs)
 
 
 @pytest.fixture

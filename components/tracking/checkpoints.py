@@ -1,4 +1,5 @@
-"""The model that a name on the command line means, as a checkpoint on this machine that was found to be that model."""
+"""The model that a name on the command line or in a recipe means, as a checkpoint on this machine that was found to be
+that model."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import MANIFEST, InputRef, Manifest, digest_json, written_by
-from nvila.components.contracts.places import is_address
-from nvila.components.tracking.named import named
+from nvila.components.contracts.places import is_address, is_version
+from nvila.components.data import fetch as weights
+from nvila.components.data.remote.cache import alone, cache
+from nvila.components.tracking.named import named, registered
 from nvila.components.tracking.registry import DIGEST_TAG, Version, download, registered_inputs
 
 
@@ -56,13 +59,35 @@ def find_model(reference: str, runs: Path) -> Model:
         Unreachable: S3, the hub or MLflow does not answer.
     """
     if is_address(reference):
-        from nvila.components.data.fetch import fetch
-
-        return _at(fetch(reference), reference.rstrip("/").rpartition("/")[2].partition("@")[0])
+        return _at(weights.fetch(reference), reference.rstrip("/").rpartition("/")[2].partition("@")[0])
     found = named(reference, runs := runs.absolute())
     if isinstance(found, Path):
         return _at(found.absolute(), found.absolute().name)
     return _registered(found, runs)
+
+
+def identity(place: str | None, runs: Path) -> dict[str, str]:
+    """What a recipe's weights are now, for a content key: of a version of the registry (`places.is_version`) the digest
+    of the registered model, of any other place what `fetch.identity` says. Nothing is brought here.
+
+    Raises:
+        ConfigError, DamagedError, DataError, Unreachable: as `find_model`.
+    """
+    if place is None or not is_version(place):
+        return weights.identity(place)
+    return {"digest": _made(registered(place, runs.absolute())).digest}
+
+
+def fetch_version(place: str, runs: Path) -> tuple[Path, dict[str, str]]:
+    """The checkpoint that a recipe's weights are, on this machine, and the `identity` of what was brought here.
+
+    Raises:
+        ConfigError, DamagedError, DataError, Unreachable: as `find_model`.
+    """
+    if not is_version(place):
+        return weights.fetch_version(place)
+    found = _registered(registered(place, runs := runs.absolute()), runs)
+    return found.folder, {"digest": found.digest}
 
 
 def _at(place: Path, name: str) -> Model:
@@ -74,18 +99,22 @@ def _at(place: Path, name: str) -> Model:
 
 
 def _registered(version: Version, runs: Path) -> Model:
-    made = next((ref for ref in registered_inputs(version) if ref.digest == version.tags.get(DIGEST_TAG)), None)
-    if made is None:
-        raise ConfigError("this version was not registered by a run", where=version.uri)
+    made = _made(version)
     manifest = Manifest.load(made.uri) if os.path.lexists(made.uri) else _downloaded(version, made, runs)
     _require(manifest, made, version)
     return Model(manifest.dir("model", fresh=True), version.name, version.version, manifest)
 
 
+def _made(version: Version) -> InputRef:
+    """The manifest that the version was registered from."""
+    made = next((ref for ref in registered_inputs(version) if ref.digest == version.tags.get(DIGEST_TAG)), None)
+    if made is None:
+        raise ConfigError("this version was not registered by a run", where=version.uri)
+    return made
+
+
 def _downloaded(version: Version, made: InputRef, runs: Path) -> Manifest:
     """The manifest in the cache, with the model's files beside it: those that are not there yet come from MLflow."""
-    from nvila.components.data.remote.cache import alone, cache
-
     folder = cache() / "registry" / made.digest
     with alone(f"registry/{made.digest}", version.uri):
         if not (folder / MANIFEST).is_file():

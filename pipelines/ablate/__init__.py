@@ -1,0 +1,1 @@
+"""`nvila ablate prune`: whether a pruning method pays, by training on what each method keeps."""
