@@ -16,11 +16,13 @@ RANKED_BY = {
 
 
 def what_stays(pruning: Pruning) -> str:
-    """`4,800 of 9,600 samples stay, ranked by DeltaLoss`."""
+    """`4,800 of 9,600 samples stay, ranked by DeltaLoss`; also where chance stood in for the recipe's method."""
     n, kept = (sum(getattr(of, name) for of in pruning.sources.values()) for name in ("n", "kept"))
-    if pruning.method == "none":
-        return f"All {n:,} samples stay: nothing was pruned"
-    return f"{kept:,} of {n:,} samples stay, {how(pruning.method)}"
+    if kept == n:
+        return f"All {n:,} samples stay" + (": nothing was pruned" if pruning.method == "none" else "")
+    used = sorted({group.ranked_by for group in pruning.groups.values()} - {"none"}) or [pruning.method]
+    words = how(used[0]) if len(used) == 1 else ", ".join(f"partly {how(method)}" for method in used)
+    return f"{kept:,} of {n:,} samples stay, {words}"
 
 
 def how(method: str) -> str:

@@ -146,7 +146,7 @@ def paired_bars(rows: Sequence[tuple[str, float, float]], title: str) -> str:
     for number, (name, before, after) in enumerate(rows):
         y = row * number + 4
         body.append(
-            f'<text class="small" x="0" y="{y + 11}"><title>{escape(name)}</title>{escape(_cut(name, 17))}</text>'
+            f'<text class="small" x="0" y="{y + 11}"><title>{escape(name)}</title>{escape(_cut(name, 19))}</text>'
         )
         for series, share, top in ((7, before, y), (0, after, y + 7)):
             size = f'width="{max(x(share) - left, 0.5):.1f}" height="6"'

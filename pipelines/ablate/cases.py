@@ -62,8 +62,8 @@ class Design:
     def rows(self) -> Iterator[Case]:
         """Every case that is told of, in the order of the table, seeds last. Some are the same run: see `run_of`."""
         for schedule in SCHEDULES:
-            for method in (ALL, *self.methods):
-                for ratio in (1.0,) if method == ALL else sorted(self.ratios, reverse=True):
+            for ratio in (1.0, *sorted(self.ratios, reverse=True)):
+                for method in (ALL,) if ratio == 1.0 else self.methods:
                     yield from (Case(False, method, ratio, schedule, seed) for seed in range(self.seeds))
         if self.spoilt:
             yield from (Case(True, ALL, 1.0, how, seed) for how in SCHEDULES for seed in range(self.seeds))

@@ -26,6 +26,7 @@ from nvila.pipelines.ablate import page, prepare, work
 from nvila.pipelines.ablate import table as tables
 from nvila.pipelines.ablate.case import ANSWERS_FILE, CASE_FILE, Settings
 from nvila.pipelines.ablate.cases import Case, Design
+from nvila.pipelines.ablate.estimate import sizes_of, work_of
 from nvila.pipelines.ablate.statistics import RULES
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "scipy", "scikit-learn")
@@ -103,11 +104,12 @@ class Experiment:
             "tasks": recipe.evaluate.tasks.model_dump(mode="json"),
             "question_seed": recipe.seed,
         }
-        found = {}
+        found, sizes = {}, sizes_of(shared.manifests)
         for case in self.design.runs():
             own = {"method": case.method, "ratio": case.ratio, "schedule": case.schedule, "seed": case.seed}
             settings = Settings.model_validate(common | own).model_dump(mode="json")
-            found[case] = work.Task(case.name, settings, shared.inputs(case.spoilt))
+            _, expected = work_of(recipe, case, self.design.reference, sizes)
+            found[case] = work.Task(case.name, settings, shared.inputs(case.spoilt), expected)
         return found
 
     def _result(
@@ -172,7 +174,7 @@ class Experiment:
             yield {
                 **asdict(case),
                 "shared_with": None if run == case else run.name,
-                "key": tasks[run].key(),
+                "key": tasks[run].key,
                 "kept": told[run]["kept"],
                 "stages": told[run]["stages"],
                 "accuracy": accuracy,

@@ -49,12 +49,13 @@ def _body(result: Mapping[str, Any]) -> Iterator[str]:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         yield f"<h2>After {_text(stage)}</h2>"
         yield from _charts([row for row in rows if row["stage"] == stage])
-    yield "<h2>Against chance</h2>"
-    yield _table(rows, "Difference of each method to a random subset of the same size, on the same questions.")
+        yield _table([row for row in rows if row["stage"] == stage])
     if spoilt := [row for row in result["table"] if row["spoilt"]]:
         yield "<h2>With spoilt answers</h2>"
         yield _dropped(result)
-        yield _table(spoilt, "What the model reaches after training on what stays of the spoilt data.")
+        for stage in dict.fromkeys(row["stage"] for row in spoilt):
+            yield f"<h3>What the model reaches with what stays of them, after {_text(stage)}</h3>"
+            yield _table([row for row in spoilt if row["stage"] == stage])
     yield "<h2>Rules, fixed before the run</h2><ul>"
     yield from (f"<li>{_text(rule)}</li>" for rule in result["rules"])
     yield "</ul>"
@@ -65,7 +66,8 @@ def _charts(rows: Sequence[Row]) -> Iterator[str]:
     methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != ALL]
     items = "".join(f"<li class='s{SERIES.get(name, 3)}'><i></i>{_text(name)}</li>" for name in methods)
     yield f"<ul class='legend'>{items}</ul>"
-    yield "<p class='note'>Whiskers are one standard deviation over seeds.</p><div class='columns'>"
+    yield "<p class='note'>From left to right the share of samples kept, at 1 all of them; upwards the accuracy on "
+    yield "held-out questions. Whiskers are one standard deviation over seeds.</p><div class='columns'>"
     for source in dict.fromkeys(row["source"] for row in rows):
         mine = [row for row in rows if row["source"] == source]
         whole = EVERY if any(row["kind"] == EVERY for row in mine) else mine[0]["kind"]
@@ -93,24 +95,23 @@ def _lines(rows: Sequence[Row]) -> Iterator[Line]:
         )
 
 
-def _table(rows: Sequence[Row], caption: str) -> str:
-    head = ("after", "trained", "source", "questions", "kept", "method", "accuracy", "to chance", "p", "verdict")
-    cells = [
-        (
-            row["stage"],
-            row["schedule"],
-            row["source"],
-            f"{row['kind']} ({row['n']})",
-            f"{row['ratio']:g}",
-            row["method"],
-            f"{row['mean']:.3f} ± {row['spread']:.3f}",
-            "" if row["difference"] is None else f"{row['difference']:+.3f}",
-            "" if row["p"] is None else f"{row['p']:.2g}",
-            row["verdict"] or "",
-        )
-        for row in rows
-    ]
-    return _html(caption, head, cells)
+def _table(rows: Sequence[Row]) -> str:
+    """A row per case, a column per source and kind; what differs from chance beyond noise is marked."""
+    groups = list(dict.fromkeys((row["source"], row["kind"], row["n"]) for row in rows))
+    cells = {(row["schedule"], row["ratio"], row["method"], row["source"], row["kind"]): row for row in rows}
+    head = ("trained", "kept", "method", *(f"{source}, {kind} ({n})" for source, kind, n in groups))
+    lines = []
+    for schedule, ratio, method in dict.fromkeys((row["schedule"], row["ratio"], row["method"]) for row in rows):
+        found = [cells[schedule, ratio, method, source, kind] for source, kind, _ in groups]
+        lines.append((schedule, "all" if method == ALL else f"{ratio:g}", method, *map(_cell, found)))
+    caption = "Mean ± standard deviation over seeds, and p against a random subset of the same size, not corrected. "
+    return _html(caption + "▲ better than it, ▼ below it, beyond noise.", head, lines)
+
+
+def _cell(row: Row) -> str:
+    mark = {"better": " ▲", "below": " ▼"}.get(row["verdict"] or "", "")
+    p = "" if row["p"] is None else " p < 0.001" if row["p"] < 0.001 else f" p {row['p']:.2g}"
+    return f"{row['mean']:.3f} ± {row['spread']:.3f}{mark}{p}"
 
 
 def _dropped(result: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@ class Part:
 
 
 def prepare(recipe: Recipe, methods: tuple[str, ...], spoilt: bool, ledger: Path) -> Shared:
-    """Make what is not there yet, each step in a process of its own, which has all cores.
+    """Make what is not there yet, each step in a process of its own.
 
     Args:
         recipe: of the experiment.
@@ -221,7 +221,7 @@ def _perform(pipe: Any, parent: int, part: Part, inputs: Mapping[str, Manifest])
         signal.signal(number, signal.SIG_DFL)
     die_with_parent(parent)
     try:
-        with handed_down(threads=str(len(os.sched_getaffinity(0)))):
+        with handed_down(threads="1"):  # several that wait for each other cost more than they save on small models
             made, cached = perform(current(), part.step, part.module, part.settings or {}, inputs, tracked=False)
     except NvilaError as error:
         pipe.send(to_record(error))

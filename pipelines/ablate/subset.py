@@ -33,7 +33,7 @@ def kept_by(scores: Manifest, method: str, ratio: float, score: str, seed: int) 
     import pyarrow.parquet as parquet
 
     from nvila.components.prune.decide import decide
-    from nvila.components.prune.judge import believed
+    from nvila.components.prune.step import believed
 
     rows = parquet.read_table(scores.path(SCORES_FILE))
     known: dict[str, Any] = {name: rows.column(name).to_pylist() for name in ("id", "source")}
@@ -43,8 +43,7 @@ def kept_by(scores: Manifest, method: str, ratio: float, score: str, seed: int) 
         # As many samples as by chance, whatever the method: what is not believed is chosen at random.
         {"method": method, "keep_ratio": ratio, "score": score, "untrusted": "random"}
     )
-    judged = scores.told(Pruning).judged
-    trusted = {kind for kind, told in judged.items() if asked.method in JUDGED and believed(told, asked.method)}
+    trusted = believed(scores.told(Pruning).judged, asked.method) if asked.method in JUDGED else set()
     return known | {"kept": decide(_columns(rows), trusted, asked, seed).kept.tolist()}
 
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,18 +47,21 @@ class Task:
     name: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, Manifest]
+    expected: float = 1.0
+    """CPU seconds, about."""
 
+    @cached_property
     def key(self) -> str:
         """The content key."""
         return identity(current(), STEP, MODULE, self.settings, self.inputs)[0]
 
     def finished(self, store: Store) -> Manifest | None:
         """What it has made, if it has."""
-        return store.finished(STEP, self.key(), {name: made.digest for name, made in self.inputs.items()})
+        return store.finished(STEP, self.key, {name: made.digest for name, made in self.inputs.items()})
 
     def cost(self, store: Store) -> dict[str, float]:
         """Seconds and CPU seconds of all attempts at it."""
-        return {"seconds": 0.0, "cpu_seconds": 0.0} | read_json(store.folder(STEP, self.key()) / case.COST_FILE)
+        return {"seconds": 0.0, "cpu_seconds": 0.0} | read_json(store.folder(STEP, self.key) / case.COST_FILE)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Crew:
         self.log.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
         before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        began, waiting, done, total = time.monotonic(), list(reversed(tasks)), 0, len(tasks)
+        began, waiting, done = time.monotonic(), list(reversed(tasks)), list[Task]()
         try:
             with handed_down(threads="1"):
                 _warm(tasks)
@@ -90,9 +94,9 @@ class Crew:
                         self._start(waiting.pop())
                     task, code, seconds = self._next()
                     if code == Exit.DONE:
-                        done += 1
-                        left = (time.monotonic() - began) / done * (total - done)
-                        self.told(f"{done}/{total} {task.name}: {seconds:.0f} s; {duration(left)} left")
+                        done.append(task)
+                        left = (time.monotonic() - began) * (_expected(tasks) / _expected(done) - 1)
+                        self.told(f"{len(done)}/{len(tasks)} {task.name}: {seconds:.0f} s; {duration(left)} left")
                     elif not self._stopping:
                         failed.append(f"{task.name} (exit code {code})")
         finally:
@@ -143,6 +147,10 @@ def _warm(tasks: Sequence[Task]) -> None:
         import_module(name)
     for task in {task.inputs["samples"].digest: task for task in tasks}.values():
         case.warm(case.Settings.model_validate(task.settings), task.inputs)
+
+
+def _expected(tasks: Sequence[Task]) -> float:
+    return sum(task.expected for task in tasks)
 
 
 def duration(seconds: float) -> str:

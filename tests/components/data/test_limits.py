@@ -17,7 +17,7 @@ from nvila.components.contracts.recipe.data import Validation
 from nvila.components.contracts.recipe.layers import parse_recipe
 from nvila.components.data import media, samples
 from nvila.components.data.media import Limits, MediaError, load_image
-from nvila.components.data.samples import read_labels, read_limits, read_samples, write_labels, write_samples
+from nvila.components.data.samples import Turn, read_labels, read_limits, read_samples, write_labels, write_samples
 
 if TYPE_CHECKING:
     from conftest import Small
@@ -155,7 +155,9 @@ def test_what_the_recipe_allows_reaches_vllm(
     assert {Limits(**line["limits"]) for line in lines} == {Limits(20_000, 200_000, 60.0, 9)}
     folder = small.model.dir("model")
     tokenizer, config = load_tokenizer(folder / "llm"), read_config(folder)
-    assert all(batch_process._prompt(tokenizer, line, config)["multi_modal_data"] for line in lines)
+    turns = [Turn("human", "Which?")]
+    prompts = [batch_process._prompt(tokenizer, line, turns, config, score=False) for line in lines]
+    assert all(prompt.inputs["multi_modal_data"] for prompt in prompts)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,22 @@ def test_groups_that_no_question_stands_for_are_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ranked_by", "kept", "said"),
+    [
+        (["none", "none"], 800, "All 800 samples stay"),
+        (["random", "random"], 400, "400 of 800 samples stay, chosen at random"),
+        (["random", "deltaloss"], 400, "400 of 800 samples stay, partly ranked by DeltaLoss, partly chosen at random"),
+        (["none", "deltaloss"], 600, "600 of 800 samples stay, ranked by DeltaLoss"),
+    ],
+)
+def test_the_headline_names_what_chose(ranked_by: list[str], kept: int, said: str) -> None:
+    """Of references that nobody believes nothing was ranked, whatever the recipe asked for."""
+    groups = {f"g{i}": group(ranked_by=by) for i, by in enumerate(ranked_by)}
+    found = Pruning(method="deltaloss", sources={"shapes": pruned(kept=kept)}, groups=groups)
+    assert prune_parts(told(found))[0]["title"] == said
+
+
+@pytest.mark.parametrize(
     ("method", "said"),
     [
         ("none", "All 800 samples stay: nothing was pruned"),
