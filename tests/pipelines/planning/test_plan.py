@@ -63,7 +63,7 @@ def test_a_large_recipe_is_planned_without_its_weights() -> None:
     assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["places"]["quantize"]["gpus"] == "1"
     assert all(stage["memory"]["loading"] == 2 * sum(plan["parameters"].values()) for stage in plan["stages"])
     assert all(stage["fits"] and stage["memory"]["peak"] < 141e9 for stage in plan["stages"])
-    assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 200_000, 70_000]
+    assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 400_000, 140_000]
     for stage in plan["stages"]:
         assert stage["cost"] == pytest.approx(stage["hours"] * 8 * 3)
     slower = json.loads(_plan(*LARGE, *given, "--gpu", "h200", "--mfu", "0.2").stdout)
