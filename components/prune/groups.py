@@ -163,7 +163,7 @@ class Questions:
 
         # Digits and single letters tell questions apart as well as words do.
         vectors = TfidfVectorizer(
-            ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", max_features=20_000, dtype=np.float64
+            ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", max_features=20_000, dtype=np.float32
         )
         try:
             seen = vectors.fit_transform(texts)
