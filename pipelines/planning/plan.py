@@ -285,7 +285,7 @@ def _pruning(plan: Plan) -> Table:
     table.add_column("")
     for step in plan.pruning:
         efforts = (step.costs, step.saves)
-        amounts = [effort and (effort.minutes_here if here else effort.price) for effort in efforts]
+        amounts = [(one.minutes_here if here else one.price) if one else None for one in efforts]
         numbers = [_number(step.samples, ","), *(_number(amount, ",.1f" if here else ",.2f") for amount in amounts)]
         names = ", ".join(f"{name}: {place}" for name, place in step.references.items())
         table.add_row(step.step, *(numbers if step.sources else ("", "", "")), names, step.verdict)
