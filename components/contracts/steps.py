@@ -162,11 +162,11 @@ STEPS = (
     ),
     _prune(
         PRUNE_IMAGE,
-        "data.images",
+        "pruned_images",
         "DeltaLoss scores of the image SFT data by two reference models; the best of each source stay",
         "DeltaLoss, image sources",
     ),
-    _prune(PRUNE_VIDEO, "data.videos", "the same for the video SFT data", "DeltaLoss, video sources"),
+    _prune(PRUNE_VIDEO, "pruned_videos", "the same for the video SFT data", "DeltaLoss, video sources"),
     *_STAGES,
     Step(
         name=EVALUATE,

@@ -28,6 +28,15 @@ def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
         sizes: hidden, layers, heads, kv_heads and mlp, as in the recipe's `DecoderSizes`.
         seed: of the fresh weights.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resized = build_model(with_decoder(model.config, sizes), model.tokens)
+    resized.vision_tower.load_state_dict(model.vision_tower.state_dict())
+    return resized
+
+
+def with_decoder(config: ModelConfig, sizes: dict[str, int]) -> ModelConfig:
+    """`config` with a decoder of other sizes: hidden, layers, heads, kv_heads and mlp."""
     names = {
         "hidden": "hidden_size",
         "layers": "num_hidden_layers",
@@ -35,9 +44,4 @@ def resized_decoder(model: NVILA, sizes: dict[str, int], seed: int) -> NVILA:
         "kv_heads": "num_key_value_heads",
         "mlp": "intermediate_size",
     }
-    llm = {**model.config.llm, **{names[size]: value for size, value in sizes.items()}}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        resized = build_model(replace(model.config, llm=llm), model.tokens)
-    resized.vision_tower.load_state_dict(model.vision_tower.state_dict())
-    return resized
+    return replace(config, llm={**config.llm, **{names[size]: value for size, value in sizes.items()}})

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 from nvila.components.contracts.results.model import Composition
 from nvila.components.data.media import Limits, MediaError, inside, size
+from nvila.components.data.samples import unchanged
 from nvila.components.metrics.accuracy import normal_form
-from nvila.components.prune.groups import answer_kind
+from nvila.components.prune.groups import answer_kind, answer_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,24 +33,34 @@ RESPECTS = ("answers", "answer kinds", "answer lengths", "resolutions")
 
 
 @dataclass
+class Shown:
+    """A medium whose resolution may be looked at."""
+
+    place: bytes
+    """Digest of its name: the lowest are looked at."""
+    sha256: str | None
+    """Of its bytes as `validate` read them."""
+    all: int = 0
+    """Samples that show it."""
+    kept: int = 0
+
+
+@dataclass
 class Makeup:
     """Counts of one source."""
 
     all: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """By respect and value, of all samples."""
     kept: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    sizes: dict[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)
-    """By path of a medium: its place by digest, and how many samples show it, all and kept."""
-    n: int = 0
-    m: int = 0
-    """Of them kept."""
+    sizes: dict[tuple[str, str], Shown] = field(default_factory=dict)
+    """By source's folder and name of a medium."""
 
 
 def makeup(rows: Iterable[pyarrow.Table], kept: np.ndarray, limits: Limits) -> dict[str, dict[str, Composition]]:
     """By source and respect (`RESPECTS`).
 
     Args:
-        rows: the samples, batch by batch: source, kind, root, media, answer.
+        rows: the samples, batch by batch: source, kind, root, media, answer, and media_sha256 where it is known.
         kept: (n,) bool, which of them stay, in the same order.
         limits: what their media may be.
     """
@@ -58,7 +69,9 @@ def makeup(rows: Iterable[pyarrow.Table], kept: np.ndarray, limits: Limits) -> d
     at = 0
     for batch in rows:
         columns = [batch.column(name).to_pylist() for name in ("source", "kind", "root", "media", "answer")]
-        for row in zip(*columns, kept[at : at + len(batch)].tolist(), strict=True):
+        told = "media_sha256" in batch.column_names
+        digests = batch.column("media_sha256").to_pylist() if told else [None] * len(batch)
+        for row in zip(*columns, digests, kept[at : at + len(batch)].tolist(), strict=True):
             kinds[row[0]] = row[1]
             _count(found[row[0]], *row[2:])
         at += len(batch)
@@ -67,36 +80,36 @@ def makeup(rows: Iterable[pyarrow.Table], kept: np.ndarray, limits: Limits) -> d
     return {source: {name: _composition(made, name) for name in RESPECTS} for source, made in sorted(found.items())}
 
 
-def moved(sources: Mapping[str, Mapping[str, Composition]], kept: Mapping[str, int], limit: float) -> list[str]:
-    """In words, what moved by more than `limit` beyond what a random choice of the same size moves.
-
-    A random choice of m samples moves a share p by about sqrt(2 p (1 - p) / (pi m)) on average, and the composition by
-    half the sum of these.
+def moved(sources: Mapping[str, Mapping[str, Composition]], limit: float) -> list[str]:
+    """In words, what moved by more than `limit` beyond what a random choice of the same size moves (`_chance`).
 
     Args:
         sources: compositions by source and respect.
-        kept: how many samples of each source stay.
         limit: share of samples.
     """
-    found = []
-    for source, respects in sources.items():
-        for name, made in respects.items():
-            chance = (
-                sum(math.sqrt(2 * p * (1 - p) / (math.pi * max(kept[source], 1))) for p in made.before.values()) / 2
-            )
-            if made.shift <= limit + chance:
-                continue
-            most = sorted(made.before | made.after, key=lambda v: -abs(made.after.get(v, 0) - made.before.get(v, 0)))[
-                :3
-            ]
-            told = ", ".join(f"{v} {made.before.get(v, 0):.2f} -> {made.after.get(v, 0):.2f}" for v in most)
-            found.append(f"{source}: {name} moved by {made.shift:.2f} (limit {limit:.2f}): {told}")
-    return found
+    return [
+        f"{source}: {name} moved by {made.shift:.2f} (limit {limit:.2f}): {_farthest(made)}"
+        for source, respects in sources.items()
+        for name, made in respects.items()
+        if made.shift > limit + made.chance
+    ]
 
 
-def _count(made: Makeup, root: str, media: list[str], answer: str, stays: bool) -> None:
-    said = normal_form(answer)
-    values = {"answers": said, "answer kinds": answer_kind(answer), "answer lengths": _length(said)}
+def _farthest(made: Composition, values: int = 3) -> str:
+    """The values that moved most."""
+    pairs = {v: (made.before.get(v, 0.0), made.after.get(v, 0.0)) for v in (*made.before, *made.after)}
+    most = sorted(pairs.items(), key=lambda item: -abs(item[1][1] - item[1][0]))[:values]
+    return ", ".join(f"{value} {before:.2f} -> {after:.2f}" for value, (before, after) in most)
+
+
+def _count(
+    made: Makeup, root: str, media: list[str], answer: str, digests: list[str | None] | None, stays: bool
+) -> None:
+    values = {
+        "answers": answer_name(answer),
+        "answer kinds": answer_kind(answer),
+        "answer lengths": _length(normal_form(answer)),
+    }
     for counts in (made.all, made.kept) if stays else (made.all,):
         for name, value in values.items():
             counts[name][value] += 1
@@ -105,31 +118,36 @@ def _count(made: Makeup, root: str, media: list[str], answer: str, stays: bool) 
             few[OTHERS] += counts["answers"].total() - few.total()
             counts["answers"] = few
     for name in media[:1]:
-        path = f"{root}\0{name}"
-        place, (one, two) = made.sizes.get(path, (crc32(path.encode()), (0, 0)))
-        made.sizes[path] = (place, (one + 1, two + stays))
+        shown = made.sizes.get((root, name))
+        if shown is None:
+            place = hashlib.blake2b(f"{root}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            shown = made.sizes[root, name] = Shown(place, digests[0] if digests else None)
+        shown.all, shown.kept = shown.all + 1, shown.kept + stays
     if len(made.sizes) > 2 * MEASURED_MEDIA:
-        made.sizes = dict(sorted(made.sizes.items(), key=lambda item: item[1][0])[:MEASURED_MEDIA])
-    made.n, made.m = made.n + 1, made.m + stays
+        made.sizes = dict(_chosen(made))
+
+
+def _chosen(made: Makeup) -> list[tuple[tuple[str, str], Shown]]:
+    return sorted(made.sizes.items(), key=lambda item: item[1].place)[:MEASURED_MEDIA]
 
 
 def _measure(made: Makeup, kind: Any, limits: Limits) -> None:
     """Count the resolutions of the chosen media by the samples that show them."""
-    chosen = sorted(made.sizes.items(), key=lambda item: item[1][0])[:MEASURED_MEDIA]
-    known = {path: _size(path, kind, limits) for path, _ in chosen}
+    chosen = _chosen(made)
+    known = {path: _size(path, shown.sha256, kind, limits) for path, shown in chosen}
     exact = len(set(known.values())) <= EXACT_SIZES
-    for path, (_, (one, two)) in chosen:
+    for path, shown in chosen:
         found = known[path]
         value = "unknown" if found is None else f"{found[0]}x{found[1]}" if exact else _megapixels(*found)
-        made.all["resolutions"][value] += one
-        made.kept["resolutions"][value] += two
+        made.all["resolutions"][value] += shown.all
+        made.kept["resolutions"][value] += shown.kept
 
 
-def _size(path: str, kind: Any, limits: Limits) -> tuple[int, int] | None:
-    root, _, name = path.partition("\0")
+def _size(path: tuple[str, str], sha256: str | None, kind: Any, limits: Limits) -> tuple[int, int] | None:
+    root, name = path
     try:
-        return size(inside(Path(root), name), kind, limits)
-    except (MediaError, OSError):
+        return size(unchanged(inside(Path(root), name), sha256), kind, limits)
+    except (MediaError, OSError, ValueError):  # no path at all, as a name with a zero byte
         return None
 
 
@@ -138,7 +156,19 @@ def _composition(made: Makeup, name: str) -> Composition:
     before, after = (_shares(counts[name], told) for counts in (made.all, made.kept))
     values = {*before, *after}
     shift = sum(abs(after.get(value, 0.0) - before.get(value, 0.0)) for value in values) / 2 if after else 0.0
-    return Composition(before=before, after=after, shift=round(shift, 4))
+    chance = _chance(before.values(), made.all[name].total(), made.kept[name].total())
+    return Composition(before=before, after=after, shift=round(shift, 4), chance=round(chance, 4))
+
+
+def _chance(shares: Iterable[float], n: int, m: int) -> float:
+    """How far a random choice of m of n samples moves a composition on average.
+
+    The share p of a value is then about normal around p, with the variance p (1 - p) / m * (n - m) / (n - 1); its mean
+    distance from p is sqrt(2 / pi) times the deviation, and a composition moves by half the sum of the distances.
+    """
+    if not 0 < m < n:
+        return 0.0
+    return sum(math.sqrt(2 / math.pi * p * (1 - p) / m * (n - m) / (n - 1)) for p in shares if p < 1) / 2
 
 
 def _shares(counts: Counter[str], told: list[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,15 +22,23 @@ if TYPE_CHECKING:
 
 COMMON_ANSWERS = 50
 """Of a source that are groups of their own under `answer`."""
+OTHERS = "other questions"
+"""Where a question stands that is like none of its source."""
 COUNTED_ANSWERS = 100_000
 """Different ones that are counted at once; of more the rare are forgotten."""
 FITTED_QUESTIONS = 50_000
 """Different ones of a source from which clusters are made."""
 FIELD_VALUES = 1000
 """Different values that a field may have."""
+QUESTION_CHARACTERS = 1000
+"""Of a question that are looked at; what follows is most often a text to read."""
 PHRASE_WORDS = 5
 PHRASE_CHARACTERS = 60
-_NUMBER = re.compile(r"[+-]?[\d.,' ]*\d ?%?")
+NAME_CHARACTERS = 60
+"""Of an answer or a question in the name of its group."""
+_MARKS = " .,;:!?¡¿\"'`´“”„‘’«»()[]{}*_。、"
+"""What may stand around an answer without being part of it."""
+_NUMBER = re.compile(r"[+-]?[.,]?\d+(?:[.,'’ ]\d+)*(?:e[+-]?\d+)? ?%?")
 
 Rows = Callable[[], Iterable["pyarrow.Table"]]
 """Starts the stream of batches anew; columns source, question, answer and, where a field is asked for, fields."""
@@ -37,7 +46,7 @@ Rows = Callable[[], Iterable["pyarrow.Table"]]
 
 def answer_kind(answer: str) -> str:
     """`yes/no`, `number`, `word`, `phrase` (two to five words) or `text`."""
-    said = normal_form(answer)
+    said = unicodedata.normalize("NFKC", normal_form(answer)).replace("\N{MINUS SIGN}", "-").strip(_MARKS)
     if said in ("yes", "no"):
         return "yes/no"
     if _NUMBER.fullmatch(said):
@@ -46,6 +55,12 @@ def answer_kind(answer: str) -> str:
     if words > PHRASE_WORDS or len(said) > PHRASE_CHARACTERS:
         return "text"
     return "word" if words <= 1 else "phrase"
+
+
+def answer_name(answer: str) -> str:
+    """The very answer, in normal form on one line, as groups and compositions name it: a long one by its beginning and
+    a digest."""
+    return _short(" ".join(normal_form(answer).split()))
 
 
 @dataclass
@@ -67,7 +82,7 @@ class Grouping:
             seed: of the clusters.
 
         Raises:
-            DataError: a field has more values than can be groups.
+            DataError: a field has more values than can be groups, or no sample has it.
         """
         found = cls(list(prune.within))
         answers: dict[str, Counter[str]] = {}
@@ -77,23 +92,19 @@ class Grouping:
             for source, question, answer in _columns(batch, "source", "question", "answer"):
                 if "answer" in found.within:
                     counted = answers.setdefault(source, Counter())
-                    counted[normal_form(answer)] += 1
+                    counted[answer_name(answer)] += 1
                     if len(counted) > COUNTED_ANSWERS:
                         answers[source] = Counter(dict(counted.most_common(COUNTED_ANSWERS // 2)))
                 if "question" in found.within:
-                    questions[source] = _bounded(questions.setdefault(source, set()), question)
+                    questions[source] = _bounded(questions.setdefault(source, set()), _asked(question))
             for part, seen in values.items():
                 seen.update(_values(batch, part))
-                if len(seen) > FIELD_VALUES:
-                    raise DataError(
-                        f"the field {part.removeprefix(FIELD)!r} has more than {FIELD_VALUES} values",
-                        where="prune.within",
-                        value=sorted(seen)[:3],
-                        do="Group by a field with few values, or by `question`.",
-                    )
+                _require_few(part, seen)
+        _require_known(values)
         found._answers = {source: {a for a, _ in c.most_common(COMMON_ANSWERS)} for source, c in answers.items()}
         found._questions = {
-            source: Questions.fit(some, prune.question_clusters, seed) for source, some in sorted(questions.items())
+            source: Questions.fit(_chosen(some), prune.question_clusters, seed)
+            for source, some in sorted(questions.items())
         }
         return found
 
@@ -114,14 +125,19 @@ class Grouping:
         if part == "answer-kind":
             return [answer_kind(answer) for _, _, answer in rows]
         if part == "answer":
-            common = ((normal_form(answer), self._answers.get(source, ())) for source, _, answer in rows)
+            common = ((answer_name(answer), self._answers.get(source, ())) for source, _, answer in rows)
             return [said if said in known else "other answers" for said, known in common]
         if part == "question":
-            return [
-                self._questions[source].of(question) if source in self._questions else ""
-                for source, question, _ in rows
-            ]
+            asked: dict[str, set[str]] = {}
+            for source, question, _ in rows:
+                asked.setdefault(source, set()).add(_asked(question))
+            names = {source: self._named(source, some) for source, some in asked.items()}
+            return [names[source][_asked(question)] for source, question, _ in rows]
         return list(_values(batch, part))
+
+    def _named(self, source: str, questions: set[str]) -> dict[str, str]:
+        """The cluster of each of these questions of a source."""
+        return self._questions[source].of(questions) if source in self._questions else dict.fromkeys(questions, OTHERS)
 
 
 @dataclass
@@ -133,7 +149,6 @@ class Questions:
     """Where there are no more questions than clusters: the place of each."""
     _vectors: Any = None
     _means: Any = None
-    _known: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def fit(cls, questions: set[str], clusters: int, seed: int) -> Questions:
@@ -141,30 +156,30 @@ class Questions:
         texts = sorted(questions)
         if len(texts) <= clusters:
             return cls([_short(text) for text in texts], {text: place for place, text in enumerate(texts)})
+        import numpy as np
         from sklearn.cluster import MiniBatchKMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
+        from threadpoolctl import threadpool_limits
 
         # Digits and single letters tell questions apart as well as words do.
         vectors = TfidfVectorizer(
-            ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", max_features=20_000, dtype="float32"
+            ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", max_features=20_000, dtype=np.float32
         )
         try:
             seen = vectors.fit_transform(texts)
         except ValueError:  # no word in any of them
             return cls(["questions"], dict.fromkeys(texts, 0))
-        means = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=1024).fit(seen)
+        with threadpool_limits(1):  # sums of several threads differ in their last digits
+            means = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=1024).fit(seen)
         return cls(_names(vectors, means.cluster_centers_, seen), {}, vectors, means)
 
-    def of(self, question: str) -> str:
-        """Name of the cluster of a question."""
+    def of(self, questions: set[str]) -> dict[str, str]:
+        """Name of the cluster of each of these different questions."""
         if self._means is None:
-            return self.names[self._own[question]] if question in self._own else "other questions"
-        place = self._known.get(question)
-        if place is None:
-            place = int(self._means.predict(self._vectors.transform([question]))[0])
-            if len(self._known) < FITTED_QUESTIONS:
-                self._known[question] = place
-        return self.names[place]
+            return {text: self.names[self._own[text]] if text in self._own else OTHERS for text in questions}
+        texts = sorted(questions)
+        places = self._means.predict(self._vectors.transform(texts)) if texts else ()
+        return {text: self.names[place] for text, place in zip(texts, places, strict=True)}
 
 
 def _names(vectors: Any, centres: np.ndarray, seen: Any) -> list[str]:
@@ -175,18 +190,54 @@ def _names(vectors: Any, centres: np.ndarray, seen: Any) -> list[str]:
     usual = np.asarray(seen.mean(axis=0)).ravel()
     names: list[str] = []
     for centre in centres:
-        telling = [words[place] for place in (centre - usual).argsort()[::-1][:3]]
+        telling: list[str] = []
+        for place in (centre - usual).argsort()[::-1][:20]:
+            said = {word for one in telling for word in one.split()}
+            if len(telling) < 3 and not said.intersection(words[place].split()):  # "color", "what color" say it twice
+                telling.append(words[place])
         name = "question: " + ", ".join(telling)
         names.append(name if name not in names else f"{name} ({len(names)})")
     return names
 
 
 def _bounded(known: set[str], question: str) -> set[str]:
-    """With one more question, of at most `FITTED_QUESTIONS` (chosen by digest)."""
+    """With one more question; of more than twice `FITTED_QUESTIONS`, those that are chosen anyhow."""
     known.add(question)
-    if len(known) <= 2 * FITTED_QUESTIONS:
-        return known
-    return set(sorted(known, key=lambda text: (crc32(text.encode()), text))[:FITTED_QUESTIONS])
+    return known if len(known) <= 2 * FITTED_QUESTIONS else _chosen(known)
+
+
+def _chosen(questions: set[str]) -> set[str]:
+    """At most `FITTED_QUESTIONS`, by digest: the same ones in whatever order they come."""
+    return set(sorted(questions, key=lambda text: (crc32(text.encode()), text))[:FITTED_QUESTIONS])
+
+
+def _asked(question: str) -> str:
+    """What of a question tells its cluster."""
+    return unicodedata.normalize("NFC", question[:QUESTION_CHARACTERS])
+
+
+def _require_few(part: str, seen: set[str]) -> None:
+    if len(seen) > FIELD_VALUES:
+        raise DataError(
+            f"the field {part.removeprefix(FIELD)!r} has more than {FIELD_VALUES} values",
+            where="prune.within",
+            value=sorted(seen)[:3],
+            do="Group by a field with few values, or by `question`.",
+        )
+
+
+def _require_known(values: Mapping[str, set[str]]) -> None:
+    """A field that no sample has would part nothing, without a word."""
+    for part, seen in values.items():
+        name = part.removeprefix(FIELD)
+        if seen == {f"no {name}"}:
+            raise DataError(
+                f"no sample to prune has a field {name!r}",
+                where="prune.within",
+                value=part,
+                do="Fields are a record's own texts of up to 200 characters, numbers and true or false, beside `id`, "
+                "its media and `conversations`.",
+            )
 
 
 def _columns(batch: pyarrow.Table, *names: str) -> Iterable[Any]:
@@ -199,8 +250,13 @@ def _values(batch: pyarrow.Table, part: str) -> Iterable[str]:
     if "fields" not in batch.column_names:
         return [f"no {name}"] * len(batch)
     told = (json.loads(text or "{}") for text in batch.column("fields").to_pylist())
-    return [f"{name} {fields[name]}" if name in fields else f"no {name}" for fields in told]
+    return [f"{name} {_text(fields[name])}" if name in fields else f"no {name}" for fields in told]
 
 
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 9]}… {crc32(text.encode()):08x}"[: limit + 8]
+def _text(value: str | int | float | bool) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(text: str) -> str:
+    """The text, or where it is long its beginning with a digest of the whole."""
+    return text if len(text) <= NAME_CHARACTERS else f"{text[: NAME_CHARACTERS - 10]}… {crc32(text.encode()):08x}"

@@ -186,7 +186,7 @@ def _described(job: work.Job, known: table.Table) -> tuple[dict[str, PrunedSourc
 
     assert known.decision is not None
     kept = known.decision.kept
-    rows = _rows(job, ["source", "kind", "root", "media", "answer"])
+    rows = _rows(job, ["source", "kind", "root", "media", "media_sha256", "answer"])
     made = makeup(rows, kept, read_limits(job.samples))
     told = known.categories(_rows(job, ["id"]))
     found = {}
@@ -199,7 +199,7 @@ def _described(job: work.Job, known: table.Table) -> tuple[dict[str, PrunedSourc
             categories=told[source][0],
             examples=told[source][1],
         )
-    shifted = moved(made, {source: one.kept for source, one in found.items()}, job.prune.largest_shift)
+    shifted = moved(made, job.prune.largest_shift)
     for line in shifted:
         say(f"pruning: {line}")
     if shifted and job.prune.on_shift == "refuse":

@@ -21,9 +21,9 @@ def stage_samples(stage: Stage, samples: Path, kept: Sequence[Path], seed: int) 
         seed: of the order.
 
     Raises:
-        DataError: a subset is empty, or all together do not fill one batch.
+        DataError: a subset is empty, has no scores though the row is pruned, or all together do not fill one batch.
     """
-    keep = _kept_ids(kept) if stage.pruned else None
+    keep = _kept_ids(kept, stage) if stage.pruned else None
     subsets: dict[str, list[Sample]] = {}
     for subset in stage.data:
         source, _, split = subset.partition(".")
@@ -43,11 +43,25 @@ def stage_samples(stage: Stage, samples: Path, kept: Sequence[Path], seed: int) 
     return drawn
 
 
-def _kept_ids(tables: Sequence[Path]) -> set[str]:
+def _kept_ids(tables: Sequence[Path], stage: Stage) -> set[str]:
+    """Ids of what stays of the sources that the stage is tuned on; read in batches, a table may have millions of rows.
+
+    Raises:
+        DataError: no table has a row of one of them, so that nothing says what stays.
+    """
     import pyarrow.parquet as parquet
 
     ids: set[str] = set()
+    unscored = set(stage.tuned_on)
     for table in tables:
-        rows = parquet.read_table(table, columns=["id", "kept"]).to_pydict()
-        ids.update(i for i, keep in zip(rows["id"], rows["kept"], strict=True) if keep)
+        for batch in parquet.ParquetFile(table).iter_batches(columns=["id", "kept"]):
+            if unscored:
+                unscored -= {sample.partition("/")[0] for sample in batch["id"].to_pylist()}
+            ids.update(batch.filter(batch["kept"])["id"].to_pylist())
+    if unscored:
+        raise DataError(
+            f"no scores of {', '.join(sorted(unscored))}, of which stage {stage.name} takes what pruning kept",
+            where=", ".join(map(str, tables)) or "no score table",
+            do="Run the recipe again, so that the sources are pruned; or leave `pruned` out of the stage.",
+        )
     return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ MARKERS = {"image": ("<image>",), "video": ("<video>", "<vila/video>")}
 ANY_MARKER = re.compile(r"<image>|<video>|<vila/video>")
 
 FIELDS, FIELD_CHARACTERS = 32, 200
-"""Of a record's own fields: of more none are kept; how long a name or a text may be."""
+"""Of a record's own fields: how many are kept, the first by name; how long a name or a text may be."""
 
 Row = dict[str, Any]
 
@@ -139,8 +140,8 @@ def _record(source: Source, split: str, index: int, record: dict[str, Any], path
 def _fields(record: dict[str, Any]) -> dict[str, str | int | float | bool]:
     """The record's own further fields, as far as they are short: samples can be grouped by them."""
     known = ("id", "image", "video", "conversations")
-    further = [key for key in sorted(record) if key not in known and len(key) <= FIELD_CHARACTERS]
-    return {key: record[key] for key in further if _is_short(record[key])} if len(further) <= FIELDS else {}
+    named = (key for key in sorted(record) if key not in known and len(key) <= FIELD_CHARACTERS)
+    return {key: record[key] for key in islice((key for key in named if _is_short(record[key])), FIELDS)}
 
 
 def _is_short(value: Any) -> bool:

@@ -12,8 +12,8 @@ from nvila.pipelines.ablate import passes, prepare
 from nvila.pipelines.ablate.case import at_ratio, rows_of
 from nvila.pipelines.ablate.cases import Case
 
-CASE_SECONDS = 20.0
-PICTURE_SECONDS, CLIP_SECONDS = 0.0025, 0.009
+CASE_SECONDS = 15.0
+PICTURE_SECONDS, CLIP_SECONDS = 0.0019, 0.007
 """CPU seconds of a case, and of each sample that it trains on: measured with `tiny` on an AMD EPYC. Larger models take
 longer, about in proportion to their parameters; finished cases of the same experiment tell better."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from nvila.pipelines.ablate.estimate import sizes_of, work_of
 from nvila.pipelines.ablate.statistics import RULES
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "scipy", "scikit-learn")
+
+OWN = "the command itself"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Experiment:
     recipe: Recipe
     design: Design
     places: Places
-    overlay: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
     """The command line, for the result."""
 
     def run(self, jobs: int, told: Any) -> dict[str, Any]:
@@ -87,6 +90,7 @@ class Experiment:
             missing = [task for task in tasks.values() if task.finished(store) is None]
             told(f"{len(tasks)} cases, {len(tasks) - len(missing)} of them finished; {jobs} at a time")
             work.Crew(jobs, self.places.log, told).run(missing)
+            self._charge_own()
             result = self._result(shared, tasks, store, time.monotonic() - began)
         write_atomic(self.places.out, json.dumps(result, indent=1) + "\n")
         write_atomic(self.places.page, page.render(result))
@@ -132,7 +136,7 @@ class Experiment:
         spent = [*costs.values(), *prepared.values()]
         return {
             "schema_version": 1,
-            "command": self.overlay,
+            "command": self.command,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
             "code": code_digest(),
@@ -150,13 +154,23 @@ class Experiment:
             "spoilt": spoilt_dropped(self.design, told),
         }
 
+    def _charge_own(self) -> None:
+        """Add to the ledger what this process itself has spent: imports and pictures that all cases share."""
+        used, ledger = resource.getrusage(resource.RUSAGE_SELF), read_json(self.places.ledger)
+        before = ledger.get(OWN, {}).get("cpu_seconds", 0.0)
+        ledger[OWN] = {"cpu_seconds": round(before + used.ru_utime + used.ru_stime, 1)}
+        write_atomic(self.places.ledger, json.dumps(ledger, indent=1))
+
     def _prepared(self, shared: prepare.Shared) -> dict[str, dict[str, Any]]:
         ledger = read_json(self.places.ledger)
         found = {}
         for name, manifest in shared.manifests.items():
-            cost = {"seconds": manifest.seconds, "cpu_seconds": None}
-            found[name] = {"key": manifest.key} | cost | ledger.get(f"{manifest.step}/{manifest.key}", {})
-        return found
+            told = ledger.get(f"{manifest.step}/{manifest.key}")
+            # Made by a run, which keeps no CPU time: all its threads, all the time, at most.
+            most = round(manifest.seconds * int(manifest.machine.get("threads", 1)), 1)
+            cost = told or {"seconds": manifest.seconds, "cpu_seconds": most, "at_most": True}
+            found[name] = {"key": manifest.key} | cost
+        return found | ({OWN: ledger[OWN]} if OWN in ledger else {})
 
     def _cases(
         self,

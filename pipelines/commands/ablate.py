@@ -80,7 +80,7 @@ def numbers(text: str, where: str) -> tuple[float, ...]:
         ConfigError: one of them is none.
     """
     try:
-        return tuple(map(float, words(text)))
+        return tuple(dict.fromkeys(map(float, words(text))))
     except ValueError:
         raise ConfigError("numbers with commas between them are asked for", where=where, value=text) from None
 

@@ -16,6 +16,8 @@ from nvila.components.prune.select import kept
 from nvila.pipelines.planning.shape import Seen, Shape
 
 CHARACTERS_PER_TOKEN = 4
+WINDOW = 256
+"""Samples whose media pruning holds at a time (`prune/scoring.py`)."""
 TEXT_TOKENS = 128
 """Of a sample whose annotation file is not here."""
 FORMULA = """\
@@ -55,6 +57,13 @@ class Subset:
     samples: int
     text_tokens: float
     kind: str
+    looks: int | None = None
+    """Media that a tower sees, each once among `WINDOW` samples, which are held together; None: as many as samples."""
+
+    @property
+    def media(self) -> int:
+        """Pictures or clips to look at, at most."""
+        return self.samples if self.looks is None else self.looks
 
 
 def subsets(data: DataSettings, given: Mapping[str, int]) -> dict[str, Subset]:
@@ -78,22 +87,23 @@ def subsets(data: DataSettings, given: Mapping[str, int]) -> dict[str, Subset]:
 
 
 def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) -> dict[str, int] | None:
-    """Samples that a stage draws of each subset; None where one is not known."""
+    """Samples that a stage draws of each subset, of what is pruned as many as the ratio says; None where one is not
+    known."""
     drawn = {}
     for name, passes in stage.data.items():
         if name not in known:
             return None
         source, _, split = name.partition(".")
         size = known[name].samples
-        if stage.pruned and split == "sft":
+        if stage.pruned and split == "sft" and prune.method != "none":
             size = kept(prune.keep_ratio_of.get(source, prune.keep_ratio), size)
         whole, rest = divmod(passes, 1.0)
         drawn[name] = size * int(whole) + round(rest * size)
     return drawn
 
 
-def operations(shape: Shape, trainable: list[Any], seen: Seen, text_tokens: float, length: int) -> float:
-    """Floating-point operations of one sample, forward and backward."""
+def forward(shape: Shape, seen: Seen, text_tokens: float, length: int) -> dict[str, float]:
+    """Floating-point operations of one sample through each part, forward only."""
     llm, vision = shape.config.llm, shape.config.vision
     positions = min(seen.tokens + text_tokens, length)
     patches = seen.tiles * shape.tower_tokens
@@ -103,10 +113,15 @@ def operations(shape: Shape, trainable: list[Any], seen: Seen, text_tokens: floa
     decoder = 2 * shape.decoder_matrices * positions
     decoder += int(llm["num_hidden_layers"]) * 4 * positions * int(llm["hidden_size"]) * positions / 2
     decoder += 2 * int(llm["vocab_size"]) * int(llm["hidden_size"]) * max(positions - seen.tokens, 0)
+    return {"vision_tower": tower, "mm_projector": projector, "llm": decoder}
+
+
+def operations(shape: Shape, trainable: list[Any], seen: Seen, text_tokens: float, length: int) -> float:
+    """Floating-point operations of one sample, forward and backward."""
     work, before = 0.0, False
-    for part, forward in (("vision_tower", tower), ("mm_projector", projector), ("llm", decoder)):
+    for part, through in forward(shape, seen, text_tokens, length).items():
         learns = part in trainable
-        work += forward * (3 if learns else 2 if before else 1)
+        work += through * (3 if learns else 2 if before else 1)
         before = before or learns
     return work
 
@@ -133,4 +148,6 @@ def _read(file: Path, source: Source) -> Subset:
     except (DataError, KeyError, TypeError):
         texts = []  # spoilt records are for `validate`; their number is known all the same where the file can be read
     characters = sum(len(text) for text in texts if isinstance(text, str))
-    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), source.kind)
+    media = [str(record.get(source.kind)) if isinstance(record, dict) else "" for record in records]
+    looks = sum(len(set(media[first : first + WINDOW])) for first in range(0, len(media), WINDOW))
+    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), source.kind, looks)

@@ -27,11 +27,14 @@ from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
+from nvila.pipelines.planning import pruning as pruned
 from nvila.pipelines.planning.checks import Finding, Need, look
 from nvila.pipelines.planning.cost import GPUS, Gpu, Subset
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
+from nvila.pipelines.planning.pruning import PrunePlan, Rates
 from nvila.pipelines.planning.shape import Shape, shape_of
+from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.watch import print_line
 
 GB = 10**9
@@ -75,7 +78,13 @@ class Plan:
     """By step, what its work asks of a cluster."""
     parameters: dict[str, int] | None
     stages: list[StagePlan]
+    pruning: list[PrunePlan]
+    """Each prune step, then both together."""
     assumptions: Assumptions
+    speed_here: Speed | None
+    """Of this machine, in whose minutes pruning is told where the recipe does without a GPU."""
+    assumed: list[str]
+    """About models whose sizes are not known."""
     here: list[str]
     """What preflight would refuse on this machine."""
     not_asked: list[str]
@@ -112,7 +121,11 @@ def make_plan(
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
-    site = Site() if checked.model.base.llm else Site(gpus_per_node=0)  # small models can do without
+    small = checked.model.base.llm is None
+    here = speed_here(shape, known, store) if small and shape and checked.train.pruned and known else None
+    rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
+    pruning, assumed = pruned.plans(checked, known, rates)
+    site = Site() if not small else Site(gpus_per_node=0)  # small models can do without
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
@@ -132,7 +145,10 @@ def make_plan(
             for step, stage in zip(STAGES, checked.train.stages, strict=False)
             if stage
         ],
+        pruning=pruning,
         assumptions=assumptions,
+        speed_here=here,
+        assumed=assumed,
         here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights, runs),
         not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
         looked=looked,
@@ -218,12 +234,14 @@ def as_json(plan: Plan) -> str:
         if stage.memory:
             record["memory"]["peak"] = stage.memory.peak
         record["fits"] = stage.fits(plan.assumptions.gpu)
+    for step, record in zip(plan.pruning, content["pruning"], strict=True):
+        record |= {"pays": step.pays, "verdict": step.verdict}
     return json.dumps(content, indent=1)
 
 
 def show(plan: Plan, console: Console) -> None:
     """For a person."""
-    console.print(_steps(plan), _memory(plan))
+    console.print(_steps(plan), _pruning(plan), _memory(plan))
     for line in (*_notes(plan), "", *_refusals(plan)):
         print_line(console, tell(line))
 
@@ -254,6 +272,26 @@ def _steps(plan: Plan) -> Table:
     return table
 
 
+def _pruning(plan: Plan) -> Table:
+    method = plan.pruning[-1].method
+    table = Table(
+        box=None, pad_edge=False, title=f"pruning by {method}, and what the stages save", title_justify="left"
+    )
+    table.add_column("step")
+    here = plan.speed_here is not None
+    for name in ("samples", "minutes" if here else "cost", "saved"):
+        table.add_column(name, justify="right")
+    table.add_column("references")
+    table.add_column("")
+    for step in plan.pruning:
+        efforts = (step.costs, step.saves)
+        amounts = [(one.minutes_here if here else one.price) if one else None for one in efforts]
+        numbers = [_number(step.samples, ","), *(_number(amount, ",.1f" if here else ",.2f") for amount in amounts)]
+        names = ", ".join(f"{name}: {place}" for name, place in step.references.items())
+        table.add_row(step.step, *(numbers if step.sources else ("", "", "")), names, step.verdict)
+    return table
+
+
 def _memory(plan: Plan) -> Table:
     gpu = plan.assumptions.gpu
     title = f"memory of one GPU in GB, at most ({gpu.name}: {gpu.memory_bytes / GB:.0f})"
@@ -274,13 +312,19 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     given = plan.assumptions
-    lines = ["", states.FORMULA, "", cost.FORMULA, ""]
+    lines = ["", states.FORMULA, "", cost.FORMULA, *([pruned.FORMULA] if plan.pruning[-1].sources else []), ""]
     lines.append(
         f"assumed: {given.gpu.name} with {given.gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {given.gpu.fp32 / 1e12:.0f} "
         f"in fp32, MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour; every medium takes its most tokens; "
         f"{cost.CHARACTERS_PER_TOKEN} characters a token, {cost.TEXT_TOKENS} tokens of text where --samples gives "
-        "a number. Steps other than training are not estimated"
+        "a number. Steps other than training and pruning are not estimated"
     )
+    if plan.speed_here:
+        speed = plan.speed_here
+        lines.append(
+            f"minutes of this machine: {speed.operations_a_second:.1e} operations a second, as {speed.evidence}"
+        )
+    lines += [f"assumed: {words}" for words in plan.assumed]
     if any(stage.samples is None for stage in plan.stages):
         lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")
     if plan.not_asked:

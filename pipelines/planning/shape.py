@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.recipe.model import ModelSettings
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings
 
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
@@ -62,14 +63,15 @@ class Shape:
         return self.config.features_per_side**2
 
 
-def shape_of(settings: ModelSettings) -> Shape | None:
+def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None) -> Shape | None:
     """Counts of a recipe's model, from modules on the meta device; None where the sizes of its weights are not known.
 
-    Sizes come from the recipe, from a local folder's `config.json`, or from the published models that the names of
-    `hf://` weights say.
+    With `decoder` it has one of these sizes in place of its own. Sizes come from the recipe, from a local folder's
+    `config.json`, or from the published models that the names of `hf://` weights say.
     """
     from nvila.components.initialize.scratch import decoder_config, tower_config
     from nvila.components.model.config.config import model_config
+    from nvila.components.model.fresh import with_decoder
 
     base = settings.base
     if base.vision_tower and base.llm:
@@ -78,7 +80,23 @@ def shape_of(settings: ModelSettings) -> Shape | None:
             return None
     else:
         vision, llm = tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
-    return count(model_config(settings, vision, llm))
+    config = model_config(settings, vision, llm)
+    return count(with_decoder(config, decoder.model_dump(exclude={"vocabulary"})) if decoder else config)
+
+
+def shape_at(place: str) -> Shape | None:
+    """Counts of a whole model by where it lies: a folder, or `hf://` with the name of a published variant; None where
+    that does not say."""
+    from nvila.components.model.checkpoint.layouts import checkpoint_root, read_native_config
+    from nvila.components.model.config.variants import VARIANTS
+
+    if "://" in place:
+        name = place.rpartition("/")[2].partition("@")[0]
+        return count(VARIANTS[name]) if name in VARIANTS else None
+    try:
+        return count(read_native_config(checkpoint_root(Path(place))))
+    except (NvilaError, OSError):
+        return None
 
 
 def count(config: ModelConfig) -> Shape:

@@ -50,10 +50,26 @@ def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
         laid = laid.over({"prune": {"keep_ratio": form.keep_ratio}}, "keep_ratio")
     if form.target:
         laid = laid.over({"rollout": {"target": form.target}}, "target")
-    laid = laid.over(_overrides(form.overrides), "overrides")
+    overrides = _overrides(form.overrides)
+    laid = laid.over(overrides, "overrides")
     if form.data_uri:
         laid = _move_data(laid, form.data_uri)
-    return _rooted(laid.recipe(), Path(root)) if root else laid.recipe()
+    filled = laid.recipe()
+    _prunes_as_asked(form, overrides, filled)
+    return _rooted(filled, Path(root)) if root else filled
+
+
+def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -> None:
+    """Whoever asks for a share must not get everything, because the recipe has pruning switched off."""
+    asked = ["keep_ratio"] if form.keep_ratio else []
+    asked += [f"prune.{name}" for name, value in (overrides.get("prune") or {}).items() if value is not None]
+    asked = [name for name in asked if name != "prune.method"]
+    if asked and recipe.prune.methods == {"none"}:
+        raise ConfigError("nothing is pruned: the method is none", where=asked[0], do="Name another in prune.method.")
+    if asked and not recipe.train.pruned:
+        raise ConfigError(
+            "nothing is pruned: no stage has pruned: true", where=asked[0], do="Set it where it is to be."
+        )
 
 
 def _rooted(recipe: Recipe, root: Path) -> Recipe:

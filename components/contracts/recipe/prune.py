@@ -11,8 +11,17 @@ from nvila.components.contracts.recipe.section import Section
 
 Method = Literal["deltaloss", "multimodal-gain", "clusters", "random", "none"]
 """How samples are ranked within their group."""
-JUDGED = ("deltaloss", "multimodal-gain")
+JUDGED: tuple[Method, ...] = ("deltaloss", "multimodal-gain")
 """Methods whose scores come of reference models, which have to prove themselves first."""
+READ_BY: dict[str, tuple[Method, ...]] = {
+    "small": ("deltaloss",),
+    "large": JUDGED,
+    "score": JUDGED,
+    "untrusted": JUDGED,
+    "heldout_questions": JUDGED,
+    "vision_clusters": ("clusters",),
+}
+"""The settings that not every method reads."""
 FIELD = "field:"
 """What stands before the name of a record's own field in `within`."""
 
@@ -95,6 +104,15 @@ class PruneSettings(Section):
         """Those that the methods ask, by name."""
         small = {"small": self.small} if "deltaloss" in self.methods else {}
         return small | ({"large": self.large} if self.methods.intersection(JUDGED) else {})
+
+    @property
+    def idle(self) -> list[str]:
+        """What is set and takes no effect; where everything stays that is all of it, and may stand for another time."""
+        if self.methods == {"none"}:
+            return []
+        unread = {name for name, methods in READ_BY.items() if not self.methods.intersection(methods)}
+        unread |= set() if "question" in self.within else {"question_clusters"}
+        return sorted(name for name in unread if getattr(self, name) != type(self).model_fields[name].default)
 
     @property
     def blank(self) -> bool:

@@ -13,7 +13,7 @@ from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.model import ModelSettings
-from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.contracts.recipe.prune import PruneSettings, Reference
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
@@ -44,16 +44,31 @@ class Recipe(Section):
     needs: Needs = Needs()
 
     @property
+    def pruned_images(self) -> list[str]:
+        """Names of the sources of pictures that are pruned, as a stage takes what is kept of them."""
+        return [name for name in self.data.images if name in self.train.pruned]
+
+    @property
+    def pruned_videos(self) -> list[str]:
+        """Names of the sources of clips that are pruned."""
+        return [name for name in self.data.videos if name in self.train.pruned]
+
+    @property
+    def references(self) -> dict[str, Reference]:
+        """The reference models that pruning asks, by name; none where nothing is pruned."""
+        return self.prune.references if self.train.pruned else {}
+
+    @property
     def weights(self) -> list[str]:
         """Where weights are taken from: folders, `s3://`, `hf://`, and versions of the registry (`is_version`)."""
         base = [uri for uri in (self.model.base.vision_tower, self.model.base.llm) if uri]
-        references = [one.path for one in self.prune.references.values() if one.path]
+        references = [one.path for one in self.references.values() if one.path]
         return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
 
     @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
-        scored = any(one.engine == "vllm" for one in self.prune.references.values())
+        scored = any(one.engine == "vllm" for one in self.references.values())
         return scored or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @model_validator(mode="after")
@@ -78,6 +93,12 @@ class Recipe(Section):
             for name in used:
                 if name not in known:
                     raise ValueError(f"{option}: no source is called {name!r}; there are {known}")
+        if self.train.pruned and self.prune.idle:
+            idle = ", ".join(f"prune.{name}" for name in self.prune.idle)
+            raise ValueError(f"prune: method {self.prune.method} does not read {idle}: take it out (null)")
+        for name in self.prune.keep_ratio_of:
+            if name not in self.train.pruned:
+                raise ValueError(f"prune.keep_ratio_of: all of {name} stays: no stage with pruned: true draws its sft")
         return self
 
 
@@ -87,7 +108,8 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
     A step's content key depends on its slice and nothing else of the recipe.
 
     Raises:
-        ConfigError: the recipe has more stages than the pipeline has steps for them.
+        ConfigError: the recipe has more stages than the pipeline has steps for them, or a stage takes what pruning kept
+            of a source whose scores its step does not read.
     """
     places, stages = sum(bool(row.hands_on) for row in steps), len(recipe.train.stages)
     if stages > places:
@@ -96,7 +118,25 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
             where="train.stages",
             do="Leave stages out, or use a pipeline whose table has a row for each.",
         )
+    _scores_are_read(recipe, steps)
     return {row.name: _slice(recipe, row) for row in steps if row.recipe}
+
+
+def _scores_are_read(recipe: Recipe, steps: Sequence[Step]) -> None:
+    """Of every source that a stage takes pruned: it waits only for the prune steps that its row names."""
+    scored = {row.name: _at(recipe, row.recipe["sources"]) for row in steps if "sources" in row.recipe}
+    stages = [row for row in steps if "stage" in row.recipe]
+    reads = {row.name: {source for step in row.inputs.values() for source in scored.get(step, ())} for row in stages}
+    for row in stages:
+        stage = _at(recipe, row.recipe["stage"])
+        for source in stage.tuned_on if stage and stage.pruned else ():
+            if source not in reads[row.name]:
+                others = [name for name in reads if source in reads[name]]
+                raise ConfigError(
+                    f"{row.name} reads no scores of {source}, of which it would take what pruning kept",
+                    where=f"{row.recipe['stage']}.pruned",
+                    do=f"Draw {source}.sft in {' or '.join(others) or 'no stage'}, or leave `pruned` out here.",
+                )
 
 
 def _slice(recipe: Recipe, row: Step) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ class Stage(Section):
     data: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """`source.split` -> passes over it; 0.5 is half of it, 2 is twice."""
     pruned: bool = False
-    """Take only what DeltaLoss kept of the SFT splits."""
+    """Take only what pruning kept of the SFT splits."""
     batch: int = Field(ge=1)
     """Global batch, in samples."""
     micro_batch: int | None = Field(default=None, ge=1)
@@ -34,6 +34,17 @@ class Stage(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     gradient_checkpointing: bool = False
+
+    @property
+    def tuned_on(self) -> list[str]:
+        """Names of the sources whose `sft` split it draws."""
+        return [source for source, _, split in (subset.partition(".") for subset in self.data) if split == "sft"]
+
+    @model_validator(mode="after")
+    def _prunes_something(self) -> Stage:
+        if self.pruned and not self.tuned_on:
+            raise ValueError("pruned: true draws less of sft splits, and the stage's data has none; drop it")
+        return self
 
     def samples_at_once(self, processes: int) -> int:
         """Samples per forward pass of each of so many processes.
@@ -74,6 +85,11 @@ class TrainSettings(Run):
     def run(self) -> Run:
         """How they are run alone."""
         return self.part(Run)
+
+    @property
+    def pruned(self) -> set[str]:
+        """Names of the sources of whose SFT split some stage takes only what pruning kept."""
+        return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
     @model_validator(mode="after")
     def _batches_are_whole(self) -> TrainSettings:

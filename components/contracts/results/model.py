@@ -75,6 +75,8 @@ class Composition(Result):
     after: dict[str, float]
     shift: float
     """Total variation distance between the two."""
+    chance: float = 0.0
+    """How far a random choice of the same size shifts it on average."""
 
 
 class PrunedSource(Result):

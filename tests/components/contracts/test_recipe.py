@@ -18,6 +18,7 @@ STAGE = {
     "data": {"shapes.captions": 1},
     "batch": 8,
 }
+TRAINED = {"epochs": 5}
 RECIPE: dict[str, Any] = {
     "name": "test",
     "model": {"s2_scales": [28, 56], "base": {}},
@@ -133,6 +134,8 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("prune.keep_ratio_of", {"nothing": 0.5}, r"prune\.keep_ratio_of: no source"),
         ("prune.keep_ratio_of", {"shapes": 2}, "less than or equal to 1"),
         ("prune.keep_ratio", 0, r"prune\.keep_ratio"),
+        ("prune.keep_ratio_of", {"clips": 0.5}, r"keep_ratio_of: all of clips stays: no stage with pruned: true"),
+        ("train.stages.0.pruned", True, "pruned: true draws less of sft splits, and the stage's data has none"),
         ("data.sources.1.name", "shapes", "two sources share a name"),
         ("rollout.port", 70000, r"rollout\.port"),
     ],
@@ -192,27 +195,93 @@ def test_the_seed_reaches_every_step_that_draws() -> None:
     assert affected("seed", 1) == {"initialize", *PRUNES, *STAGES, "evaluate", "quantize"}
 
 
-def test_weights_are_those_that_are_read() -> None:
-    """A run that scores nothing would be refused for a reference that it does not ask, and a folder of the decoder's
-    for a name that the registry does not have."""
-    content = changed("prune.small.path", "small@champion")
-    content["prune"]["large"] = {"path": "s3://b/large"}
-    content["model"]["base"] |= {"vision_tower": "weights/1", "llm": "hf://a/b@c"}
-    own = ["./weights/1", "hf://a/b@c"]
-    for method, read in (
-        ("deltaloss", ["small@champion", "s3://b/large"]),
-        ("multimodal-gain", ["s3://b/large"]),
-        ("random", []),
-        ("none", []),
-    ):
-        content["prune"]["method"] = method
-        assert parse_recipe(content).weights == own + read
+def pruned(*stages: dict[str, float] | None, **prune: Any) -> dict[str, Any]:
+    """`RECIPE` with these stages, each on its data and pruned."""
+    recipe = changed("train.stages", [data and {**STAGE, "data": data, "pruned": True} for data in stages])
+    return recipe | {"prune": prune}
+
+
+IMAGE, VIDEO = {"shapes.sft": 1.0}, {"shapes.captions": 1.0, "clips.sft": 0.5}
 
 
 def test_each_prune_step_takes_its_kind_of_source() -> None:
     """Images pruned by the video step would be scored twice, or never."""
-    found = slices(parse_recipe(RECIPE))
+    found = slices(parse_recipe(pruned(None, None, None, IMAGE, VIDEO)))
     assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == (["shapes"], ["clips"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "sources"), [([IMAGE], []), ([IMAGE, VIDEO], ["clips"]), ([None, VIDEO], ["clips"])], ids=str
+)
+def test_what_no_stage_takes_pruned_is_not_scored(stages: list[Any], sources: list[str]) -> None:
+    """Hours of scoring for a table that nobody reads."""
+    recipe = pruned(None, None, None, *stages)
+    if stages[0]:
+        recipe["train"]["stages"][3]["pruned"] = False
+    found = slices(parse_recipe(recipe))
+    assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == ([], sources)
+
+
+def test_weights_are_those_that_are_read() -> None:
+    """A run that scores nothing would be refused for a reference that it does not ask, and a folder of the decoder's
+    for a name that the registry does not have."""
+    small, large = {"path": "small@champion"}, {"path": "s3://b/large"}
+    for prune, read in (
+        ({"method": "deltaloss", "small": small, "large": large}, ["small@champion", "s3://b/large"]),
+        ({"method": "multimodal-gain", "large": large}, ["s3://b/large"]),
+        ({"method": "random"}, []),
+        ({"method": "none", "small": small, "large": large}, []),
+    ):
+        content = pruned(None, None, None, IMAGE, **prune)
+        content["model"]["base"] |= {"vision_tower": "weights/1", "llm": "hf://a/b@c"}
+        assert parse_recipe(content).weights == ["./weights/1", "hf://a/b@c", *read]
+        content["train"]["stages"][3]["pruned"] = False
+        assert parse_recipe(content).weights == ["./weights/1", "hf://a/b@c"], "no stage is pruned"
+
+
+def test_vllm_is_asked_for_by_a_reference() -> None:
+    """A run that has no vLLM ended in the middle of pruning."""
+    recipe = pruned(None, None, None, IMAGE, large={"path": "m", "engine": "vllm"})
+    recipe |= {"quantize": {"through_vllm": False}, "rollout": {"target": "none"}}
+    assert parse_recipe(recipe).vllm
+    recipe["train"]["stages"][3]["pruned"] = False
+    assert not parse_recipe(recipe).vllm
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            [IMAGE],
+            r"train\.stages\.0\.pruned: train-1 reads no scores of shapes.* Draw shapes\.sft in train-4 or train-5",
+        ),
+        ([None, None, None, VIDEO], "train-4 reads no scores of clips.* in train-5, or leave"),
+    ],
+)
+def test_a_stage_reads_the_scores_that_it_needs(stages: list[Any], message: str) -> None:
+    """It ended for want of samples when the stages before it had been trained."""
+    with pytest.raises(ConfigError, match=message):
+        slices(parse_recipe(pruned(*stages)))
+
+
+@pytest.mark.parametrize(
+    ("prune", "idle"),
+    [
+        ({"method": "random", "untrusted": "random"}, "method random does not read prune.untrusted: take it out"),
+        ({"method": "clusters", "small": TRAINED, "score": "mean"}, "does not read prune.score, prune.small: take"),
+        ({"method": "multimodal-gain", "small": TRAINED}, "does not read prune.small"),
+        ({"vision_clusters": 8}, "method deltaloss does not read prune.vision_clusters"),
+        ({"question_clusters": 9, "within": ["answer"]}, "does not read prune.question_clusters"),
+    ],
+    ids=str,
+)
+def test_what_the_method_does_not_read_is_refused(prune: dict[str, Any], idle: str) -> None:
+    """A setting that has no effect is believed to have had one."""
+    with pytest.raises(ConfigError, match=idle):
+        parse_recipe(pruned(None, None, None, IMAGE, **prune))
+    every = prune | {"compare": ["deltaloss", "clusters"], "within": ["question"]}
+    assert parse_recipe(pruned(None, None, None, IMAGE, **every)).prune.idle == []
+    assert parse_recipe(pruned(None, None, None, IMAGE, **prune | {"method": "none"})).references == {}
 
 
 def test_several_mistakes_are_counted() -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow
 import pytest
 
+from nvila.components.contracts.digests import file_sha256
 from nvila.components.data.media import Limits
+from nvila.components.prune import composition
 from nvila.components.prune.composition import RESPECTS, makeup, moved
 
 
@@ -45,10 +47,10 @@ def test_the_composition_is_that_of_the_samples(rows: pyarrow.Table) -> None:
     assert found["answers"].shift == 0.4
     assert found["answer kinds"].shift == 0 and found["answer kinds"].before == {"yes/no": 1.0}
     assert found["resolutions"].before == {"8x8": 0.5, "16x16": 0.25, "unknown": 0.25}
-    told = moved({"s": found}, {"s": 50}, 0.1)
+    told = moved({"s": found}, 0.1)
     assert [line.split(" moved")[0] for line in told] == ["s: answers"]
     assert "yes 0.60 -> 1.00" in told[0]
-    assert moved({"s": found}, {"s": 50}, 0.5) == []
+    assert moved({"s": found}, 0.5) == []
 
 
 def test_chance_alone_is_no_shift() -> None:
@@ -68,7 +70,7 @@ def test_chance_alone_is_no_shift() -> None:
     for _ in range(50):
         kept = np.zeros(300, dtype=bool)
         kept[choice.permutation(300)[:30]] = True
-        warned += bool(moved(made(table, kept), {"s": 30}, 0.1))
+        warned += bool(moved(made(table, kept), 0.1))
     assert warned <= 2
 
 
@@ -86,3 +88,54 @@ def test_many_answers_are_told_as_others() -> None:
     )
     found = made(table, np.ones(n, dtype=bool))["s"]["answers"]
     assert len(found.before) == 21 and found.before["others"] == pytest.approx(0.98) and found.shift == 0
+
+
+def test_chance_is_what_a_random_choice_moves() -> None:
+    """Too little of it warns at every run; too much hides what pruning did. All that stays cannot move."""
+    choice = np.random.default_rng(1)
+    answers = ["a"] * 500 + ["b"] * 300 + [f"c{i % 10}" for i in range(200)]
+    table = pyarrow.table(
+        {
+            "source": ["s"] * 1000,
+            "kind": ["image"] * 1000,
+            "root": ["/"] * 1000,
+            "media": pyarrow.array([[]] * 1000, type=pyarrow.list_(pyarrow.string())),
+            "answer": answers,
+        }
+    )
+    for m in (100, 700):
+        shifts = []
+        for _ in range(40):
+            kept = np.zeros(1000, dtype=bool)
+            kept[choice.permutation(1000)[:m]] = True
+            found = made(table, kept)["s"]["answers"]
+            shifts.append(found.shift)
+        assert found.chance == pytest.approx(np.mean(shifts), rel=0.15)
+    assert made(table, np.ones(1000, dtype=bool))["s"]["answers"].chance == 0
+
+
+def test_resolutions_are_as_sure_as_the_media_looked_at(rows: pyarrow.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shift among a few media would count as if all the samples had been looked at."""
+    kept = np.arange(100) < 50
+    every = made(rows, kept)["s"]["resolutions"]
+    monkeypatch.setattr(composition, "MEASURED_MEDIA", 2)
+    few = made(rows, kept)["s"]["resolutions"]
+    assert len(few.before) == 2 and few.chance > every.chance * 0.9
+    assert sum(few.before.values()) == pytest.approx(1)
+
+
+def test_a_medium_that_was_changed_is_not_opened(rows: pyarrow.Table, tmp_path: Path) -> None:
+    """Other bytes than those that were validated may be anything; names may be, too."""
+    digest = file_sha256(tmp_path / "0.png")
+    known = rows.append_column("media_sha256", pyarrow.array([[digest]] * 100))
+    found = made(known, np.ones(100, dtype=bool))["s"]["resolutions"].before
+    assert found == {"8x8": 0.5, "unknown": 0.5}  # 1.png has the bytes of 0.png
+    odd = rows.set_column(3, "media", pyarrow.array([["../0.png"], ["a\0b"], ["/0.png"], ["../../0.png"]] * 25))
+    assert made(odd, np.ones(100, dtype=bool))["s"]["resolutions"].before == {"unknown": 1.0}
+
+
+def test_a_long_answer_is_told_by_its_beginning(rows: pyarrow.Table) -> None:
+    """Twenty pages of text would stand in the manifest, and millions in memory."""
+    long = rows.set_column(4, "answer", pyarrow.array([f"{'word ' * 200}{i % 2}" for i in range(100)]))
+    found = made(long, np.ones(100, dtype=bool))["s"]["answers"].before
+    assert list(found.values()) == [0.5, 0.5] and all(len(answer) < 80 for answer in found)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.recipe.prune import PruneSettings
-from nvila.components.prune.groups import COMMON_ANSWERS, FIELD_VALUES, Grouping, answer_kind
+from nvila.components.prune import groups as module
+from nvila.components.prune.groups import COMMON_ANSWERS, FIELD_VALUES, Grouping, answer_kind, answer_name
 
 
 @pytest.mark.parametrize(
@@ -18,7 +21,16 @@ from nvila.components.prune.groups import COMMON_ANSWERS, FIELD_VALUES, Grouping
     [
         ("Yes.", "yes/no"),
         ("no", "yes/no"),
+        ("**Yes!**", "yes/no"),
+        ("“NO”", "yes/no"),
         ("3", "number"),
+        ("(3.)", "number"),
+        ("\u22123", "number"),
+        ("\uff13\uff15", "number"),
+        ("1\u202f250,5", "number"),
+        ("1.5e-3", "number"),
+        ("5 km", "phrase"),
+        ("3, 4", "phrase"),
         ("-1,250.5 %", "number"),
         ("triangle", "word"),
         ("", "word"),
@@ -89,8 +101,18 @@ def test_fields_of_the_record_group() -> None:
     table = batch([("s", "q", "a")] * 3, [{"topic": "signs"}, {"topic": 7}, {}])
     groups, kinds = grouping(table, "field:topic").of(table)
     assert groups == kinds == ["s / topic signs", "s / topic 7", "s / no topic"]
+    flags = batch([("s", "q", "a")] * 2, [{"topic": True}, {"topic": 1.5}])
+    assert grouping(flags, "field:topic").of(flags)[0] == ["s / topic true", "s / topic 1.5"]
     old = batch([("s", "q", "a")])
-    assert grouping(old, "field:topic").of(old)[0] == ["s / no topic"]
+    assert grouping(table, "field:topic").of(old)[0] == ["s / no topic"]
+
+
+@pytest.mark.parametrize("fields", [None, [{"topics": "signs"}] * 3])
+def test_a_field_that_no_record_has_is_refused(fields: list[dict[str, Any]] | None) -> None:
+    """A misspelt name would group nothing, without a word."""
+    table = batch([("s", "q", "a")] * 3, fields)
+    with pytest.raises(DataError, match="no sample to prune has a field 'topic'"):
+        grouping(table, "field:topic")
 
 
 def test_a_field_that_names_every_record_is_refused() -> None:
@@ -98,3 +120,39 @@ def test_a_field_that_names_every_record_is_refused() -> None:
     many = batch([("s", "q", "a")] * (FIELD_VALUES + 1), [{"file": n} for n in range(FIELD_VALUES + 1)])
     with pytest.raises(DataError, match="'file' has more than 1000 values"):
         grouping(many, "field:file")
+
+
+def test_long_answers_have_short_names() -> None:
+    """Names of groups go into manifest and report: a page of text in each would bury them, or two become one."""
+    one, two = ("word " * 500 + end for end in ("a", "b"))
+    assert len(answer_name(one)) < 80 and answer_name(one) != answer_name(two)
+    assert answer_name(" A red\n circle. ") == "a red circle"
+
+
+def test_the_clusters_do_not_follow_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen as they come, the questions at the head of a sorted table would make all the clusters."""
+    monkeypatch.setattr(module, "FITTED_QUESTIONS", 20)
+    rows = [("s", f"Is the {colour} {n} here?", "x") for colour in ("red", "blue") for n in range(100)]
+    forth, back = (grouping(batch(some), "question").of(batch(rows))[0] for some in (rows, rows[::-1]))
+    assert forth == back and len(set(forth)) > 2
+
+
+_TEXT = st.text(max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), _TEXT, _TEXT), min_size=1, max_size=30),
+    st.sets(st.sampled_from(["answer-kind", "answer", "question", "field:f"])),
+)
+def test_any_text_finds_its_group(rows: list[tuple[str, str, str]], within: set[str]) -> None:
+    """An odd question or answer must not end a step that has read millions of them, nor fall elsewhere when read in
+    another batch."""
+    table = batch(rows, [{"f": row[1]} for row in rows])
+    known = grouping(table, *sorted(within), question_clusters=2)
+    whole = known.of(table)
+    single = [known.of(table.slice(i, 1)) for i in range(len(rows))]
+    assert whole == ([one[0][0] for one in single], [one[1][0] for one in single])
+    assert all(group.split(" / ")[0] == row[0] for group, row in zip(whole[0], rows, strict=True))
+    alike = {(group, kind.split(" / ")[0]) for group, kind in zip(*whole, strict=True)}
+    assert len(alike) == len(set(whole[0]))

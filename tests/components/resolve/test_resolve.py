@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ from nvila.components.resolve import step
 TINY = shipped_document("tiny").text
 
 
-def _error(**fields: str) -> str:
+def _error(**fields: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         fill_in(Form(**({"recipe": "tiny"} | fields)))
     return str(caught.value)
@@ -44,6 +45,19 @@ def test_fields_and_overrides_are_laid_over_the_recipe() -> None:
     assert (recipe.register_.model_name, recipe.prune.keep_ratio) == ("mine", 0.25)
     assert (recipe.rollout.target, recipe.evaluate.limit) == ("none", 7)
     assert recipe.evaluate.sources == ["shapes", "digits", "clips"]
+
+
+def test_a_share_that_nothing_is_pruned_to_is_refused() -> None:
+    """Whoever asks for 30 per cent of the data would train on all of it, unawares."""
+    off = json.dumps({"prune": {"method": "none"}})
+    assert fill_in(Form(recipe="tiny", overrides=off)).prune.method == "none"
+    assert "keep_ratio: nothing is pruned: the method is none" in _error(keep_ratio=0.3, overrides=off)
+    asked = {"prune": {"method": "none", "within": ["answer"], "small": None}}
+    assert "prune.within: nothing is pruned" in _error(overrides=json.dumps(asked))
+    nowhere = {"train": {"stages": {"train-4": {"pruned": None}, "train-5": {"pruned": None}}}}
+    assert fill_in(Form(recipe="tiny", overrides=json.dumps(nowhere))).pruned_images == []
+    asked = nowhere | {"prune": {"keep_ratio": 0.3}}
+    assert "no stage has pruned: true" in _error(overrides=json.dumps(asked))
 
 
 def test_data_uri_moves_every_source_and_builds_none() -> None:

@@ -179,6 +179,19 @@ def test_only_kept_samples_are_trained_on(make_job: MakeJob, small: Any, tmp_pat
     assert len(losses(job)) == (2 * 12 + 12) // 8
 
 
+def test_a_pruned_stage_without_scores_is_refused(make_job: MakeJob, tmp_path: Path) -> None:
+    """A table that was lost, or is of other sources, must not read as one that keeps nothing, or everything."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    other = tmp_path / "scores.parquet"
+    parquet.write_table(pyarrow.table({"id": ["clips/sft/1"], "kept": [True]}), other)
+    for kept in ([], [str(other)]):
+        job = make_job("a", stage={"pruned": True, "data": {"colours.sft": 1, "clips.sft": 1}}, kept=kept)
+        with pytest.raises(DataError, match=r"no scores of .*colours, of which stage .* takes what pruning kept"):
+            train(job, Stop())
+
+
 @pytest.fixture
 def copied(small: Any, tmp_path: Path) -> Callable[..., Path]:
     """The data in a folder of its own; `questions` replaces some by id."""

@@ -63,11 +63,27 @@ def test_a_large_recipe_is_planned_without_its_weights() -> None:
     assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["places"]["quantize"]["gpus"] == "1"
     assert all(stage["memory"]["loading"] == 2 * sum(plan["parameters"].values()) for stage in plan["stages"])
     assert all(stage["fits"] and stage["memory"]["peak"] < 141e9 for stage in plan["stages"])
-    assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 200_000, 70_000]
+    assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 400_000, 140_000]
     for stage in plan["stages"]:
         assert stage["cost"] == pytest.approx(stage["hours"] * 8 * 3)
     slower = json.loads(_plan(*LARGE, *given, "--gpu", "h200", "--mfu", "0.2").stdout)
     assert slower["stages"][2]["hours"] == pytest.approx(2 * plan["stages"][2]["hours"])
+
+
+def test_pruning_is_told_of_before_it_is_paid_for() -> None:
+    """Scoring with a large reference can cost more than the stages save by it: known afterwards, it is spent."""
+    given = [part for pair in SAMPLES for part in ("--samples", pair)]
+    asked = ("nvila-8b", "--no-cluster", *given, "--gpu-hour-price", "3")
+    image, video, total = json.loads(_plan(*asked, "--json").stdout)["pruning"]
+    assert (image["samples"], video["samples"], total["samples"]) == (400_000, 100_000, 500_000)
+    assert total["pays"] and total["costs"]["price"] == pytest.approx(3 * total["costs"]["gpu_hours"])
+    assert total["saves"]["gpu_hours"] == pytest.approx(sum(one["saves"]["gpu_hours"] for one in (image, video)))
+    told = _plan(*asked).stdout
+    assert total["verdict"] in told and "scoring      tower once" in told and "GPU hours, saves" in total["verdict"]
+    dearer = _plan(*asked, "--json", "--override", "prune.large.path=hf://Efficient-Large-Model/NVILA-15B@main").stdout
+    assert json.loads(dearer)["pruning"][-1]["verdict"].startswith("costs more than it saves")
+    off = json.loads(_plan(*LARGE, *given).stdout)["pruning"][-1]
+    assert (off["verdict"], off["pays"]) == ("all samples stay; costs nothing", None)
 
 
 @pytest.mark.parametrize("name", shipped())
