@@ -10,7 +10,7 @@ from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import ROWS, STEPS, Step
 
-ON_GPUS = ("gpu", "node")
+ON_GPUS = ("gpu", "gpus", "node")
 """Sizes of steps that take GPUs where the site has them."""
 GPU_RESOURCE = "gpu_resource"
 """The output of `resolve` with the name under which the cluster counts GPUs."""
@@ -34,8 +34,9 @@ def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
 
 
 def work(row: Step, recipe: Recipe, site: Site) -> Placement:
-    """Of the work, wherever it is done; a training stage that does not fit one node fills it."""
-    processes = {"gpu": 1, "node": min(recipe.train.gpus, site.gpus_per_node)}.get(row.size)
+    """Of the work, wherever it is done; what does not fit one node fills it."""
+    wanted = {"gpu": 1, "gpus": recipe.prune.gpus, "node": recipe.train.gpus}.get(row.size, 0)
+    processes = min(wanted, site.gpus_per_node)
     if site.gpus_per_node == 0 or row.size == "small":
         return Placement()
     if processes:

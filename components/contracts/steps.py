@@ -42,7 +42,7 @@ class Step:
     hands_on: str = ""
     """The input that goes on in its place where the recipe leaves the step out (a slice that is null)."""
     image: Literal["main", "quantize"] = "main"
-    size: Literal["small", "cpus", "memory", "gpu", "node"] = "small"
+    size: Literal["small", "cpus", "memory", "gpu", "gpus", "node"] = "small"
     """What its work takes on a cluster."""
     job: bool = False
     """Whether a launcher may move the work into a training job."""
@@ -82,7 +82,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
             "max_skipped_share": "train.max_skipped_share",
         },
         inputs={"samples": VALIDATE, "model": INITIALIZE},
-        size="gpu",
+        size="gpus",
         job=True,
     )
 

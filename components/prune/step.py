@@ -132,7 +132,7 @@ def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dic
 
     if not job.prune.references:
         return {}
-    began, ranks = time.monotonic(), work.ranks_here(job.prune.ranks)
+    began, ranks = time.monotonic(), work.ranks_here()
     # The large ones first: a long piece started last would leave the other core idle.
     folds = [fold for fold in job.folds if fold is not None]
     work.crew([partial(work.train, job, fold, name) for name in sorted(job.trained) for fold in folds], ranks)
@@ -156,7 +156,7 @@ def _score(
 
     from nvila.components.prune import through_vllm
 
-    began, ranks = time.monotonic(), work.ranks_here(job.prune.ranks)
+    began, ranks = time.monotonic(), work.ranks_here()
     fine = set().union(*(believed(judged, method) for method in job.prune.methods if method in JUDGED))
     wanted = known.of_kinds(fine)
     if not wanted.any() and not job.clusters:

@@ -97,11 +97,11 @@ def crew(tasks: Sequence[Callable[[], T]], ranks: int) -> list[T]:
             raise
 
 
-def ranks_here(wanted: int) -> int:
+def ranks_here() -> int:
     """Processes that can work side by side: one per GPU, or one per core."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else max(wanted, os.cpu_count() or 1)
+    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def train(job: Job, fold: int, name: str) -> None:

@@ -23,7 +23,7 @@ def resolve(
     + [(f"{size}_{part}", str) for size in ("cpus", "memory") for part in ("cpu", "memory")]
     + [
         (f"{size}_{part}", kind)
-        for size in ("gpu_job", "node_job", "gpu")
+        for size in ("gpus_job", "node_job", "gpu_job", "gpu")
         for part, kind in (("cpu", str), ("memory", str), ("gpus", str), ("tolerations", list), ("node_labels", dict))
     ],
 ):

@@ -79,8 +79,8 @@ class PruneSettings(Section):
     on_shift: Literal["warn", "refuse"] = "warn"
     heldout_questions: int = Field(default=300, ge=1)
     """Held-out questions of each group at most, on which the references are judged."""
-    ranks: int = Field(default=1, ge=1)
-    """Processes that score shards of the samples side by side, one per GPU; on a CPU one per core at most."""
+    gpus: int = Field(default=1, ge=1)
+    """Of one node, on which references are trained and shards scored side by side; without any, every core is used."""
     small: Reference = Reference()
     large: Reference = Reference()
 
