@@ -127,7 +127,7 @@ def _rows(job: work.Job, columns: Sequence[str] | None = None) -> Iterator[Any]:
 
 def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dict[str, Judged]:
     """Make the references, and hold them against each other on held-out questions."""
-    from nvila.components.prune import heldout
+    from nvila.components.prune import heldout, through_vllm
     from nvila.components.prune.judge import judge
 
     if not job.prune.references:
@@ -140,7 +140,9 @@ def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dic
     asked = heldout.questions(job, grouping)
     every = [sample for samples in asked.values() for sample in samples]
     parts = [(part, every[part::ranks]) for part in range(ranks) if every[part::ranks]]
-    told = work.crew([partial(work.answer, job, fold, *part) for fold in job.folds for part in parts], ranks)
+    told: list[heldout.Told] = []
+    told += work.crew([partial(work.answer, job, fold, *part) for fold in job.folds for part in parts], ranks)
+    told += [through_vllm.answer(job, every)] if job.served else []
     measured["judging_seconds"] = time.monotonic() - began
     known = heldout.commonest(_rows(job, ["source", "question", "answer"]), every)
     return judge(heldout.answered(asked, told), known, job.prune.method)
@@ -151,6 +153,8 @@ def _score(
 ) -> list[Skipped]:
     """Fill the table with losses and clusters; the samples that cannot be used."""
     import numpy as np
+
+    from nvila.components.prune import through_vllm
 
     began, ranks = time.monotonic(), work.ranks_here(job.prune.ranks)
     fine = set().union(*(believed(judged, method) for method in job.prune.methods if method in JUDGED))
@@ -165,6 +169,8 @@ def _score(
     tasks = [partial(work.score, job, rank, ranks, job.folder / "wanted.npy", centres) for rank in range(ranks)]
     places = sorted(place for some in work.crew(tasks, ranks) for place in some)
     skipped = known.fill(_rows(job, ["id"]), map(work.read_shard, places))
+    if job.served:
+        skipped += known.fill(_rows(job, ["id"]), through_vllm.score(job, wanted))
     measured["scoring_seconds"] = time.monotonic() - began
     measured["scored_per_second"] = float(wanted.sum()) / measured["scoring_seconds"]
     return skipped

@@ -81,7 +81,8 @@ class Table:
     def fill(self, rows: Iterable[pyarrow.Table], shards: Iterable[Mapping[str, Any]]) -> list[Skipped]:
         """Take the losses and clusters of scored shards, one for each batch of `rows`; the samples skipped there."""
         columns, n = self.columns, len(self)
-        columns.usable, skipped, at = np.ones(n, dtype=bool), [], 0
+        usable = columns.usable = np.ones(n, dtype=bool) if columns.usable is None else columns.usable
+        skipped, at = list[Skipped](), 0
         for batch, shard in zip(rows, shards, strict=True):
             ids = batch.column("id").to_pylist()
             place = {one: at + i for i, one in enumerate(ids)}
@@ -94,7 +95,7 @@ class Table:
                     for one, (_, count) in losses.items():
                         tokens[place[one]] = count
             for one, reason, where in shard["skipped"]:
-                columns.usable[place[one]] = False
+                usable[place[one]] = False
                 skipped.append(Skipped(one, reason, where))
             if shard["clusters"]:
                 if columns.cluster is None:

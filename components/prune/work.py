@@ -50,16 +50,26 @@ class Job(Section):
     """Where pieces of work are left."""
 
     @property
+    def served(self) -> dict[str, Path]:
+        """Checkpoints of references that vLLM runs, by name."""
+        return {name: self.weights[name] for name, one in self.prune.references.items() if one.engine == "vllm"}
+
+    @property
+    def here(self) -> dict[str, Path | None]:
+        """Checkpoints of references that torch runs, by name; None is trained here."""
+        return {name: self.weights.get(name) for name in self.prune.references if name not in self.served}
+
+    @property
     def folds(self) -> list[int | None]:
         """Those whose samples different models score; None where one panel scores everything."""
         from nvila.components.prune.references import FOLDS
 
-        return list(range(FOLDS)) if self.trained else [None]
+        return list(range(FOLDS)) if self.trained else [None] if self.here else []
 
     @property
     def trained(self) -> list[str]:
         """Names of references that are trained here."""
-        return [name for name in self.prune.references if name not in self.weights]
+        return [name for name, folder in self.here.items() if folder is None]
 
 
 def crew(tasks: Sequence[Callable[[], T]], ranks: int) -> list[T]:
@@ -208,11 +218,10 @@ def _panels(key: str, fold: int | None) -> Panel:
 
     job, device = Job.model_validate_json(key), _device()
     models = {}
-    for name, reference in job.prune.references.items():
-        at = job.weights.get(name)
+    for name, at in job.here.items():
         if at is None:
             assert fold is not None
-            at = trained(name, reference, fold, job, device)
+            at = trained(name, job.prune.references[name], fold, job, device)
         # In bfloat16 a loss depends on what else is in the batch, by about a hundredth.
         models[name] = load(at, dtype="bfloat16" if device.startswith("cuda") else "float32", device=device)
     return Panel(models)

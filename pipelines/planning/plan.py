@@ -278,13 +278,15 @@ def _pruning(plan: Plan) -> Table:
         box=None, pad_edge=False, title=f"pruning by {method}, and what the stages save", title_justify="left"
     )
     table.add_column("step")
-    for name in ("samples", "cost", "saved"):
+    here = plan.speed_here is not None
+    for name in ("samples", "minutes" if here else "cost", "saved"):
         table.add_column(name, justify="right")
     table.add_column("references")
     table.add_column("")
     for step in plan.pruning:
-        prices = (effort.price if effort else None for effort in (step.costs, step.saves))
-        numbers = [_number(step.samples, ","), *(_number(price, ",.2f") for price in prices)]
+        efforts = (step.costs, step.saves)
+        amounts = [(one.minutes_here if here else one.price) if one else None for one in efforts]
+        numbers = [_number(step.samples, ","), *(_number(amount, ",.1f" if here else ",.2f") for amount in amounts)]
         names = ", ".join(f"{name}: {place}" for name, place in step.references.items())
         table.add_row(step.step, *(numbers if step.sources else ("", "", "")), names, step.verdict)
     return table

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,17 @@ def machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("kfp", "mlflow", "torch")},
+        "gpu": _gpu(),
+        "versions": {name: version(name) for name in ("kfp", "mlflow", "torch") if find_spec(name)},
         "commit": commit,
         "command": " ".join(sys.argv),
     }
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def main() -> None:

@@ -47,7 +47,8 @@ class Judged(Result):
     """By reference."""
     against: dict[str, float]
     """By what it is held against (`small`, `blank`, `question_only`): the lower end of the 95% interval of how much
-    lower the loss of the large reference is, question by question. All must be above 0."""
+    lower the loss of the large reference is, question by question. Those that the method asks for (`judge.AGAINST`)
+    must be above 0."""
     trusted: bool
     why: str
     """In words, where it is not trusted."""
