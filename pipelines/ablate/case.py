@@ -63,8 +63,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Args:
         settings: method, ratio, schedule, seed, and the recipe's rows.
-        inputs: `model` (before the first of the stages), `samples`, `scores_*` (tables of `prune`), and `spoilt` where
-            the samples are.
+        inputs: `model` (before the first of the stages), `samples` (of `validate` or `ablate-spoil`), `scores_*` (of
+            `prune`).
         out: gets the files named above; what was trained goes when it has answered.
     """
     clock = _Clock(out / COST_FILE)
