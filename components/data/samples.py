@@ -147,7 +147,8 @@ def sample_batches(
 ) -> Iterator[pyarrow.Table]:
     """The rows of one split of some sources, in the table's order, so many at a time (the last may have fewer).
 
-    The table may be larger than the memory: no more than a few batches of it are held.
+    The table may be larger than the memory: no more than a few batches of it are held. Of `columns` those are there
+    that the table has; None is all.
 
     Raises:
         DataError: the table cannot be read.
@@ -157,11 +158,12 @@ def sample_batches(
     import pyarrow.parquet as pq
 
     chosen = (pc.field("split") == split) & pc.field("source").isin(sorted(sources))
-    wanted = None if columns is None else sorted({"source", "split", *columns})
+    wanted = None if columns is None else {"source", "split", *columns}
     waiting: list[pyarrow.Table] = []
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(rows, columns=wanted):
+            names = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+            for batch in file.iter_batches(rows, columns=names):
                 waiting.append(pyarrow.Table.from_batches([batch]).filter(chosen))
                 if sum(map(len, waiting)) >= rows:
                     joined = pyarrow.concat_tables(waiting)

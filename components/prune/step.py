@@ -85,8 +85,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         clusters="clusters" in prune.methods,
         folder=out / PIECES,
     )
-    grouping = Grouping.fit(partial(_rows, job), prune, settings.seed)
-    known = table.Table.of(_rows(job), grouping)
+    told = ["id", "source", "question", "answer", "fields"]
+    grouping = Grouping.fit(partial(_rows, job, told), prune, settings.seed)
+    known = table.Table.of(_rows(job, told), grouping)
     measured = {"samples": float(len(known))}
     judged = _judge(job, grouping, measured)
     tally = Tally("prune", len(known), settings.max_skipped_share, quiet=True)
