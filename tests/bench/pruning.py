@@ -1,4 +1,5 @@
-"""What scoring by two references costs beside scoring one sample at a time; the losses are compared first.
+"""What scoring by two references costs beside scoring one sample at a time, the losses compared first; and the memory
+of a choice among many samples beside a list of them.
 
 On a CPU with models of the size of `tiny`'s references; on a GPU also with those of NVILA-Lite-2B and NVILA-8B, whose
 weights are random: they cost what trained ones do.
@@ -6,6 +7,7 @@ weights are random: they cost what trained ones do.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
-from model_rows.measure import Measured
+from model_rows.measure import Measured, apart
 
-from nvila.components.data.samples import Sample, Turn
+from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.data.media import Limits
+from nvila.components.data.samples import Sample, Turn, read_samples, sample_batches, sample_schema
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.config.variants import QWEN_1_5B, VARIANTS
 from nvila.components.model.device import default_device, use_flash_attention
 from nvila.components.model.feed import Feed
 from nvila.components.model.fresh import init_model, resized_decoder
 from nvila.components.model.text.tokenizer import train_tokenizer
+from nvila.components.prune.composition import makeup
 from nvila.components.prune.decide import BLANK
+from nvila.components.prune.groups import Grouping
 from nvila.components.prune.scoring import Panel, answer_losses
+from nvila.components.prune.table import Table
+from nvila.components.prune.work import SHARD_SAMPLES
 
 QUESTIONS = ("Is there a red shape in the image?", "What is written on the plate?", "How many are there?")
 ANSWERS = ("yes", "AB 123 four seven", "3", "a long answer that goes on for some words until it ends")
@@ -43,6 +52,63 @@ def rows() -> Iterator[Measured]:
         if torch.cuda.is_available():
             pictures = _samples(Path(folder), 64, (1024, 768))
             yield _row("two references of 1.5B and 7B, one tower, bfloat16", _large(), pictures, off=None)
+        yield _choice(Path(folder), 500_000)
+
+
+def _choice(folder: Path, count: int) -> Measured:
+    """Groups, selection and composition of so many samples, in a process of its own."""
+    table = _table(folder, count)
+    work = f"a random half of {count:,} samples within questions and answers: memory"
+    listed, chosen = apart(lambda: read_samples(table, split="sft")), apart(lambda: _chosen(table, folder))
+    return (
+        what,
+        "MiB",
+        listed[1],
+        chosen[1],
+        f"reading them into a list ({listed[0]:.0f} s; ours {chosen[0]:.0f} s)",
+        5.0,
+    )
+
+
+def _chosen(table: Path, folder: Path) -> None:
+    prune = PruneSettings(method="random", within=["question", "answer-kind", "answer"])
+
+    def rows() -> Iterator[Any]:
+        return sample_batches(table, SHARD_SAMPLES, split="sft", sources=["s"])
+
+    known = Table.of(rows(), Grouping.fit(rows, prune, 0))
+    known.decide((), prune, 0)
+    known.groups()
+    assert known.decision is not None
+    makeup(rows(), known.decision.kept, Limits())
+    known.write(rows(), folder / "scores.parquet")
+
+
+def _table(folder: Path, count: int) -> Path:
+    """A sample table of questions about pictures that are not there."""
+    import pyarrow.parquet as parquet
+
+    path, schema = folder / "samples.parquet", sample_schema()
+    with parquet.ParquetWriter(path, schema) as writer:
+        for first in range(0, count, 50_000):
+            made = [_record(folder, number) for number in range(first, min(first + 50_000, count))]
+            writer.write_table(pyarrow.Table.from_pylist(made, schema=schema))
+    return path
+
+
+def _record(folder: Path, number: int) -> dict[str, Any]:
+    question, answer = f"{QUESTIONS[number % 3]} {number % 997}", ANSWERS[number % len(ANSWERS)]
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    named = {"id": f"s/sft/{number:09d}", "source": "s", "kind": "image", "split": "sft", "root": str(folder)}
+    return named | {
+        "media": [f"{number // SAMPLES_PER_PICTURE:09d}.png"],
+        "media_sha256": [""],
+        "conversations": json.dumps(turns),
+        "question": question,
+        "answer": answer,
+        "fields": "{}",
+        "line": number,
+    }
 
 
 def _row(what: str, models: Models, samples: list[Sample], off: float | None) -> Measured:
