@@ -140,13 +140,13 @@ def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dic
     measured["references_seconds"], began = time.monotonic() - began, time.monotonic()
     asked = heldout.questions(job, grouping)
     every = [sample for samples in asked.values() for sample in samples]
-    parts = [(part, every[part::ranks]) for part in range(ranks) if every[part::ranks]]
+    parts = [every[part::ranks] for part in range(ranks) if every[part::ranks]]
     told: list[heldout.Told] = []
-    told += work.crew([partial(work.answer, job, fold, *part) for fold in job.folds for part in parts], ranks)
+    told += work.crew([partial(work.answer, job, fold, part) for fold in job.folds for part in parts], ranks)
     told += [through_vllm.answer(job, every)] if job.served else []
     measured["judging_seconds"] = time.monotonic() - began
     known = heldout.commonest(_rows(job, ["source", "question", "answer"]), every)
-    return judge(heldout.answered(asked, told), known, job.prune.method)
+    return judge(heldout.answered(asked, told), known, job.prune.judged_by)
 
 
 def _score(
