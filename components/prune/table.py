@@ -42,6 +42,8 @@ there are `tokens_*`; `loss_blank` is the large reference's without the picture.
 token. `score` is what its group was ranked by. What was not worked out is null."""
 EXAMPLES = 4
 """Samples of each category that are named."""
+PLOTS = 16
+"""Sources whose histograms are drawn: of 170 side by side the picture is wider than a picture can be."""
 
 
 @dataclass
@@ -195,14 +197,15 @@ def empty(path: Path) -> None:
 
 
 def plot(table: Table, path: Path) -> None:
-    """Histograms of the score by source: what stayed on what went."""
+    """Histograms of the score by source: what stayed on what went; of the first sources."""
     from matplotlib.figure import Figure
 
     columns, decision = table.columns, table.decision
     assert decision is not None
-    figure = Figure(figsize=(4 * max(1, len(columns.sources)), 3), layout="constrained")
-    for number, source in enumerate(columns.sources):
-        axes = figure.add_subplot(1, len(columns.sources), number + 1)
+    shown = columns.sources[:PLOTS]
+    figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
+    for number, source in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
         mine = (columns.source == number) & np.isfinite(decision.score)
         scores = [decision.score[mine & decision.kept], decision.score[mine & ~decision.kept]]
         axes.hist(scores, bins=40, stacked=True, label=["kept", "pruned"])

@@ -10,7 +10,7 @@ import pytest
 
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.prune.decide import CATEGORIES, Columns, categories, decide, random_scores
-from nvila.components.prune.table import Table
+from nvila.components.prune.table import Table, plot
 
 
 def columns(n: int = 40, **more: Any) -> Columns:
@@ -139,3 +139,13 @@ def test_many_groups_are_told_as_fast_as_few() -> None:
     found = known.groups()
     assert time.monotonic() - began < 10
     assert found["s / 00007"].n == 10 and found["s / 00007"].kept == 3 and found["s / 00007"].mean_score == 74.5
+
+
+def test_many_sources_are_drawn(tmp_path: Any) -> None:
+    """Side by side, the histograms of 170 sources were wider than a picture can be: the step failed after its work."""
+    known = columns(170 * 2)
+    known.source, known.sources = (np.arange(340) // 2).astype(np.int32), [f"s{number}" for number in range(170)]
+    table = Table(known)
+    table.decide({"s / a"}, settings(), seed=0)
+    plot(table, tmp_path / "histogram.png")
+    assert (tmp_path / "histogram.png").stat().st_size
