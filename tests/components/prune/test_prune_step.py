@@ -19,7 +19,7 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.model import Pruning
-from nvila.components.prune import step, work
+from nvila.components.prune import judge, step, work
 
 TINY: dict[str, Any] = {
     "decoder": {"hidden": 16, "layers": 1, "heads": 1, "kv_heads": 1, "mlp": 32},
@@ -49,8 +49,9 @@ def table(out: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The work is done in this process; the list gets the names of the tasks."""
+    """The work is done in this process, and few questions are enough; the list gets the names of the tasks."""
     done: list[str] = []
+    monkeypatch.setattr(judge, "LEAST_QUESTIONS", 2)
 
     def crew(tasks: list[Any], ranks: int) -> list[Any]:
         found = []
@@ -102,6 +103,23 @@ def test_what_is_not_believed_is_not_scored(small: Any, tmp_path: Path, here: li
     assert not any(told.trusted for told in outcome.result.judged.values())
     assert all(told.why for told in outcome.result.judged.values())
     assert {group.ranked_by for group in outcome.result.groups.values()} == {"none"}
+
+
+def test_references_that_no_question_can_prove_are_not_made(
+    small: Any, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hardly a held-out question of any kind, references were trained for a verdict that was known before."""
+    monkeypatch.setattr(judge, "LEAST_QUESTIONS", 1000)
+    outcome = step.run(settings(), inputs(small), tmp_path, HERE)
+    assert here == [] and all(row["kept"] for row in table(tmp_path).values())
+    assert all("held-out questions" in told.why for told in outcome.result.judged.values())
+
+
+@pytest.mark.parametrize("method", ["random", "clusters", "none"])
+def test_nothing_to_prune_is_said(small: Any, tmp_path: Path, here: list[str], method: str) -> None:
+    """A source without SFT samples ended the step with an error of NumPy."""
+    with pytest.raises(DataError, match="no SFT sample of nothing to prune"):
+        step.run(settings(["nothing"], method=method), inputs(small), tmp_path, HERE)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +272,10 @@ def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[str
     from nvila.components.data.samples import write_samples
 
     rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
-    write_samples(tmp_path / "samples.parquet", [row for row in rows if row["media"] == ["sft-0.png"]])
+    write_samples(
+        tmp_path / "samples.parquet",
+        [row for row in rows if row["split"] == "heldout" or row["media"] == ["sft-0.png"]],
+    )
     alone = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     with pytest.raises(DataError, match="all fall into one fold"):
         step.run(settings(), {"samples": alone, "model": small.model}, tmp_path, HERE)
