@@ -49,13 +49,15 @@ def pooled(model: NVILA, feed: Feed, samples: Sequence[Sample]) -> np.ndarray:
 def fit(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """(k, C) centres of k-means over (n, C) features; k is `clusters` or the number of different rows."""
     from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     known = features[np.isfinite(features).all(axis=1)]
     k = min(clusters, len(np.unique(known, axis=0)))
     if k == 0:
         return np.zeros((0, features.shape[1] if features.ndim == 2 else 0), dtype=np.float32)
     means: MiniBatchKMeans = MiniBatchKMeans(k, random_state=seed, n_init=3, batch_size=1024)
-    return means.fit(known).cluster_centers_.astype(np.float32)
+    with threadpool_limits(1):  # sums of several threads differ in their last digits
+        return means.fit(known).cluster_centers_.astype(np.float32)
 
 
 def nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:

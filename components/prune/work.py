@@ -165,14 +165,22 @@ def read_shard(place: Path) -> dict[str, Any]:
 
 def centres(job: Job) -> dict[str, Any]:
     """(k, C) k-means centres of the vision features of each source."""
+    import numpy as np
+
     from nvila.components.prune.clusters import fit, media_to_fit
 
-    limits, found = read_limits(job.samples), {}
-    for source in job.sources:
+    limits = read_limits(job.samples)
+
+    def made(source: str) -> str:
         rows = sample_batches(job.samples, SHARD_SAMPLES, split="sft", sources=[source])
         chosen = media_to_fit(sample for batch in rows for sample in samples_of(batch, limits))
-        found[source] = fit(features(job, chosen), job.prune.vision_clusters, job.seed)
-    return found
+        return json.dumps(fit(features(job, chosen), job.prune.vision_clusters, job.seed).tolist())
+
+    # Shards that are there already name clusters by their numbers: a later attempt must not make others.
+    pieces = {
+        source: _piece(job.folder / "centres" / f"{source}.json", partial(made, source)) for source in job.sources
+    }
+    return {source: np.array(piece, dtype=np.float32) for source, piece in pieces.items()}
 
 
 def features(job: Job, samples: list[Sample]) -> Any:

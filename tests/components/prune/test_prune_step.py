@@ -241,6 +241,21 @@ def test_an_attempt_on_fewer_cores_judges_by_all_questions(
     assert found[0] == found[1] and sum(found[0].values()) > 1
 
 
+def test_clusters_are_made_once(small: Any, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that went on made the clusters anew: on another machine their numbers were others than those in the
+    shards that were there."""
+    from nvila.components.prune import clusters
+
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the pieces stay
+    asked = settings(["clips", "colours"], method="clusters", vision_clusters=2)
+    first = step.run(asked, inputs(small), tmp_path, HERE)
+    rows = table(tmp_path)
+    fit = clusters.fit
+    monkeypatch.setattr(clusters, "fit", lambda features, k, seed: fit(features, k, seed)[::-1])
+    (tmp_path / step.PIECES / "shards" / "000000.sealed").unlink()
+    assert step.run(asked, inputs(small), tmp_path, HERE).result == first.result and table(tmp_path) == rows
+
+
 def test_a_conversation_is_judged_by_its_first_question(tmp_path: Path) -> None:
     """The losses of all its answers stood against the commonest answers to the first question alone: no reference was
     ever believed in a source of long conversations."""
