@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -25,34 +26,38 @@ def pooled(model: NVILA, feed: Feed, samples: Sequence[Sample]) -> np.ndarray:
     """(n, C) float32: the tower's features of each sample's media, averaged over tiles and patches, of length 1; a row
     that is not a number where a medium cannot be read."""
     width = int(model.config.vision["hidden_size"])
-    found: dict[tuple[str, ...], np.ndarray] = {}
+    found: dict[tuple[Path, tuple[str, ...]], np.ndarray] = {}
     for first in range(0, len(samples), WINDOW):
         fresh = {}
         for sample in samples[first : first + WINDOW]:
-            if sample.media not in found and sample.media not in fresh:
+            shown = sample.root, sample.media
+            if shown not in found and shown not in fresh:
                 try:
-                    fresh[sample.media] = feed.prompt(sample, tile_all=True).visuals
+                    fresh[shown] = feed.prompt(sample, tile_all=True).visuals
                 except DataError:
-                    found[sample.media] = np.full(width, np.nan, dtype=np.float32)
-        for media, visuals in zip(fresh, look(model, list(fresh.values())), strict=True):
+                    found[shown] = np.full(width, np.nan, dtype=np.float32)
+        for shown, visuals in zip(fresh, look(model, list(fresh.values())), strict=True):
             seen = [visual.features.float().mean((0, 1)) for visual in visuals if visual.features is not None]
             mean = (
                 np.mean([features.cpu().numpy() for features in seen], axis=0) if seen else np.zeros(width, np.float32)
             )
-            found[media] = mean / max(float(np.linalg.norm(mean)), 1e-12)
-    return np.stack([found[sample.media] for sample in samples])
+            found[shown] = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    rows = [found[sample.root, sample.media] for sample in samples]
+    return np.stack(rows) if rows else np.zeros((0, width), dtype=np.float32)
 
 
 def fit(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """(k, C) centres of k-means over (n, C) features; k is `clusters` or the number of different rows."""
     from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     known = features[np.isfinite(features).all(axis=1)]
     k = min(clusters, len(np.unique(known, axis=0)))
     if k == 0:
         return np.zeros((0, features.shape[1] if features.ndim == 2 else 0), dtype=np.float32)
     means: MiniBatchKMeans = MiniBatchKMeans(k, random_state=seed, n_init=3, batch_size=1024)
-    return means.fit(known).cluster_centers_.astype(np.float32)
+    with threadpool_limits(1):  # sums of several threads differ in their last digits
+        return means.fit(known).cluster_centers_.astype(np.float32)
 
 
 def nearest(features: np.ndarray, centres: np.ndarray) -> np.ndarray:

@@ -129,7 +129,7 @@ def random_scores(ties: np.ndarray, seed: int) -> np.ndarray:
     import numpy as np
 
     with np.errstate(over="ignore"):
-        mixed = ties + np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * seed + 1)
+        mixed = ties + np.uint64(0x9E3779B97F4A7C15) * np.uint64((2 * seed + 1) % 2**64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return (mixed >> np.uint64(11)).astype(np.float64) / 2**53

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -21,13 +22,16 @@ Told = Mapping[str, Mapping[str, tuple[float, bool]]]
 
 
 def questions(job: work.Job, grouping: Grouping) -> dict[str, list[Sample]]:
-    """By kind of question at most `heldout_questions`, chosen by a digest of their ids; no more are held."""
+    """By kind of question at most `heldout_questions`, chosen by a digest of their ids; no more are held.
+
+    Of a conversation the first question is asked: it is what the kind and the commonest answers are of.
+    """
     limits, most = read_limits(job.samples), job.prune.heldout_questions
     found: dict[str, list[Sample]] = defaultdict(list)
     for rows in sample_batches(job.samples, work.SHARD_SAMPLES, split="heldout", sources=job.sources):
         _, kinds = grouping.of(rows)
         for kind, sample in zip(kinds, samples_of(rows, limits), strict=True):
-            found[kind].append(sample)
+            found[kind].append(replace(sample, conversations=sample.conversations[:2]))
         found = defaultdict(list, {kind: sorted(some, key=_place)[:most] for kind, some in found.items()})
     return dict(sorted(found.items()))
 
@@ -59,7 +63,7 @@ def answered(asked: Mapping[str, Sequence[Sample]], told: Sequence[Told]) -> dic
 
 def commonest(rows: Iterable[pyarrow.Table], asked: Iterable[Sample]) -> Commonest:
     """The answers of the training samples `rows` to the questions that were asked."""
-    found = Commonest({(sample.source, sample.question) for sample in asked})
+    found = Commonest((sample.source, sample.question, sample.answer) for sample in asked)
     for batch in rows:
         columns: list[Any] = [batch.column(name).to_pylist() for name in ("source", "question", "answer")]
         found.count(zip(*columns, strict=True))

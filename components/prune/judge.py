@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,35 +40,52 @@ class Heldout:
 
 
 @dataclass
+class Count:
+    """How often each of some answers was given, and how often any."""
+
+    of: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+
+    def add(self, said: str) -> None:
+        """One more answer."""
+        self.total += 1
+        if said in self.of:
+            self.of[said] += 1
+
+
 class Commonest:
     """Answers counted by question text: what can be known without looking.
 
-    Only questions that are asked of the references are counted, so that its size is that of the held-out questions.
+    Only answers that are asked for are counted, so that its size is that of the held-out questions.
     """
 
-    asked: set[tuple[str, str]]
-    """Source and question text."""
-    _by_question: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    _by_source: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    _answers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    def __init__(self, asked: Iterable[tuple[str, str, str]]) -> None:
+        """`asked` are source, question and answer of the held-out questions."""
+        self._by_question: dict[tuple[str, str], Count] = {}
+        self._by_source: dict[str, Count] = {}
+        for source, question, answer in asked:
+            said = normal_form(answer)
+            self._by_question.setdefault((source, question), Count()).of[said] = 0
+            self._by_source.setdefault(source, Count()).of[said] = 0
 
     def count(self, rows: Iterable[tuple[str, str, str]]) -> None:
         """Add training samples: source, question, answer."""
         for source, question, answer in rows:
             said = normal_form(answer)
-            self._by_source[source][said if len(self._by_source[source]) < 10_000 else ""] += 1
-            if (source, question) in self.asked:
-                self._by_question[source, question][said] += 1
+            if source in self._by_source:
+                self._by_source[source].add(said)
+            if (source, question) in self._by_question:
+                self._by_question[source, question].add(said)
 
     def nats(self, source: str, question: str, answer: str) -> float:
         """-log of the share of training samples with this very question that have this answer; the source's shares
         count as one sample more, and an answer that was never seen is spelt by chance."""
-        said, known, of_source = normal_form(answer), self._by_question[source, question], self._by_source[source]
-        total = of_source.total() + 1
+        said, nothing = normal_form(answer), Count()
+        known, of_source = self._by_question.get((source, question), nothing), self._by_source.get(source, nothing)
+        total, seen, seen_in_source = of_source.total + 1, known.of.get(said, 0), of_source.of.get(said, 0)
         spelt = len(said) * math.log(CHARACTERS)
-        log_prior = math.log(of_source[said] / total) if of_source[said] else -math.log(total) - spelt
-        seen = known[said]
-        return math.log(known.total() + 1) - (math.log(seen + math.exp(log_prior)) if seen else log_prior)
+        log_prior = math.log(seen_in_source / total) if seen_in_source else -math.log(total) - spelt
+        return math.log(known.total + 1) - (math.log(seen + math.exp(log_prior)) if seen else log_prior)
 
 
 def judge(asked: Mapping[str, Sequence[Heldout]], commonest: Commonest, method: Method) -> dict[str, Judged]:
@@ -88,14 +104,16 @@ def judge(asked: Mapping[str, Sequence[Heldout]], commonest: Commonest, method: 
 
 def believed(judged: Judged, method: Method) -> bool:
     """Whether a method's scores say something of this kind of question."""
-    return judged.n >= LEAST_QUESTIONS and all(judged.against.get(name, -math.inf) > 0 for name in AGAINST[method])
+    beaten = (judged.against.get(name, -math.inf) > 0 for name in AGAINST.get(method, ()))
+    return judged.n >= LEAST_QUESTIONS and all(beaten)
 
 
 def _judged(questions: Sequence[Heldout], commonest: Commonest, method: Method) -> Judged:
     names = sorted({name for question in questions for name in question.nats})
     nats = {name: [question.nats[name] for question in questions] for name in names}
     nats["question_only"] = [commonest.nats(q.source, q.question, q.answer) for q in questions]
-    against = {name: _lower(values, nats["large"]) for name, values in nats.items() if name != "large"}
+    large = nats.get("large", [])  # none where no question could be asked
+    against = {name: _lower(values, large) for name, values in nats.items() if large and name != "large"}
     told = Judged(
         n=len(questions),
         loss={name: round(sum(values) / max(1, len(values)), 4) for name, values in nats.items()},
@@ -113,7 +131,7 @@ def _judged(questions: Sequence[Heldout], commonest: Commonest, method: Method) 
 def _why(told: Judged, method: Method) -> str:
     if told.n < LEAST_QUESTIONS:
         return f"only {told.n} held-out questions, {LEAST_QUESTIONS} are needed"
-    unbeaten = [WORDS[name] for name in AGAINST[method] if told.against.get(name, -math.inf) <= 0]
+    unbeaten = [WORDS[name] for name in AGAINST.get(method, ()) if told.against.get(name, -math.inf) <= 0]
     return f"the large reference is not better than {' nor than '.join(unbeaten)}"
 
 

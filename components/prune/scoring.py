@@ -88,6 +88,8 @@ class Panel:
 class _Sight:
     feed: Feed
     models: dict[str, NVILA]
+    blanks: dict[torch.Size, torch.Tensor] = field(default_factory=dict)
+    """Features of an empty tile, by its shape."""
 
     @property
     def first(self) -> NVILA:
@@ -121,10 +123,10 @@ class _Sight:
 
     def _look(self, good: list[tuple[Sample, Item]]) -> None:
         """Give the visuals their features, each picture or clip once."""
-        media = {sample.media: item[1] for sample, item in good}
+        media = {(sample.root, sample.media): item[1] for sample, item in good}
         seen = dict(zip(media, look(self.first, list(media.values())), strict=True))
         for index, (sample, (encoded, _)) in enumerate(good):
-            good[index] = (sample, (encoded, seen[sample.media]))
+            good[index] = (sample, (encoded, seen[sample.root, sample.media]))
 
     def _batches(self, good: list[tuple[Sample, Item]]) -> Iterator[list[tuple[Sample, Item]]]:
         """Batches of like length, the longest first, of at most `POSITIONS_AT_ONCE` with their padding."""
@@ -142,11 +144,12 @@ class _Sight:
             yield batch
 
     def _blank(self, visual: Visual) -> Visual:
-        hidden = blank(visual)
-        one = replace(hidden, tiles=hidden.tiles[:1])
-        ((seen,),) = look(self.first, [[one]])
-        assert seen.features is not None
-        return replace(hidden, features=seen.features.expand(len(visual.tiles), -1, -1))
+        hidden, shape = blank(visual), visual.tiles.shape[1:]
+        if shape not in self.blanks:
+            ((seen,),) = look(self.first, [[replace(hidden, tiles=hidden.tiles[:1])]])
+            assert seen.features is not None
+            self.blanks[shape] = seen.features
+        return replace(hidden, features=self.blanks[shape].expand(len(visual.tiles), -1, -1))
 
     @staticmethod
     def _add(found: Scored, name: str, ids: list[str], losses: list[Loss]) -> None:

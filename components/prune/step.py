@@ -88,6 +88,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     told = ["id", "source", "question", "answer", "fields"]
     grouping = Grouping.fit(partial(_rows, job, told), prune, settings.seed)
     known = table.Table.of(_rows(job, told), grouping)
+    if not len(known):
+        raise DataError(
+            f"no SFT sample of {', '.join(settings.sources)} to prune",
+            where=str(job.samples),
+            do="Bring samples, or leave the sources out of the stages that are pruned.",
+        )
     measured = {"samples": float(len(known))}
     judged = _judge(job, grouping, measured)
     tally = Tally("prune", len(known), settings.max_skipped_share, quiet=True)
@@ -129,24 +135,26 @@ def _rows(job: work.Job, columns: Sequence[str] | None = None) -> Iterator[Any]:
 def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dict[str, Judged]:
     """Make the references, and hold them against each other on held-out questions."""
     from nvila.components.prune import heldout, through_vllm
-    from nvila.components.prune.judge import judge
+    from nvila.components.prune.judge import LEAST_QUESTIONS, judge
 
     if not job.prune.references:
         return {}
     began, ranks = time.monotonic(), work.ranks_here()
-    # The large ones first: a long piece started last would leave the other core idle.
-    folds = [fold for fold in job.folds if fold is not None]
-    work.crew([partial(work.train, job, fold, name) for name in sorted(job.trained) for fold in folds], ranks)
-    measured["references_seconds"], began = time.monotonic() - began, time.monotonic()
     asked = heldout.questions(job, grouping)
     every = [sample for samples in asked.values() for sample in samples]
-    parts = [(part, every[part::ranks]) for part in range(ranks) if every[part::ranks]]
     told: list[heldout.Told] = []
-    told += work.crew([partial(work.answer, job, fold, *part) for fold in job.folds for part in parts], ranks)
-    told += [through_vllm.answer(job, every)] if job.served else []
-    measured["judging_seconds"] = time.monotonic() - began
+    # Where no kind has enough questions to prove anything, references are not worth their training.
+    if any(len(samples) >= LEAST_QUESTIONS for samples in asked.values()):
+        # The large ones first: a long piece started last would leave the other core idle.
+        folds = [fold for fold in job.folds if fold is not None]
+        work.crew([partial(work.train, job, fold, name) for name in sorted(job.trained) for fold in folds], ranks)
+        measured["references_seconds"], began = time.monotonic() - began, time.monotonic()
+        parts = [every[part::ranks] for part in range(ranks) if every[part::ranks]]
+        told += work.crew([partial(work.answer, job, fold, part) for fold in job.folds for part in parts], ranks)
+        told += [through_vllm.answer(job, every)] if job.served else []
+        measured["judging_seconds"] = time.monotonic() - began
     known = heldout.commonest(_rows(job, ["source", "question", "answer"]), every)
-    return judge(heldout.answered(asked, told), known, job.prune.method)
+    return judge(heldout.answered(asked, told), known, job.prune.judged_by)
 
 
 def _score(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,8 @@ there are `tokens_*`; `loss_blank` is the large reference's without the picture.
 token. `score` is what its group was ranked by. What was not worked out is null."""
 EXAMPLES = 4
 """Samples of each category that are named."""
+PLOTS = 16
+"""Sources whose histograms are drawn: of 170 side by side the picture is wider than a picture can be."""
 
 
 @dataclass
@@ -114,14 +115,17 @@ class Table:
         """How each unit was parted."""
         columns, decision = self.columns, self._decided
         found = {}
-        for number, (name, ranked_by) in enumerate(zip(decision.units, decision.ranked_by, strict=True)):
-            mine = decision.unit == number
+        # Sorted once: a look at all samples for each of many units would take hours.
+        places = np.argsort(decision.unit, kind="stable")
+        ends = np.cumsum(np.bincount(decision.unit, minlength=len(decision.units)))[:-1]
+        parts = np.split(places, ends)
+        for name, ranked_by, mine in zip(decision.units, decision.ranked_by, parts, strict=True):
             scores = decision.score[mine]
             known = scores[np.isfinite(scores)]
             kinds = np.unique(columns.kind[mine])
             found[name] = PrunedGroup(
-                source=columns.sources[int(columns.source[mine][0])],
-                n=int(mine.sum()),
+                source=columns.sources[int(columns.source[mine[0]])],
+                n=len(mine),
                 kept=int(decision.kept[mine].sum()),
                 ranked_by=ranked_by,
                 kinds=[columns.kinds[int(kind)] for kind in kinds],
@@ -145,7 +149,7 @@ class Table:
             names.update({place: ids[place - at].as_py() for place in wanted if at <= place < at + len(batch)})
             at += len(batch)
         for number, source in enumerate(columns.sources):
-            counts = Counter(of[columns.source == number].tolist())
+            counts = np.bincount(of[columns.source == number] + 1, minlength=len(CATEGORIES) + 1)[1:].tolist()
             told = {name: counts[c] for c, name in enumerate(CATEGORIES) if counts[c]}
             some = {name: [names[p] for p in first[number, c]] for c, name in enumerate(CATEGORIES) if first[number, c]}
             found[source] = (told, some)
@@ -168,14 +172,14 @@ class Table:
                     "group": _named(columns.groups, columns.group[span]),
                     "kind": _named(columns.kinds, columns.kind[span]),
                     **{f"loss_{name}": _floats(values[span]) for name, values in columns.loss.items()},
-                    **{f"tokens_{n}": pyarrow.array(v[span]) for n, v in columns.tokens.items()},
+                    **{f"tokens_{n}": _counts(v[span], v[span] == 0) for n, v in columns.tokens.items()},
                     "score": _floats(decision.score[span]),
                     "category": _named([*CATEGORIES, None], of[span]),
                     "kept": pyarrow.array(decision.kept[span]),
                 }
                 made |= {f"delta_{how}": _floats(delta[span]) for how, delta in deltas.items()}
                 if columns.cluster is not None:
-                    made["cluster"] = pyarrow.array(columns.cluster[span])
+                    made["cluster"] = _counts(columns.cluster[span], columns.cluster[span] < 0)
                 writer.write_table(_whole(made, len(batch)))
                 at += len(batch)
 
@@ -193,14 +197,15 @@ def empty(path: Path) -> None:
 
 
 def plot(table: Table, path: Path) -> None:
-    """Histograms of the score by source: what stayed on what went."""
+    """Histograms of the score by source: what stayed on what went; of the first sources."""
     from matplotlib.figure import Figure
 
     columns, decision = table.columns, table.decision
     assert decision is not None
-    figure = Figure(figsize=(4 * max(1, len(columns.sources)), 3), layout="constrained")
-    for number, source in enumerate(columns.sources):
-        axes = figure.add_subplot(1, len(columns.sources), number + 1)
+    shown = columns.sources[:PLOTS]
+    figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
+    for number, source in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
         mine = (columns.source == number) & np.isfinite(decision.score)
         scores = [decision.score[mine & decision.kept], decision.score[mine & ~decision.kept]]
         axes.hist(scores, bins=40, stacked=True, label=["kept", "pruned"])
@@ -234,6 +239,12 @@ def _floats(values: np.ndarray) -> pyarrow.Array:
     import pyarrow
 
     return pyarrow.array(values, mask=np.isnan(values))
+
+
+def _counts(values: np.ndarray, unknown: np.ndarray) -> pyarrow.Array:
+    import pyarrow
+
+    return pyarrow.array(values, mask=unknown)
 
 
 def _named(names: Sequence[str | None], places: np.ndarray) -> pyarrow.Array:

@@ -96,7 +96,9 @@ def _trust(pruning: Pruning) -> str:
 
 def _doubts(pruning: Pruning) -> Iterable[dict[str, str]]:
     """The kinds of question in which a reference proved nothing: why, and what became of their groups."""
-    stood_in = [group for group in pruning.groups.values() if group.ranked_by != pruning.method]
+    # A method that asks no reference, and only compares one that does, ranks every group as it would anyhow.
+    own = {pruning.method} & set(JUDGED)
+    stood_in = [group for group in pruning.groups.values() if group.ranked_by not in own]
     for kind, judged in pruning.judged.items():
         if not judged.trusted:
             fate = _fate([group for group in stood_in if kind in group.kinds])

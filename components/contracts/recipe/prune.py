@@ -100,6 +100,12 @@ class PruneSettings(Section):
         return {self.method, *self.compare}
 
     @property
+    def judged_by(self) -> Method:
+        """The method in whose terms it is told whether references are trusted: the recipe's, or a compared one."""
+        asked = [method for method in (self.method, *JUDGED) if method in JUDGED and method in self.methods]
+        return asked[0] if asked else self.method
+
+    @property
     def references(self) -> dict[str, Reference]:
         """Those that the methods ask, by name."""
         small = {"small": self.small} if "deltaloss" in self.methods else {}

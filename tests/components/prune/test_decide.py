@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.prune.decide import CATEGORIES, Columns, categories, decide, random_scores
+from nvila.components.prune.table import Table, plot
 
 
 def columns(n: int = 40, **more: Any) -> Columns:
@@ -108,3 +110,42 @@ def test_categories_are_those_of_the_paper() -> None:
     assert [CATEGORIES[place] for place in categories(known)] == list(CATEGORIES)
     known.loss["large"][0] = np.nan
     assert categories(known)[0] == -1
+
+
+def test_what_was_not_worked_out_is_null(tmp_path: Any) -> None:
+    """An answer of 0 tokens and a cluster -1 stood in the table where no one had looked."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    known = Table(columns(cluster=np.full(40, -1, np.int32)))
+    known.columns.loss["large"][3], known.columns.tokens["large"][3] = np.nan, 0
+    known.decide({"s / a"}, settings(), seed=0)
+    ids = pyarrow.table({"id": [str(i) for i in range(40)], "source": ["s"] * 40})
+    known.columns.tokens.pop("blank")
+    known.write([ids], tmp_path / "scores.parquet")
+    row = parquet.read_table(tmp_path / "scores.parquet").to_pylist()[3]
+    assert row["tokens_large"] is row["cluster"] is row["loss_large"] is None and row["tokens_small"] == 1
+
+
+def test_many_groups_are_told_as_fast_as_few() -> None:
+    """All samples were looked at once more for each group: many samples in many groups took hours."""
+    n = 200_000
+    known = Table(columns(n))
+    known.columns.group = (np.arange(n) // 10).astype(np.int32)
+    known.columns.groups = [f"s / {number:05d}" for number in range(n // 10)]
+    known.columns.kind, known.columns.kinds = np.zeros(n, np.int32), ["s"]
+    known.decide({"s"}, settings(), seed=0)
+    began = time.monotonic()
+    found = known.groups()
+    assert time.monotonic() - began < 10
+    assert found["s / 00007"].n == 10 and found["s / 00007"].kept == 3 and found["s / 00007"].mean_score == 74.5
+
+
+def test_many_sources_are_drawn(tmp_path: Any) -> None:
+    """Side by side, the histograms of 170 sources were wider than a picture can be: the step failed after its work."""
+    known = columns(170 * 2)
+    known.source, known.sources = (np.arange(340) // 2).astype(np.int32), [f"s{number}" for number in range(170)]
+    table = Table(known)
+    table.decide({"s / a"}, settings(), seed=0)
+    plot(table, tmp_path / "histogram.png")
+    assert (tmp_path / "histogram.png").stat().st_size

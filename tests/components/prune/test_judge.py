@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.prune.judge import LEAST_QUESTIONS, Commonest, Heldout, believed, judge
 
 
@@ -30,7 +31,7 @@ def questions(n: int, small: float, large: float, *, blank: float = 9.0, noise: 
 
 def halves() -> Commonest:
     """Half of the training samples say yes, half no."""
-    known = Commonest({("s", "Is it?")})
+    known = Commonest([("s", "Is it?", answer) for answer in ("yes", "no")])
     known.count([("s", "Is it?", answer) for answer in ("yes", "No.")] * 100)
     return known
 
@@ -74,8 +75,33 @@ def test_the_gain_is_judged_by_what_it_compares() -> None:
 
 def test_an_answer_that_was_never_seen_is_no_cheap_guess() -> None:
     """Counted like a common answer, every long caption would be likelier by counting than under any model."""
-    known = Commonest({("s", "Describe.")})
+    known = Commonest(
+        [("s", "Describe.", a) for a in ("a picture of another thing altogether", "a picture of thing number 3")]
+    )
     known.count([("s", "Describe.", f"a picture of thing number {i}") for i in range(500)])
     assert known.nats("s", "Describe.", "a picture of another thing altogether") > 100
     assert known.nats("s", "Describe.", "a picture of thing number 3") < 10
     assert known.nats("elsewhere", "Who?", "x") > 3
+
+
+def test_many_answers_do_not_hide_a_common_one() -> None:
+    """Answers after the first 10,000 different ones of a source counted as none, so that the question alone looked
+    worse than it is; and all captions of one question stood in memory."""
+    known = Commonest([("s", "Really?", "yes")])
+    known.count(("s", "Describe.", f"thing {i}") for i in range(11_000))
+    known.count([("s", "Is it?", "Yes.")] * 11_000)
+    assert known.nats("s", "Really?", "yes") == pytest.approx(math.log(2), abs=0.01)
+    assert sum(len(count.of) for count in known._by_source.values()) == 1
+
+
+def test_a_kind_of_which_no_question_can_be_asked_is_not_believed() -> None:
+    """Held-out pictures that were gone ended the step with a KeyError, after the references had been trained."""
+    (told,) = judge({"s": []}, halves(), "deltaloss").values()
+    assert not told.trusted and told.n == 0 and not believed(told, "deltaloss")
+
+
+def test_references_of_a_compared_method_are_judged_in_its_terms() -> None:
+    """`method: random` with `compare: [deltaloss]` ended with a KeyError, after the references had been trained."""
+    prune = PruneSettings(method="random", compare=["deltaloss"])
+    (told,) = judge({"s": questions(200, 0.65, 0.1)}, halves(), prune.judged_by).values()
+    assert told.trusted and believed(told, "deltaloss") and believed(told, "random")

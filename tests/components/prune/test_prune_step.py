@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.model import Pruning
-from nvila.components.prune import step, work
+from nvila.components.prune import judge, step, work
 
 TINY: dict[str, Any] = {
     "decoder": {"hidden": 16, "layers": 1, "heads": 1, "kv_heads": 1, "mlp": 32},
@@ -48,8 +49,9 @@ def table(out: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The work is done in this process; the list gets the names of the tasks."""
+    """The work is done in this process, and few questions are enough; the list gets the names of the tasks."""
     done: list[str] = []
+    monkeypatch.setattr(judge, "LEAST_QUESTIONS", 2)
 
     def crew(tasks: list[Any], ranks: int) -> list[Any]:
         found = []
@@ -101,6 +103,23 @@ def test_what_is_not_believed_is_not_scored(small: Any, tmp_path: Path, here: li
     assert not any(told.trusted for told in outcome.result.judged.values())
     assert all(told.why for told in outcome.result.judged.values())
     assert {group.ranked_by for group in outcome.result.groups.values()} == {"none"}
+
+
+def test_references_that_no_question_can_prove_are_not_made(
+    small: Any, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hardly a held-out question of any kind, references were trained for a verdict that was known before."""
+    monkeypatch.setattr(judge, "LEAST_QUESTIONS", 1000)
+    outcome = step.run(settings(), inputs(small), tmp_path, HERE)
+    assert here == [] and all(row["kept"] for row in table(tmp_path).values())
+    assert all("held-out questions" in told.why for told in outcome.result.judged.values())
+
+
+@pytest.mark.parametrize("method", ["random", "clusters", "none"])
+def test_nothing_to_prune_is_said(small: Any, tmp_path: Path, here: list[str], method: str) -> None:
+    """A source without SFT samples ended the step with an error of NumPy."""
+    with pytest.raises(DataError, match="no SFT sample of nothing to prune"):
+        step.run(settings(["nothing"], method=method), inputs(small), tmp_path, HERE)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_captions_of_a_picture_stay_in_its_fold(small: Any, tmp_path: Path) -> N
         ("references/large-0.sealed.json", ["large-0"]),
         ("references/small-1/llm/model.safetensors", ["small-1"]),
         ("shards/000000.json", []),
-        ("heldout/0-0.sealed", []),
+        ("heldout/0-*.sealed", []),
     ],
 )
 def test_only_what_is_missing_is_made_again(
@@ -192,7 +211,7 @@ def test_only_what_is_missing_is_made_again(
 
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the pieces stay
     first = step.run(settings(), inputs(small), tmp_path, HERE)
-    place = tmp_path / step.PIECES / lost
+    place = min((tmp_path / step.PIECES).glob(lost))
     place.write_bytes(place.read_bytes()[:40])
     trained: list[str] = []
     train = references._train
@@ -205,6 +224,54 @@ def test_only_what_is_missing_is_made_again(
     work._panels.cache_clear()
     again = step.run(settings(), inputs(small), tmp_path, HERE)
     assert trained == made and again.result == first.result
+
+
+def test_an_attempt_on_fewer_cores_judges_by_all_questions(
+    small: Any, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of the held-out questions were known by their number: an attempt with fewer processes took the first
+    pieces of the one before for all there was, and judged references by a part of the questions."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the pieces stay
+    found = []
+    for ranks in (4, 1):
+        monkeypatch.setattr(work, "ranks_here", lambda ranks=ranks: ranks)
+        result = step.run(settings(), inputs(small), tmp_path, HERE).result
+        assert isinstance(result, Pruning)
+        found.append({kind: judged.n for kind, judged in result.judged.items()})
+    assert found[0] == found[1] and sum(found[0].values()) > 1
+
+
+def test_clusters_are_made_once(small: Any, tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that went on made the clusters anew: on another machine their numbers were others than those in the
+    shards that were there."""
+    from nvila.components.prune import clusters
+
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the pieces stay
+    asked = settings(["clips", "colours"], method="clusters", vision_clusters=2)
+    first = step.run(asked, inputs(small), tmp_path, HERE)
+    rows = table(tmp_path)
+    fit = clusters.fit
+    monkeypatch.setattr(clusters, "fit", lambda features, k, seed: fit(features, k, seed)[::-1])
+    (tmp_path / step.PIECES / "shards" / "000000.sealed").unlink()
+    assert step.run(asked, inputs(small), tmp_path, HERE).result == first.result and table(tmp_path) == rows
+
+
+def test_a_conversation_is_judged_by_its_first_question(tmp_path: Path) -> None:
+    """The losses of all its answers stood against the commonest answers to the first question alone: no reference was
+    ever believed in a source of long conversations."""
+    from types import SimpleNamespace
+
+    from nvila.components.data.samples import write_samples
+    from nvila.components.prune.groups import Grouping
+    from nvila.components.prune.heldout import questions
+
+    turns = [{"from": role, "value": f"{role} {n}"} for n in range(3) for role in ("human", "gpt")]
+    row = {"id": "s/heldout/0", "source": "s", "kind": "image", "split": "heldout", "root": str(tmp_path)}
+    row |= {"media": ["a.png"], "conversations": json.dumps(turns), "question": "human 0", "answer": "gpt 0"}
+    write_samples(tmp_path / "samples.parquet", [row])
+    job: Any = SimpleNamespace(samples=tmp_path / "samples.parquet", prune=settings().prune, sources=["s"])
+    (((asked,),),) = (questions(job, Grouping([])).values(),)
+    assert [turn.text for turn in asked.conversations] == ["human 0", "gpt 0"]
 
 
 def test_without_sources_the_table_is_empty(small: Any, tmp_path: Path, here: list[str]) -> None:
@@ -220,7 +287,10 @@ def test_one_picture_cannot_be_scored(small: Any, tmp_path: Path, here: list[str
     from nvila.components.data.samples import write_samples
 
     rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
-    write_samples(tmp_path / "samples.parquet", [row for row in rows if row["media"] == ["sft-0.png"]])
+    write_samples(
+        tmp_path / "samples.parquet",
+        [row for row in rows if row["split"] == "heldout" or row["media"] == ["sft-0.png"]],
+    )
     alone = small.samples.model_copy(update={"folder": str(tmp_path), "files": describe_files(tmp_path)})
     with pytest.raises(DataError, match="all fall into one fold"):
         step.run(settings(), {"samples": alone, "model": small.model}, tmp_path, HERE)

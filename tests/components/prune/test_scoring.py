@@ -104,3 +104,23 @@ def test_a_picture_that_is_gone_is_named(known: Any, tmp_path: Any) -> None:
     (scored,) = Panel({"large": (model, tokenizer)}).score([lost, samples[1]])
     assert [one.id for one in scored.skipped] == ["colours/sft/lost"]
     assert list(scored.losses["large"]) == [samples[1].id]
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(known: Any, tmp_path: Any) -> None:
+    """Where two sources called a picture `0001.png`, samples of one were scored on the picture of the other."""
+    from nvila.components.prune.clusters import pooled
+    from nvila.components.prune.scoring import Panel
+
+    model, tokenizer, samples = known
+    one, other = [sample for sample in samples if sample.kind == "image" and len(sample.media) == 1][::3][:2]
+    folder = tmp_path / "other"
+    (folder / one.media[0]).parent.mkdir(parents=True)
+    (folder / one.media[0]).write_bytes((other.root / other.media[0]).read_bytes())
+    twin = replace(one, id="twin", root=folder, media_sha256=())
+    (scored,) = Panel({"large": (model, tokenizer)}).score([one, twin])
+    for sample in (one, twin):
+        assert scored.losses["large"][sample.id].nats == pytest.approx(alone(model, tokenizer, sample), abs=1e-4)
+    from nvila.components.model.feed import Feed
+
+    seen = pooled(model, Feed(tokenizer, model.config), [one, twin])
+    assert (seen[0] != seen[1]).any()

@@ -10,7 +10,7 @@ from servable import servable_model
 
 from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.results.model import Pruning
-from nvila.components.prune import step
+from nvila.components.prune import judge, step
 from nvila.components.serve.interpreter import serve_python
 
 
@@ -34,6 +34,7 @@ def test_a_reference_may_be_run_by_vllm(small: Any, tmp_path: Path, monkeypatch:
     from nvila.components.model.checkpoint.serving import write_serving
 
     monkeypatch.setattr(step, "believed", lambda judged, method: set(judged))
+    monkeypatch.setattr(judge, "LEAST_QUESTIONS", 1)
     model, tokenizer = servable_model()
     write_serving(model, tokenizer, tmp_path / "model", dtype=torch.float32)
     one = {"path": str(tmp_path / "model")}

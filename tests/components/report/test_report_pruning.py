@@ -98,6 +98,14 @@ def test_what_became_of_groups_that_were_not_ranked(groups: dict[str, Any], fate
     assert first == {"kind": "colour", "why": BAD["why"], "fate": fate}
 
 
+def test_groups_of_a_method_that_asks_no_reference_are_told() -> None:
+    """With DeltaLoss merely compared, the page said of a kind with thousands of samples that there were none."""
+    groups = {"a": group(ranked_by="random")}
+    found = Pruning(method="random", sources={"shapes": pruned()}, judged={"colour": judged(**BAD)}, groups=groups)
+    (doubt,) = prune_parts(told(found))[0]["doubts"].shown
+    assert doubt["fate"] == "200 of the 400 samples of 1 group stay, chosen at random"
+
+
 def test_groups_that_no_question_stands_for_are_told() -> None:
     """A field's value without a single held-out question is judged by nobody."""
     groups = {"a": group(), "b": group(kinds=list("abcd"), ranked_by="none", kept=400)}
