@@ -12,6 +12,7 @@ from zlib import crc32
 
 import torch
 
+from nvila.components.contracts.digests import is_sha256
 from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.prune import Reference
@@ -33,8 +34,12 @@ KEPT_BYTES = 2**30
 
 
 def fold_of(sample: Sample) -> int:
-    """Fold of a sample: by its media, so that two questions about one picture never fall apart."""
-    return crc32("/".join((sample.source, *sample.media)).encode()) % FOLDS
+    """Fold of a sample: by its first medium, by its bytes where their digest is known, so that all questions about one
+    picture, and its captions, are in one, whatever source or folder they come from."""
+    digest = next(iter(sample.media_sha256), None)
+    if is_sha256(digest):
+        return int(str(digest)[:8], 16) % FOLDS
+    return crc32("/".join((str(sample.root), *(sample.media[:1] or (sample.id,)))).encode()) % FOLDS
 
 
 def trained(name: str, reference: Reference, fold: int, job: Any, device: str) -> Path:

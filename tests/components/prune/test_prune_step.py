@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -301,11 +302,15 @@ def test_questions_on_one_picture_share_a_fold() -> None:
     from nvila.components.data.samples import Sample
     from nvila.components.prune.references import fold_of
 
-    def fold(media: str, name: str, source: str = "s") -> int:
-        return fold_of(Sample(name, source, "image", "sft", Path("/"), (media,), (), "q", "a"))
+    def fold(media: str, name: str, source: str = "s", root: str = "/", digest: str | None = None) -> int:
+        digests = () if digest is None else (digest,)
+        return fold_of(Sample(name, source, "image", "sft", Path(root), (media,), (), "q", "a", media_sha256=digests))
 
-    assert all(fold(f"{n}.png", "a") == fold(f"{n}.png", "b") for n in range(50))
+    assert all(fold(f"{n}.png", "a") == fold(f"{n}.png", "b", "t") for n in range(50))
     assert 60 < sum(fold(f"{n}.png", "a") for n in range(200)) < 140
+    for n in range(50):
+        digest = sha256(str(n).encode()).hexdigest()
+        assert fold(f"{n}.png", "a", digest=digest) == fold("copy.png", "b", "t", "/elsewhere", digest)
 
 
 def test_a_reference_checkpoint_belongs_to_the_key(small: Any, tmp_path: Path) -> None:
