@@ -173,7 +173,7 @@ def test_needs_are_read_off_the_recipe() -> None:
     large, small = (fill_in(Form(recipe=name)) for name in ("nvila-8b", "tiny"))
     assert Need.of(large) == Need(gpus=8, can_do_without=False, s3=False, hub=True)
     assert Need.of(small) == Need(gpus=1, can_do_without=True, s3=False, hub=False)
-    content = small.model_dump(by_alias=True)
+    content = fill_in(Form(recipe="tiny-ablate")).model_dump(by_alias=True)
     content["prune"]["small"]["path"] = "s3://bucket/small"
     assert Need.of(Recipe.model_validate(content)).s3
 
