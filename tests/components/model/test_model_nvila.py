@@ -17,7 +17,7 @@ from nvila.components.model.text.prompt import Prompt, make_prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.tower import tower_features
 from nvila.components.model.vision.visual import token_count
-from nvila.components.prune.references import token_logprobs
+from nvila.components.prune.scoring import answer_losses
 
 Picture = Callable[..., Image.Image]
 
@@ -99,13 +99,12 @@ def test_batch_equals_single(model: NVILA, tokenizer: Any, picture: Picture, sid
 def test_scores_equal_the_loss(model: NVILA, tokenizer: Any, picture: Picture) -> None:
     """Prevents pruning scores that mix samples or count prompt tokens."""
     prompts = prompts_of(model.config, picture)
-    sums, counts = token_logprobs(model, batch_of(prompts, tokenizer, "left"))
-    for row, prompt in enumerate(prompts):
+    found = answer_losses(model, batch_of(prompts, tokenizer, "left"))
+    for scored, prompt in zip(found, prompts, strict=True):
         alone = batch_of([prompt], tokenizer)
-        assert counts[row] == (alone.labels != -100).sum()
+        assert scored.tokens == (alone.labels != -100).sum()
         loss = model(**alone.forward_arguments()).loss
-        assert float(sums[row]) == pytest.approx(-float(loss.detach()) * int(counts[row]), abs=1e-4)
-    assert not sums.requires_grad
+        assert scored.nats == pytest.approx(float(loss.detach()) * scored.tokens, abs=1e-4)
 
 
 def fit(model: NVILA, batch: Batch, steps: int) -> list[float]:
