@@ -19,6 +19,7 @@ from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import PRUNE_IMAGE
 from nvila.components.data.samples import SAMPLES_FILE
 from nvila.components.train import step as training
 from nvila.components.train.losses import LOSSES, read_losses
@@ -72,13 +73,13 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     ids = json.loads(inputs["samples"].path(SPOILT_FILE).read_text()) if _is_spoilt(inputs["samples"]) else []
     told: dict[str, Any] = {"stages": {}, "spoilt": _dropped(tables, ids)}
     model, rows = inputs["model"], list[dict[str, Any]]()
-    written = {f"kept_{name}": _manifest("prune-image", out / f"kept_{name}", ("scores.parquet",)) for name in tables}
+    written = {f"kept_{name}": _manifest(PRUNE_IMAGE, out / f"kept_{name}", ("scores.parquet",)) for name in tables}
     for name, stage in _rows(settings, inputs, tables).items():
         place = out / name
         place.mkdir(exist_ok=True)
         row = training.Settings(stage=stage, run=settings.run, seed=settings.seed)
         training.run(row, {"model": model, "samples": inputs["samples"], **written}, place)
-        model = _manifest("train-4", place, ("model/**/*",))
+        model = _manifest(name, place, ("model/**/*",))
         losses = read_losses(place / LOSSES)
         told["stages"][name] = {"steps": losses[-1]["step"], "data": stage.data, "loss": losses[-1]["loss"]}
         clock.write()

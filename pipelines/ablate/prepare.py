@@ -28,6 +28,7 @@ from nvila.components.contracts.steps import (
     PRUNE_IMAGE,
     PRUNE_VIDEO,
     ROWS,
+    STAGES,
     STEPS,
     VALIDATE,
     Step,
@@ -67,7 +68,7 @@ def pruned_stages(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or one of them lies before a stage that is not.
     """
-    rows = [(f"train-{number}", stage) for number, stage in enumerate(recipe.train.stages, 1) if stage]
+    rows = [(name, stage) for name, stage in zip(STAGES, recipe.train.stages, strict=False) if stage]
     first = next((place for place, (_, stage) in enumerate(rows) if stage.pruned), None)
     if first is None:
         raise ConfigError("no stage of the recipe is pruned", where="train.stages", do="Set `pruned: true` of one.")

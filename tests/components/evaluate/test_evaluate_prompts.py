@@ -54,7 +54,8 @@ def test_every_step_asks_the_same(mode: str, tmp_path: Path, monkeypatch: pytest
         lone = len(sample.media) == 1 and mode == "dynamic"
         ours = prompt if not lone else type(prompt)(prompt.turns, markers=["<image>\n"])
         ids = ours.encode(tokenizer, generate=True).input_ids
-        quantized = batch_process._prompt(tokenizer, asdict(request), model.config)
+        turns = [Turn("human", request.question)]
+        quantized = batch_process._prompt(tokenizer, asdict(request), turns, model.config, score=False).inputs
         assert quantized["prompt_token_ids"] == ids, sample.conversations[0].text
         assert len(quantized["multi_modal_data"]["image"]) == len(sample.media) == ids.count(image)
         pinned = _pinned({"id": sample.id, "prediction": "x", "answer": "x"}, sample)

@@ -80,7 +80,7 @@ def test_relative_paths_begin_at_the_root(tmp_path: Path, monkeypatch: pytest.Mo
     overrides = {
         "data": {"sources": [{"name": "plates", "kind": "image", "path": "data/plates"}]},
         "model": {"base": {"vision_tower": "weights/tower", "llm": "hf://a/b@main"}},
-        "prune": {"small": {"path": "/elsewhere/small"}, "large": {"path": "large@champion"}},
+        "prune": {"method": "deltaloss", "small": {"path": "/elsewhere/small"}, "large": {"path": "large@champion"}},
     }
     stages = {"train": {"stages": [s | {"data": {"plates.sft": 1}} for s in _stages()]}}
     evaluate = {"evaluate": {"sources": ["plates"], "gate": {"min_accuracy": {}}}}
