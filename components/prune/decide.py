@@ -3,8 +3,9 @@ asked here, so that every method and ratio can be read off one table of losses."
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.recipe.prune import JUDGED, PruneSettings
@@ -122,6 +123,13 @@ def categories(columns: Columns) -> np.ndarray:
     ):
         found[known & here] = place
     return found
+
+
+def ties(ids: Iterable[str]) -> np.ndarray:
+    """(n,) uint64: a digest of each sample's id, which decides where scores are equal and where chance does."""
+    import numpy as np
+
+    return np.array([int.from_bytes(blake2b(one.encode(), digest_size=8).digest(), "big") for one in ids], np.uint64)
 
 
 def random_scores(ties: np.ndarray, seed: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from nvila.components.contracts.recipe.prune import JUDGED, PruneSettings
 from nvila.components.contracts.results.model import PrunedGroup
 from nvila.components.data.skipped import Skipped
-from nvila.components.prune.decide import BLANK, CATEGORIES, Columns, Decision, categories, decide
+from nvila.components.prune.decide import BLANK, CATEGORIES, Columns, Decision, categories, decide, ties
 
 if TYPE_CHECKING:
     import pyarrow
@@ -63,7 +62,7 @@ class Table:
         parts: dict[str, list[Any]] = {name: [] for name in ("ties", *codes)}
         for batch in rows:
             groups, kinds = grouping.of(batch)
-            parts["ties"].append(np.array([_digest(one) for one in batch.column("id").to_pylist()], dtype=np.uint64))
+            parts["ties"].append(ties(batch.column("id").to_pylist()))
             for name, values in (("source", batch.column("source").to_pylist()), ("group", groups), ("kind", kinds)):
                 known = codes[name]
                 parts[name].append(np.array([known.setdefault(v, len(known)) for v in values], dtype=np.int32))
@@ -251,7 +250,3 @@ def _named(names: Sequence[str | None], places: np.ndarray) -> pyarrow.Array:
     import pyarrow
 
     return pyarrow.array([names[place] for place in places.tolist()], type=pyarrow.string())
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ def share_dropped(columns: Mapping[str, Any], ids: Iterable[str]) -> dict[str, t
 def _columns(rows: pyarrow.Table) -> Columns:
     import numpy as np
 
-    from nvila.components.prune.decide import Columns
+    from nvila.components.prune.decide import Columns, ties
 
     codes: dict[str, Any] = {}
     names: dict[str, list[str]] = {}
@@ -79,10 +78,9 @@ def _columns(rows: pyarrow.Table) -> Columns:
         names[column] = list(dict.fromkeys(values))
         place = {name: number for number, name in enumerate(names[column])}
         codes[column] = np.array([place[value] for value in values], dtype=np.int32)
-    ties = [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "big") for i in rows["id"].to_pylist()]
     clusters = rows.column("cluster")
     return Columns(
-        ties=np.array(ties, dtype=np.uint64),
+        ties=ties(rows["id"].to_pylist()),
         **codes,
         sources=names["source"],
         groups=names["group"],
