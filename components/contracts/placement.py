@@ -35,9 +35,9 @@ def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
 
 def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     """Of the work, wherever it is done; what does not fit one node fills it."""
-    wanted = {"gpu": 1, "gpus": recipe.prune.gpus, "node": recipe.train.gpus}.get(row.size, 0)
-    processes = min(wanted, site.gpus_per_node)
-    if site.gpus_per_node == 0 or row.size == "small":
+    pruning = recipe.prune.processes if recipe.train.pruned else 0
+    processes = min({"gpu": 1, "gpus": pruning, "node": recipe.train.gpus}.get(row.size, 0), site.gpus_per_node)
+    if site.gpus_per_node == 0 or row.size == "small" or (row.size == "gpus" and not processes):
         return Placement()
     if processes:
         cpu, memory = share(site, processes)

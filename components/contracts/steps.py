@@ -163,10 +163,10 @@ STEPS = (
     _prune(
         PRUNE_IMAGE,
         "pruned_images",
-        "DeltaLoss scores of the image SFT data by two reference models; the best of each source stay",
-        "DeltaLoss, image sources",
+        "scores of the image SFT data by the recipe's method (DeltaLoss or another); the best of each group stay",
+        "pruning, image sources",
     ),
-    _prune(PRUNE_VIDEO, "pruned_videos", "the same for the video SFT data", "DeltaLoss, video sources"),
+    _prune(PRUNE_VIDEO, "pruned_videos", "the same for the video SFT data", "pruning, video sources"),
     *_STAGES,
     Step(
         name=EVALUATE,

@@ -163,14 +163,25 @@ class NVILA(nn.Module):
         self, hidden: torch.Tensor, labels: torch.Tensor, *, soft: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy (n,) float32 of each supervised token and its row (n,); `soft` blurs targets in time."""
-        supervised = labels[:, 1:] != IGNORED
-        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
-        targets = labels[:, 1:][supervised]
+        logits, targets, rows = self.predictions(hidden, labels)
         if soft and self.tokens.time:
             losses = soft_cross_entropy(logits, targets, self.tokens.time, self.config.soft_ce_std)
         else:
             losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses, supervised.nonzero()[:, 0]
+        return losses, rows
+
+    def predictions(
+        self, hidden: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (n, V) float32 where a supervised token is to be predicted, that token (n,), and its row (n,).
+
+        Args:
+            hidden: (B, T, H) last hidden states.
+            labels: (B, T) after splicing, not shifted.
+        """
+        supervised = labels[:, 1:] != IGNORED
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        return logits, labels[:, 1:][supervised], supervised.nonzero()[:, 0]
 
     def prepare_for_training(self) -> None:
         """Training mode; on a CPU with attention in plain matrix products.

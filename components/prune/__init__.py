@@ -1,1 +1,1 @@
-"""Step `prune`: DeltaLoss pruning of the SFT data."""
+"""Step `prune`: which of the SFT data stays, by DeltaLoss or another method."""

@@ -13,7 +13,7 @@ def prune(
     model: dsl.Input[dsl.Model],
     out: dsl.Output[dsl.Dataset],
 ) -> None:
-    """Score SFT samples with DeltaLoss; write the scores and the ids that stay."""
+    """Score SFT samples by the recipe's method; write the scores and which samples stay."""
     from nvila.components.runner.execute import execute
 
     inputs = {"samples": samples.path, "model": model.path}

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
@@ -28,6 +28,9 @@ from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.prune.scoring import look
 
+if TYPE_CHECKING:
+    from nvila.components.prune.work import Job
+
 FOLDS = 2
 KEPT_BYTES = 2**30
 """Features of media, which a reference sees in every epoch."""
@@ -42,7 +45,7 @@ def fold_of(sample: Sample) -> int:
     return crc32("/".join((str(sample.root), *(sample.media[:1] or (sample.id,)))).encode()) % FOLDS
 
 
-def trained(name: str, reference: Reference, fold: int, job: Any, device: str) -> Path:
+def trained(name: str, reference: Reference, fold: int, job: Job, device: str) -> Path:
     """The checkpoint of a reference that has not seen `fold`: made now, or by an attempt before this one.
 
     Args:
@@ -113,7 +116,7 @@ class Lesson:
             self._kept[name] = item
 
 
-def _train(name: str, reference: Reference, model: NVILA, lesson: Lesson, fold: int, job: Any) -> None:
+def _train(name: str, reference: Reference, model: NVILA, lesson: Lesson, fold: int, job: Job) -> None:
     """Instruction tuning of projector and decoder in plain torch (AdamW, one cycle): enough for a reference."""
     what = f"{name} reference, fold {fold}"
     order = _order(reference, fold, job)
@@ -148,7 +151,7 @@ def _train(name: str, reference: Reference, model: NVILA, lesson: Lesson, fold: 
         progress.update(1, f"loss {loss.item():.3f}" if step % 10 == 0 else "")
 
 
-def _order(reference: Reference, fold: int, job: Any) -> list[Sample]:
+def _order(reference: Reference, fold: int, job: Job) -> list[Sample]:
     """Captions of the other folds' media, then their SFT samples."""
     found: list[Sample] = []
     for split, epochs in (("captions", reference.caption_epochs), ("sft", reference.epochs)):

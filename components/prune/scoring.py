@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -19,10 +19,10 @@ from nvila.components.model.batch import Batch, collate
 from nvila.components.model.feed import Feed, Item
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.positions import positions
-from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual, blank, normalise
 from nvila.components.prune.decide import BLANK
+from nvila.components.serve.batch import Score
 
 WINDOW = 256
 """Samples whose media are in memory together; within them batches are of like length."""
@@ -32,21 +32,11 @@ PATCHES_AT_ONCE = 65536
 """Of one tower call."""
 
 
-class Loss(NamedTuple):
-    """Of one answer."""
-
-    nats: float
-    """Summed over its tokens, end tokens included."""
-    tokens: int
-    right: bool
-    """Whether each token was the likeliest: what greedy decoding would have said."""
-
-
 @dataclass
 class Scored:
     """What was found of some samples."""
 
-    losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
+    losses: dict[str, dict[str, Score]] = field(default_factory=dict)
     """By name of the model, by sample id; a skipped sample has none."""
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -152,7 +142,7 @@ class _Sight:
         return replace(hidden, features=self.blanks[shape].expand(len(visual.tiles), -1, -1))
 
     @staticmethod
-    def _add(found: Scored, name: str, ids: list[str], losses: list[Loss]) -> None:
+    def _add(found: Scored, name: str, ids: list[str], losses: list[Score]) -> None:
         known = found.losses.setdefault(name, {})
         for sample, loss in zip(ids, losses, strict=True):
             if math.isfinite(loss.nats) and loss.tokens:
@@ -162,20 +152,17 @@ class _Sight:
 
 
 @torch.no_grad()
-def answer_losses(model: NVILA, batch: Batch) -> list[Loss]:
-    """Of each row the loss of its supervised tokens, and their number (cross-entropy in float32)."""
+def answer_losses(model: NVILA, batch: Batch) -> list[Score]:
+    """Of each row, in order, what the model makes of its supervised tokens (cross-entropy in float32)."""
     batch = batch.to(model.device)
     spliced = model.prepare(batch.input_ids, batch.attention_mask, batch.visuals, batch.labels)
     assert spliced.labels_BT is not None
-    hidden = model.hidden_states(spliced)
-    supervised = spliced.labels_BT[:, 1:] != IGNORED
-    logits = model.llm.lm_head(hidden[:, :-1][supervised]).float()
-    targets, rows = spliced.labels_BT[:, 1:][supervised], supervised.nonzero()[:, 0]
+    logits, targets, rows = model.predictions(model.hidden_states(spliced), spliced.labels_BT)
     nothing = torch.zeros(len(batch.input_ids), device=logits.device)
     sums = nothing.index_add(0, rows, F.cross_entropy(logits, targets, reduction="none"))
     wrong = nothing.index_add(0, rows, (logits.argmax(-1) != targets).float())
     counts = torch.bincount(rows, minlength=len(batch.input_ids))
-    return [Loss(*one) for one in zip(sums.tolist(), counts.tolist(), (wrong == 0).tolist(), strict=True)]
+    return [Score(*one) for one in zip(sums.tolist(), counts.tolist(), (wrong == 0).tolist(), strict=True)]
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     tally.add(_score(job, known, judged, measured))
     known.decide(believed(judged, prune.method), prune, settings.seed)
     sources, shifted = _described(job, known)
-    known.write(_rows(job, ["id"]), out / "scores.parquet")
+    known.write(_rows(job, ["id", "answer"]), out / "scores.parquet")
     table.plot(known, out / "histogram.png")
     shutil.rmtree(job.folder, ignore_errors=True)
     return Outcome(
@@ -139,7 +139,7 @@ def _judge(job: work.Job, grouping: Grouping, measured: dict[str, float]) -> dic
 
     if not job.prune.references:
         return {}
-    began, ranks = time.monotonic(), work.ranks_here()
+    began, ranks = time.monotonic(), work.ranks_here(job.prune.gpus)
     asked = heldout.questions(job, grouping)
     every = [sample for samples in asked.values() for sample in samples]
     told: list[heldout.Told] = []
@@ -165,7 +165,7 @@ def _score(
 
     from nvila.components.prune import through_vllm
 
-    began, ranks = time.monotonic(), work.ranks_here()
+    began, ranks = time.monotonic(), work.ranks_here(job.prune.gpus)
     fine = set().union(*(believed(judged, method) for method in job.prune.methods if method in JUDGED))
     wanted = known.of_kinds(fine)
     if not wanted.any() and not job.clusters:

@@ -13,6 +13,7 @@ from nvila.components.contracts.recipe.prune import JUDGED, PruneSettings
 from nvila.components.contracts.results.model import PrunedGroup
 from nvila.components.data.skipped import Skipped
 from nvila.components.prune.decide import BLANK, CATEGORIES, Columns, Decision, categories, decide, ties
+from nvila.components.prune.groups import answer_kind
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,6 +25,8 @@ SCHEMA = {
     "source": "string",
     "group": "string",
     "kind": "string",
+    "answer_kind": "string",
+    "answer_characters": "int32",
     "loss_small": "float64",
     "loss_large": "float64",
     "loss_blank": "float64",
@@ -164,12 +167,14 @@ class Table:
         deltas = {how: columns.delta(how) for how in ("sum", "mean")}
         with parquet.ParquetWriter(path, _schema()) as writer:
             for batch in rows:
-                span = slice(at, at + len(batch))
+                span, answers = slice(at, at + len(batch)), batch.column("answer").to_pylist()
                 made = {
                     "id": batch.column("id").combine_chunks(),
                     "source": batch.column("source").combine_chunks(),
                     "group": _named(columns.groups, columns.group[span]),
                     "kind": _named(columns.kinds, columns.kind[span]),
+                    "answer_kind": pyarrow.array([answer_kind(answer) for answer in answers], pyarrow.string()),
+                    "answer_characters": pyarrow.array(list(map(len, answers)), pyarrow.int32()),
                     **{f"loss_{name}": _floats(values[span]) for name, values in columns.loss.items()},
                     **{f"tokens_{n}": _counts(v[span], v[span] == 0) for n, v in columns.tokens.items()},
                     "score": _floats(decision.score[span]),

@@ -98,11 +98,11 @@ def crew(tasks: Sequence[Callable[[], T]], ranks: int) -> list[T]:
             raise
 
 
-def ranks_here() -> int:
-    """Processes that can work side by side: one per GPU, or one per core."""
+def ranks_here(gpus: int) -> int:
+    """Processes that work side by side: one for each of at most so many GPUs, or one per core where there is none."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    return min(gpus, torch.cuda.device_count()) if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 def train(job: Job, fold: int, name: str) -> None:

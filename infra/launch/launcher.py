@@ -6,6 +6,7 @@ from functools import partial
 
 from nvila.components.contracts.environment import Environment, name_of
 from nvila.components.contracts.errors import NvilaError, PreflightError
+from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import ROWS
@@ -30,8 +31,11 @@ VERDICT_SECONDS = 10.0
 
 
 def takes(work: Work) -> bool:
-    """Whether the step becomes a job. Pruning without sources has nothing to do."""
-    return ROWS[work.step].job and work.settings.get("sources") != []
+    """Whether the step becomes a job. Pruning without sources has nothing to do, and without a model little."""
+    row = ROWS[work.step]
+    if row.size != "gpus":
+        return row.job
+    return bool(work.settings["sources"]) and PruneSettings.model_validate(work.settings["prune"]).processes > 0
 
 
 def run(work: Work) -> Outcome:

@@ -33,7 +33,7 @@ def label(text: str) -> str:
 
 def train_job(work: Work, attempt: str, assignment: Path, site: Site) -> dict[str, Any]:
     """The TrainJob that does this work. Its runtime brings image, volumes, environment and failure policies."""
-    count, processes = site.share(_processes(work.settings))
+    count, processes = site.share(_processes(work.settings, site))
     labels = {STEP_LABEL: work.step, KEY_LABEL: label(work.key), RUN_LABEL: label(work.run_dir.name)}
     if site.queue:
         labels[QUEUE_LABEL] = site.queue
@@ -59,8 +59,11 @@ def train_job(work: Work, attempt: str, assignment: Path, site: Site) -> dict[st
     }
 
 
-def _processes(settings: Mapping[str, Any]) -> int:
-    """What the slice of a train step asks for; pruning and evaluation are one process that starts its own."""
+def _processes(settings: Mapping[str, Any], site: Site) -> int:
+    """What the slice of a train or prune step asks for. Pruning stays on one node, where it starts its own processes;
+    evaluation is one."""
+    if "prune" in settings:
+        return min(int(settings["prune"].get("gpus", 1)), max(1, site.gpus_per_node))
     return int(settings.get("run", {}).get("gpus", 1))
 
 

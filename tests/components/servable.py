@@ -7,16 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.tokenizer import train_tokenizer
+from nvila.components.serve.interpreter import serve_python
 
+
+def _missing() -> str:
+    """Why the serving environment cannot be used; empty where it can."""
+    try:
+        serve_python()
+    except PreflightError as error:
+        return str(error)
+    return ""
+
+
+WITH_VLLM = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "never")]
+"""Marks of tests that start the real vLLM."""
 QUESTION = "Which digit is in row 2, column 1?"
 
 

@@ -72,15 +72,17 @@ class PruneSettings(Section):
     score: Literal["sum", "mean"] = "sum"
     """Losses summed or averaged over answer tokens; the paper leaves it open, and the table holds both."""
     untrusted: Literal["keep", "random"] = "keep"
-    """What becomes of a group in which the references prove nothing: it stays whole, or a random share of it does."""
+    """What becomes of a kind of question in which the references prove nothing: it stays whole, or a random share of
+    it does."""
     largest_shift: float = Field(default=0.1, ge=0, le=1)
     """How far pruning may move a source's composition: the share of samples (total variation distance) by which the
     answers, kinds, lengths or resolutions that stay differ from those before."""
     on_shift: Literal["warn", "refuse"] = "warn"
     heldout_questions: int = Field(default=300, ge=1)
-    """Held-out questions of each group at most, on which the references are judged."""
+    """Held-out questions of each kind at most, on which the references are judged."""
     gpus: int = Field(default=1, ge=1)
-    """Of one node, on which references are trained and shards scored side by side; without any, every core is used."""
+    """Of one node, on which references are trained and shards scored side by side; where there is none, every core is
+    used."""
     small: Reference = Reference()
     large: Reference = Reference()
 
@@ -110,6 +112,11 @@ class PruneSettings(Section):
         """Those that the methods ask, by name."""
         small = {"small": self.small} if "deltaloss" in self.methods else {}
         return small | ({"large": self.large} if self.methods.intersection(JUDGED) else {})
+
+    @property
+    def processes(self) -> int:
+        """GPUs that the work can use: none where no model is asked."""
+        return self.gpus if self.methods.intersection((*JUDGED, "clusters")) else 0
 
     @property
     def idle(self) -> list[str]:

@@ -42,6 +42,13 @@ def test_a_stage_asks_for_the_gpus_of_its_recipe(gpus: int, asked: str) -> None:
     assert found.gpus == asked and found.cpu == f"{12000 * int(asked)}m"
 
 
+@pytest.mark.parametrize(("prune", "asked"), [("{}", "1"), ('{"gpus": 4}', "4"), ('{"gpus": 16}', "8")])
+def test_pruning_asks_for_the_gpus_of_its_recipe(prune: str, asked: str) -> None:
+    """Shards would be scored on one GPU, whatever the recipe says; or a GPU waits for a choice by chance."""
+    assert work(ROWS["prune-image"], recipe(overrides=f'{{"prune": {prune}}}'), SITE).gpus == asked
+    assert work(ROWS["prune-image"], recipe("tiny"), SITE) == Placement()
+
+
 def test_a_site_without_gpus_is_asked_for_none() -> None:
     """A pod that asks for what no node has waits for ever."""
     assert {value for name, value in parameters(recipe("tiny"), Site(gpus_per_node=0)).items() if "_gpus" in name} == {

@@ -120,10 +120,11 @@ def test_what_was_not_worked_out_is_null(tmp_path: Any) -> None:
     known = Table(columns(cluster=np.full(40, -1, np.int32)))
     known.columns.loss["large"][3], known.columns.tokens["large"][3] = np.nan, 0
     known.decide({"s / a"}, settings(), seed=0)
-    ids = pyarrow.table({"id": [str(i) for i in range(40)], "source": ["s"] * 40})
+    ids = pyarrow.table({"id": [str(i) for i in range(40)], "source": ["s"] * 40, "answer": ["yes"] * 40})
     known.columns.tokens.pop("blank")
     known.write([ids], tmp_path / "scores.parquet")
     row = parquet.read_table(tmp_path / "scores.parquet").to_pylist()[3]
+    assert (row["answer_kind"], row["answer_characters"]) == ("yes/no", 3)
     assert row["tokens_large"] is row["cluster"] is row["loss_large"] is None and row["tokens_small"] == 1
 
 

@@ -62,7 +62,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return found
 
     monkeypatch.setattr(work, "crew", crew)
-    monkeypatch.setattr(work, "ranks_here", lambda: 2)
+    monkeypatch.setattr(work, "ranks_here", lambda gpus: 2)
     work._panels.cache_clear()
     return done
 

@@ -6,23 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servable import servable_model
+from servable import WITH_VLLM, servable_model
 
-from nvila.components.contracts.errors import PreflightError
 from nvila.components.contracts.results.model import Pruning
 from nvila.components.prune import judge, step
-from nvila.components.serve.interpreter import serve_python
 
-
-def _missing() -> str:
-    try:
-        serve_python()
-    except PreflightError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "never")]
+pytestmark = WITH_VLLM
 
 
 def test_a_reference_may_be_run_by_vllm(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from servable import clip, picture, servable_model
+from servable import WITH_VLLM, clip, picture, servable_model
 
-from nvila.components.contracts.errors import PreflightError
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.serving import write_serving
@@ -19,18 +18,8 @@ from nvila.components.model.nvila import NVILA
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.vision.preprocess import blank
 from nvila.components.serve.batch import Conversation, Score, score_with_vllm
-from nvila.components.serve.interpreter import serve_python
 
-
-def _missing() -> str:
-    try:
-        serve_python()
-    except PreflightError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "never")]
+pytestmark = WITH_VLLM
 
 TRAINED = 200
 """`max_length_tokens`, below the decoder's 256 positions."""

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from servable import clip, manifest, picture, sample_row, servable_model
+from servable import WITH_VLLM, clip, manifest, picture, sample_row, servable_model
 
-from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.contracts.errors import RolloutError
 from nvila.components.data.media import load_image, load_video_frames
 from nvila.components.metrics.answers import answers
 from nvila.components.model.nvila import NVILA
@@ -26,19 +26,9 @@ from nvila.components.model.text.prompt import Prompt, make_prompt
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.serve import server
 from nvila.components.serve.batch import Request, generate_with_vllm
-from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.ports import free_port
 
-
-def _missing() -> str:
-    try:
-        serve_python()
-    except PreflightError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_missing() or "never")]
+pytestmark = WITH_VLLM
 
 
 @dataclass(frozen=True)

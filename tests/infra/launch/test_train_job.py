@@ -77,8 +77,17 @@ def test_without_a_cluster_the_message_says_what_to_do(tmp_path: Path, monkeypat
 
 
 def test_heavy_steps_become_jobs() -> None:
-    """A light step as a job waits minutes for a node; pruning without a source has nothing to do."""
-    heavy = [work("train-5"), work("prune-video", sources=["clips"]), work("evaluate")]
+    """A light step as a job waits minutes for a node; pruning without a source, or by chance, has little to do."""
+    pruning = {"sources": ["clips"], "prune": {"gpus": 4}}
+    heavy = [work("train-5"), work("prune-video", **pruning), work("evaluate")]
     light = [work("prune-video", sources=[]), work("evaluate-quantized"), work("quantize"), work("initialize")]
+    light.append(work("prune-video", sources=["clips"], prune={"method": "random"}))
     assert [site.takes(w) for w in heavy] == [True] * 3
-    assert [site.takes(w) for w in light] == [False] * 4
+    assert [site.takes(w) for w in light] == [False] * 5
+
+
+def test_pruning_takes_its_gpus_of_one_node(tmp_path: Path) -> None:
+    """Eight GPUs in the recipe and one in the job score an eighth as fast; on two nodes the second would do nothing."""
+    for gpus, asked in ((1, 1), (4, 4), (16, 8)):
+        made = train_job(work("prune-video", sources=["clips"], prune={"gpus": gpus}), "1", tmp_path, Site())
+        assert (made["spec"]["trainer"]["numNodes"], made["spec"]["trainer"]["numProcPerNode"]) == (1, asked)
