@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.files import standing
 
 _LONGEST_BYTES = 64
 """Of the folder for temporary files. The name of a socket has 107 bytes at most; libraries put up to 40 of their own
@@ -100,7 +101,7 @@ def _place_for_caches() -> Iterator[str]:
     wanted = Path(os.environ.get("XDG_CACHE_HOME") or (home or Path()) / ".cache")
     if home and _can_be_written(wanted):
         return
-    caches = _own_folder()
+    caches = own_folder("caches")
     os.environ["XDG_CACHE_HOME"] = str(caches)
     if home is None:
         os.environ["HOME"] = str(caches)
@@ -122,13 +123,13 @@ _NOT_BELOW_XDG = {
 
 
 def _can_be_written(folder: Path) -> bool:
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = standing(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _own_folder() -> Path:
-    """One for all processes of this user; another where somebody else has taken its name."""
-    folder = Path(tempfile.gettempdir(), f"nvila-{os.getuid()}-caches")
+def own_folder(name: str) -> Path:
+    """A folder among the temporary files for all processes of this user; a new one where somebody took its name."""
+    folder = Path(tempfile.gettempdir(), f"nvila-{os.getuid()}-{name}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -136,4 +137,4 @@ def _own_folder() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="nvila-caches-"))
+    return Path(tempfile.mkdtemp(prefix=f"nvila-{name}-"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.files import standing
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import LABELS, REQUIRED, Source
 from nvila.components.data.layouts import read
@@ -51,7 +52,7 @@ def memory_problems(needed_bytes: int) -> list[str]:
 def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
     """Each folder can be written, and its disk has room."""
     problems = []
-    for there in dict.fromkeys(map(_nearest_existing, folders)):
+    for there in dict.fromkeys(map(standing, folders)):
         free = shutil.disk_usage(there).free
         if not _writable(there):
             problems.append(f"{there} cannot be written")
@@ -139,11 +140,6 @@ def _annotation_problem(source: Source, name: str) -> str | None:
         return None if read(path, source.layout_of(name)) else f"{path}: must hold at least one record"
     except DataError as error:
         return str(error)
-
-
-def _nearest_existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def _writable(folder: Path) -> bool:

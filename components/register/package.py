@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.files import link_or_copy
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.register.served import MAX_NEW_TOKENS
 
@@ -51,7 +52,7 @@ def log_model(
 
     Args:
         made: manifest of the quantized model; its checkpoint was found whole.
-        scratch: an empty folder's path for the layout; it holds links only and is removed again.
+        scratch: an empty folder's path for the layout; it is removed again.
         experiment: id of the MLflow experiment.
         name: of the logged model.
         params: shown with the logged model.
@@ -74,7 +75,7 @@ def log_model(
 
 
 def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
-    """Links instead of copies: a checkpoint may have many gigabytes, and the upload follows links of files."""
+    """Links where there are any: a checkpoint may have many gigabytes, and the upload follows links of files."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -82,7 +83,7 @@ def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
         if file.uri.startswith(f"{DATA}/"):
             link = folder / file.uri
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(made.folder, file.uri).resolve())
+            link_or_copy(link, Path(made.folder, file.uri).resolve())
     made.save(folder / MANIFEST)
     model = Model(signature=signature(), model_id=model_id)
     pyfunc.add_to_model(model, loader_module=LOADER, data=DATA)

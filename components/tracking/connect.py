@@ -5,7 +5,6 @@ The first use of a new sqlite store creates its tables (2.6 s; later about 1 s a
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 from nvila.components.contracts.addresses import file_url, sqlite_url
 from nvila.components.contracts.environment import before_importing, current, name_of
 from nvila.components.contracts.errors import ConfigError, Unreachable
+from nvila.components.contracts.files import standing
+from nvila.components.contracts.locks import alone, lacking
 from nvila.components.tracking.redact import redact_text
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ _NOT_ALLOWED = (401, 403)
 
 
 def tracking_uri(runs: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed)."""
-    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db")
+    """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed).
+
+    On a file system without locks the file has none; `connected` lets one process at a time to it.
+    """
+    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db", locks=not lacking(standing(runs)))
 
 
 def has_store(runs: Path) -> bool:
@@ -68,8 +72,7 @@ def connected(runs: Path) -> Iterator[MlflowClient]:
     uri = tracking_uri(runs)
     load_client()
     runs.mkdir(parents=True, exist_ok=True)
-    with (runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")):
         client = _client(uri)
         with answered(uri):
             yield client
