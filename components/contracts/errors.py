@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from nvila.components.contracts.exits import Exit
@@ -15,12 +16,21 @@ class NvilaError(Exception):
         where: file, `file:line`, or dotted recipe option.
         value: the offending value, shown with `repr`.
         do: what the user can do next, in one sentence.
+        details: what programs may want to know besides, as JSON.
     """
 
     exit_code: ClassVar[Exit] = Exit.FAULT
 
-    def __init__(self, what: str, *, where: str | None = None, value: Any = None, do: str | None = None) -> None:
-        self.what, self.where, self.value, self.do = what, where, value, do
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        value: Any = None,
+        do: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.what, self.where, self.value, self.do, self.details = what, where, value, do, details
         message = what
         if where is not None:
             message = f"{where}: {message}"
@@ -93,15 +103,26 @@ class Unreachable(NvilaError):
     exit_code = Exit.PREEMPTED
 
 
-def to_record(error: NvilaError) -> dict[str, Any]:
-    """The error as JSON, for the process that waits for this one."""
-    return {"error": type(error).__name__, "message": str(error), "exit_code": int(error.exit_code)}
+def to_record(error: BaseException) -> dict[str, Any]:
+    """The error as JSON: for another process, for who reads a run's records, and for `--json`."""
+    ours = error if isinstance(error, NvilaError) else NvilaError(str(error))
+    value = f" (got {_short(ours.value)})" if ours.value is not None else ""
+    return {
+        "kind": type(error).__name__,
+        "message": f"{ours.what}{value}",
+        "where": ours.where,
+        "do": ours.do,
+        "exit_code": int(ours.exit_code),
+        "details": ours.details,
+    }
 
 
-def from_record(record: dict[str, Any]) -> NvilaError:
-    """The error that another process has written with `to_record`; its class and exit code are kept."""
+def from_record(record: Mapping[str, Any]) -> NvilaError:
+    """The error that was written with `to_record`; its class and exit code are kept."""
     kinds = {kind.__name__: kind for kind in NvilaError.__subclasses__()}
-    error = kinds.get(record["error"], NvilaError)(record["message"])
+    made = kinds.get(record["kind"], NvilaError)
+    told = {name: record.get(name) for name in ("where", "do", "details")}
+    error = made(record["message"], **told)
     error.exit_code = Exit(record["exit_code"])  # type: ignore[misc]
     return error
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvila.components.contracts.errors import DamagedError, NvilaError
+from nvila.components.contracts.errors import DamagedError, NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
 from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest, OlderVersion
@@ -128,15 +128,17 @@ class Store:
 
     def bury(self, step: str, key: str, run: str, error: NvilaError) -> None:
         """Leave a tombstone: within the pipeline run `run`, a retry of this work ends at once with the same verdict."""
-        record = {"run": run, "exit_code": int(error.exit_code), "error": type(error).__name__, "message": str(error)}
+        record = {"run": run, "error": to_record(error)}
         write_atomic(self.folder(step, key) / TOMBSTONE, json.dumps(record, indent=1))
 
-    def buried(self, step: str, key: str, run: str) -> tuple[Exit, str] | None:
-        """Exit code and message of an earlier verdict in the same run, else None."""
+    def buried(self, step: str, key: str, run: str) -> NvilaError | None:
+        """An earlier verdict in the same run, else None."""
         record = read_json(self.folder(step, key) / TOMBSTONE)
-        if record.get("run") != run or record.get("exit_code") not in (Exit.USER, Exit.REJECTED):
+        try:
+            error = from_record(record["error"]) if record.get("run") == run else None
+        except (KeyError, TypeError, ValueError):  # an earlier version's, or torn
             return None
-        return Exit(record["exit_code"]), str(record.get("message"))
+        return error if error and error.exit_code in (Exit.USER, Exit.REJECTED) else None
 
     def remove(self, step: str, key: str) -> None:
         """Delete one piece of work; the manifest goes last, so that an interrupted delete leaves damaged work.

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvila.components.contracts.environment import Environment, entered, handed_down, name_of, notices
-from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, Preempted, Unreachable
+from nvila.components.contracts.errors import (
+    ConfigError,
+    DamagedError,
+    NvilaError,
+    Preempted,
+    Unreachable,
+    from_record,
+    to_record,
+)
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard
 from nvila.components.contracts.keys import content_key
@@ -38,7 +46,7 @@ from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.status import Status, StepStatus
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
-from nvila.components.tracking.redact import redact_text, tell
+from nvila.components.tracking.redact import redact, redact_text, tell
 
 COMPARED = frozenset(row.name for row in STEPS if row.compared)
 _INTERVAL = frozenset({"low", "high"})
@@ -114,15 +122,14 @@ def execute(
             facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}
             return facts | _scalars(manifest)
         except NvilaError as error:
-            damaged = isinstance(error, DamagedError)
-            status.end(_verdict(error.exit_code), error.exit_code, message=redact_text(str(error)), damaged=damaged)
+            status.fail(error, _verdict(error.exit_code), error.exit_code)
             _leave(error.exit_code, f"{step}: {error}")
         except KeyboardInterrupt:
-            status.end(Status.PREEMPTED, Exit.PREEMPTED, message="interrupted")
+            status.fail(Preempted("interrupted"), Status.PREEMPTED, Exit.PREEMPTED)
             _leave(Exit.PREEMPTED, f"{step}: interrupted; the same command resumes it")
         except Exception as error:
             print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-            status.end(Status.FAILED, Exit.FAULT, message=redact_text(f"{type(error).__name__}: {error}"))
+            status.fail(error, Status.FAILED, Exit.FAULT)
             _leave(Exit.FAULT, f"{step}: {type(error).__name__}: {error}")
         finally:
             at_end(here)
@@ -154,7 +161,7 @@ def perform(
             if finished := store.finished(step, key, digests):
                 return finished, True
             if verdict := store.buried(step, key, place.run):
-                raise _again(*verdict)
+                raise verdict
             if os.path.lexists(folder / MANIFEST) or os.path.lexists(folder / SUSPECT):
                 # Finished once, damaged since: nothing in the folder can be trusted, so nothing of it is resumed.
                 store.remove(step, key)
@@ -264,8 +271,15 @@ class _Status:
         """
         before = StepStatus.read(self._run_dir, self._record.name)
         if self._on_cluster and before.exit_code in (Exit.USER, Exit.REJECTED):
-            raise _again(before.exit_code, str(before.message))
+            raise from_record(before.error) if before.error else NvilaError(str(before.message))
         self._record.write(self._run_dir)
+
+    def fail(self, error: Exception, status: Status, code: Exit) -> None:
+        """Say why the step ended without."""
+        ours = isinstance(error, NvilaError)
+        message = redact_text(str(error) if ours else f"{type(error).__name__}: {error}")
+        damaged = isinstance(error, DamagedError)
+        self.end(status, code, message=message, error=redact(to_record(error)), damaged=damaged)
 
     def end(self, status: Status, code: Exit, **said: Any) -> None:
         """Say how the step ended."""
@@ -291,13 +305,6 @@ def _scalars(manifest: Manifest) -> dict[str, float]:
         return {}
     found = metrics(manifest.result).items() if manifest.result else ()
     return {n: v for n, v in found if n.count("/") < 4 and n.rpartition("/")[2] not in _INTERVAL and math.isfinite(v)}
-
-
-def _again(code: Exit, message: str) -> NvilaError:
-    """An earlier verdict of the same run."""
-    error = NvilaError(message)
-    error.exit_code = code  # type: ignore[misc]
-    return error
 
 
 def _verdict(code: Exit) -> Status:

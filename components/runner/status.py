@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -72,6 +72,8 @@ class StepStatus(BaseModel):
     """Path of the manifest, where the step came through."""
     message: str | None = None
     """Why it ended badly, without secrets."""
+    error: dict[str, Any] | None = None
+    """The same for programs (see `errors.to_record`)."""
     damaged: bool = False
     """It met damaged work, which the next attempt does again."""
     pid: int | None = None

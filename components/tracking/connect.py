@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.addresses import file_url, sqlite_url
 from nvila.components.contracts.environment import before_importing, current, name_of
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
 from nvila.components.contracts.text import say
@@ -40,7 +41,7 @@ _NO_ENTRY = ("authentication failed", "no password", "pg_hba.conf", "does not ex
 
 def tracking_uri(runs: Path) -> str:
     """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed)."""
-    return current().mlflow_tracking_uri or f"sqlite:///{runs.absolute()}/mlflow.db"
+    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db")
 
 
 def has_store(runs: Path) -> bool:
@@ -265,7 +266,7 @@ def experiment_id(client: MlflowClient, runs: Path) -> str:
 
 def _artifacts(runs: Path) -> str | None:
     """Of a database that no server stands before, the runs folder: MLflow would take that of the process."""
-    return (runs.absolute() / "mlartifacts").as_uri() if _is_database(tracking_uri(runs)) else None
+    return file_url(runs / "mlartifacts") if _is_database(tracking_uri(runs)) else None
 
 
 def _away(uri: str, said: str) -> Unreachable:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import DamagedError, DataError
+from nvila.components.contracts.addresses import below
+from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
 from nvila.components.tracking.columns import DESCRIPTION, fitted
@@ -162,13 +163,14 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
     with connected(runs) as client:
         place, uri = client.get_model_version_download_uri(version.name, version.version), client.tracking_uri
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     target = folder / name
     try:  # not under the lock: it may take minutes
         with answered(uri):
-            download_artifacts(f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
-    except (MlflowException, OSError) as error:
+            download_artifacts(below(place, name), dst_path=str(target.parent), tracking_uri=uri)
+    except (NvilaError, OSError) as error:
+        if isinstance(error, Unreachable | ConfigError):
+            raise
         raise DataError(
             f"MLflow does not give the file {name} of {version.uri}: {' '.join(str(error).split())}",
             where=redact_text(place),

@@ -111,7 +111,8 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
         parent, summary = run.info.run_id, run_dir / "summary.json"
         if summary.is_file():
             now, told = _ms(summary.stat().st_mtime), read_json(summary)
-            told.pop("schema_version", None)
+            for name in ("schema_version", "error"):
+                told.pop(name, None)
             _log_metrics(client, parent, [(k, v, now, 0) for k, v in metrics(told).items()])
         for path in (summary, run_dir / "report.html"):
             if path.is_file():

@@ -13,7 +13,6 @@ import pytest
 from telling import training
 
 from nvila.components.contracts.errors import DataError, Rejected
-from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import File, InputRef, Manifest, describe_files, write_atomic
 from nvila.components.contracts.store import MANIFEST, Store
 
@@ -125,8 +124,10 @@ def test_a_store_that_was_moved_still_loads(store: Store, tmp_path: Path) -> Non
 
 def test_tombstones_hold_within_one_run(store: Store) -> None:
     """A retried pod must end at once, and a new run of the user must try again."""
-    store.bury("gate", KEY, "run-1", Rejected("too bad"))
-    assert store.buried("gate", KEY, "run-1") == (Exit.REJECTED, "too bad")
+    store.bury("gate", KEY, "run-1", Rejected("too bad", where="a/b", value=0.1, do="Mend it.", details={"lost": 3}))
+    buried = store.buried("gate", KEY, "run-1")
+    assert isinstance(buried, Rejected) and buried.details == {"lost": 3}
+    assert str(buried) == "a/b: too bad (got 0.1). Mend it."
     assert store.buried("gate", KEY, "run-2") is None
     assert store.buried("gate", "f" * 64, "run-1") is None
 

@@ -183,6 +183,7 @@ def test_work_is_done_once_and_then_found(bench: Bench) -> None:
         "manifest": f"{bench.folder()}/manifest.json",
         "message": None,
         "damaged": False,
+        "error": None,
         **{"started": 0, "ended": 0, "pid": 0},
     }
     assert (first.path("result.txt").read_text(), first.result) == ("0", Other(n=1))

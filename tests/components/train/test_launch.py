@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila.components.contracts.errors import DataError, NvilaError, Preempted, TrainingError
+from nvila.components.contracts.errors import DataError, NvilaError, Preempted, TrainingError, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.train import launch as launching
 from nvila.components.train.job import Job
@@ -108,7 +108,7 @@ def test_a_worker_that_dies_without_a_word_is_a_fault(make_job: MakeJob, stand_i
 def test_an_old_verdict_is_not_believed(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
     """The reason of an earlier attempt must not explain the failure of this one."""
     job = make_job("a")
-    Path(job.out, "verdict.json").write_text(json.dumps({"error": "DataError", "message": "old", "exit_code": 2}))
+    Path(job.out, "verdict.json").write_text(json.dumps(to_record(DataError("old"))))
     stand_in(lambda path: sys.exit(1))
     with pytest.raises(TrainingError, match="no message"):
         launching.launch(job)
