@@ -290,7 +290,15 @@ def for_child(
 
 _LIBRARIES = {
     # What each reads when it is imported, and nowhere else.
-    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
+    "mlflow": {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # MLflow's own patience with a server that is away is four minutes a request, in silence.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    },
     "transformers": {"TRANSFORMERS_VERBOSITY": "error"},  # a command's output is the answer alone
     "deepspeed": {"DS_LOG_LEVEL": "warning"},
     "deepspeed on a CPU": {"DS_ACCELERATOR": "cpu"},  # else it takes a GPU that torch cannot use

@@ -16,6 +16,7 @@ from nvila.components.contracts.files import standing
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import LABELS, REQUIRED, Source
 from nvila.components.data.layouts import read
+from nvila.components.tracking import connect
 from nvila.components.tracking.checkpoints import identity
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -23,6 +24,10 @@ CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
 """Lies in the checkout; an image is built from it and does not carry it."""
 ANNOTATIONS = (*REQUIRED, "captions", LABELS)
+
+
+class Away(str):
+    """A problem that may pass: a service does not answer."""
 
 
 def python_problems() -> list[str]:
@@ -130,6 +135,22 @@ def weights_problems(weights: Iterable[str], runs: Path) -> list[str]:
         except NvilaError as error:
             problems.append(str(error))
     return problems
+
+
+def tracking_problems(runs: Path) -> list[str]:
+    """MLflow answers, lets us in, and can be used: every step is recorded there, and the model is registered.
+
+    Args:
+        runs: folder of all runs, with the local store.
+    """
+    try:
+        if connect.has_store(runs):
+            connect.check(runs)
+    except Unreachable as error:
+        return [Away(error)]
+    except NvilaError as error:
+        return [str(error)]
+    return []
 
 
 def _annotation_problem(source: Source, name: str) -> str | None:

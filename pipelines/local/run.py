@@ -49,7 +49,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
 
     Raises:
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
-        Unreachable: the place of weights does not answer; nor has anything been written.
+        Unreachable: MLflow or the place of weights does not answer; nor has anything been written.
     """
     form, checked = asked_for(recipe, overrides)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
@@ -141,11 +141,11 @@ def _close_tracking(run_dir: Path, code: Exit) -> None:
     A tracking store that is down must not change how the run ended.
     """
     from nvila.components.tracking.abandoned import close_abandoned
-    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+    from nvila.components.tracking.runs import close_pipeline_run, is_tracked
 
     status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
     try:
-        if (run_dir / PARENT_FILE).is_file():  # else no step was executed, or the parent is not ours
+        if is_tracked(run_dir):  # else no step was executed, or the parent is not ours
             close_pipeline_run(run_dir, status)
         close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
