@@ -1,11 +1,12 @@
 """What a machine may withhold from the libraries in a process: short names for sockets, a home to write to, a way round
-the proxy. Each has them from variables that are set here, once, for this process and its children."""
+the proxy, UTF-8. Each has them from variables that are set here, once, for this process and its children."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
@@ -27,6 +28,8 @@ def settle() -> list[str]:
     Raises:
         ConfigError: nothing temporary can be written anywhere, or has a name that is too long for sockets.
     """
+    if sys.getfilesystemencoding() != "utf-8":  # a locale of old: libraries could not even read their own files
+        os.environ["PYTHONUTF8"] = "1"
     _spare_loopback()
     return [*_room_for_sockets(), *_place_for_caches()]
 

@@ -78,6 +78,19 @@ def test_only_other_machines_are_asked_through_the_proxy(
             assert get("http://bucket.example/").status_code == 403
 
 
+def test_children_read_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    """vLLM could not import torch where the locale was ASCII: files of libraries have letters of all kinds."""
+    code = (
+        "import subprocess, sys; from nvila.components.contracts.environment import Environment, entered, for_child\n"
+        "with entered(Environment()):\n"
+        "    subprocess.run([sys.executable, '-c', 'print(open(0).read())'], env=for_child(), check=True, "
+        "input='täst'.encode())"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, check=False)
+    assert done.stdout.decode().strip() == "täst", done.stderr.decode()
+
+
 def test_without_a_proxy_nothing_is_set(variables: pytest.MonkeyPatch) -> None:
     """A variable that nobody asked for would be handed on to every child."""
     settle()

@@ -76,5 +76,5 @@ def test_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
     started = server.start(tmp_path, port=port, served_name="m", log_path=log, api_key="sesame")
     while server.is_alive(started.pid):
         time.sleep(0.05)
-    assert "--served-model-name m" in log.read_text()
+    assert "--served-model-name=m" in log.read_text()
     assert "sesame" not in log.read_text()
