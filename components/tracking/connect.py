@@ -86,7 +86,7 @@ def connected(runs: Path, patience_seconds: float | None = None) -> Iterator[Mlf
     wait_for(runs, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
     runs.mkdir(parents=True, exist_ok=True)
     with alone(runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")):
-        client = _client(uri)
+        client = _client(uri, runs)
         with answered(uri):
             yield client
 
@@ -180,10 +180,13 @@ def _ask_database(uri: str) -> None:
         raise _unusable(uri, error) from error
 
 
-def _client(uri: str) -> MlflowClient:
+def _client(uri: str, runs: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    # MLflow writes the place of its first experiment, by default in the working directory, into SQL as it is: quotes,
+    # colons and backslashes in it end that. In a URL there are none.
+    before_importing("mlflow", {"_MLFLOW_SERVER_ARTIFACT_ROOT": file_url(runs / "mlartifacts")})
     try:
         return load_client()(uri, registry_uri=current().mlflow_registry_uri or uri)
     except (MlflowException, SQLAlchemyError, ValueError, ImportError) as error:

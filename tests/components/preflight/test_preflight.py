@@ -128,7 +128,7 @@ def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:
             assert server.stdout is not None
             port = int(server.stdout.readline())
             assert step.port_problems("127.0.0.1", port, tmp_path)
-            born = psutil.Process(server.pid).create_time()
+            born = endpoint.birth(server.pid)
             names = {"host": "127.0.0.1", "model": "m", "version": "1", "digest": "d", "model_dir": "/m", "log": "/l"}
             record = Endpoint(pid=server.pid, url=f"http://127.0.0.1:{port}", born=born, port=port, **names)
             endpoint.write(tmp_path, record)
