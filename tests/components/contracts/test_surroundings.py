@@ -55,7 +55,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
-    if (link := Path(tempfile.gettempdir())).is_symlink():
+    if (link := Path(os.environ.get("TMPDIR", "/"))).is_symlink():
         link.unlink()
     os.environ.clear()
     os.environ.update(before)
