@@ -22,6 +22,8 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 """Byte order marks, as Windows tools write them; without one a text is UTF-8."""
+KEYS = {"id", "image", "video", "images", "videos", "conversations", "messages", "labels"}
+"""A JSON object with none of them is no record: the records may lie deeper in it."""
 DIGITS = 300
 """A whole number of more digits is as good as infinite."""
 
@@ -77,7 +79,7 @@ def _llava(path: Path) -> list[Any]:
 def _lines(path: Path, text: str) -> list[Any]:
     """JSON lines. What is no line of them at all is no annotation file."""
     records = [_line(line) for line in jsonlines.split(text)]
-    if records and not any(isinstance(record, dict) for record in records):
+    if records and not any(isinstance(record, dict) and KEYS & record.keys() for record in records):
         raise DataError("must hold a JSON list of records, or one JSON record a line", where=str(path))
     return records
 
