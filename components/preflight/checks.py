@@ -13,15 +13,21 @@ from types import MappingProxyType
 import psutil
 
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.files import standing
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import LABELS, SPLITS, SUFFIXES, Source
 from nvila.components.data.layouts import read
+from nvila.components.tracking import connect
 from nvila.components.tracking.checkpoints import identity
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
 """Lies in the checkout; an image is built from it and does not carry it."""
+
+
+class Away(str):
+    """A problem that may pass: a service does not answer."""
 
 
 def python_problems() -> list[str]:
@@ -51,7 +57,7 @@ def memory_problems(needed_bytes: int) -> list[str]:
 def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
     """Each folder can be written, and its disk has room."""
     problems = []
-    for there in dict.fromkeys(map(_nearest_existing, folders)):
+    for there in dict.fromkeys(map(standing, folders)):
         free = shutil.disk_usage(there).free
         if not _writable(there):
             problems.append(f"{there} cannot be written")
@@ -149,16 +155,27 @@ def weights_problems(weights: Iterable[str], runs: Path) -> list[str]:
     return problems
 
 
+def tracking_problems(runs: Path) -> list[str]:
+    """MLflow answers, lets us in, and can be used: every step is recorded there, and the model is registered.
+
+    Args:
+        runs: folder of all runs, with the local store.
+    """
+    try:
+        if connect.has_store(runs):
+            connect.check(runs)
+    except Unreachable as error:
+        return [Away(error)]
+    except NvilaError as error:
+        return [str(error)]
+    return []
+
+
 def _annotation_problem(source: Source, name: str, path: Path) -> str | None:
     try:
         return None if read(path, source.layout_of(name)) else f"{path}: must hold at least one record"
     except DataError as error:
         return str(error)
-
-
-def _nearest_existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def _writable(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
@@ -21,7 +21,8 @@ from nvila.components.preflight import checks
 from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import alive
 from nvila.components.serve.interpreter import serve_python
-from nvila.components.serve.ports import why_taken
+from nvila.components.serve.ports import why_not
+from nvila.components.tracking.connect import is_shared
 
 
 class Settings(Section):
@@ -53,7 +54,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
 
     Raises:
         PreflightError: every problem that was found, in one message.
-        Unreachable: the place of weights does not answer.
+        Unreachable: MLflow or the place of weights does not answer, and nothing else is wrong.
     """
     refuse(_problems(settings, here))
     refuse(checks.weights_problems(settings.weights, here.run_folder.parent))
@@ -72,7 +73,10 @@ def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
 
 def _problems(settings: Settings, here: Environment) -> list[str]:
     place = Place.of(here)
-    return problems(settings, place.run_dir.parent, place.store.root, on_cluster=here.on_cluster)
+    runs = place.run_dir.parent
+    found = problems(settings, runs, place.store.root, on_cluster=here.on_cluster)
+    # A command does not wait for MLflow's import, where nobody else can have changed the store.
+    return found + ([] if is_shared() else checks.tracking_problems(runs))
 
 
 def problems(
@@ -90,6 +94,8 @@ def problems(
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
     found += checks.data_problems(settings.data.sources, settings.drawn, demo_can_be_built=demo_can_be_built)
+    if is_shared():
+        found += checks.tracking_problems(runs)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
     return found + (_pod_problems(settings) if on_cluster else _machine_problems(settings, runs))
 
@@ -105,11 +111,11 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
 
 
 def port_problems(host: str, port: int, runs: Path) -> list[str]:
-    """Whether someone else listens where the endpoint is wanted; our own endpoint of an earlier run may."""
-    reason = why_taken(host, port)
-    if reason is None or any(server.port == port for server in alive(runs)):
+    """Whether no server can listen where the endpoint is wanted; our own endpoint of an earlier run may do so now."""
+    reason = why_not(host, port)
+    if reason is None or any((server.host, server.port) == (host, port) for server in alive(runs)):
         return []
-    return [f"rollout.port: {host}:{port} cannot be had ({reason}); free it or choose another"]
+    return [f"rollout.host and rollout.port: {host}:{port} cannot be had ({reason}); choose another address"]
 
 
 def _pod_problems(settings: Settings) -> list[str]:
@@ -120,10 +126,16 @@ def _pod_problems(settings: Settings) -> list[str]:
 
 
 def refuse(found: list[str]) -> None:
-    """Raise the problems as one error, if there are any."""
+    """Raise the problems as one error, if there are any.
+
+    Raises:
+        Unreachable: all of them may pass.
+        PreflightError: else.
+    """
     if found:
         count = f"{len(found)} problems: " if len(found) > 1 else ""
-        raise PreflightError(count + "; ".join(found))
+        may_pass = all(isinstance(problem, checks.Away) for problem in found)
+        raise (Unreachable if may_pass else PreflightError)(count + "; ".join(found))
 
 
 def _serving_problems() -> list[str]:

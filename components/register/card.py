@@ -11,15 +11,21 @@ from nvila.components.contracts.results.model import Pruning, Quantization, Vali
 from nvila.components.contracts.results.result import Measured
 from nvila.components.metrics.pruned import believed, what_stays
 from nvila.components.metrics.standing import Compared, compared, headline, what_was_measured
+from nvila.components.tracking.columns import DESCRIPTION, excerpt
 
 
 def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
-    """Card of the model.
+    """Card of the model, in the length that the registry takes.
 
     Args:
         name: in the registry.
         inputs: `model`, `metrics`, `full`, `samples`, as `register` gets them.
     """
+    return excerpt(whole_card(name, inputs), DESCRIPTION, "the whole card is a file of the source run")
+
+
+def whole_card(name: str, inputs: Mapping[str, Manifest]) -> str:
+    """The card, however many sources there are; arguments as of `model_card`."""
     full, quantized = inputs["full"].told(Evaluation), inputs["metrics"].told(QuantizedEvaluation)
     said, sources = headline(full, quantized).text, compared(full, quantized)
     parts = [

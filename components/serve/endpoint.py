@@ -5,7 +5,6 @@ Rollout and `nvila serve` write them; whoever asks what is being served, or who 
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from nvila.components.contracts import locks
 from nvila.components.contracts.files import discard, read_json, write_atomic
 
 SERVING = "serving"
@@ -88,8 +88,7 @@ def exclusive(runs: Path) -> Iterator[None]:
     """Only one process at a time starts or stops servers of a runs folder."""
     folder = runs / SERVING
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.alone(folder / ".lock"):
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.preflight.checks import weights_problems
@@ -18,8 +19,9 @@ from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
 from nvila.components.serve.server import stop, wait_ready
 from nvila.components.tracking.checkpoints import fetch_version, find_model, identity
-from nvila.components.tracking.connect import connected, experiment_id
+from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
+from nvila.components.tracking.runs import open_step
 from nvila.pipelines.commands import checkpoints
 
 
@@ -120,7 +122,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A real MLflow server that keeps the artifacts itself, set as a user sets it; gives the folder of these."""
     url, command = f"http://127.0.0.1:{(port := free_port('127.0.0.1'))}", [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", str(tmp_path / "kept")]
+    command += ["--backend-store-uri", sqlite_url(tmp_path / "m.db"), "--artifacts-destination", str(tmp_path / "kept")]
     with (tmp_path / "server.log").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -139,9 +141,8 @@ def test_a_version_of_another_machine_is_brought_here(tmp_path: Path, server: Pa
     manifest, runs = made(tmp_path), tmp_path / "runs"
 
     def log(client: Any) -> dict[str, Any]:
-        experiment = experiment_id(client, runs)
-        placed = log_model(client, manifest, tmp_path / "up", experiment=experiment, name="small", params={}, tags={})
-        return placed | {"run_id": client.create_run(experiment).info.run_id}
+        opened = open_step(client, runs / "r1", "register")
+        return log_model(client, manifest, tmp_path / "up", run=opened, name="small", params={}, tags={})
 
     tags = lineage_tags({"model": manifest})
     promote(runs, "small", register_version(runs, "small", manifest.digest, log, description="", tags=tags).version)
