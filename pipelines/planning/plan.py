@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -227,7 +227,7 @@ def _weights(weights: Iterable[str], runs: Path) -> list[str]:
         return [str(error)]
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: Plan) -> dict[str, Any]:
     """For programs: bytes, hours and counts as numbers, null where not known."""
     content = asdict(plan) | {"refused": plan.refused}
     for stage, record in zip(plan.stages, content["stages"], strict=True):
@@ -236,7 +236,7 @@ def as_json(plan: Plan) -> str:
         record["fits"] = stage.fits(plan.assumptions.gpu)
     for step, record in zip(plan.pruning, content["pruning"], strict=True):
         record |= {"pays": step.pays, "verdict": step.verdict}
-    return json.dumps(content, indent=1)
+    return content
 
 
 def show(plan: Plan, console: Console) -> None:
