@@ -14,6 +14,8 @@ def one_rank() -> Iterator[None]:
     """Variables as torchrun sets them for a single process."""
     import torch
 
+    from nvila.components.train.engine import leave
+
     port = free_port("127.0.0.1")
     with pytest.MonkeyPatch.context() as patch:
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -21,7 +23,4 @@ def one_rank() -> Iterator[None]:
             patch.setenv(name, value)
         torch.set_num_threads(1)
         yield
-        if torch.distributed.is_initialized():
-            import deepspeed
-
-            deepspeed.comm.destroy_process_group()  # forgets the group as well, which the next module makes anew
+        leave()  # the next module makes its own

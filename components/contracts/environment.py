@@ -20,6 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.site import OLD_KEYS, Site
+from nvila.components.contracts.surroundings import settle
+from nvila.components.contracts.text import say
 
 By = Literal["user", "config", "secret", "pipeline", "platform", "launcher", "kubernetes"]
 """Who sets a variable, as docs/environment.md explains."""
@@ -39,8 +41,23 @@ def _folder(name: str) -> AfterValidator:
     return AfterValidator(lambda value: local_folder(value, name))
 
 
+def _token(name: str) -> AfterValidator:
+    """Refuses what no request can carry: `Authorization: Bearer` is one line of ASCII, and has something behind it."""
+
+    def check(token: SecretStr) -> SecretStr:
+        if not re.fullmatch("[!-~]+", token.get_secret_value()):
+            raise ConfigError(
+                "no key: it is empty, or has spaces, line breaks or letters that are not ASCII",
+                where=name,
+                do="Give one word of ASCII letters, digits and signs, or unset the variable.",
+            )
+        return token
+
+    return AfterValidator(check)
+
+
 class Environment(BaseModel):
-    """What the variables of a process say; an empty one counts as unset."""
+    """What the variables of a process say; an empty one counts as unset, but for a key of the endpoint."""
 
     model_config = ConfigDict(
         frozen=True, use_attribute_docstrings=True, populate_by_name=True, hide_input_in_errors=True
@@ -64,7 +81,7 @@ class Environment(BaseModel):
     """File that a step and its child processes write their progress to, for the terminal's table."""
     serve_python: Path | None = _variable("NVILA_SERVE_PYTHON", "user")
     """The Python that has vLLM; `.venv-serve/bin/python` here or in the checkout without it."""
-    api_key: SecretStr | None = _variable("NVILA_API_KEY", "user", "secret")
+    api_key: Annotated[SecretStr, _token("NVILA_API_KEY")] | None = _variable("NVILA_API_KEY", "user", "secret")
     """Bearer token that the endpoint asks for; without it the endpoint is open to this machine."""
     webhook_url: SecretStr | None = _variable("NVILA_WEBHOOK_URL", "secret")
     """Where the end of a run on a cluster is reported to; who knows it may often post there."""
@@ -73,7 +90,7 @@ class Environment(BaseModel):
 
     pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
     """URL of Kubeflow Pipelines; the option `--host` of `nvila submit` takes it."""
-    pipelines_token: SecretStr | None = _variable("KF_PIPELINES_TOKEN", "user")
+    pipelines_token: Annotated[SecretStr, _token("KF_PIPELINES_TOKEN")] | None = _variable("KF_PIPELINES_TOKEN", "user")
     """Bearer token for `nvila submit`."""
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
     """File of a token that Kubeflow renews in notebooks."""
@@ -94,7 +111,9 @@ class Environment(BaseModel):
     """Read by MLflow itself."""
     mlflow_password: SecretStr | None = _variable("MLFLOW_TRACKING_PASSWORD", "user", "secret")
     """Read by MLflow itself."""
-    mlflow_token: SecretStr | None = _variable("MLFLOW_TRACKING_TOKEN", "user", "secret")
+    mlflow_token: Annotated[SecretStr, _token("MLFLOW_TRACKING_TOKEN")] | None = _variable(
+        "MLFLOW_TRACKING_TOKEN", "user", "secret"
+    )
     """Read by MLflow itself."""
     s3_endpoint: str | None = _variable("AWS_ENDPOINT_URL", "user", "config", shown=False)
     """The object store, where it is not Amazon's; read by boto3 itself."""
@@ -104,7 +123,7 @@ class Environment(BaseModel):
     """Read by boto3 itself."""
     s3_secret: SecretStr | None = _variable("AWS_SECRET_ACCESS_KEY", "user", "secret")
     """Read by boto3 itself."""
-    hub_token: SecretStr | None = _variable("HF_TOKEN", "user", "secret")
+    hub_token: Annotated[SecretStr, _token("HF_TOKEN")] | None = _variable("HF_TOKEN", "user", "secret")
     """For private weights of `hf://`; read by the hub's client itself."""
 
     threads: str = _variable("OMP_NUM_THREADS", "user", "platform", default="")
@@ -123,7 +142,7 @@ class Environment(BaseModel):
     """Where its nodes meet."""
     master_port: int = _variable("PET_MASTER_PORT", "launcher", default=0)
     """The port there."""
-    vllm_key: SecretStr | None = _variable("VLLM_API_KEY", "platform")
+    vllm_key: Annotated[SecretStr, _token("VLLM_API_KEY")] | None = _variable("VLLM_API_KEY", "platform")
     """`NVILA_API_KEY` for the server's process: on its command line every user of the machine could read it."""
     vllm_cache_gib: str = _variable("VLLM_CPU_KVCACHE_SPACE", "user", default="1")
     """GiB of vLLM's cache on a CPU."""
@@ -146,7 +165,7 @@ class Environment(BaseModel):
         """
         source = os.environ if variables is None else variables
         names = {field.alias for field in cls.model_fields.values()}
-        # A key that is set and empty is not "no key": an endpoint must not stand open because of a slip.
+        # A key that is set and empty is refused: an endpoint must not stand open because of a slip.
         found: dict[str, Any] = {n: v for n, v in source.items() if n in names and (v or n.endswith("_API_KEY"))}
         if "NVILA_RUN" in found:
             found["NVILA_RUN"] = re.sub(r"\$\{?NVILA_RUN_ID\}?", found.get("NVILA_RUN_ID", ""), found["NVILA_RUN"])
@@ -217,8 +236,14 @@ def current() -> Environment:
 
 @contextmanager
 def entered(here: Environment) -> Iterator[Environment]:
-    """Have `current` answer this as long as the context is open; an entry does so with what it has read."""
+    """Have `current` answer this as long as the context is open; an entry does so with what it has read.
+
+    Raises:
+        ConfigError: the process cannot work here, as of `settle`.
+    """
     global _entered
+    for line in settle():
+        say(line)
     before, _entered = _entered, here
     try:
         yield here
@@ -276,6 +301,7 @@ _LIBRARIES = {
 
 def before_importing(library: str) -> None:
     """Set what the library reads from this process's variables only; what is set already stays."""
+    settle()
     for name, value in _LIBRARIES[library].items():
         os.environ.setdefault(name, value)
 

@@ -11,6 +11,7 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings, TowerSizes
 from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.samples import read_samples
+from nvila.components.initialize.labels import tower_labels
 from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import model_config
@@ -37,7 +38,8 @@ def make(
         settings, tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
     )
     model = init_model(config, tokenizer, seed)
-    records = read_label_records(samples.path("labels.parquet"), settings.tile_pixels, max_skipped_share)
+    labels, made_of = tower_labels(samples)
+    records = read_label_records(labels, settings.tile_pixels, max_skipped_share)
     tower = train_tower(
         model, records, epochs=base.tower_epochs, learning_rate=base.learning_rate, batch=base.batch, seed=seed
     )
@@ -50,6 +52,7 @@ def make(
         vocabulary=len(tokenizer),
         label_pictures=len(records.tiles),
         labels=len(records.labels),
+        labels_from=made_of,
         skipped=records.skipped,
         tower_label_accuracy=round(tower["accuracy"], 4),
         tower_steps=int(tower["steps"]),

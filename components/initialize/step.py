@@ -39,8 +39,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Raises:
         ConfigError: weights that do not fit the architecture.
-        DataError: no labels for a tower made from scratch, too many of their pictures cannot be read, or there are no
-            such weights.
+        DataError: nothing that a tower made from scratch could learn from, too many of its pictures cannot be read, or
+            there are no such weights.
         Unreachable: the weights cannot be fetched now.
     """
     base = settings.model.base

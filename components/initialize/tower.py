@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress, track
 from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.data.media import Limits, load_image, load_video_frame
-from nvila.components.data.samples import Label, read_labels
+from nvila.components.data.samples import Label
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.model.nvila import NVILA
 from nvila.components.model.vision.preprocess import normalise
@@ -33,9 +34,6 @@ HELD_BACK = 0.05
 
 SHIFT, SCALE = 0.06, 0.12
 """Largest move of a training tile, in sides, and largest change of its size."""
-
-MIN_RECORDS = 20
-"""So that some are held back, and some are left."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +54,15 @@ class LabelRecords:
     """Pictures that could not be read: how many, and the first ones."""
 
 
-def read_label_records(table: Path, tile_pixels: int, max_skipped_share: float = 0.0) -> LabelRecords:
-    """Decode and cut what `labels.parquet` names.
+def read_label_records(records: Sequence[Label], tile_pixels: int, max_skipped_share: float = 0.0) -> LabelRecords:
+    """Decode and cut the pictures of label records.
 
     A label is `attribute value` ("digit 3", "row 1 column 2: 7") or a bare value ("red"). A record denies the other
     values of each attribute it speaks of, and says nothing of the attributes it does not name.
 
     Raises:
-        DataError: the table is (nearly) empty, because no source brings labels; or more than this share of its pictures
-            cannot be read.
+        DataError: more than this share of the pictures cannot be read.
     """
-    records = read_labels(table)
-    if len(records) < MIN_RECORDS:
-        raise DataError(
-            f"a vision tower made from scratch learns from at least {MIN_RECORDS} label records (labels.json)",
-            where=str(table),
-            value=len(records),
-            do="Add labels.json to a source, or name trained weights in model.base.vision_tower.",
-        )
     labels = sorted({label for record in records for label in record.labels})
     index = {label: i for i, label in enumerate(labels)}
     attribute = np.array([_attribute(label) for label in labels])

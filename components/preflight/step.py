@@ -21,7 +21,7 @@ from nvila.components.preflight import checks
 from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import alive
 from nvila.components.serve.interpreter import serve_python
-from nvila.components.serve.ports import why_taken
+from nvila.components.serve.ports import why_not
 
 
 class Settings(Section):
@@ -103,11 +103,11 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
 
 
 def port_problems(host: str, port: int, runs: Path) -> list[str]:
-    """Whether someone else listens where the endpoint is wanted; our own endpoint of an earlier run may."""
-    reason = why_taken(host, port)
-    if reason is None or any(server.port == port for server in alive(runs)):
+    """Whether no server can listen where the endpoint is wanted; our own endpoint of an earlier run may do so now."""
+    reason = why_not(host, port)
+    if reason is None or any((server.host, server.port) == (host, port) for server in alive(runs)):
         return []
-    return [f"rollout.port: {host}:{port} cannot be had ({reason}); free it or choose another"]
+    return [f"rollout.host and rollout.port: {host}:{port} cannot be had ({reason}); choose another address"]
 
 
 def _pod_problems(settings: Settings) -> list[str]:

@@ -153,7 +153,7 @@ def _try(
     try:
         challenger, ready = start(runs, wanted, port, policy.deadline_seconds, records.CHALLENGER)
     except RolloutError as error:
-        server.require_free_port(wanted.host, port)  # whoever took it meanwhile says nothing about the version
+        server.require_address(wanted.host, port)  # whoever took it meanwhile says nothing about the version
         return _refusal(decide(Observation(trouble=str(error)), None, policy).reasons)
     with _stopped_on_failure(runs, challenger.pid, records.CHALLENGER):
         key = revealed(wanted.key)

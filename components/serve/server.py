@@ -15,9 +15,11 @@ import urllib.request
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
+from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.data.sampling import Sampling
@@ -25,7 +27,7 @@ from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
 from nvila.components.serve.guard import RequireKey
 from nvila.components.serve.interpreter import serve_python, serve_variables
-from nvila.components.serve.ports import why_taken
+from nvila.components.serve.ports import why_not
 
 ENGINE_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
@@ -36,6 +38,9 @@ ENGINE_OPTIONS = (
 What a request does not say has vLLM's neutral value, not that of the folder's `generation_config.json`: a penalty of
 repetitions would give other answers than those that were evaluated. The tokens that end an answer are still read there.
 """
+
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The server is on this machine, whatever its address is called: no proxy that is set for all else leads there."""
 
 File = tuple[Literal["image", "video"], Path]
 """A picture or a clip."""
@@ -73,9 +78,9 @@ def start(
         threads: compute threads, see `serve_variables`.
 
     Raises:
-        PreflightError: the port is taken, or there is no serving environment.
+        PreflightError: nothing can listen there, or there is no serving environment.
     """
-    require_free_port(host, port)
+    require_address(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
@@ -91,18 +96,18 @@ def start(
         child = subprocess.Popen(
             command, env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    return Server(child.pid, f"http://{host}:{port}")
+    return Server(child.pid, http_url(host, port))
 
 
-def require_free_port(host: str, port: int) -> None:
+def require_address(host: str, port: int) -> None:
     """Raises:
-    PreflightError: something listens on the port already, or the address is none of this machine.
+    PreflightError: no server can listen there: the port is taken, say, or the address is none of this machine.
     """
-    if reason := why_taken(host, port):
+    if reason := why_not(host, port):
         raise PreflightError(
             f"nothing of ours can listen there ({reason})",
             where=f"{host}:{port}",
-            do="Stop the program that does, or choose another address: rollout.port, or --port of `nvila serve`.",
+            do="Choose another address: rollout.host and rollout.port, or --host and --port of `nvila serve`.",
         )
 
 
@@ -129,9 +134,9 @@ def wait_ready(url: str, deadline_seconds: float, pid: int, log_path: Path | Non
 def is_ready(url: str) -> bool:
     """Whether `/health` says yes."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+        with _DIRECTLY.open(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
-    except (OSError, urllib.error.URLError):
+    except (OSError, HTTPException):
         return False
 
 
@@ -194,13 +199,13 @@ def ask(
         headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
+        with _DIRECTLY.open(request, timeout=timeout_seconds) as answer:
             content = json.load(answer)["choices"][0]["message"]["content"]
             return mend(str(content or "").strip())
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
         raise RolloutError(f"the server answered {error.code}: {detail}", where=url) from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise RolloutError(f"the server did not answer: {error}", where=url) from None
 
 
@@ -239,7 +244,7 @@ def chat_request(
 
 
 def _data_url(path: Path) -> str:
-    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    kind = mimetypes.guess_type(f"file{path.suffix}")[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

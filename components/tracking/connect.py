@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvila.components.contracts.addresses import file_url, sqlite_url
 from nvila.components.contracts.environment import before_importing, current, name_of
 from nvila.components.contracts.errors import ConfigError, Unreachable
 from nvila.components.tracking.redact import redact_text
@@ -26,7 +27,7 @@ _NOT_ALLOWED = (401, 403)
 
 def tracking_uri(runs: Path) -> str:
     """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed)."""
-    return current().mlflow_tracking_uri or f"sqlite:///{runs.absolute()}/mlflow.db"
+    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db")
 
 
 def has_store(runs: Path) -> bool:
@@ -139,6 +140,4 @@ def experiment_id(client: MlflowClient, runs: Path) -> str:
     if found := client.get_experiment_by_name(EXPERIMENT):
         return found.experiment_id
     local = _is_local(tracking_uri(runs))
-    return client.create_experiment(
-        EXPERIMENT, artifact_location=(runs.absolute() / "mlartifacts").as_uri() if local else None
-    )
+    return client.create_experiment(EXPERIMENT, artifact_location=file_url(runs / "mlartifacts") if local else None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.addresses import below
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
@@ -144,7 +145,7 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
     target = folder / name
     try:  # not under the lock: it may take minutes
         with answered(uri):
-            download_artifacts(f"{place.rstrip('/')}/{name}", dst_path=str(target.parent), tracking_uri=uri)
+            download_artifacts(below(place, name), dst_path=str(target.parent), tracking_uri=uri)
     except (MlflowException, OSError) as error:
         raise DataError(
             f"MLflow does not give the file {name} of {version.uri}: {' '.join(str(error).split())}",

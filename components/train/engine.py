@@ -240,6 +240,19 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm)
 
 
+def leave() -> None:
+    """Take this process out of the group that `start` brought it into, with its work done.
+
+    A group that lives on until the interpreter ends has threads that may still want it then, and abort the process.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
 def _without_shared_memory() -> None:
     """Have CPU ranks meet by gloo alone: DeepSpeed would spend minutes compiling an op for those of one machine."""
     from deepspeed.accelerator import set_accelerator

@@ -23,13 +23,13 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
 from nvila.components.tracking.redact import tell
 from nvila.components.train.checkpoints import clear
+from nvila.components.train.engine import Engine, leave, start
 from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
 
 if TYPE_CHECKING:
     from nvila.components.model.batch import Batch
     from nvila.components.model.nvila import NVILA
     from nvila.components.train.account import Account
-    from nvila.components.train.engine import Engine
 
 CHECKPOINTS, PARTIAL = "checkpoints", "model.partial"
 """Folders of an unfinished stage."""
@@ -42,6 +42,7 @@ def main(job_path: str) -> None:
     try:
         with entered(Environment.read()):
             train(job, stop)
+            leave()
     except Exception as caught:
         if isinstance(caught, NvilaError):
             error = caught
@@ -85,7 +86,6 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.train.account import Account
     from nvila.components.train.data import stage_samples
-    from nvila.components.train.engine import start
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
 

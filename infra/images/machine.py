@@ -9,8 +9,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+from nvila.components.contracts.addresses import file_path, file_url
 from nvila.components.contracts.environment import Environment, for_child, named
 from nvila.components.contracts.errors import PreflightError
 
@@ -75,14 +75,14 @@ def for_a_build(settings: Mapping[str, str]) -> tuple[dict[str, str], list[str]]
 
 def _place(key: str, word: str, mounts: dict[Path, str]) -> str:
     """One address or path. An index folder is mounted with its parent: its pages point to files beside it."""
-    parts = urlsplit(word)
-    path = Path(unquote(parts.path))
-    if parts.scheme not in ("", "file") or not path.exists():
+    named = file_path(word)
+    path = named or Path(word)
+    if not path.exists():
         return word
     above = path.parent if key.endswith("index-url") else path
     target = mounts.setdefault(above, f"{MOUNTED}/{len(mounts)}")
-    inside = str(Path(target, path.relative_to(above)))
-    return f"file://{inside}" if parts.scheme else inside
+    inside = Path(target, path.relative_to(above))
+    return file_url(inside) if named else str(inside)
 
 
 def _pip_config() -> dict[str, str]:

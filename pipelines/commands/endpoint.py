@@ -11,6 +11,7 @@ from nvila.components.rollout.local import Wanted, start
 from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
 from nvila.components.serve.endpoint import Endpoint
+from nvila.components.serve.interpreter import serve_python
 from nvila.components.tracking.checkpoints import find_model
 
 DEADLINE_SECONDS = 300.0
@@ -21,10 +22,13 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
 
     Raises:
         ConfigError: no such model, or one that vLLM does not read.
-        PreflightError: another model is being served, or the port is taken.
+        PreflightError: another model is being served, nothing can listen there, or there is no serving environment.
         RolloutError: the server did not come up.
     """
     runs = runs.absolute()
+    if not any((ours.host, ours.port) == (host, port) for ours in records.alive(runs)):
+        server.require_address(host, port)  # before anything is read or downloaded
+    serve_python()
     model = find_model(reference, runs)
     if not model.served:
         raise ConfigError(

@@ -18,7 +18,8 @@ OPTION = "--json"
 _INTERRUPTED = 130
 """With which click ends a command on Ctrl-C."""
 
-_answer: dict[str, Any] = {}
+_answer: dict[str, Any] | None = None
+"""Of the command that `run` runs."""
 
 
 def wanted(arguments: Sequence[str]) -> bool:
@@ -27,8 +28,11 @@ def wanted(arguments: Sequence[str]) -> bool:
 
 
 def put(content: Mapping[str, Any]) -> None:
-    """What the command answers; printed when it has ended."""
-    _answer.update(content)
+    """Give the command's answer; under `run` it is printed when the command has ended."""
+    if _answer is None:
+        print(_text(content))
+    else:
+        _answer.update(content)
 
 
 def refusal(error: Exception) -> dict[str, Any]:
@@ -41,7 +45,9 @@ def run(command: Callable[[], Any]) -> int:
 
     Where it raised, the answer has an `error` (see `errors.to_record`), whatever raised it.
     """
-    _answer.clear()
+    global _answer
+    answer: dict[str, Any] = {}
+    _answer = answer
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)  # for libraries and child processes, too
@@ -53,13 +59,19 @@ def run(command: Callable[[], Any]) -> int:
         ours = _readable(error)
         if not isinstance(ours, NvilaError):
             say(redact_text(traceback.format_exc()))
-        put(refusal(ours))
-        code = int(_answer["error"]["exit_code"])
+        answer |= refusal(ours)
+        code = int(answer["error"]["exit_code"])
+    finally:
+        _answer = None
     sys.stdout.flush()
     os.dup2(stdout, 1)
     with os.fdopen(stdout, "w", encoding="ascii") as out:
-        out.write(json.dumps(redact(_answer), indent=1, default=str) + "\n")
+        print(_text(answer), file=out)
     return code
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(redact(content), indent=1, default=str)
 
 
 def _readable(error: Exception) -> Exception:

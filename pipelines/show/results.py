@@ -18,6 +18,7 @@ from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.steps import ROWS, VALIDATE
+from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
 from nvila.components.runner.status import Run
@@ -98,7 +99,8 @@ def curl_example(run: Run) -> str | None:
     )
     key = f'-H "Authorization: Bearer ${name_of("api_key")}" ' if current().api_key else ""
     address = shell_word(f"{served.endpoint.rstrip('/')}/v1/chat/completions")
-    command = f"curl -s {address} {key}-H 'Content-Type: application/json' -d"
+    directly = "--noproxy '*' " if has_proxy() else ""
+    command = f"curl -s {directly}{address} {key}-H 'Content-Type: application/json' -d"
     if picture.is_file() and picture.stat().st_size > _LARGEST_ARGUMENT_BYTES:
         return f"{{ printf %s {start}; {picture_in_base64}; printf %s {end}; }} | {command} @-"
     return f"{command} {start}$({picture_in_base64}){end}"

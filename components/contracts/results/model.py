@@ -29,6 +29,8 @@ class Initialization(Result):
     vocabulary: int | None = None
     label_pictures: int | None = None
     labels: int | None = None
+    labels_from: str | None = None
+    """What the tower's labels are made of: `labels`, or what stood in for them."""
     skipped: SkippedRecords | None = None
     tower_label_accuracy: float | None = None
     tower_steps: int | None = None

@@ -45,7 +45,22 @@ def test_an_empty_variable_is_unset() -> None:
     """The chart's optional keys come empty; but an empty key must not open the endpoint."""
     variables = {"NVILA_STORE": "", "PET_NNODES": "", "NVILA_SITE": "", "NVILA_QUEUE": "", "HF_TOKEN": ""}
     assert Environment.read(variables) == Environment()
-    assert Environment.read({"VLLM_API_KEY": ""}).vllm_key is not None
+    with pytest.raises(ConfigError, match=r"^NVILA_API_KEY: "):
+        Environment.read({"NVILA_API_KEY": ""})
+
+
+@pytest.mark.parametrize(
+    "name", ["NVILA_API_KEY", "VLLM_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "KF_PIPELINES_TOKEN"]
+)
+@pytest.mark.parametrize(
+    "value", ["two words", "line\nbreak", "behind\n", "tab\t", "schlüssel", "密钥", "\x7f", " ", "\udce4"]
+)
+def test_a_key_that_no_request_can_carry_is_refused(name: str, value: str) -> None:
+    """The endpoint would ask for what no client can send, and each fails in a way of its own, some with the key."""
+    with pytest.raises(ConfigError, match=f"^{name}: no key") as caught:
+        Environment.read({name: value})
+    assert value.strip() == "" or value not in str(caught.value)
+    assert Environment.read({name: "a-Z_0.9~+/=:{}"})
 
 
 def test_the_run_is_named_in_the_pod_only() -> None:

@@ -17,7 +17,14 @@ from nvila.components.contracts.recipe.data import Validation
 from nvila.components.contracts.recipe.layers import parse_recipe
 from nvila.components.data import media, samples
 from nvila.components.data.media import Limits, MediaError, load_image
-from nvila.components.data.samples import Turn, read_labels, read_limits, read_samples, write_labels, write_samples
+from nvila.components.data.samples import (
+    Turn,
+    read_labels,
+    read_limits,
+    read_samples,
+    write_labels,
+    write_samples,
+)
 
 if TYPE_CHECKING:
     from conftest import Small
@@ -124,7 +131,7 @@ def test_what_the_recipe_allows_is_decoded_everywhere(
     assert len(known) == 12
     assert {len(batch.visuals) for batch in feed.batches(known, 1)} == {1}  # training, pruning, calibration
     assert len(Questions.prepare(known, Feed(feed.tokenizer, feed.config)).shown) == 12  # evaluation
-    assert len(read_label_records(out / "labels.parquet", 28).tiles) == 36  # the vision tower
+    assert len(read_label_records(read_labels(out / "labels.parquet"), 28).tiles) == 36  # the vision tower
 
     manifests = {
         "validate": Manifest(step="validate", key="k", kind="dataset", files=describe_files(out), folder=str(out))

@@ -13,10 +13,11 @@ from buckets import Bucket
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
-from nvila.components.data.samples import write_labels
+from nvila.components.data.samples import read_labels, write_labels, write_samples
 from nvila.components.data.sampling import Sampling
 from nvila.components.initialize import step
 from nvila.components.initialize.assemble import assemble
+from nvila.components.initialize.labels import tower_labels
 from nvila.components.initialize.scratch import make
 from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import load_native
@@ -65,7 +66,7 @@ def test_a_record_denies_only_what_it_speaks_of(halves: Path) -> None:
         label(halves, "clip", ["row 1 column 2: 7", "dark"], frame=1),
     ] * 10
     write_labels(halves / "labels.parquet", rows)
-    records = read_label_records(halves / "labels.parquet", 28)
+    records = read_label_records(read_labels(halves / "labels.parquet"), 28)
     assert records.labels == ["bright", "colour blue", "colour red", "dark", "row 1 column 2: 7"]
     assert records.targets[:3].int().tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
     assert records.known[:3].int().tolist() == [[1, 1, 1, 1, 0], [0, 1, 1, 0, 0], [1, 0, 0, 1, 1]]
@@ -80,7 +81,7 @@ def test_a_record_shows_its_box_or_its_frame(halves: Path) -> None:
         label(halves, "clip", ["colour blue"], frame=1),
     ] * 10
     write_labels(halves / "labels.parquet", rows)
-    records = read_label_records(halves / "labels.parquet", 28)
+    records = read_label_records(read_labels(halves / "labels.parquet"), 28)
     assert records.tiles.shape == (40, 3, 28, 28)
     colours = records.tiles[:4].float().mean((2, 3)).round().tolist()
     assert colours == [[255, 0, 0], [0, 0, 255], [255, 0, 0], [0, 0, 255]]
@@ -95,12 +96,12 @@ def test_a_label_picture_that_is_gone_is_left_out_and_named(halves: Path) -> Non
     rows = [label(halves, f"{n}.png", [f"colour {n % 2}"]) for n in range(20) for _ in range(2)]
     write_labels(halves / "labels.parquet", rows)
     (halves / "7.png").unlink()
-    records = read_label_records(halves / "labels.parquet", 28, 0.05)
+    records = read_label_records(read_labels(halves / "labels.parquet"), 28, 0.05)
     assert len(records.tiles) == len(records.targets) == len(records.known) == len(records.weights) == 38
     assert sorted(set(records.tiles[:, 0, 0, 0].tolist())) == [n for n in range(20) if n != 7]
     assert records.skipped.records == 1 and "7.png" in records.skipped.first[0]
     with pytest.raises(DataError, match=r"1 of 20 records .*7\.png"):
-        read_label_records(halves / "labels.parquet", 28, 0.0)
+        read_label_records(read_labels(halves / "labels.parquet"), 28, 0.0)
 
 
 def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_the_tower_learns_from_labels(tmp_path: Path) -> None:
     config = model_config(given, tower_config(given.base.tower, 28), decoder_config(given.base.decoder, given))
     model = init_model(config, train_tokenizer(["a"], 300), seed=0)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not name.startswith("vision_tower.")}
-    records = read_label_records(tmp_path / "labels.parquet", 28)
+    records = read_label_records(read_labels(tmp_path / "labels.parquet"), 28)
     found = train_tower(model, records, epochs=12, learning_rate=3e-3, batch=32, seed=0)
     assert found["accuracy"] >= 0.75
     assert found["steps"] == -(-12 * 456 // 32)
@@ -143,12 +144,54 @@ def test_the_sampling_of_clips_is_the_recipe_s_everywhere() -> None:
     assert Sampling.from_options(config.sampling.to_options()) == config.sampling
 
 
+def tables(root: Path, labels: list[dict[str, Any]], talks: list[tuple[str, str, str]]) -> Manifest:
+    """Tables of labels, and of samples of one picture each: split, question and answer."""
+    write_labels(root / "labels.parquet", labels)
+    rows = [
+        {
+            "id": f"s/{split}/{i}",
+            "source": "s",
+            "kind": "image",
+            "split": split,
+            "root": str(root),
+            "media": [f"{i}.png"],
+            "media_sha256": [None],
+            "conversations": json.dumps(
+                [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+            ),
+            "question": question,
+            "answer": answer,
+            "line": i,
+        }
+        for i, (split, question, answer) in enumerate(talks)
+    ]
+    write_samples(root / "samples.parquet", rows)
+    return Manifest(step="validate", key="k", kind="dataset", files=describe_files(root), folder=str(root))
+
+
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_tower_without_labels_is_refused(small: Any, tmp_path: Path, count: int) -> None:
+def test_a_tower_without_labels_is_refused(tmp_path: Path, count: int) -> None:
     """A blank tower looks trained until the last gate."""
-    write_labels(tmp_path / "labels.parquet", [label(small.root, "sft-0.png", ["colour red"])] * count)
+    samples = tables(tmp_path, [label(tmp_path, "0.png", ["colour red"])] * count, [("heldout", "Which?", "red")] * 30)
     with pytest.raises(DataError, match=r"labels\.json.*got " + str(count)):
-        read_label_records(tmp_path / "labels.parquet", 28)
+        tower_labels(samples)
+
+
+def test_without_labels_the_texts_stand_in(tmp_path: Path) -> None:
+    """Sources of pictures and answers alone, as most people have them, were refused after the data had been checked."""
+    colours = ["red", "Blue.", "light green"]
+    answers = [("sft", "Which colour is it?", colours[i % 3]) for i in range(30)]
+    (tmp_path / "answers").mkdir()
+    found, made_of = tower_labels(tables(tmp_path / "answers", [], [*answers, ("sft", "Where is it?", "here")]))
+    assert made_of == "answers" and len(found) == 30  # a question with one answer tells nothing
+    colour = "which colour is it?"
+    assert [one.labels for one in found[:3]] == [(f"{colour} red",), (f"{colour} blue",), (f"{colour} light_green",)]
+
+    captions = [("captions", "Describe it.", f"The photograph of one {('cat', 'dog')[i % 2]} again") for i in range(30)]
+    (tmp_path / "captions").mkdir()
+    found, made_of = tower_labels(tables(tmp_path / "captions", [], [*captions, *answers]))
+    assert made_of == "words of captions" and len(found) == 30
+    assert {one.labels for one in found} == {("cat",), ("dog",)}  # what every caption says tells nothing
 
 
 def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -> None:
@@ -157,8 +200,6 @@ def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -
     The answers of pictures are exchanged, which leaves the texts as a whole, and so the tokenizer, as they were.
     """
     import pyarrow.parquet as parquet
-
-    from nvila.components.data.samples import write_samples
 
     rows = parquet.read_table(small.samples.path("samples.parquet")).to_pylist()
     swapped = [row for row in rows if row["split"] == "sft" and row["source"] == "colours"]

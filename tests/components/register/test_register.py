@@ -11,6 +11,7 @@ import pytest
 import torch
 from telling import evaluation, judged, pruned, quantization, quantized_evaluation, retained, scored, training
 
+from nvila.components.contracts.addresses import file_path, sqlite_url
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import InputRef, Kind, Manifest
@@ -65,10 +66,10 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert "| digits | 1000 | 0.110 | 0.300 (0.280 to 0.320), blank picture |" in made.description
     assert history["quantized/digits/accuracy"].value == 0.71
     assert history["quantized/digits/accuracy"].dataset_name == "validate"
-    stored = {p.relative_to(Path(logged.artifact_location.removeprefix("file://"))).as_posix() for p in
-              Path(logged.artifact_location.removeprefix("file://")).rglob("*") if p.is_file()}  # fmt: skip
+    place = file_path(logged.artifact_location)
+    stored = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
     assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
-    assert not any(p.is_symlink() for p in Path(logged.artifact_location.removeprefix("file://")).rglob("*"))
+    assert not any(p.is_symlink() for p in place.rglob("*"))
     assert not (out / "upload").exists()
 
 
@@ -156,7 +157,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     from mlflow.exceptions import MlflowException
 
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
-    mlflow.set_tracking_uri(f"sqlite:///{runs}/mlflow.db")
+    mlflow.set_tracking_uri(sqlite_url(runs / "mlflow.db"))
     try:
         model = mlflow.pyfunc.load_model("models:/small@challenger")
     finally:

@@ -53,7 +53,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     started: list[int] = []
 
     def start(model_dir: Path, *, host: str, port: int, log_path: Path, **_: Any) -> server.Server:
-        server.require_free_port(host, port)
+        server.require_address(host, port)
         with log_path.open("ab") as log:
             command = [sys.executable, "-c", FAKE, str(model_dir), host, str(port)]
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -153,7 +153,7 @@ def test_rejected_first_version_leaves_nothing_running(runs: Path, port: int) ->
     """A refused server must not hold the port."""
     with pytest.raises(Rejected, match="4 of 4 requests failed"):
         roll(runs, wanted(runs, port, "1", {}))
-    server.require_free_port("127.0.0.1", port)
+    server.require_address("127.0.0.1", port)
     assert records.read(runs) is None
 
 
@@ -162,7 +162,7 @@ def test_version_that_never_gets_ready_is_refused(runs: Path, port: int, answers
     """The reason must be the server's own last words, and no process may stay behind."""
     with pytest.raises(Rejected, match=reason):
         roll(runs, wanted(runs, port, "1", answers), POLICY.model_copy(update={"deadline_seconds": 2.0}))
-    server.require_free_port("127.0.0.1", port)
+    server.require_address("127.0.0.1", port)
 
 
 def test_too_few_prompts_promote_nothing(runs: Path, port: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.errors import DamagedError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.preflight.checks import weights_problems
@@ -120,7 +121,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A real MLflow server that keeps the artifacts itself, set as a user sets it; gives the folder of these."""
     url, command = f"http://127.0.0.1:{(port := free_port('127.0.0.1'))}", [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--serve-artifacts"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/m.db", "--artifacts-destination", str(tmp_path / "kept")]
+    command += ["--backend-store-uri", sqlite_url(tmp_path / "m.db"), "--artifacts-destination", str(tmp_path / "kept")]
     with (tmp_path / "server.log").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -74,7 +74,7 @@ def main() -> None:
     An error of ours is written beside the job. In the stage `nan` the last rank's losses are not numbers.
     """
     from nvila.components.contracts.errors import NvilaError
-    from nvila.components.train.engine import Engine
+    from nvila.components.train.engine import Engine, leave
     from nvila.components.train.loop import train
 
     class Never:
@@ -95,6 +95,7 @@ def main() -> None:
             train(job, Never())  # type: ignore[arg-type]
         except NvilaError as error:
             Path(job.out, f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+    leave()
 
 
 if __name__ == "__main__":

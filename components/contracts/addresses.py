@@ -1,0 +1,33 @@
+"""Paths and hosts as URLs, and back: no character of a name means anything there. Nothing else of ours builds these."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+
+def file_url(path: Path) -> str:
+    """`file://` of a file or folder."""
+    return path.absolute().as_uri()
+
+
+def file_path(url: str) -> Path | None:
+    """The path that a `file:` URL means; None for any other address."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
+
+
+def sqlite_url(path: Path) -> str:
+    """What SQLAlchemy takes for a database file."""
+    return f"sqlite:///{quote(os.fsencode(path.absolute()))}"
+
+
+def http_url(host: str, port: int) -> str:
+    """Base URL of a server: a host name or an address, IPv6 without brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def below(url: str, name: str) -> str:
+    """The URL of the file `name` below a folder's URL; an object store's keys stand in its URLs as they are."""
+    return f"{url.rstrip('/')}/{quote(name) if urlsplit(url).scheme == 'file' else name}"
