@@ -98,6 +98,33 @@ def run(
     raise typer.Exit(int(summary.exit_code))
 
 
+@app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    as_json: Json = False,
+    store: Store = Path("store"),
+) -> None:
+    """Check a recipe's data, and nothing else: every record and medium, by the rules of a run.
+
+    Shows how many are good, why others are not, and where quarantine and data docs lie. A later run finds the work in
+    the store. Exit code: 0, or 2 where a run would be stopped.
+
+    Example: nvila validate mine.yaml
+    """
+    from nvila.pipelines.commands.validate import check, render, told
+
+    checked = check(recipe, override or [], store)
+    if as_json:
+        put(told(checked))
+    else:
+        typer.echo(tell(render(checked)))
+    if checked.error:
+        raise checked.error
+
+
 recipes = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes, name="recipe")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import distributions, version
 
 from nvila.components.contracts.errors import NvilaError
@@ -23,9 +24,9 @@ def lines() -> str:
 
 
 def _of(*names: str, places: list[str] | None = None) -> str:
-    """Of the first of these packages that is there."""
-    path = {} if places is None else {"path": places}
-    return next((found.version for name in names for found in distributions(name=name, **path)), MISSING)
+    """Of the first of these packages that is there: in these folders, or where this Python looks."""
+    path = sys.path if places is None else places
+    return next((found.version for name in names for found in distributions(name=name, path=path)), MISSING)
 
 
 def _vllm() -> str:

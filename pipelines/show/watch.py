@@ -115,6 +115,6 @@ def step_table(states: list[StepState], notes: bool = True) -> Table:
     for state in states:
         colour = _COLOUR.get(state.status, "dim")
         seconds = f"{state.seconds:.1f}" if state.seconds else ""
-        cells = [Text(visible(state.name)), Text(visible(state.status), colour), seconds, Text(visible(state.note))]
-        table.add_row(*cells[: len(table.columns)])
+        note = [Text(visible(state.note))] if notes else []
+        table.add_row(visible(state.name), Text(visible(state.status), colour), seconds, *note)
     return table
