@@ -33,13 +33,15 @@ from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
-from nvila.pipelines.show.results import REPORT, short, show_closing
-from nvila.pipelines.show.summary import LOG, write_summary
+from nvila.pipelines.show.results import short, show_closing
+from nvila.pipelines.show.summary import LOG, REPORT, Summary, write_summary
 from nvila.pipelines.show.watch import Watch, print_line, read_states
 
 
-def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")) -> int:
-    """Run the lifecycle and return the exit code (see `Exit`).
+def run(
+    recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")
+) -> Summary:
+    """Run the lifecycle and return what came of it, the exit code among it.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
@@ -59,7 +61,7 @@ def run(recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs")
     return _run_checked(form, run_dir, store.absolute())
 
 
-def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
+def _run_checked(form: Form, run_dir: Path, store: Path) -> Summary:
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -78,11 +80,11 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> int:
     sampler.stop()
     over = Run.read(run_dir)
     exit_code = _exit_code(over, code)
-    summary = write_summary(over, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
     _write_report(run_dir)
+    summary = write_summary(over, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
     _close_tracking(run_dir, exit_code)
     show_closing(over, summary, console)
-    return exit_code
+    return summary
 
 
 def _damage_met(run_dir: Path) -> str | None:

@@ -121,14 +121,18 @@ def render(description: Description) -> str:
         (f"video of {config.sampling.frames} frames", f"{description.video_tokens} tokens"),
         *((f"quantized to {scheme}", f"{count} Linears") for scheme, count in description.schemes.items()),
         *(("asked to sample with", text) for text in [_sampling(config)] if text),
-        ("weights as stored", f"{description.stored_bytes / 1e9:.2f} GB"),
-        ("weights in bf16", f"{description.bf16_bytes / 1e9:.2f} GB"),
-        ("weights in W4A16", f"{description.w4a16_bytes / 1e9:.2f} GB (decoder blocks in 4 bits, the rest bf16)"),
+        ("weights as stored", _size(description.stored_bytes)),
+        ("weights in bf16", _size(description.bf16_bytes)),
+        ("weights in W4A16", f"{_size(description.w4a16_bytes)} (decoder blocks in 4 bits, the rest bf16)"),
     ]
     if description.layout == "serving":
         rows.append(("note", "a serving folder leaves out the tower's unused blocks"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _weights(tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, int], dict[str, int]]:
