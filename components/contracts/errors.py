@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.text import brief
 
 
 class NvilaError(Exception):
@@ -23,7 +24,7 @@ class NvilaError(Exception):
         self.what, self.where, self.value, self.do = what, where, value, do
         message = what
         if where is not None:
-            message = f"{where}: {message}"
+            message = f"{brief(where, 300)}: {message}"
         if value is not None:
             message += f" (got {_short(value)})"
         if do is not None:

@@ -24,7 +24,7 @@ from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
@@ -72,6 +72,8 @@ class Plan:
     """Everything that is shown."""
 
     recipe: str
+    remarks: list[str]
+    """On a recipe that is right, and should be known."""
     store: dict[str, str]
     """By step: hit, miss, unknown or always."""
     places: dict[str, Placement]
@@ -137,6 +139,7 @@ def make_plan(
             looked = f"{error}; only this machine was looked at"
     return Plan(
         recipe=checked.name,
+        remarks=remarks(recipe, checked),
         store=dict(verdicts(form, store, runs)),
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
@@ -312,7 +315,15 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     given = plan.assumptions
-    lines = ["", states.FORMULA, "", cost.FORMULA, *([pruned.FORMULA] if plan.pruning[-1].sources else []), ""]
+    lines = [
+        "",
+        *plan.remarks,
+        states.FORMULA,
+        "",
+        cost.FORMULA,
+        *([pruned.FORMULA] if plan.pruning[-1].sources else []),
+        "",
+    ]
     lines.append(
         f"assumed: {given.gpu.name} with {given.gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {given.gpu.fp32 / 1e12:.0f} "
         f"in fp32, MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour; every medium takes its most tokens; "
