@@ -82,6 +82,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
             "max_skipped_share": "train.max_skipped_share",
         },
         inputs={"samples": VALIDATE, "model": INITIALIZE},
+        hands_on="samples",
         size="gpus",
         job=True,
     )
@@ -274,6 +275,7 @@ STEPS = (
 
 ROWS = {row.name: row for row in STEPS}
 STAGES = tuple(row.name for row in STEPS if row.folder == "train")
+PRUNES = tuple(row.name for row in STEPS if row.folder == "prune")
 
 
 def result_type(step: str) -> type[Result]:

@@ -87,7 +87,7 @@ def _shares(
     spoilt = Counter((row["source"], row["split"] == "labels") for row in quarantine.values())
 
     def beyond(name: str, of_labels: bool) -> int:
-        return spoilt[name, of_labels] - math.ceil(Fraction(str(share)) * everything[name, of_labels])
+        return spoilt[name, of_labels] - allowed(share, everything[name, of_labels])
 
     return [
         {
@@ -98,6 +98,11 @@ def _shares(
         }
         for source in sources
     ]
+
+
+def allowed(share: float, records: int) -> int:
+    """How many of so many records may be spoilt: of a few, one always may."""
+    return math.ceil(Fraction(str(share)) * records)
 
 
 def without(rows: list[Row], quarantine: Mapping[str, Row]) -> list[Row]:

@@ -29,7 +29,7 @@ from nvila.components.preflight.checks import weights_problems
 from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
-from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
@@ -57,6 +57,8 @@ def run(
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
+    for line in remarks(recipe, checked):
+        say(line)
     run_dir = _new_run(runs.absolute(), checked.name)
     return _run_checked(form, run_dir, store.absolute())
 

@@ -48,12 +48,12 @@ def open_samples(data: DataSettings) -> list[Opened]:
 
 
 def _open(source: Source, limits: Validation) -> Opened | None:
-    from nvila.components.validate.annotations import annotation_files, read_label_rows, read_records
-    from nvila.components.validate.judge import judge
+    from nvila.components.validate.annotations import read_label_rows, read_records
+    from nvila.components.validate.judge import allowed, judge
     from nvila.components.validate.measures import look_at_media
 
     try:
-        files = annotation_files(source)
+        files = source.annotations()
         everything = [read_records(source, split, path) for split, path in files.items() if split != LABELS]
         named = read_label_rows(source, files[LABELS]) if LABELS in files else []
     except DataError:  # preflight says it
@@ -73,5 +73,5 @@ def _open(source: Source, limits: Validation) -> Opened | None:
         spoilt=spoilt,
         reasons=dict(reasons.most_common()),
         example=f"{first['id']}: {first['detail']}" if first else None,
-        refused=spoilt == opened or (whole and spoilt_records > limits.max_quarantined_share * len(records)),
+        refused=spoilt == opened or (whole and spoilt_records > allowed(limits.max_quarantined_share, len(records))),
     )

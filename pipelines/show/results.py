@@ -14,9 +14,10 @@ from rich.text import Text
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.metrics import in_words, named
+from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
-from nvila.components.contracts.results.run import Registration, Rollout
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
@@ -63,6 +64,9 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         words = in_words(m.metric for stage in summary.stages.values() for m in stage.values())
         _print_table(console, f"{words} before training and after each stage", _stage_table(summary.stages))
     console.print()
+    resolved = run.result(Resolution)
+    if resolved and (gates := Recipe.model_validate(resolved.recipe).open_gates):
+        print_line(console, f"{'gates':<12} {gates}")
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
     if summary.endpoint and (example := curl_example(run)):

@@ -152,7 +152,7 @@ def test_wrong_options_are_named() -> None:
 def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     """A file saved in another encoding was a traceback of the decoder."""
     (tmp_path / "mine.yaml").write_bytes("name: é".encode("utf-16"))
-    with pytest.raises(ConfigError, match=r"mine.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"mine.yaml: the file is UTF-16"):
         _plan("mine.yaml")
 
 
