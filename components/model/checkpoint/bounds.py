@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import DataError
 from nvila.components.model.checkpoint.tensorfile import FLOATING, Stored
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.vision.projector import build_projector
@@ -28,11 +28,11 @@ def check_bounds(config: ModelConfig, tensors: Mapping[str, Stored], *, cut: boo
         cut: the tower's unused blocks are left out, as in a serving folder.
 
     Raises:
-        ConfigError: names the key, what it says and what the weights say.
+        DataError: names the key, what it says and what the weights say.
     """
     for key, says, have in _numbers(config, tensors, cut):
         if says != have:
-            raise ConfigError(
+            raise DataError(
                 f"the weights say {have}",
                 where=key,
                 value=says,
@@ -43,7 +43,7 @@ def check_bounds(config: ModelConfig, tensors: Mapping[str, Stored], *, cut: boo
     for name, needed in projector.state_dict().items():
         stored = tensors.get(f"mm_projector.{name}")
         if stored is not None and stored.code in FLOATING and stored.shape != tuple(needed.shape):
-            raise ConfigError(
+            raise DataError(
                 f"mm_projector.{name} has another shape than the projector of this configuration",
                 where="mm_projector_type, s2_scales, hidden_size",
                 value=f"{stored.shape} instead of {tuple(needed.shape)}",

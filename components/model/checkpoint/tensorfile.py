@@ -93,15 +93,18 @@ def read_header(path: Path) -> dict[str, Stored]:
 
     try:
         size = require_regular(path)
-        with safe_open(path, framework="pt"):
-            pass  # overlaps, gaps, bytes behind the last tensor
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
                 raise ValueError("no header")
             header = parse(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        found = {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        if 8 + length + sum(stored.bytes for stored in found.values()) != size:
+            raise ValueError("it is not as long as its tensors")
+        with safe_open(path, framework="pt"):
+            pass  # overlaps, gaps
+        return found
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("weights are missing", where=str(path), do="Only safetensors are read") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, SafetensorError) as error:
