@@ -13,7 +13,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.checkpoint import convert as module
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe, render
-from nvila.components.model.checkpoint.flat import open_checkpoint, read_hf_config
+from nvila.components.model.checkpoint.flat import read_hf_config
 from nvila.components.model.checkpoint.layouts import recognise
 from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.native import read_config, save_native
