@@ -307,10 +307,10 @@ _LIBRARIES = {
 }
 
 
-def before_importing(library: str) -> None:
-    """Set what the library reads from this process's variables only; what is set already stays."""
+def before_importing(library: str, also: Mapping[str, str] | None = None) -> None:
+    """Set what the library reads from this process's variables only, and `also` these; what is set already stays."""
     settle()
-    for name, value in _LIBRARIES[library].items():
+    for name, value in {**_LIBRARIES[library], **(also or {})}.items():
         os.environ.setdefault(name, value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nvila.components.contracts import locks
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
@@ -101,7 +101,7 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
         _Stop() as stop,
     ):
-        fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
+        locks.share(log)  # until the last process of the run, which all have it open, is gone
         put_client(Path(python))
         # Where the user's has no `sh`, KFP needs one all the same.
         environment["PATH"] = os.pathsep.join([python, *filter(None, [environment.get("PATH")]), os.defpath])
@@ -119,12 +119,8 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
 
 def _last_alive(run_dir: Path) -> float | None:
     """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
-    try:
-        with (run_dir / LOG).open("r+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.fstat(log.fileno()).st_mtime
-    except OSError:  # somebody has it locked, or it was not begun by `nvila run`
-        return None
+    # None as well: it was not begun by `nvila run`, or there are no locks.
+    return (run_dir / LOG).stat().st_mtime if locks.is_held(run_dir / LOG) is False else None
 
 
 def _write_report(run_dir: Path) -> None:
@@ -210,9 +206,9 @@ def _point_latest(run_dir: Path) -> None:
     """`runs/latest` -> the newest run, replaced in one step."""
     fresh = run_dir.parent / f".latest.{os.getpid()}"
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(run_dir.name)
     try:
+        fresh.symlink_to(run_dir.name)
         fresh.replace(run_dir.parent / "latest")
-    except OSError as error:  # a folder in its place
-        fresh.unlink()
-        say(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}")
+    except OSError as error:  # a folder in its place, or a file system without links
+        fresh.unlink(missing_ok=True)
+        say(f"{run_dir.parent / 'latest'} does not lead to this run ({error.strerror}): it lies in {run_dir}")

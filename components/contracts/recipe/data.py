@@ -12,12 +12,12 @@ from nvila.components.contracts.recipe.section import Section
 
 SPLITS = ("sft", "captions", "heldout")
 """Annotation files of a source: `sft` (questions and answers for stages 4 and 5), `captions` (image-text pairs for
-stages 1 to 3), `heldout` (never trained on). `labels.json` is optional, for `initialize`."""
+stages 1 to 3), `heldout` (never trained on). A source has those that the recipe's stages and evaluation draw."""
 LABELS = "labels"
-REQUIRED = ("sft", "heldout")
+"""Optional, for `initialize`."""
 Layout = Literal["llava"]
-SUFFIXES: dict[Layout, str] = {"llava": ".json"}
-"""Of the annotation files of each layout. How their records are read is `data/layouts.py`'s."""
+SUFFIXES: dict[Layout, tuple[str, ...]] = {"llava": (".json", ".jsonl")}
+"""Of the annotation files of each layout, any of which will do. How their records are read is `data/layouts.py`'s."""
 
 
 class Source(Section):
@@ -26,9 +26,10 @@ class Source(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     kind: Literal["image", "video"]
     path: str
-    """Folder with `sft.json`, `heldout.json`, optionally `captions.json` and `labels.json`, and the media they name."""
+    """Folder with `sft.json`, `captions.json` and `heldout.json`, as far as the recipe draws them, optionally
+    `labels.json`, and the media that they name."""
     layout: Layout = "llava"
-    """How conversations lie in the annotation files: `llava` is a JSON list in LLaVA's form."""
+    """How conversations lie in the annotation files: `llava` is a JSON list or JSON lines in LLaVA's form."""
     demo: Literal["shapes", "digits", "clips"] | None = None
     """Build this demonstration source at `path` first when it is not there."""
     demo_scale: float = Field(default=1.0, gt=0, le=1)
@@ -52,8 +53,14 @@ class Source(Section):
         return "llava" if name == LABELS else self.layout
 
     def annotation(self, name: str) -> Path:
-        """The annotation file `name`: a split, or the labels."""
-        return Path(self.path, name + SUFFIXES[self.layout_of(name)])
+        """The annotation file `name` (a split, or the labels): the one that is there, else by its first suffix."""
+        paths = [Path(self.path, name + suffix) for suffix in SUFFIXES[self.layout_of(name)]]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def annotations(self) -> dict[str, Path]:
+        """The annotation files that are there, by name, each with its absolute path."""
+        found = {name: self.annotation(name).absolute() for name in (*SPLITS, LABELS)}
+        return {name: path for name, path in found.items() if path.is_file()}
 
 
 class Validation(Section):
@@ -70,7 +77,7 @@ class Validation(Section):
     max_video_frames: int = Field(default=200_000, gt=0)
     max_text_chars: int = Field(default=32_768, gt=0)
     max_quarantined_share: float = Field(default=0.05, ge=0, le=1)
-    """More spoilt records than this share of a source stop the run: something is systematically wrong."""
+    """More spoilt records than this share of a source, rounded up, stop the run: something is systematically wrong."""
     min_source_share: float = Field(default=0.01, ge=0, le=1)
     """Each source must hold at least this share of all SFT records."""
 

@@ -66,6 +66,18 @@ class Recipe(Section):
         return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
 
     @property
+    def drawn(self) -> dict[str, dict[str, list[str]]]:
+        """What draws samples: by source and split, in words."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for number, stage in enumerate(self.train.stages, 1):
+            for subset in stage.data if stage else ():
+                source, _, split = subset.partition(".")
+                found.setdefault(source, {}).setdefault(split, []).append(f"stage {number}")
+        for source in self.evaluate.sources:
+            found.setdefault(source, {})["heldout"] = ["the evaluation"]
+        return found
+
+    @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
         scored = any(one.engine == "vllm" for one in self.references.values())
