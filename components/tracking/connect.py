@@ -147,7 +147,7 @@ def _ask(uri: str) -> None:
         raise ConfigError(
             "a folder cannot be the tracking store, as MLflow keeps its registry in a database",
             where=redact_text(uri),
-            do=f"Set {name_of('mlflow_tracking_uri')} to sqlite:////FOLDER/mlflow.db or to a server, or to nothing: "
+            do=f"Set {name_of('mlflow_tracking_uri')} to the URL of a database or of a server, or to nothing: "
             "then it is mlflow.db in the folder of runs.",
         )
     if scheme in ("http", "https"):

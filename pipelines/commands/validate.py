@@ -70,7 +70,7 @@ def check(recipe: str, overrides: Iterable[str], store: Path) -> Checked:
     )
     with (
         TemporaryDirectory(prefix="nvila-") as run,
-        entered(current().model_copy(update={"store": place.root, "run": Path(run, "validate")})) as here,
+        entered(current().model_copy(update={"store": place.root, "run": Path(run, VALIDATE)})) as here,
     ):
         preflight.prepare(preflight.Settings.model_validate(slices(checked)[PREFLIGHT]))
         preflight.refuse(checks.data_problems(sources, checked.drawn))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -64,14 +65,21 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         words = in_words(m.metric for stage in summary.stages.values() for m in stage.values())
         _print_table(console, f"{words} before training and after each stage", _stage_table(summary.stages))
     console.print()
-    resolved = run.result(Resolution)
-    if resolved and (gates := Recipe.model_validate(resolved.recipe).open_gates):
+    if gates := _open_gates(run):
         print_line(console, f"{'gates':<12} {gates}")
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
     if summary.endpoint and (example := curl_example(run)):
         console.print("\nask the served model about a picture:")
         print_line(console, example)
+
+
+def _open_gates(run: Run) -> str:
+    resolved = run.result(Resolution)
+    try:
+        return Recipe.model_validate(resolved.recipe).open_gates if resolved else ""
+    except ValidationError:  # of a run of another version
+        return ""
 
 
 def curl_example(run: Run) -> str | None:

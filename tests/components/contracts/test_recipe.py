@@ -176,7 +176,7 @@ PRUNES = {"prune-image", "prune-video"}
         ("evaluate.gate.above_question_only", False, {"gate"}),
         ("prune.keep_ratio", 0.25, PRUNES),
         ("train.stages.3.learning_rate", 1.0, {"train-4"}),
-        ("train.stages.3", None, {"prune-image", "train-4"}),
+        ("train.stages.3", None, {"preflight", "prune-image", "train-4"}),
         ("train.precision", "fp32", STAGES),
         ("quantize.method", "rtn", {"quantize"}),
         ("quantize.gate.max_loss", 0.5, {"gate-quantized"}),
