@@ -27,6 +27,9 @@ from nvila.components.model.vision.visual import encode_visuals
 from nvila.components.serve.config import NVILAServingConfig
 from nvila.components.serve.processing import MODALITIES, NVILADummyInputs, NVILAProcessingInfo, NVILAProcessor
 from nvila.components.serve.tower import build_tower
+from nvila.components.serve.unpacked import register_unpacked
+
+register_unpacked()
 
 
 @MULTIMODAL_REGISTRY.register_processor(NVILAProcessor, info=NVILAProcessingInfo, dummy_inputs=NVILADummyInputs)
