@@ -24,7 +24,7 @@ Nvila = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipe list", "recipe show"])
+@pytest.mark.parametrize("command", [*COMMANDS, "recipe list", "recipe show", "recipe schema"])
 def test_every_command_has_help_with_an_example(nvila: Nvila, command: str) -> None:
     """Help without an example sends people to the source."""
     shown = nvila(*command.split(), "--help")

@@ -108,3 +108,28 @@ def test_a_recipe_that_extends_a_file_is_handed_on_whole(tmp_path: Path) -> None
     assert fill_in(form) == recipe
     form, recipe = asked_for("micro", [])
     assert (form.recipe, json.loads(form.overrides)) == ("micro", {})
+
+
+def test_relative_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe beside its data would find them from one working directory only; a pod has none of these folders."""
+    base = tmp_path / "team" / "base.yaml"
+    base.parent.mkdir()
+    base.write_text("extends: micro\ndata: {sources: {shapes: {path: data/shapes}}}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: team/base.yaml\ndata: {sources: {digits: {path: data/digits}}}\n")
+    (tmp_path / "link").symlink_to(tmp_path / "team")
+
+    def paths(*overrides: str, **options: bool) -> list[str]:
+        form, recipe = asked_for(str(mine), overrides, **options)
+        assert fill_in(form) == recipe
+        return [source.path for source in recipe.data.sources]
+
+    for typed in (mine, Path("mine.yaml"), Path("team/../mine.yaml")):
+        monkeypatch.chdir(tmp_path)
+        mine = tmp_path / typed
+        assert paths() == ["team/data/shapes", "data/digits", "data/micro/clips"], "from its own folder"
+    monkeypatch.chdir(base.parent)
+    mine = Path("../mine.yaml")
+    assert paths() == ["data/shapes", str(tmp_path / "data/digits"), "data/micro/clips"]
+    assert paths("data.sources.digits.path=here") == ["data/shapes", "here", "data/micro/clips"]
+    assert paths(here=False) == ["data/shapes", "data/digits", "data/micro/clips"], "below the shared volume"

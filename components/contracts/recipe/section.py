@@ -30,7 +30,7 @@ Batch = Annotated[int, Field(ge=1, le=2**20)]
 """In samples: a million is far beyond what any optimizer gains by."""
 Questions = Annotated[int, Field(ge=1, le=10**7)]
 """Ten million answers take one GPU months."""
-Tokens = Annotated[int, Field(ge=16, le=2**20)]
+Tokens = Annotated[int, Field(ge=8, le=2**20)]
 """Of a row: fewer hold no question with its answer; no Qwen2 has more positions."""
 
 

@@ -66,7 +66,7 @@ def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source
     """Mending one problem at a time costs a run each."""
     Path(source.path, "heldout.json").unlink()
     settings["drawn"] = {"digits": {"sft": ["stage 4", "stage 5"], "heldout": ["the evaluation"]}}
-    settings["needs"] = {"memory_bytes": 10**18, "disk_bytes": 10**18}
+    settings["needs"] = {"memory_bytes": 10**15, "disk_bytes": 10**18}
     with pytest.raises(PreflightError) as caught:
         _run(settings, tmp_path)
     message = str(caught.value)
@@ -164,7 +164,7 @@ def test_the_key_changes_with_the_data_and_with_problems_only(settings: dict, so
     assert step.external(settings, Environment.read()) == first
     Path(source.path, "sft.json").write_text(json.dumps(RECORD * 2))
     assert step.external(settings, Environment.read()) != first
-    settings["needs"]["memory_bytes"] = 10**18
+    settings["needs"]["memory_bytes"] = 10**15
     assert step.external(settings, Environment.read())["problems"] != []
 
 
@@ -183,7 +183,7 @@ def test_a_pod_is_not_asked_for_what_other_pods_have(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: int
 ) -> None:
     """The pod of preflight is small and has no vLLM: judged by it, no large recipe would ever start on a cluster."""
-    settings |= {"needs": {"memory_bytes": 10**18, "disk_bytes": 1}, "vllm": True}
+    settings |= {"needs": {"memory_bytes": 10**15, "disk_bytes": 1}, "vllm": True}
     monkeypatch.setenv("NVILA_SERVE_PYTHON", str(tmp_path / "no-python"))
     monkeypatch.setenv("NVILA_RUN_ID", "2b4c")
     _run(settings, tmp_path)
