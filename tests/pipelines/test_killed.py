@@ -176,3 +176,24 @@ def test_signal_9_is_named(tmp_path: Path) -> None:
     assert "validate was killed by signal 9 (SIGKILL), often the system's out-of-memory killer" in (
         write_summary(Run.read(run), 1.0, 0, Exit.FAULT).message or ""
     )
+
+
+ASK = """
+import os, subprocess, sys, time
+os.mkfifo(sys.argv[1])
+command = [sys.executable, "-m", "nvila.components.serve.batch", sys.argv[1], "out", "--model", "m", "--what", "{}"]
+print(subprocess.Popen([*command, "--parent", str(os.getpid())]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_step_leaves_no_vllm_behind(tmp_path: Path) -> None:
+    """It went on for an hour, with the memory of a model, and nobody read its answers."""
+    asked = tmp_path / "asked"
+    step = subprocess.Popen([sys.executable, "-c", ASK, str(asked)], stdout=subprocess.PIPE, text=True)
+    assert step.stdout
+    vllm = psutil.Process(int(step.stdout.readline()))
+    with asked.open("w"):  # it is read by now: the child has come up
+        step.kill()
+        step.wait()
+        assert not psutil.wait_procs([vllm], timeout=10)[1]
