@@ -25,6 +25,18 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> Non
         os.kill(os.getpid(), number)
 
 
+def killed_by(number: int) -> str:
+    """Words for a process that a signal ended, to be said at once: memory is told as it is now."""
+    import psutil
+
+    words = f"killed by signal {number} ({signal.Signals(number).name})"
+    if number != signal.SIGKILL:
+        return words
+    memory = psutil.virtual_memory()
+    left = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory were free right after"
+    return f"{words}, often the system's out-of-memory killer; {left}"
+
+
 @contextmanager
 def forking() -> Iterator[None]:
     """Fork in this context, and the child's garbage collector leaves the parent's objects alone.

@@ -29,6 +29,10 @@ from nvila.components.tracking.redact import redact_text
 R = TypeVar("R", bound=Result)
 
 
+KILLED = "killed.txt"
+"""In the run's folder: what killed a step that could not say it itself."""
+
+
 class Status(StrEnum):
     """How far a step is, or how it ended."""
 

@@ -7,6 +7,7 @@ as its chunk is done, so that killed work goes on where it was. `batch_process` 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import deque
@@ -135,7 +136,7 @@ def _told(
     if len(answers) < len(requests):
         write_atomic(asked, "".join(json.dumps({"index": i, **r}) + "\n" for i, r in enumerate(wanted)))
         command = [str(python), "-m", "nvila.components.serve.batch", str(asked), str(answered)]
-        command += ["--model", str(model_dir), "--what", json.dumps(what)]
+        command += ["--model", str(model_dir), "--what", json.dumps(what), "--parent", str(os.getpid())]
         variables = serve_variables(threads)
         variables["VLLM_LOGGING_LEVEL"] = "ERROR"  # in one process vLLM warns at every request
         # A second process costs another import of everything (20 s on two cores) and buys nothing with one worker.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts import jsonlines
+from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
@@ -39,7 +41,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--what", type=json.loads, required=True)
+    parser.add_argument("--parent", type=int, help="process id: end when it ends, even by SIGKILL")
     args = parser.parse_args(arguments)
+    if args.parent:
+        die_with_parent(args.parent, signal.SIGKILL)
 
     requests = jsonlines.parse(args.requests.read_text(encoding="utf-8"))
     done = read_answers(args.answers)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from nvila.components.contracts import locks
@@ -59,11 +62,11 @@ def run(
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
     for line in remarks(recipe, checked):
         say(line)
-    run_dir = _new_run(runs.absolute(), checked.name)
-    return _run_checked(form, run_dir, store.absolute())
+    with _Stop() as stop:
+        return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop)
 
 
-def _run_checked(form: Form, run_dir: Path, store: Path) -> Summary:
+def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary:
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -73,12 +76,13 @@ def _run_checked(form: Form, run_dir: Path, store: Path) -> Summary:
     sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
     threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
-    code = _watched(run_dir, store, console)
+    code = _watched(run_dir, store, console, stop)
     met: set[str] = set()
-    while (damage := _damage_met(run_dir)) and damage not in met:  # a disk that damages it each time ends this
+    # A disk that damages it each time ends this.
+    while not stop.asked and (damage := _damage_met(run_dir)) and damage not in met:
         met.add(damage)
         print_line(console, tell(f"{damage}\nthe damaged work is done again"))
-        code = _watched(run_dir, store, console)
+        code = _watched(run_dir, store, console, stop)
     sampler.stop()
     over = Run.read(run_dir)
     exit_code = _exit_code(over, code)
@@ -94,7 +98,7 @@ def _damage_met(run_dir: Path) -> str | None:
     return next((step.message for step in statuses(run_dir) if step.damaged), None)
 
 
-def _watched(run_dir: Path, store: Path, console: Console) -> int:
+def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop) -> int:
     """Start the child, show its progress, pass signals on; return its exit code."""
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -103,7 +107,6 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
         tempfile.TemporaryDirectory(prefix="nvila-") as python,
         (run_dir / LOG).open("a+b") as log,
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
-        _Stop() as stop,
     ):
         locks.share(log)  # until the last process of the run, which all have it open, is gone
         put_client(Path(python))
@@ -157,14 +160,22 @@ def _close_tracking(run_dir: Path, code: Exit) -> None:
 
 
 class _Stop:
-    """Collects SIGINT and SIGTERM; the child gets one SIGTERM for the first, and is killed when it does not end."""
+    """Collects what asks a run to stop, from its first process to its last word, which so is always said.
+
+    The first time the steps get one SIGTERM and may save their progress; when it comes again, or they do not end, all
+    of them are killed. What is ignored already (`nohup`) stays so.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0
+        """How often."""
         self._deadline: float | None = None
 
     def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,14 +183,35 @@ class _Stop:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: object) -> None:
-        self.asked = True
+        self.asked += 1
+        if signum == signal.SIGHUP:
+            _let_go_of_terminal()
 
     def pass_on(self, child: subprocess.Popen[bytes]) -> None:
         if self.asked and self._deadline is None:
             self._deadline = time.monotonic() + GRACE_SECONDS + 10
             child.terminate()
-        elif self._deadline is not None and time.monotonic() > self._deadline:
-            os.killpg(child.pid, signal.SIGKILL)
+        if self.asked > 1 or (self._deadline is not None and time.monotonic() > self._deadline):
+            _kill_all(child.pid)
+
+
+def _let_go_of_terminal() -> None:
+    """Write to nowhere what was for a terminal that has gone: each line would be an error."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def _kill_all(leader: int) -> None:
+    """End the process, its group and its descendants, those that have left the group (ranks, servers) among them."""
+    with suppress(psutil.Error):
+        for process in psutil.Process(leader).children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _exit_code(run: Run, child_code: int) -> Exit:

@@ -246,6 +246,6 @@ def test_a_run_finds_a_shell_whatever_the_path(
 
     popen = subprocess.Popen
     monkeypatch.setattr(local_run.subprocess, "Popen", start)
-    assert local_run._watched(tmp_path, tmp_path, Console(quiet=True)) == 7
+    assert local_run._watched(tmp_path, tmp_path, Console(quiet=True), local_run._Stop()) == 7
     client, *others = started[0]["PATH"].split(os.pathsep)
     assert Path(client).name.startswith("nvila-") and others == [*([path] if path else []), *os.defpath.split(":")]

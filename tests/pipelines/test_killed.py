@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
+from nvila.components.contracts.children import killed_by
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.steps import ROWS
-from nvila.components.runner.status import Run
+from nvila.components.runner.status import KILLED, Run
 from nvila.pipelines.local import run as local
 from nvila.pipelines.local.run import _exit_code, _last_alive, _write_report
 from nvila.pipelines.show.results import show_closing
@@ -72,15 +77,12 @@ def test_a_whole_run_is_done(tmp_path: Path) -> None:
     assert _exit_code(Run.read(left(tmp_path / "r", *ROWS)), Exit.DONE) == Exit.DONE
 
 
-class _Asked:
+class _Asked(local._Stop):
     """A stop that was asked for while the last step ended."""
 
-    asked = True
-
-    def __enter__(self) -> _Asked:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 1
 
     def pass_on(self, child: object) -> None: ...
 
@@ -88,12 +90,11 @@ class _Asked:
 @pytest.mark.parametrize(("code", "said"), [(0, 0), (1, 75), (75, 75)])
 def test_a_stop_that_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: int) -> None:
     """The model is served and the alias moved: `preempted; run it again` would be wrong."""
-    monkeypatch.setattr(local, "_Stop", _Asked)
     monkeypatch.setattr(local.sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "python").chmod(0o755)
     run = left(tmp_path / "runs" / "r")
-    assert local._watched(run, tmp_path / "store", Console(file=io.StringIO())) == said
+    assert local._watched(run, tmp_path / "store", Console(file=io.StringIO()), _Asked()) == said
 
 
 def test_a_run_lives_as_long_as_any_of_its_processes(tmp_path: Path) -> None:
@@ -130,3 +131,69 @@ def test_a_run_that_was_stopped_has_a_report(tmp_path: Path) -> None:
     (run / "report.html").write_text("of the step")
     _write_report(run)
     assert (run / "report.html").read_text() == "of the step"
+
+
+STUBBORN = """#!/bin/sh
+trap '' TERM INT HUP QUIT
+setsid sleep 60 &
+echo $! > {left}.part && mv {left}.part {left}
+while :; do sleep 1; done
+"""
+
+
+@pytest.mark.parametrize("number", local._Stop.SIGNALS)
+def test_a_second_signal_ends_a_run_that_hears_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A closed terminal ended `nvila run` without a summary; a second Ctrl-C left processes outside the group."""
+    python, left_behind = tmp_path / "python", tmp_path / "left"
+    monkeypatch.setattr(local.sys, "executable", str(python))
+    python.write_text(STUBBORN.format(left=left_behind))
+    python.chmod(0o755)
+    run = left(tmp_path / "runs" / "r")
+
+    def ask() -> None:
+        while not left_behind.is_file():
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(local, "_let_go_of_terminal", lambda: None)  # of the tests themselves
+    with local._Stop() as stop:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert local._watched(run, tmp_path / "store", Console(file=io.StringIO()), stop) == Exit.PREEMPTED
+        asking.join()
+    process = psutil.Process(pid) if psutil.pid_exists(pid := int(left_behind.read_text())) else None
+    assert process is None or process.wait(5) is None
+
+
+def test_signal_9_is_named(tmp_path: Path) -> None:
+    """`was killed before it could say why` named neither the signal nor who sends it."""
+    run = left(tmp_path / "r", running="validate")
+    (run / KILLED).write_text(killed_by(signal.SIGKILL))
+    assert "validate was killed by signal 9 (SIGKILL), often the system's out-of-memory killer" in (
+        write_summary(Run.read(run), 1.0, 0, Exit.FAULT).message or ""
+    )
+
+
+ASK = """
+import os, subprocess, sys, time
+os.mkfifo(sys.argv[1])
+command = [sys.executable, "-m", "nvila.components.serve.batch", sys.argv[1], "out", "--model", "m", "--what", "{}"]
+print(subprocess.Popen([*command, "--parent", str(os.getpid())]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_step_leaves_no_vllm_behind(tmp_path: Path) -> None:
+    """It went on for an hour, with the memory of a model, and nobody read its answers."""
+    asked = tmp_path / "asked"
+    step = subprocess.Popen([sys.executable, "-c", ASK, str(asked)], stdout=subprocess.PIPE, text=True)
+    assert step.stdout
+    vllm = psutil.Process(int(step.stdout.readline()))
+    with asked.open("w"):  # it is read by now: the child has come up
+        step.kill()
+        step.wait()
+        assert not psutil.wait_procs([vllm], timeout=10)[1]
