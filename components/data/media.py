@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +106,8 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
 def load_video_frames(path: Path, sampling: Sampling, limits: Limits = Limits()) -> list[Image.Image]:
     """The RGB frames that `sampling` names of those that decode, by the file's average frame rate.
 
-    `path` is a video file or a folder of frames, which are taken in the order of their names and have no rate. Only
+    `path` is a video file or a folder of frames, which are taken in the order of their names
+    (frame2 before frame10, hidden files left out) and have no rate. Only
     the groups of pictures that hold the wanted frames are decoded. Where one of them is damaged, the frames are chosen
     among those before the first damage of the file; `validate` quarantines such files before training.
 
@@ -273,12 +274,19 @@ def _sixteen_bit(image: Image.Image) -> Image.Image:
 
 
 def _frame_files(folder: Path, limits: Limits) -> list[Path]:
-    names = sorted(name for name in folder.iterdir() if name.suffix.lower() in IMAGE_SUFFIXES)
+    seen = (name for name in folder.iterdir() if name.suffix.lower() in IMAGE_SUFFIXES and name.name[0] != ".")
+    names = sorted(seen, key=_natural)
     if not names:
         raise MediaError("undecodable", "the folder holds no frames", folder)
     if len(names) > limits.max_frames:
         raise MediaError("too_long", f"more than {limits.max_frames} frames", folder, len(names))
     return [inside(folder, name.name) for name in names]
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """frame2 before frame10, as people number files."""
+    parts = re.split(r"(\d+)", path.name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
 @contextmanager
@@ -300,11 +308,12 @@ def _opened(path: Path, limits: Limits) -> Iterator[av.container.InputContainer]
 
 
 def _count_packets(path: Path, limits: Limits) -> int:
-    """Frames that the file promises: what its index says, or the packets where it says nothing; nothing is decoded."""
+    """Frames that the file promises to show: what its index says, less what an edit list hides, or the packets where it
+    says nothing; nothing is decoded."""
     with _opened(path, limits) as container:
         stream = container.streams.video[0]
         if stream.frames:
-            return int(stream.frames)
+            return int(stream.frames) - sum(entry.is_discard for entry in stream.index_entries)
         count = 0
         for packet in container.demux(stream):
             count += packet.size > 0
@@ -331,15 +340,17 @@ def _decode(path: Path, limits: Limits, *, strict: bool) -> Iterator[av.video.fr
     import av
 
     with _opened(path, limits) as container:
-        decoded = 0
+        decoded, began = 0, None
         try:
             for frame in container.decode(video=0):
                 decoded += 1
                 if decoded > limits.max_frames:
                     raise MediaError("too_long", f"more than {limits.max_frames} frames", path)
                 _check_pixels(frame.width, frame.height, path, limits)
-                if frame.time is not None and (frame.time > limits.max_seconds or math.isnan(frame.time)):
-                    raise MediaError("too_long", f"more than {limits.max_seconds} s", path, frame.time)
+                if frame.time is not None:
+                    began = frame.time if began is None else began  # a cut out of a recording keeps its clock
+                    if not frame.time - began <= limits.max_seconds:
+                        raise MediaError("too_long", f"more than {limits.max_seconds} s", path, frame.time - began)
                 yield frame
         except av.error.FFmpegError:
             if strict:

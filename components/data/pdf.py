@@ -24,8 +24,8 @@ DOTS_PER_INCH = 150
 """An A4 page becomes 1240 x 1754 pixels, about what the largest tiling keeps of it."""
 LONGEST_SIDE = 4096
 """Pixels; larger pages, posters say, are rendered with fewer dots."""
-SECONDS = 60
-MEMORY_BYTES = 4 * 2**30
+SECONDS = 15
+MEMORY_BYTES = 2 * 2**30
 _PASSWORD = 4
 """PDFium's code for a document that is encrypted with a password."""
 _LIMITS = Limits()

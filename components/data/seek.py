@@ -94,7 +94,13 @@ def _read_packets(
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        if packet.pts is None or packet.pts > latest or packet.is_corrupt or packet.is_discard or len(times) == most:
+        if (
+            packet.pts is None
+            or packet.pts - (times[0] if times else packet.pts) > latest
+            or packet.is_corrupt
+            or packet.is_discard
+            or len(times) == most
+        ):
             return None
         if packet.is_keyframe:
             seeks[len(times)] = packet.pts if packet.dts is None else packet.dts
