@@ -19,7 +19,7 @@ from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
 from nvila.components.serve.server import stop, wait_ready
 from nvila.components.tracking.checkpoints import fetch_version, find_model, identity
-from nvila.components.tracking.connect import connected, experiment_id
+from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
 from nvila.components.tracking.runs import open_step
 from nvila.pipelines.commands import checkpoints
