@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= tiny
 PORT ?= 5000
+RUNS ?= runs
 IMAGES ?= base controller serve quantize
 
 BIN := .venv/bin
@@ -69,9 +70,8 @@ compile: $(MAIN) ## Write the pipeline for a Kubeflow cluster to lifecycle.yaml
 	$(BIN)/nvila compile lifecycle.yaml
 
 .PHONY: ui
-ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000)
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) \
-	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+ui: $(MAIN) ## Open MLflow on 127.0.0.1 (PORT=5000, RUNS=runs)
+	$(BIN)/nvila ui --runs $(RUNS) --port $(PORT)
 
 .PHONY: golden
 golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; look at the diff

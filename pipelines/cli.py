@@ -15,6 +15,8 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
+from nvila.pipelines.show.as_json import put, wanted
+from nvila.pipelines.show.as_json import run as run_for_programs
 
 app = typer.Typer(
     help="NVILA: from a recipe to a validated, trained, quantized and served vision-language model.",
@@ -44,13 +46,26 @@ Model = Annotated[
         "(champion) or number of the newest registered model."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; where it failed, with an `error` in it.")]
 Store = Annotated[Path, typer.Option("--store", callback=_local, help="Folder of finished work, shared between runs.")]
+
+
+def _version(asked: bool) -> None:
+    """Of this package and of what it stands on."""
+    if asked:
+        from nvila.pipelines.show.versions import lines
+
+        typer.echo(lines())
+        raise typer.Exit
 
 
 @app.callback()
 def _all(
     context: typer.Context,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Tell versions.")
+    ] = False,
 ) -> None:
     """Options of every command."""
     for line in notices():
@@ -64,18 +79,50 @@ def run(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
     """Run the whole lifecycle on this machine.
 
-    Exit code: 0 done, 2 wrong input, 3 rejected by a gate, 75 stopped (the same command resumes), 1 a fault.
+    Exit code: 0 done, 2 wrong input, 3 rejected by a gate, 75 stopped (the same command resumes), 1 a fault. --json
+    prints what summary.json holds.
 
     Example: nvila run tiny --override prune.keep_ratio=0.3
     """
     from nvila.pipelines.local.run import run as run_locally
 
-    raise typer.Exit(run_locally(recipe, override or [], runs=runs, store=store))
+    summary = run_locally(recipe, override or [], runs=runs, store=store)
+    if as_json:
+        put(summary.model_dump(mode="json"))
+    raise typer.Exit(int(summary.exit_code))
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    as_json: Json = False,
+    store: Store = Path("store"),
+) -> None:
+    """Check a recipe's data, and nothing else: every record and medium, by the rules of a run.
+
+    Shows how many are good, why others are not, and where quarantine and data docs lie. A later run finds the work in
+    the store. Exit code: 0, or 2 where a run would be stopped.
+
+    Example: nvila validate mine.yaml
+    """
+    from nvila.pipelines.commands.validate import check, render, told
+
+    checked = check(recipe, override or [], store)
+    if as_json:
+        put(told(checked))
+    else:
+        typer.echo(tell(render(checked)))
+    if checked.error:
+        raise checked.error
 
 
 recipes = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
@@ -110,6 +157,17 @@ def show(
     from nvila.pipelines.commands.recipes import show as whole
 
     typer.echo(tell(whole(recipe, override or [])))
+
+
+@recipes.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    Example: nvila recipe schema
+    """
+    from nvila.pipelines.commands.schema import as_text
+
+    typer.echo(as_text())
 
 
 @app.command(name="compile")
@@ -155,7 +213,7 @@ def plan(
         bool | None, typer.Option(help="Look at the cluster of KUBECONFIG; by default where there is one.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace there; the context's by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
@@ -178,7 +236,7 @@ def plan(
     sizes = planning.parse_samples(samples or [])
     made = planning.make_plan(recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster))
     if as_json:
-        typer.echo(planning.as_json(made))
+        put(planning.as_json(made))
     else:
         planning.show(made, Console(width=140))  # a narrow terminal would cut numbers off
     raise typer.Exit(int(planning.exit_code(made)))
@@ -270,6 +328,7 @@ def infer(
     json_schema: Annotated[
         Path | None, typer.Option(callback=_local, help="File with a JSON schema that each answer keeps.")
     ] = None,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Ask a model about pictures and clips.
@@ -279,16 +338,19 @@ def infer(
 
     Example: nvila infer champion --image photo.jpg "What is in row 2, column 1?"
     """
-    from nvila.pipelines.commands.ask import Answering, Question
+    from nvila.pipelines.commands.ask import Answering, Question, whole
     from nvila.pipelines.commands.ask import infer as answer
 
     named = {"image": iter(image or []), "video": iter(video or [])}
     media = [(kind, next(named[kind])) for kind in context.meta["media"]]
     options = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    for piece in answer(
-        model, Question(question, media, system), Answering(max_new_tokens, options, json_schema), runs
-    ):
-        typer.echo(visible_lines(piece) if sys.stdout.isatty() else piece, nl=False)
+    pieces = answer(model, Question(question, media, system), Answering(max_new_tokens, options, json_schema), runs)
+    if as_json:
+        put({"answers": whole(pieces)})
+        return
+    for piece in pieces:
+        text = "\n" if piece is None else piece
+        typer.echo(visible_lines(text) if sys.stdout.isatty() else text, nl=False)
 
 
 @app.command()
@@ -313,6 +375,7 @@ def convert(
 @app.command()
 def inspect(
     source: Model,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Show a checkpoint's variant, parameters, visual tokens and memory.
@@ -321,7 +384,11 @@ def inspect(
     """
     from nvila.pipelines.commands.checkpoints import inspect as look
 
-    typer.echo(tell(look(source, runs)))
+    described, text = look(source, runs)
+    if as_json:
+        put(described)
+    else:
+        typer.echo(tell(text))
 
 
 @app.command()
@@ -330,6 +397,7 @@ def serve(
     model: Model = "champion",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8321,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
     """Start the endpoint of a model and wait until it answers.
@@ -338,7 +406,11 @@ def serve(
     """
     from nvila.pipelines.commands.endpoint import serve as start
 
-    typer.echo(tell(f"serving at {start(model, host, port, runs, context.obj.api_key)}; `nvila stop` ends it"))
+    served = start(model, host, port, runs, context.obj.api_key)
+    if as_json:
+        put(served.model_dump(include={"url", "model", "version", "pid", "log"}))
+    else:
+        typer.echo(tell(f"serving at {served.url}; `nvila stop` ends it"))
 
 
 ablations = typer.Typer(help="Find out what pays, by leaving it out.", no_args_is_help=True, rich_markup_mode=None)
@@ -388,7 +460,7 @@ def ablate_prune(
 
 
 @app.command()
-def stop(runs: Runs = Path("runs")) -> None:
+def stop(as_json: Json = False, runs: Runs = Path("runs")) -> None:
     """Stop the endpoint that a run or `nvila serve` has started.
 
     Example: nvila stop
@@ -396,13 +468,31 @@ def stop(runs: Runs = Path("runs")) -> None:
     from nvila.pipelines.commands.endpoint import stop as end
 
     stopped = end(runs)
-    typer.echo(tell(f"stopped {', '.join(stopped)}") if stopped else "no endpoint was running")
+    if as_json:
+        put({"stopped": stopped})
+    else:
+        typer.echo(tell(f"stopped {', '.join(stopped)}") if stopped else "no endpoint was running")
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 5000,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Show the runs and the model registry of a folder in MLflow, on 127.0.0.1, until it is interrupted.
+
+    Example: nvila ui --runs /data/runs
+    """
+    from nvila.pipelines.commands.ui import serve as start
+
+    start(runs, port)
 
 
 @app.command()
 def trace(
     model: Model = "champion",
     deep: Annotated[bool, typer.Option("--deep", help="Read every file and medium, not only sizes.")] = False,
+    as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
@@ -413,16 +503,21 @@ def trace(
 
     Example: nvila trace champion
     """
-    from nvila.components.tracking.trace import render
+    from nvila.components.tracking.trace import render, told
     from nvila.components.tracking.trace import trace as walk
 
     tree = walk(store.absolute(), model, runs=runs.absolute(), deep=deep)
-    typer.echo(tell(render(tree)))
+    if as_json:
+        put(told(tree))
+    else:
+        typer.echo(tell(render(tree)))
     raise typer.Exit(int(Exit.DONE if tree.unchanged else Exit.FAULT))
 
 
 def main() -> None:
-    """Entry point: our own errors are one line on stderr and their exit code."""
+    """Entry point: our own errors are one line on stderr, with `--json` an object on stdout; and their exit code."""
+    if wanted(sys.argv[1:]):
+        raise SystemExit(run_for_programs(lambda: app(standalone_mode=False)))
     try:
         app()
     except NvilaError as error:

@@ -90,7 +90,7 @@ class Environment(BaseModel):
 
     pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
     """URL of Kubeflow Pipelines; the option `--host` of `nvila submit` takes it."""
-    pipelines_token: Annotated[SecretStr, _token("KF_PIPELINES_TOKEN")] | None = _variable("KF_PIPELINES_TOKEN", "user")
+    pipelines_token: SecretStr | None = _variable("KF_PIPELINES_TOKEN", "user")
     """Bearer token for `nvila submit`."""
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
     """File of a token that Kubeflow renews in notebooks."""
@@ -307,10 +307,10 @@ _LIBRARIES = {
 }
 
 
-def before_importing(library: str) -> None:
-    """Set what the library reads from this process's variables only; what is set already stays."""
+def before_importing(library: str, also: Mapping[str, str] | None = None) -> None:
+    """Set what the library reads from this process's variables only, and `also` these; what is set already stays."""
     settle()
-    for name, value in _LIBRARIES[library].items():
+    for name, value in {**_LIBRARIES[library], **(also or {})}.items():
         os.environ.setdefault(name, value)
 
 

@@ -33,6 +33,8 @@ class Settings(Section):
     needs: Needs
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
+    drawn: dict[str, dict[str, list[str]]] = {}
+    """What draws samples, by source and split."""
     weights: list[str] = []
     """Where the recipe takes weights from: folders, `s3://`, `hf://`, and versions of the registry."""
 
@@ -91,7 +93,7 @@ def problems(
     """
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
-    found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
+    found += checks.data_problems(settings.data.sources, settings.drawn, demo_can_be_built=demo_can_be_built)
     if is_shared():
         found += checks.tracking_problems(runs)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
@@ -145,9 +147,5 @@ def _serving_problems() -> list[str]:
 
 
 def _annotation_digests(data: DataSettings) -> dict[str, str]:
-    paths = [
-        (f"{source.name}/{path.name}", path)
-        for source in data.sources
-        for path in map(source.annotation, checks.ANNOTATIONS)
-    ]
-    return {label: file_sha256(path) for label, path in paths if path.is_file()}
+    paths = [(f"{source.name}/{path.name}", path) for source in data.sources for path in source.annotations().values()]
+    return {label: file_sha256(path) for label, path in paths}

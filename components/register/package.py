@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.files import link_or_copy
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.register.served import MAX_NEW_TOKENS
 from nvila.components.tracking.columns import model_name
@@ -56,7 +57,7 @@ def log_model(
 
     Args:
         made: manifest of the quantized model; its checkpoint was found whole.
-        scratch: an empty folder's path for the layout; it holds links only and is removed again.
+        scratch: an empty folder's path for the layout; it is removed again.
         run: that it is logged by.
         name: of the registered model; the logged one's is like it.
         params: shown with the logged model.
@@ -98,7 +99,7 @@ def log_model(
 
 
 def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
-    """Links instead of copies: a checkpoint may have many gigabytes, and the upload follows links of files."""
+    """Links where there are any: a checkpoint may have many gigabytes, and the upload follows links of files."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -106,7 +107,7 @@ def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
         if file.uri.startswith(f"{DATA}/"):
             link = folder / file.uri
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(made.folder, file.uri).resolve())
+            link_or_copy(link, Path(made.folder, file.uri).resolve())
     made.save(folder / MANIFEST)
     model = Model(signature=signature(), model_id=model_id)
     pyfunc.add_to_model(model, loader_module=LOADER, data=DATA)

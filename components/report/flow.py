@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
-from nvila.components.runner.status import Run, Status, StepStatus
+from nvila.components.runner.status import Run
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
@@ -50,7 +50,7 @@ def rows(run: Run) -> list[Row]:
         left = 100 * ((step.started or began) - began) / total
         width = 100 * step.seconds / total
         time = "" if step.ended is None else duration(step.seconds)
-        found.append(Row(name, abouts.get(name, ""), _word(step), time, round(left, 2), round(max(width, 0.4), 2)))
+        found.append(Row(name, abouts.get(name, ""), step.in_the_end, time, round(left, 2), round(max(width, 0.4), 2)))
     return found
 
 
@@ -73,7 +73,7 @@ def rail(run: Run, count: int) -> str:
             else:  # a branch comes back right above its child
                 path = f"M{px},{py}L{px},{y - ROW_PIXELS}C{px},{y} {x},{y - half} {x},{y}"
             lines.append(f'<path class="edge" d="{path}"/>')
-        dots.append(f'<circle class="node {css(_word(run.step(name)))}" cx="{x}" cy="{y}" r="6"/>')
+        dots.append(f'<circle class="node {css(run.step(name).in_the_end)}" cx="{x}" cy="{y}" r="6"/>')
     return (
         f'<svg class="rail" width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">'
         f"{''.join(lines)}{''.join(dots)}</svg>"
@@ -99,11 +99,6 @@ def lanes(steps: Sequence[Step]) -> dict[str, int]:
         found[name] = min(set(range(1, len(names) + 1)) - crossed)
         taken.append((found[name], first, last))
     return found
-
-
-def _word(step: StepStatus) -> str:
-    """The step's status in a run that is over: whoever waits has not been reached."""
-    return "not reached" if step.status is Status.WAITING else step.status
 
 
 def css(status: str) -> str:

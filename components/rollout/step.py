@@ -49,7 +49,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
 
 
 def _none(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:
-    return Outcome(kind="endpoint", result=_told(inputs["version"].told(Registration), "not asked for"))
+    return Outcome(kind="endpoint", result=_told(inputs["version"].told(Registration), "registered, not rolled out"))
 
 
 def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:

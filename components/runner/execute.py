@@ -168,7 +168,7 @@ def perform(
                 folder.mkdir(exist_ok=True)
         for name in (MANIFEST, TOMBSTONE, SUSPECT):
             discard(folder / name)
-        began = time.time()
+        began, clock = time.time(), time.monotonic()
         try:
             if step in COMPARED and inputs:
                 from nvila.components.tracking.recorded import compare
@@ -204,7 +204,7 @@ def perform(
             files=files,
             result=outcome.result,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.time() - began, 3),
+            seconds=round(time.monotonic() - clock, 3),
             machine=dict(outcome.machine),
         )
         manifest = store.finish(folder, manifest)

@@ -84,6 +84,11 @@ class StepStatus(BaseModel):
         end = time.time() if self.status is Status.RUNNING else self.ended
         return max(end - self.started, 0.0) if self.started is not None and end is not None else 0.0
 
+    @property
+    def in_the_end(self) -> str:
+        """The status in a run that is over: whoever waits has not been reached."""
+        return "not reached" if self.status is Status.WAITING else self.status
+
     @classmethod
     def read(cls, run_dir: Path, step: str) -> StepStatus:
         """What the step says of itself; `waiting` where it has said nothing, `failed` where its file is damaged."""

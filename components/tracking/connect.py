@@ -6,7 +6,6 @@ The first use of a new sqlite store creates its tables (2.6 s; later about 1 s a
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.addresses import file_url, sqlite_url
 from nvila.components.contracts.environment import before_importing, current, name_of
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
+from nvila.components.contracts.files import standing
+from nvila.components.contracts.locks import alone, lacking
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import redact_text
 
@@ -40,8 +41,11 @@ _NO_ENTRY = ("authentication failed", "no password", "pg_hba.conf", "does not ex
 
 
 def tracking_uri(runs: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed)."""
-    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db")
+    """`MLFLOW_TRACKING_URI`, else a sqlite file in the runs folder (no server is needed).
+
+    On a file system without locks the file has none; `connected` lets one process at a time to it.
+    """
+    return current().mlflow_tracking_uri or sqlite_url(runs / "mlflow.db", locks=not lacking(standing(runs)))
 
 
 def has_store(runs: Path) -> bool:
@@ -81,9 +85,8 @@ def connected(runs: Path, patience_seconds: float | None = None) -> Iterator[Mlf
     uri = tracking_uri(runs)
     wait_for(runs, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
     runs.mkdir(parents=True, exist_ok=True)
-    with (runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        client = _client(uri)
+    with alone(runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")):
+        client = _client(uri, runs)
         with answered(uri):
             yield client
 
@@ -144,7 +147,7 @@ def _ask(uri: str) -> None:
         raise ConfigError(
             "a folder cannot be the tracking store, as MLflow keeps its registry in a database",
             where=redact_text(uri),
-            do=f"Set {name_of('mlflow_tracking_uri')} to sqlite:////FOLDER/mlflow.db or to a server, or to nothing: "
+            do=f"Set {name_of('mlflow_tracking_uri')} to the URL of a database or of a server, or to nothing: "
             "then it is mlflow.db in the folder of runs.",
         )
     if scheme in ("http", "https"):
@@ -177,10 +180,13 @@ def _ask_database(uri: str) -> None:
         raise _unusable(uri, error) from error
 
 
-def _client(uri: str) -> MlflowClient:
+def _client(uri: str, runs: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
+    # MLflow writes the place of its first experiment, by default in the working directory, into SQL as it is: quotes,
+    # colons and backslashes in it end that. In a URL there are none.
+    before_importing("mlflow", {"_MLFLOW_SERVER_ARTIFACT_ROOT": file_url(runs / "mlartifacts")})
     try:
         return load_client()(uri, registry_uri=current().mlflow_registry_uri or uri)
     except (MlflowException, SQLAlchemyError, ValueError, ImportError) as error:

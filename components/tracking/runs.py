@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.files import discard, read_json, write_atomic
@@ -287,9 +288,7 @@ def _log_metrics(client: MlflowClient, run: str, rows: list[tuple[str, float, in
 def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
     """Rows (name, value, ms, step) of `loss.jsonl`, where the step wrote one."""
     path = folder / "loss.jsonl"
-    if not path.is_file():
-        return []
-    lines = list(_lines(path))
+    lines = [record for record in jsonlines.whole(path) if isinstance(record.get("step"), int)]
     every = max(1, -(-len(lines) // CURVE_POINTS))
     kept = lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
     return [
@@ -298,17 +297,6 @@ def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
         for name, value in line.items()
         if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file of JSON lines; a line that a crash has cut off, or that is none of ours, is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int):
-            yield content
 
 
 def _log_files(client: MlflowClient, run: str, manifest: Manifest) -> None:

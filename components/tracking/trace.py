@@ -6,12 +6,12 @@ them are read in one store: that of the start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nvila.components.contracts.digests import file_sha256
-from nvila.components.contracts.errors import ConfigError, NvilaError
+from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, to_record
 from nvila.components.contracts.manifest import File, InputRef, Manifest, OlderVersion
 from nvila.components.contracts.places import is_address
 from nvila.components.contracts.store import MANIFEST, Store
@@ -119,6 +119,14 @@ def render(tree: Tree) -> str:
         if len(every) > SOURCES_SHOWN:
             lines.append(f"  read  {len(every) - SOURCES_SHOWN} more files")
     return "\n".join([*lines, "", _verdict(tree)])
+
+
+def told(tree: Tree) -> dict[str, Any]:
+    """The walk for programs."""
+    nodes = [asdict(node) | {"sources": [file.model_dump() for file in node.sources]} for node in tree.nodes]
+    told = {"title": tree.title, "deep": tree.deep, "sound": tree.sound, "unchanged": tree.unchanged, "nodes": nodes}
+    lost = DamagedError(_verdict(tree), where=tree.title, do="Run the recipe again; it makes what is missing anew.")
+    return told if tree.unchanged else told | {"error": to_record(lost)}
 
 
 def _verdict(tree: Tree) -> str:

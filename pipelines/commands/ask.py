@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,8 +40,8 @@ class Answering:
     """A file; each answer is JSON of this schema."""
 
 
-def infer(reference: str, question: Question, answering: Answering, runs: Path) -> Iterator[str]:
-    """The answers in pieces as they are made, a line break behind each.
+def infer(reference: str, question: Question, answering: Answering, runs: Path) -> Iterator[str | None]:
+    """The answers in pieces as they are made, None behind each.
 
     Each text is asked in turn, with the turns before it and the media that have their place up to there.
 
@@ -78,9 +78,20 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
             pieces.append(piece)
             yield piece
         turns.append(Turn("gpt", "".join(pieces)))
-        yield "\n"
+        yield None
         if answering.json_schema is not None:
             _check_complete(turns[-1].text, answering.max_new_tokens)
+
+
+def whole(pieces: Iterable[str | None]) -> list[str]:
+    """The answers of `infer`, one text each."""
+    answers = [""]
+    for piece in pieces:
+        if piece is None:
+            answers.append("")
+        else:
+            answers[-1] += piece
+    return answers[:-1]
 
 
 def _media(question: Question, config: ModelConfig) -> list[tuple[Literal["image", "video"], Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nvila.components.contracts.environment import before_importing
 from nvila.components.tracking.checkpoints import find_model
@@ -23,8 +25,8 @@ def convert(reference: str, target: Path, layout: str, dtype: str | None, runs: 
     return f"{made.folder}: {made.source} to {layout}, {made.tensors} tensors, {made.bytes / 1e9:.2f} GB"
 
 
-def inspect(reference: str, runs: Path) -> str:
-    """What a checkpoint is, as lines for a terminal.
+def inspect(reference: str, runs: Path) -> tuple[dict[str, Any], str]:
+    """What a checkpoint is, for programs and as lines for a terminal.
 
     Raises:
         ConfigError: not what this model computes; further errors as of `find_model`.
@@ -32,4 +34,8 @@ def inspect(reference: str, runs: Path) -> str:
     """
     from nvila.components.model.checkpoint.describe import describe, render
 
-    return render(describe(find_model(reference, runs).folder))
+    model = find_model(reference, runs)
+    described = describe(model.folder)
+    found = {"name": model.name, "version": model.version, "folder": str(model.folder)}
+    registered = f"{model.name} version {model.version} in {model.folder}\n\n" if model.version != "0" else ""
+    return found | asdict(described), registered + render(described)

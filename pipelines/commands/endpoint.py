@@ -10,14 +10,15 @@ from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.rollout.local import Wanted, start
 from nvila.components.serve import endpoint as records
 from nvila.components.serve import server
+from nvila.components.serve.endpoint import Endpoint
 from nvila.components.serve.interpreter import serve_python
 from nvila.components.tracking.checkpoints import find_model
 
 DEADLINE_SECONDS = 300.0
 
 
-def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | None) -> str:
-    """Start the endpoint of a model, wait until it answers, and return its URL; nothing to do when it runs already.
+def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | None) -> Endpoint:
+    """Start the endpoint of a model, wait until it answers, and return it; nothing to do when it runs already.
 
     Raises:
         ConfigError: no such model, or one that vLLM does not read.
@@ -40,12 +41,12 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
         running = records.read(runs)
         if running and running.alive:
             if wanted.served_by(running):
-                return running.url
+                return running
             raise PreflightError(
                 f"{running.model} version {running.version} is being served at {running.url}", do="`nvila stop` first."
             )
         endpoint, _ = start(runs, wanted, port, DEADLINE_SECONDS, records.ENDPOINT)
-    return endpoint.url
+    return endpoint
 
 
 def stop(runs: Path) -> list[str]:

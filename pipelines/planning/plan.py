@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +24,7 @@ from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
@@ -32,9 +32,11 @@ from nvila.pipelines.planning.checks import Finding, Need, look
 from nvila.pipelines.planning.cost import GPUS, Gpu, Subset
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
+from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
 from nvila.pipelines.planning.shape import Shape, shape_of
 from nvila.pipelines.planning.speed import Speed, speed_here
+from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line
 
 GB = 10**9
@@ -60,7 +62,10 @@ class StagePlan:
     samples: int | None
     tokens: float | None
     hours: float | None
+    """As the other two nothing where the store has the work already."""
     cost: float | None
+    minutes_here: float | None
+    """On this machine, all cores together; None where the recipe wants a GPU."""
 
     def fits(self, gpu: Gpu) -> bool | None:
         """Whether its memory fits the GPU, beside what CUDA and NCCL take."""
@@ -72,7 +77,9 @@ class Plan:
     """Everything that is shown."""
 
     recipe: str
-    store: dict[str, str]
+    remarks: list[str]
+    """On a recipe that is right, and should be known."""
+    store: Mapping[str, str]
     """By step: hit, miss, unknown or always."""
     places: dict[str, Placement]
     """By step, what its work asks of a cluster."""
@@ -87,6 +94,8 @@ class Plan:
     """About models whose sizes are not known."""
     here: list[str]
     """What preflight would refuse on this machine."""
+    opened: list[Opened]
+    """A sample of each source that is here."""
     not_asked: list[str]
     """Weights on the hub: whether they are there is found out by the run."""
     looked: str
@@ -97,7 +106,9 @@ class Plan:
     @property
     def refused(self) -> bool:
         """Whether the run would be: by the cluster where there is one, else by this machine."""
-        return bool(self.here) if self.findings is None else any(finding.refused for finding in self.findings)
+        if self.findings is None:
+            return bool(self.here) or any(opened.refused for opened in self.opened)
+        return any(finding.refused for finding in self.findings)
 
 
 def make_plan(
@@ -122,9 +133,12 @@ def make_plan(
     shape = shape_of(checked.model)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     small = checked.model.base.llm is None
-    here = speed_here(shape, known, store) if small and shape and checked.train.pruned and known else None
+    opened = open_samples(checked.data)
+    here = speed_here(shape, known, store) if small and shape and known else None
     rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
-    pruning, assumed = pruned.plans(checked, known, rates)
+    found = dict(verdicts(form, store, runs))
+    done = {step for step, verdict in found.items() if verdict == "hit"}
+    pruning, assumed = pruned.plans(checked, known, rates, done)
     site = Site() if not small else Site(gpus_per_node=0)  # small models can do without
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
@@ -137,11 +151,12 @@ def make_plan(
             looked = f"{error}; only this machine was looked at"
     return Plan(
         recipe=checked.name,
-        store=dict(verdicts(form, store, runs)),
+        remarks=remarks(recipe, checked),
+        store=found,
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
         stages=[
-            _stage(step, stage, checked, shape, known, assumptions)
+            _stage(step, stage, checked, shape, known, rates, done)
             for step, stage in zip(STAGES, checked.train.stages, strict=False)
             if stage
         ],
@@ -150,6 +165,7 @@ def make_plan(
         speed_here=here,
         assumed=assumed,
         here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights, runs),
+        opened=opened,
         not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
         looked=looked,
         findings=findings,
@@ -192,13 +208,14 @@ def _stage(
     recipe: Recipe,
     shape: Shape | None,
     known: Mapping[str, Subset],
-    assumptions: Assumptions,
+    rates: Rates,
+    done: Collection[str],
 ) -> StagePlan:
     train = recipe.train
     drawn = cost.samples_of(stage, known, recipe.prune)
     samples = sum(drawn.values()) if drawn is not None else None
     if shape is None:
-        return StagePlan(step, train.gpus, None, samples, None, None, None)
+        return StagePlan(step, train.gpus, None, samples, None, None, None, None)
     kinds = {source.name: source.kind for source in recipe.data.sources}
     seen = [shape.video if kinds[name.partition(".")[0]] == "video" else shape.image for name in stage.data]
     need = states.memory(
@@ -211,12 +228,11 @@ def _stage(
         recompute=stage.gradient_checkpointing,
     )
     if drawn is None:
-        return StagePlan(step, train.gpus, need, None, None, None, None)
+        return StagePlan(step, train.gpus, need, None, None, None, None, None)
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
-    peak = getattr(assumptions.gpu, PRECISIONS[train.precision].products)
-    hours = operations / (train.gpus * peak * assumptions.mfu) / 3600
-    price = hours * train.gpus * assumptions.gpu_hour_price
-    return StagePlan(step, train.gpus, need, samples, tokens, hours, price)
+    effort = rates.effort(0.0 if step in done else operations, PRECISIONS[train.precision].products)
+    hours = effort.gpu_hours / train.gpus
+    return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here)
 
 
 def _weights(weights: Iterable[str], runs: Path) -> list[str]:
@@ -227,16 +243,18 @@ def _weights(weights: Iterable[str], runs: Path) -> list[str]:
         return [str(error)]
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: Plan) -> dict[str, Any]:
     """For programs: bytes, hours and counts as numbers, null where not known."""
     content = asdict(plan) | {"refused": plan.refused}
+    if plan.refused:
+        content |= refusal(PreflightError("the run would be refused: " + "; ".join(_reasons(plan))))
     for stage, record in zip(plan.stages, content["stages"], strict=True):
         if stage.memory:
             record["memory"]["peak"] = stage.memory.peak
         record["fits"] = stage.fits(plan.assumptions.gpu)
     for step, record in zip(plan.pruning, content["pruning"], strict=True):
         record |= {"pays": step.pays, "verdict": step.verdict}
-    return json.dumps(content, indent=1)
+    return content
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -253,22 +271,25 @@ def exit_code(plan: Plan) -> Exit:
 
 def _steps(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, title=f"{plan.recipe}: steps", title_justify="left")
+    here = plan.speed_here is not None
     for name in ("step", "store"):
         table.add_column(name)
-    for name in ("GPUs", "samples", "tokens", "hours", "cost"):
+    for name in ("GPUs", "samples", "tokens", *(("minutes",) if here else ("hours", "cost"))):
         table.add_column(name, justify="right")
+
+    def amounts(stages: Sequence[StagePlan]) -> list[str]:
+        columns = ("minutes_here",) if here else ("hours", "cost")
+        values = [[getattr(stage, column) for stage in stages] for column in columns]
+        return [_number(None if None in column else sum(column), ",.1f" if here else ",.2f") for column in values]
+
     stages = {stage.step: stage for stage in plan.stages}
-    whole = [stage for stage in plan.stages if stage.hours is not None and stage.cost is not None]
     for step in plan.store:
         if stage := stages.get(step):
             numbers = (f"{stage.gpus}", _number(stage.samples, ","), _number(stage.tokens, ",.0f"))
-            table.add_row(step, plan.store[step], *numbers, _number(stage.hours, ",.2f"), _number(stage.cost, ",.2f"))
+            table.add_row(step, plan.store[step], *numbers, *amounts([stage]))
         else:
             table.add_row(step, plan.store[step], "" if plan.places[step].gpus == "0" else plan.places[step].gpus)
-    complete = len(whole) == len(plan.stages)
-    hours = sum(stage.hours or 0 for stage in whole) if complete else None
-    price = sum(stage.cost or 0 for stage in whole) if complete else None
-    table.add_row("training", "", "", "", "", _number(hours, ",.2f"), _number(price, ",.2f"))
+    table.add_row("training", "", "", "", "", *amounts(plan.stages))
     return table
 
 
@@ -312,18 +333,27 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     given = plan.assumptions
-    lines = ["", states.FORMULA, "", cost.FORMULA, *([pruned.FORMULA] if plan.pruning[-1].sources else []), ""]
-    lines.append(
-        f"assumed: {given.gpu.name} with {given.gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {given.gpu.fp32 / 1e12:.0f} "
-        f"in fp32, MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour; every medium takes its most tokens; "
-        f"{cost.CHARACTERS_PER_TOKEN} characters a token, {cost.TEXT_TOKENS} tokens of text where --samples gives "
-        "a number. Steps other than training and pruning are not estimated"
+    lines = [
+        "",
+        *plan.remarks,
+        states.FORMULA,
+        "",
+        cost.FORMULA,
+        *([pruned.FORMULA] if plan.pruning[-1].sources else []),
+        "",
+    ]
+    speed, gpu = plan.speed_here, given.gpu
+    rate = (
+        f"{speed.operations_a_second:.1e} operations a second of this machine, as {speed.evidence}"
+        if speed
+        else f"{gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {gpu.fp32 / 1e12:.0f} in fp32, "
+        f"MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour"
     )
-    if plan.speed_here:
-        speed = plan.speed_here
-        lines.append(
-            f"minutes of this machine: {speed.operations_a_second:.1e} operations a second, as {speed.evidence}"
-        )
+    lines.append(
+        f"assumed: {rate}; every medium takes its most tokens; {cost.CHARACTERS_PER_TOKEN} characters a token, "
+        f"{cost.TEXT_TOKENS} tokens of text where --samples gives a number. Steps other than training and pruning are "
+        "not estimated; a step that the store has (hit) takes nothing"
+    )
     lines += [f"assumed: {words}" for words in plan.assumed]
     if any(stage.samples is None for stage in plan.stages):
         lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")
@@ -334,8 +364,16 @@ def _notes(plan: Plan) -> list[str]:
     return lines
 
 
+def _reasons(plan: Plan) -> list[str]:
+    """What the run would be refused for."""
+    if plan.findings is not None:
+        return [finding.text for finding in plan.findings if finding.refused]
+    return [*plan.here, *(opened.words for opened in plan.opened if opened.refused)]
+
+
 def _refusals(plan: Plan) -> list[str]:
-    lines = [f"preflight would refuse here: {problem}" for problem in plan.here] or ["preflight would pass here"]
+    lines = [f"preflight would refuse here: {problem}" for problem in plan.here]
+    lines += [f"{'validate would refuse: ' if opened.refused else ''}{opened.words}" for opened in plan.opened]
     if plan.findings is None:
         return [*lines, plan.looked]
     found = [f"  {'refused' if finding.refused else 'note'}: {finding.text}" for finding in plan.findings]

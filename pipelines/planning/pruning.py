@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.prune import Reference
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO
+from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, STAGES
 from nvila.pipelines.planning.cost import Gpu, Subset, forward, operations, samples_of
 from nvila.pipelines.planning.shape import Seen, Shape, shape_at, shape_of
 from nvila.pipelines.planning.speed import Speed
@@ -35,6 +35,12 @@ class Rates:
     gpu_hour_price: float
     here: Speed | None
     """Of this machine, where the recipe does without a GPU."""
+
+    def effort(self, work: float, products: str) -> Effort:
+        """What so many operations take, whose matrices are multiplied in this precision."""
+        hours = work / (getattr(self.gpu, products) * self.mfu) / 3600
+        here = work / self.here.operations_a_second / 60 if self.here else None
+        return Effort(hours, hours * self.gpu_hour_price, here)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class PrunePlan:
     def verdict(self) -> str:
         """In words."""
         if not self.sources:
-            return "nothing to prune: no stage takes a part of it"
+            return "does not run: no stage takes a part of it"
         if self.costs is None or self.saves is None:
             return "unknown: the sizes of data or of weights are not here"
         costs, saves, unit = _spoken(self.costs, self.saves)
@@ -87,19 +93,28 @@ class PrunePlan:
                 f"all samples stay; costs {costs} {unit}" if self.costs.gpu_hours else "all samples stay; costs nothing"
             )
         if not self.costs.gpu_hours:
-            return f"costs nothing, saves {saves} {unit}"
+            return f"costs nothing, saves {saves} {unit}" if self.saves.gpu_hours else "costs and saves nothing"
         if self.pays:
             return f"costs {costs} {unit}, saves {saves}"
         return f"costs more than it saves: {costs} against {saves} {unit}"
 
 
-def plans(recipe: Recipe, known: Mapping[str, Subset], rates: Rates) -> tuple[list[PrunePlan], list[str]]:
-    """Each prune step, the last of them all together; and what was assumed of references."""
+def plans(
+    recipe: Recipe, known: Mapping[str, Subset], rates: Rates, done: Collection[str] = ()
+) -> tuple[list[PrunePlan], list[str]]:
+    """Each prune step, the last of them all together; and what was assumed of references.
+
+    Args:
+        recipe: the recipe.
+        known: what is known of the data.
+        rates: what operations are worth.
+        done: steps whose work is there already: they cost nothing, and nothing is saved in them.
+    """
     whole = shape_of(recipe.model)
     shapes, assumed = _shapes(recipe, whole)
     steps = [
-        _plan(step, sources, recipe, whole, shapes, known, rates)
-        for step, sources in ((PRUNE_IMAGE, recipe.pruned_images), (PRUNE_VIDEO, recipe.pruned_videos))
+        _plan(step, sources, recipe, whole, shapes, known, rates, done)
+        for step, sources in ((PRUNE_IMAGE, recipe.pruned_images or []), (PRUNE_VIDEO, recipe.pruned_videos or []))
     ]
     used = [step for step in steps if step.sources]
     total = PrunePlan(
@@ -122,14 +137,16 @@ def _plan(
     shapes: Mapping[str, Shape],
     known: Mapping[str, Subset],
     rates: Rates,
+    done: Collection[str],
 ) -> PrunePlan:
     there = all(f"{source}.sft" in known for source in sources)
     costs = saves = None
     if there and whole is not None:
-        work = sum((_work(source, recipe, whole, shapes, known) for source in sources), 0.0)
-        costs = _effort(work, "bf16", rates)  # references lie in bfloat16 on a GPU
-        saved = _saved(set(sources), recipe, whole, known)
-        saves = None if saved is None else _effort(saved, PRECISIONS[recipe.train.precision].products, rates)
+        todo = [] if step in done else sources
+        work = sum((_work(source, recipe, whole, shapes, known) for source in todo), 0.0)
+        costs = rates.effort(work, "bf16")  # references lie in bfloat16 on a GPU
+        saved = _saved(set(sources), recipe, whole, known, done)
+        saves = None if saved is None else rates.effort(saved, PRECISIONS[recipe.train.precision].products)
     return PrunePlan(
         step=step,
         method=recipe.prune.method,
@@ -181,11 +198,13 @@ def _training(source: str, reference: Reference, shape: Shape, video: bool, know
     return work
 
 
-def _saved(sources: set[str], recipe: Recipe, shape: Shape, known: Mapping[str, Subset]) -> float | None:
+def _saved(
+    sources: set[str], recipe: Recipe, shape: Shape, known: Mapping[str, Subset], done: Collection[str]
+) -> float | None:
     """Operations of the samples that stages do not see as pruning these sources takes them away."""
     work = 0.0
-    for stage in filter(None, recipe.train.stages):
-        if not stage.pruned or not sources.intersection(stage.tuned_on):
+    for step, stage in zip(STAGES, recipe.train.stages, strict=False):
+        if stage is None or step in done or not stage.pruned or not sources.intersection(stage.tuned_on):
             continue
         everything = samples_of(stage, known, recipe.prune.model_copy(update={"method": "none"}))
         rest = samples_of(stage, known, recipe.prune)
@@ -221,12 +240,6 @@ def _named(recipe: Recipe) -> dict[str, str]:
 
 def _seen(shape: Shape, video: bool) -> Seen:
     return shape.video if video else shape.image
-
-
-def _effort(work: float, products: str, rates: Rates) -> Effort:
-    hours = work / (getattr(rates.gpu, products) * rates.mfu) / 3600
-    here = work / rates.here.operations_a_second / 60 if rates.here else None
-    return Effort(hours, hours * rates.gpu_hour_price, here)
 
 
 def _sum(efforts: list[Effort | None]) -> Effort | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +15,10 @@ from rich.text import Text
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.metrics import in_words, named
+from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
-from nvila.components.contracts.results.run import Registration, Rollout
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
@@ -24,10 +26,9 @@ from nvila.components.metrics.standing import Compared
 from nvila.components.runner.status import Run
 from nvila.components.tracking.connect import has_store, tracking_uri
 from nvila.components.tracking.redact import redact_text
-from nvila.pipelines.show.summary import LOG, Summary, verdict
+from nvila.pipelines.show.summary import Summary, verdict
 from nvila.pipelines.show.watch import StepState, print_line, step_table
 
-REPORT = "report.html"
 _KINDS = {
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
@@ -48,7 +49,10 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         f"{summary.run}: {summary.decision} after {minutes:.1f} min "
         f"(overhead {summary.seconds_overhead:.1f} s, peak memory {gib:.1f} GiB)"
     )
-    _print_table(console, title, step_table([StepState.of(run.step(name)) for name in ROWS]))
+    steps = [StepState(step.name, step.in_the_end, step.seconds, "") for step in map(run.step, ROWS)]
+    _print_table(console, title, step_table(steps, notes=False))
+    if summary.message:
+        print_line(console, f"\n{visible_lines(summary.message)}", style="bold")
     if summary.accuracy:
         found = verdict(run)
         colour = "green" if found.good and summary.exit_code == Exit.DONE else "yellow"
@@ -61,13 +65,21 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         words = in_words(m.metric for stage in summary.stages.values() for m in stage.values())
         _print_table(console, f"{words} before training and after each stage", _stage_table(summary.stages))
     console.print()
+    if gates := _open_gates(run):
+        print_line(console, f"{'gates':<12} {gates}")
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
     if summary.endpoint and (example := curl_example(run)):
         console.print("\nask the served model about a picture:")
         print_line(console, example)
-    if summary.message:
-        print_line(console, f"\n{visible_lines(summary.message)}")
+
+
+def _open_gates(run: Run) -> str:
+    resolved = run.result(Resolution)
+    try:
+        return Recipe.model_validate(resolved.recipe).open_gates if resolved else ""
+    except ValidationError:  # of a run of another version
+        return ""
 
 
 def curl_example(run: Run) -> str | None:
@@ -156,18 +168,30 @@ def _stage_table(stages: Mapping[str, Mapping[str, Measured]]) -> Table:
 
 
 def _places(run: Run, summary: Summary) -> list[tuple[str, str]]:
-    run_dir = run.folder
-    places = [("log", short(run_dir / LOG)), ("numbers", short(run_dir / "summary.json"))]
-    if (run_dir / REPORT).is_file():
-        places.append(("report", short(run_dir / REPORT)))
-    if has_store(run_dir.parent):
-        ours = " (`make ui` shows it)" if current().mlflow_tracking_uri is None else ""
-        places.append(("MLflow", f"{redact_text(tracking_uri(run_dir.parent))}{ours}"))
+    runs, there = run.folder.parent, summary.paths
+    named = {
+        "log": there.log,
+        "numbers": there.summary,
+        "report": there.report,
+        "weights": there.weights,
+        "quantized": there.quantized,
+        "quarantine": there.quarantine,
+        "data docs": there.data_docs,
+    }
+    places = [(label, short(Path(path))) for label, path in named.items() if path]
+    if has_store(runs):
+        ours = f" (`{_with_runs('nvila ui', runs)}` shows it)" if current().mlflow_tracking_uri is None else ""
+        places.append(("MLflow", f"{redact_text(tracking_uri(runs))}{ours}"))
     if version := run.result(Registration):
         places.append(("registered", f"{version.name} version {version.version}"))
     if summary.endpoint:
-        places.append(("endpoint", f"{summary.endpoint} (`nvila stop` ends it)"))
+        places.append(("endpoint", f"{summary.endpoint} (`{_with_runs('nvila stop', runs)}` ends it)"))
     return places
+
+
+def _with_runs(command: str, runs: Path) -> str:
+    """The command as it is to be typed here, for this folder of runs."""
+    return command if runs == Path("runs").absolute() else f"{command} --runs {shell_word(short(runs))}"
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:

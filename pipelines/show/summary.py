@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
-from nvila.components.contracts.steps import ROWS
+from nvila.components.contracts.steps import QUANTIZE, ROWS, STAGES, VALIDATE
 from nvila.components.metrics.standing import Compared, Headline, compared, headline
-from nvila.components.runner.status import Run, Status
+from nvila.components.runner.status import Run, Status, StepStatus
 from nvila.components.tracking.redact import redact_text
+from nvila.components.validate.step import DOCS_FILE, QUARANTINE_FILE
+from nvila.pipelines.show.versions import product
 
 SUMMARY = "summary.json"
+REPORT = "report.html"
 LOG = "log.txt"
 """In the run's folder: everything that KFP and the steps print."""
 
@@ -28,10 +33,27 @@ class StepSummary(Result):
     cached: bool
 
 
+class Paths(Result):
+    """Where things lie, absolute; None where the run did not come to make them."""
+
+    run: str
+    log: str
+    summary: str
+    report: str | None
+    weights: str | None
+    """Of the last stage that was trained, as it was trained."""
+    quantized: str | None
+    """The checkpoint that is served."""
+    quarantine: str | None
+    data_docs: str | None
+
+
 class Summary(Result):
     """What `summary.json` holds."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
+    version: str
+    """Of this package."""
     run: str
     recipe: str | None
     exit_code: Exit
@@ -39,6 +61,11 @@ class Summary(Result):
     """What the rollout decided; `rejected`, `preempted` or `failed` where the run did not come that far."""
     message: str | None
     """Why it did not come through."""
+    failed_step: str | None
+    """Which step ended it early."""
+    error: dict[str, Any] | None
+    """The same for programs: `kind`, `message`, `where`, `do`, `exit_code` and `details`."""
+    paths: Paths
     steps: list[StepSummary]
     headline: str
     accuracy: dict[str, Compared]
@@ -55,12 +82,17 @@ class Summary(Result):
 def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code: int) -> Summary:
     """Write the run's `summary.json` and return its content."""
     recipe, rollout, evaluation = run.result(Resolution), run.result(Rollout), run.result(Evaluation)
+    message, ended_by = _message(run, exit_code), run.trouble or run.lost
     summary = Summary(
+        version=product(),
         run=run.name,
         recipe=recipe.name if recipe else None,
         exit_code=Exit(exit_code),
         decision=_decision(rollout, exit_code),
-        message=_message(run, exit_code),
+        message=message,
+        failed_step=ended_by.name if ended_by and exit_code != Exit.DONE else None,
+        error=_error(ended_by, message, exit_code),
+        paths=paths(run),
         steps=[
             StepSummary(
                 name=step.name,
@@ -82,6 +114,28 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
     return summary
 
 
+def paths(run: Run) -> Paths:
+    """Where what the run made lies, as far as it came."""
+    told = (run.step(VALIDATE).error or {}).get("details") or {}
+    checked = run.manifests[VALIDATE].folder if VALIDATE in run.manifests else None
+    files = {"quarantine": QUARANTINE_FILE, "data_docs": DOCS_FILE}
+    data = {name: str(Path(checked, file)) if checked else told.get(name) for name, file in files.items()}
+    return Paths(
+        run=str(run.folder),
+        log=str(run.folder / LOG),
+        summary=str(run.folder / SUMMARY),
+        report=str(run.folder / REPORT) if (run.folder / REPORT).is_file() else None,
+        weights=_model(run, *reversed(STAGES)),
+        quantized=_model(run, QUANTIZE),
+        **data,
+    )
+
+
+def _model(run: Run, *steps: str) -> str | None:
+    """The checkpoint of the first of these steps that made one."""
+    return next((str(Path(run.manifests[step].folder, "model")) for step in steps if step in run.manifests), None)
+
+
 def verdict(run: Run) -> Headline:
     """What may be said of the model by what was measured."""
     return headline(run.result(Evaluation), run.result(QuantizedEvaluation))
@@ -100,6 +154,16 @@ def _decision(rollout: Rollout | None, exit_code: int) -> str:
     if exit_code == Exit.DONE and rollout:
         return rollout.decision
     return {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(Exit(exit_code), "failed")
+
+
+def _error(ended_by: StepStatus | None, message: str | None, exit_code: int) -> dict[str, Any] | None:
+    """The step's own; else of its kind, for a run that was stopped, killed or lost."""
+    if exit_code == Exit.DONE:
+        return None
+    if ended_by and ended_by.error and ended_by.exit_code == exit_code:
+        return ended_by.error
+    kind = Preempted if exit_code == Exit.PREEMPTED else NvilaError
+    return to_record(kind(message or "ended without a word")) | {"exit_code": exit_code}
 
 
 def _message(run: Run, exit_code: int) -> str | None:

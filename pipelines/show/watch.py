@@ -104,15 +104,17 @@ class Watch:
         print_line(self._console, f"[{time.time() - self._began:6.0f} s] {visible(line)}")
 
 
-def step_table(states: list[StepState]) -> Table:
-    """Name, status, seconds and a remark of each step."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("step")
-    table.add_column("status")
-    table.add_column("seconds", justify="right")
-    table.add_column("", overflow="ellipsis", no_wrap=True)
+def step_table(states: list[StepState], notes: bool = True) -> Table:
+    """Name, status and seconds of each step, whole at any width; and a remark, cut where the line ends."""
+    table = Table(box=None, pad_edge=False, expand=notes)
+    table.add_column("step", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    if notes:
+        table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
     for state in states:
         colour = _COLOUR.get(state.status, "dim")
-        seconds = "" if state.status == Status.WAITING else f"{state.seconds:.1f}"
-        table.add_row(visible(state.name), Text(visible(state.status), colour), seconds, Text(visible(state.note)))
+        seconds = f"{state.seconds:.1f}" if state.seconds else ""
+        note = [Text(visible(state.note))] if notes else []
+        table.add_row(visible(state.name), Text(visible(state.status), colour), seconds, *note)
     return table

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.flat import open_checkpoint
-from nvila.components.model.checkpoint.layouts import PARTS, Layout
+from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, Layout
 from nvila.components.model.checkpoint.quantized import PER_INT32
 from nvila.components.model.checkpoint.tensorfile import FLOATING, Stored
 from nvila.components.model.checkpoint.weights import HEAD, tied
@@ -60,9 +61,13 @@ def describe(folder: Path | str) -> Description:
         DataError: no checkpoint, or broken files.
         ConfigError: weights of an unknown quantization, or not what this model computes.
     """
-    checkpoint = open_checkpoint(folder)
+    with reading(folder):
+        return _described(open_checkpoint(folder))
+
+
+def _described(checkpoint: Checkpoint) -> Description:
     config, tensors = checkpoint.config, checkpoint.tensors
-    weights, schemes = _weights(tensors, str(folder))
+    weights, schemes = _weights(tensors, str(checkpoint.folder))
     parameters = {part: sum(n for name, n in weights.items() if name.startswith(f"{part}.")) for part in PARTS}
     total = sum(parameters.values())
     packed = sum(elements for name, elements in weights.items() if _BLOCK_LINEAR.fullmatch(name))
@@ -121,14 +126,18 @@ def render(description: Description) -> str:
         (f"video of {config.sampling.frames} frames", f"{description.video_tokens} tokens"),
         *((f"quantized to {scheme}", f"{count} Linears") for scheme, count in description.schemes.items()),
         *(("asked to sample with", text) for text in [_sampling(config)] if text),
-        ("weights as stored", f"{description.stored_bytes / 1e9:.2f} GB"),
-        ("weights in bf16", f"{description.bf16_bytes / 1e9:.2f} GB"),
-        ("weights in W4A16", f"{description.w4a16_bytes / 1e9:.2f} GB (decoder blocks in 4 bits, the rest bf16)"),
+        ("weights as stored", _size(description.stored_bytes)),
+        ("weights in bf16", _size(description.bf16_bytes)),
+        ("weights in W4A16", f"{_size(description.w4a16_bytes)} (decoder blocks in 4 bits, the rest bf16)"),
     ]
     if description.layout == "serving":
         rows.append(("note", "a serving folder leaves out the tower's unused blocks"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _weights(tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, int], dict[str, int]]:

@@ -132,7 +132,7 @@ def test_target_none_starts_nothing(
     """A recipe that registers only must not need a serving environment."""
     monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
     told = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).result
-    assert isinstance(told, Rollout) and (told.endpoint, told.decision) == (None, "not asked for")
+    assert isinstance(told, Rollout) and (told.endpoint, told.decision) == (None, "registered, not rolled out")
 
 
 @pytest.mark.parametrize("harm", ["flipped", "registered otherwise"])

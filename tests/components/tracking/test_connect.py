@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.addresses import file_path
 from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
 from nvila.components.serve.ports import free_port
@@ -104,3 +105,14 @@ def test_a_store_that_comes_back_within_the_bound_was_waited_for_in_one_line(
         wait_for(tmp_path, 60)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "60 s at most" in said and str(port) in said
+
+
+def test_names_of_folders_do_not_reach_sql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts the working directory into a statement as it is: in `it's` no store could be made."""
+    folder = tmp_path / 'it\'s :x \\ "y"'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("_MLFLOW_SERVER_ARTIFACT_ROOT", raising=False)
+    with entered(Environment()), connected(Path("runs")) as client:
+        place = file_path(client.get_experiment("0").artifact_location)
+    assert place == folder / "runs" / "mlartifacts" / "0"
