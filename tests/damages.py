@@ -421,10 +421,11 @@ def _run(command: str, place: Path, target: Path) -> str:
 
     runs = place.parent / "runs"
     if command == "inspect":
-        return inspect(str(place), runs)
+        return inspect(str(place), runs)[1]
     if command == "infer":
         media = [("image", MEDIA[0] / "picture.png"), ("video", MEDIA[0] / "frames")]
-        return "".join(infer(str(place), Question(["Which digit?"], media), Answering(12), runs))  # type: ignore[arg-type]
+        pieces = infer(str(place), Question(["Which digit?"], media), Answering(12), runs)  # type: ignore[arg-type]
+        return "".join(piece or "\n" for piece in pieces)
     convert(place, target, "serving")
     return hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
 
