@@ -159,6 +159,17 @@ def show(
     typer.echo(tell(whole(recipe, override or [])))
 
 
+@recipes.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    Example: nvila recipe schema
+    """
+    from nvila.pipelines.commands.schema import as_text
+
+    typer.echo(as_text())
+
+
 @app.command(name="compile")
 def compile_(
     out: Annotated[Path, typer.Argument(callback=_local, help="YAML file to write.")] = Path("lifecycle.yaml"),

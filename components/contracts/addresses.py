@@ -18,9 +18,10 @@ def file_path(url: str) -> Path | None:
     return Path(unquote(parts.path, errors="surrogateescape")) if parts.scheme == "file" else None
 
 
-def sqlite_url(path: Path) -> str:
-    """What SQLAlchemy takes for a database file."""
-    return f"sqlite:///{quote(os.fsencode(path.absolute()))}"
+def sqlite_url(path: Path, *, locks: bool = True) -> str:
+    """What SQLAlchemy takes for a database file; without `locks` it is never locked, and others must see to that."""
+    name = quote(os.fsencode(path.absolute()))
+    return f"sqlite:///{name}" if locks else f"sqlite:///file:{quote(name)}?vfs=unix-none&uri=true"
 
 
 def http_url(host: str, port: int) -> str:

@@ -90,7 +90,7 @@ class Environment(BaseModel):
 
     pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
     """URL of Kubeflow Pipelines; the option `--host` of `nvila submit` takes it."""
-    pipelines_token: Annotated[SecretStr, _token("KF_PIPELINES_TOKEN")] | None = _variable("KF_PIPELINES_TOKEN", "user")
+    pipelines_token: SecretStr | None = _variable("KF_PIPELINES_TOKEN", "user")
     """Bearer token for `nvila submit`."""
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
     """File of a token that Kubeflow renews in notebooks."""
@@ -290,7 +290,15 @@ def for_child(
 
 _LIBRARIES = {
     # What each reads when it is imported, and nowhere else.
-    "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
+    "mlflow": {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        # MLflow's own patience with a server that is away is four minutes a request, in silence.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    },
     "transformers": {"TRANSFORMERS_VERBOSITY": "error"},  # a command's output is the answer alone
     "deepspeed": {"DS_LOG_LEVEL": "warning"},
     "deepspeed on a CPU": {"DS_ACCELERATOR": "cpu"},  # else it takes a GPU that torch cannot use
@@ -299,10 +307,10 @@ _LIBRARIES = {
 }
 
 
-def before_importing(library: str) -> None:
-    """Set what the library reads from this process's variables only; what is set already stays."""
+def before_importing(library: str, also: Mapping[str, str] | None = None) -> None:
+    """Set what the library reads from this process's variables only, and `also` these; what is set already stays."""
     settle()
-    for name, value in _LIBRARIES[library].items():
+    for name, value in {**_LIBRARIES[library], **(also or {})}.items():
         os.environ.setdefault(name, value)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.text import brief
 
 
 class NvilaError(Exception):
@@ -33,7 +34,7 @@ class NvilaError(Exception):
         self.what, self.where, self.value, self.do, self.details = what, where, value, do, details
         message = what
         if where is not None:
-            message = f"{where}: {message}"
+            message = f"{brief(where, 300)}: {message}"
         if value is not None:
             message += f" (got {_short(value)})"
         if do is not None:

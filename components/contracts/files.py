@@ -14,6 +14,9 @@ from typing import Any
 
 from nvila.components.contracts.text import say
 
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without links answers (vfat, many FUSE mounts of buckets)."""
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` beside `path` and rename it there; on disk when this returns. The folder is made if missing."""
@@ -80,6 +83,22 @@ def read_json(path: Path) -> dict[str, Any]:
         why = "it holds something else"
     say(f"{path}: passed over: {why}")
     return {}
+
+
+def standing(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def link_or_copy(link: Path, target: Path) -> None:
+    """A symbolic link to a file, or a copy of it where the file system has no links."""
+    try:
+        link.symlink_to(target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        shutil.copyfile(target, link)
 
 
 def discard(path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nvila.components.contracts.environment import current
+from nvila.components.contracts.locks import lacking
 from nvila.components.contracts.text import say
 
 INDEX = ".digests.sqlite"
@@ -34,7 +35,7 @@ class Index:
 
     def __init__(self, store: Path | None) -> None:
         self._lock = threading.Lock()
-        self._file = store / INDEX if store and store.is_dir() else None
+        self._file = store / INDEX if store and store.is_dir() and not lacking(store) else None
         self._connection: sqlite3.Connection | None = None
 
     def get(self, paths: Iterable[tuple[Path, Facts]]) -> dict[Path, str]:

@@ -1,8 +1,9 @@
-"""Folders that must lie on a file system of this machine: an object store has no locks and no renames."""
+"""Folders that a user names: on a file system of this machine, for an object store has no locks and no renames."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
@@ -44,3 +45,18 @@ def local_folder(value: str | Path, where: str) -> Path:
             do=INSTEAD,
         )
     return Path(value)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Marks an option of the recipe that names a folder: a relative one begins where the recipe lies."""
+
+    version: bool = False
+    """It may name a version of the registry instead."""
+
+    def below(self, folder: str | Path, value: str) -> str:
+        """`value` as seen from where `folder` is: an address, a version and an absolute path stay as they are."""
+        if is_address(value) or Path(value).is_absolute() or (self.version and is_version(value)):
+            return value
+        place = str(Path(folder, value))
+        return f"./{place}" if self.version and is_version(place) else place

@@ -82,6 +82,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
             "max_skipped_share": "train.max_skipped_share",
         },
         inputs={"samples": VALIDATE, "model": INITIALIZE},
+        hands_on="samples",
         size="gpus",
         job=True,
     )
@@ -136,7 +137,14 @@ STEPS = (
         about="demonstration data; then memory, disk, versions, data files and port, before anything long starts",
         remark="is everything there?",
         result=Preflight,
-        recipe={"data": "data", "rollout": "rollout", "needs": "needs", "vllm": "vllm", "weights": "weights"},
+        recipe={
+            "data": "data",
+            "rollout": "rollout",
+            "needs": "needs",
+            "vllm": "vllm",
+            "weights": "weights",
+            "drawn": "drawn",
+        },
         after=(RESOLVE,),
         quick=True,
     ),
@@ -267,6 +275,7 @@ STEPS = (
 
 ROWS = {row.name: row for row in STEPS}
 STAGES = tuple(row.name for row in STEPS if row.folder == "train")
+PRUNES = tuple(row.name for row in STEPS if row.folder == "prune")
 
 
 def result_type(step: str) -> type[Result]:

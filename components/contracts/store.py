@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ from pathlib import Path
 from nvila.components.contracts.errors import DamagedError, NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
+from nvila.components.contracts.locks import alone
 from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest, OlderVersion
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
-from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.text import say
 
 TOMBSTONE = "tombstone.json"
@@ -107,12 +106,7 @@ class Store:
         folder = self.folder(step, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
-        with lock_path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting_for(f"{step}: another run is at the same work; waiting for what comes of it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(lock_path, f"{step}: another run is at the same work; waiting for what comes of it"):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 say(f"{step}: removed, as it is no folder of the store: {folder}")
                 folder.unlink()

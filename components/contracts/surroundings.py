@@ -1,17 +1,19 @@
 """What a machine may withhold from the libraries in a process: short names for sockets, a home to write to, a way round
-the proxy. Each has them from variables that are set here, once, for this process and its children."""
+the proxy, UTF-8. Each has them from variables that are set here, once, for this process and its children."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.files import standing
 
 _LONGEST_BYTES = 64
 """Of the folder for temporary files. The name of a socket has 107 bytes at most; libraries put up to 40 of their own
@@ -26,6 +28,8 @@ def settle() -> list[str]:
     Raises:
         ConfigError: nothing temporary can be written anywhere, or has a name that is too long for sockets.
     """
+    if sys.getfilesystemencoding() != "utf-8":  # a locale of old: libraries could not even read their own files
+        os.environ["PYTHONUTF8"] = "1"
     _spare_loopback()
     return [*_room_for_sockets(), *_place_for_caches()]
 
@@ -100,7 +104,7 @@ def _place_for_caches() -> Iterator[str]:
     wanted = Path(os.environ.get("XDG_CACHE_HOME") or (home or Path()) / ".cache")
     if home and _can_be_written(wanted):
         return
-    caches = _own_folder()
+    caches = own_folder("caches")
     os.environ["XDG_CACHE_HOME"] = str(caches)
     if home is None:
         os.environ["HOME"] = str(caches)
@@ -122,13 +126,13 @@ _NOT_BELOW_XDG = {
 
 
 def _can_be_written(folder: Path) -> bool:
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = standing(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _own_folder() -> Path:
-    """One for all processes of this user; another where somebody else has taken its name."""
-    folder = Path(tempfile.gettempdir(), f"nvila-{os.getuid()}-caches")
+def own_folder(name: str) -> Path:
+    """A folder among the temporary files for all processes of this user; a new one where somebody took its name."""
+    folder = Path(tempfile.gettempdir(), f"nvila-{os.getuid()}-{name}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -136,4 +140,4 @@ def _own_folder() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="nvila-caches-"))
+    return Path(tempfile.mkdtemp(prefix=f"nvila-{name}-"))

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import unicodedata
+from collections.abc import Sequence
 
 _JOINERS = "\u200c\u200d"
 """Zero-width signs that writing needs: Persian and Indic words, emoji of several people."""
@@ -22,6 +23,24 @@ def visible(text: str) -> str:
 def visible_lines(text: str) -> str:
     """Like `visible`, but line breaks and tabs stay."""
     return "\n".join("\t".join(map(visible, line.split("\t"))) for line in text.split("\n"))
+
+
+def brief(text: str, most: int = 80) -> str:
+    """`text` on one line as a message may have it: the middle of a long one is left out."""
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[: most - half]} ... {text[-half:]} ({len(text):,} characters)"
+    return visible(text)
+
+
+def as_many(lines: Sequence[str], room: int) -> list[str]:
+    """The first of `lines` that together have at most `room` characters (one at least), and how many more there are."""
+    shown, used = list[str](), 0
+    for line in lines:
+        if shown and (used := used + len(line)) > room:
+            return [*shown, f"and {len(lines) - len(shown)} more"]
+        shown.append(line)
+    return shown
 
 
 def say(text: str) -> None:

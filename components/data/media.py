@@ -68,7 +68,11 @@ def inside(root: Path, name: str) -> Path:
         MediaError: `name` is absolute, an address, no name of a file, or leads out of `root` (by `..` or by a
             symbolic link) or in a circle.
     """
-    if "://" in name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+    if "://" in name or name.startswith("data:"):
+        raise MediaError("outside_source", "an address; media lie as files in the source's folder", root, name)
+    if Path(name).is_absolute():
+        raise MediaError("outside_source", "an absolute path; a media path begins at the source's folder", root, name)
+    if "\0" in name or ".." in Path(name).parts:
         raise MediaError("outside_source", "a media path must stay inside the source's folder", root, name)
     path = root / name
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Tasks
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import Questions, Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation, Retained
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
@@ -20,7 +20,7 @@ class Settings(Section):
     """Slice of `evaluate-quantized`."""
 
     evaluate: Tasks
-    limit: int | None
+    limit: Questions | None
     """Questions per source; None is as many as the full model answered."""
     through_vllm: bool
 

@@ -5,7 +5,7 @@ The mathematics lies in `visual`, `splice` and their neighbours; this file joins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -226,16 +226,42 @@ def build_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype = torc
             where="llm_cfg: vocab_size",
         )
     try:
-        llm_config = Qwen2Config.from_dict(with_rope(config.llm, config.max_length_tokens))
-        vision_config = SiglipVisionConfig.from_dict({**config.vision, "vision_use_head": False})  # never computed
+        llm_config = Qwen2Config.from_dict(_computed(with_rope(config.llm, config.max_length_tokens), DECODER_KEYS))
+        vision_config = SiglipVisionConfig.from_dict(
+            _computed(config.vision, TOWER_KEYS) | {"vision_use_head": False}  # never computed
+        )
         llm = Qwen2ForCausalLM._from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
         tower = SiglipVisionModel._from_config(vision_config, dtype=dtype, attn_implementation="sdpa")
-    except (ValueError, TypeError, LookupError, ArithmeticError, StrictDataclassError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+        StrictDataclassError,
+    ) as error:
         raise ConfigError(
             "the sub-models cannot be built", where="llm_cfg, vision_tower_cfg", value=str(error)
         ) from None
     projector = build_projector(config.projector, config.mm_hidden_size, config.llm_hidden_size).to(dtype)
     return NVILA(config, tokens, llm, tower, projector)
+
+
+_BOTH = (
+    "architectures model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act "
+    "attention_dropout initializer_range"
+)
+TOWER_KEYS = frozenset(f"{_BOTH} num_channels image_size patch_size layer_norm_eps".split())
+DECODER_KEYS = frozenset(
+    f"{_BOTH} vocab_size num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling "
+    "rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id".split()
+)
+"""Keys that say what a part computes. Of others, transformers would make labels without number, or other outputs."""
+
+
+def _computed(part: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key in keys}
 
 
 def empty_model(config: ModelConfig, tokens: TokenIds | None = None) -> NVILA:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.files import standing
 from nvila.components.contracts.places import is_version
-from nvila.components.contracts.recipe.data import LABELS, REQUIRED, Source
+from nvila.components.contracts.recipe.data import LABELS, SPLITS, SUFFIXES, Source
 from nvila.components.data.layouts import read
+from nvila.components.tracking import connect
 from nvila.components.tracking.checkpoints import identity
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
 """Lies in the checkout; an image is built from it and does not carry it."""
-ANNOTATIONS = (*REQUIRED, "captions", LABELS)
+
+
+class Away(str):
+    """A problem that may pass: a service does not answer."""
 
 
 def python_problems() -> list[str]:
@@ -51,7 +57,7 @@ def memory_problems(needed_bytes: int) -> list[str]:
 def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
     """Each folder can be written, and its disk has room."""
     problems = []
-    for there in dict.fromkeys(map(_nearest_existing, folders)):
+    for there in dict.fromkeys(map(standing, folders)):
         free = shutil.disk_usage(there).free
         if not _writable(there):
             problems.append(f"{there} cannot be written")
@@ -82,11 +88,17 @@ def package_problems(lock: Path = LOCK) -> list[str]:
     return [f"packages differ from {lock.name}: {', '.join(wrong[:4])}{more}; `make env` installs the lock"]
 
 
-def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False) -> list[str]:
+def data_problems(
+    sources: Iterable[Source],
+    drawn: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType({}),
+    *,
+    demo_can_be_built: bool = False,
+) -> list[str]:
     """Annotation files are there and hold records.
 
     Args:
         sources: the recipe's sources.
+        drawn: what draws samples, by source and split: those files must be there.
         demo_can_be_built: a demonstration source that is not there yet is no problem.
     """
     problems: list[str] = []
@@ -98,13 +110,25 @@ def data_problems(sources: Iterable[Source], *, demo_can_be_built: bool = False)
             continue
         if source.demo and demo_can_be_built:
             continue
+        there, asked = source.annotations(), drawn.get(source.name, {})
         problems += [
-            f"data source {source.name}: {path} is missing"
-            for path in map(source.annotation, REQUIRED)
-            if not path.is_file()
+            f"data source {source.name}: {_either(source, split)} is missing, from which {_several(asked[split])} draws"
+            for split in asked
+            if split not in there
         ]
-        problems += [p for name in ANNOTATIONS if (p := _annotation_problem(source, name))]
+        if not there and not asked:
+            problems.append(f"data source {source.name}: no {', '.join(SPLITS)} or {LABELS} file in {folder}")
+        problems += [p for name, path in there.items() if (p := _annotation_problem(source, name, path))]
     return problems
+
+
+def _either(source: Source, split: str) -> str:
+    _, *others = SUFFIXES[source.layout]
+    return f"{source.annotation(split)}" + "".join(f" (or {split}{suffix})" for suffix in others)
+
+
+def _several(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def weights_problems(weights: Iterable[str], runs: Path) -> list[str]:
@@ -131,19 +155,27 @@ def weights_problems(weights: Iterable[str], runs: Path) -> list[str]:
     return problems
 
 
-def _annotation_problem(source: Source, name: str) -> str | None:
-    path = source.annotation(name)
-    if not path.is_file():
-        return None
+def tracking_problems(runs: Path) -> list[str]:
+    """MLflow answers, lets us in, and can be used: every step is recorded there, and the model is registered.
+
+    Args:
+        runs: folder of all runs, with the local store.
+    """
+    try:
+        if connect.has_store(runs):
+            connect.check(runs)
+    except Unreachable as error:
+        return [Away(error)]
+    except NvilaError as error:
+        return [str(error)]
+    return []
+
+
+def _annotation_problem(source: Source, name: str, path: Path) -> str | None:
     try:
         return None if read(path, source.layout_of(name)) else f"{path}: must hold at least one record"
     except DataError as error:
         return str(error)
-
-
-def _nearest_existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def _writable(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.recipe import Needs
@@ -22,6 +22,7 @@ from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import alive
 from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.ports import why_not
+from nvila.components.tracking.connect import is_shared
 
 
 class Settings(Section):
@@ -32,6 +33,8 @@ class Settings(Section):
     needs: Needs
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
+    drawn: dict[str, dict[str, list[str]]] = {}
+    """What draws samples, by source and split."""
     weights: list[str] = []
     """Where the recipe takes weights from: folders, `s3://`, `hf://`, and versions of the registry."""
 
@@ -51,7 +54,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
 
     Raises:
         PreflightError: every problem that was found, in one message.
-        Unreachable: the place of weights does not answer.
+        Unreachable: MLflow or the place of weights does not answer, and nothing else is wrong.
     """
     refuse(_problems(settings, here))
     refuse(checks.weights_problems(settings.weights, here.run_folder.parent))
@@ -70,7 +73,10 @@ def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
 
 def _problems(settings: Settings, here: Environment) -> list[str]:
     place = Place.of(here)
-    return problems(settings, place.run_dir.parent, place.store.root, on_cluster=here.on_cluster)
+    runs = place.run_dir.parent
+    found = problems(settings, runs, place.store.root, on_cluster=here.on_cluster)
+    # A command does not wait for MLflow's import, where nobody else can have changed the store.
+    return found + ([] if is_shared() else checks.tracking_problems(runs))
 
 
 def problems(
@@ -87,7 +93,9 @@ def problems(
     """
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
-    found += checks.data_problems(settings.data.sources, demo_can_be_built=demo_can_be_built)
+    found += checks.data_problems(settings.data.sources, settings.drawn, demo_can_be_built=demo_can_be_built)
+    if is_shared():
+        found += checks.tracking_problems(runs)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
     return found + (_pod_problems(settings) if on_cluster else _machine_problems(settings, runs))
 
@@ -118,10 +126,16 @@ def _pod_problems(settings: Settings) -> list[str]:
 
 
 def refuse(found: list[str]) -> None:
-    """Raise the problems as one error, if there are any."""
+    """Raise the problems as one error, if there are any.
+
+    Raises:
+        Unreachable: all of them may pass.
+        PreflightError: else.
+    """
     if found:
         count = f"{len(found)} problems: " if len(found) > 1 else ""
-        raise PreflightError(count + "; ".join(found))
+        may_pass = all(isinstance(problem, checks.Away) for problem in found)
+        raise (Unreachable if may_pass else PreflightError)(count + "; ".join(found))
 
 
 def _serving_problems() -> list[str]:
@@ -133,9 +147,5 @@ def _serving_problems() -> list[str]:
 
 
 def _annotation_digests(data: DataSettings) -> dict[str, str]:
-    paths = [
-        (f"{source.name}/{path.name}", path)
-        for source in data.sources
-        for path in map(source.annotation, checks.ANNOTATIONS)
-    ]
-    return {label: file_sha256(path) for label, path in paths if path.is_file()}
+    paths = [(f"{source.name}/{path.name}", path) for source in data.sources for path in source.annotations().values()]
+    return {label: file_sha256(path) for label, path in paths}

@@ -9,17 +9,24 @@ from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Pruning, Quantization, Validation
 from nvila.components.contracts.results.result import Measured
+from nvila.components.contracts.steps import PRUNES
 from nvila.components.metrics.pruned import believed, what_stays
 from nvila.components.metrics.standing import Compared, compared, headline, what_was_measured
+from nvila.components.tracking.columns import DESCRIPTION, excerpt
 
 
 def model_card(name: str, inputs: Mapping[str, Manifest]) -> str:
-    """Card of the model.
+    """Card of the model, in the length that the registry takes.
 
     Args:
         name: in the registry.
         inputs: `model`, `metrics`, `full`, `samples`, as `register` gets them.
     """
+    return excerpt(whole_card(name, inputs), DESCRIPTION, "the whole card is a file of the source run")
+
+
+def whole_card(name: str, inputs: Mapping[str, Manifest]) -> str:
+    """The card, however many sources there are; arguments as of `model_card`."""
     full, quantized = inputs["full"].told(Evaluation), inputs["metrics"].told(QuantizedEvaluation)
     said, sources = headline(full, quantized).text, compared(full, quantized)
     parts = [
@@ -73,10 +80,8 @@ def _pruning(model: Manifest) -> list[str]:
     told: dict[str, Pruning] = {}
     while "model" in model.inputs:
         model = model.origin("model")
-        for name in model.inputs:
-            if name.startswith("kept_"):
-                kept = model.origin(name)
-                told[kept.step] = kept.told(Pruning)
+        for kept in map(model.origin, [name for name, ref in model.inputs.items() if ref.step in PRUNES]):
+            told[kept.step] = kept.told(Pruning)
     lines = [
         f"- {step}: {what_stays(pruning)}." + (f" {said}." if (said := believed(pruning)) else "")
         for step, pruning in sorted(told.items())

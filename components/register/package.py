@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.files import link_or_copy
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.register.served import MAX_NEW_TOKENS
+from nvila.components.tracking.columns import model_name
+from nvila.components.tracking.connect import unhurried
+from nvila.components.tracking.redact import redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.models import ModelSignature
 
 DATA = "model"
@@ -42,7 +48,7 @@ def log_model(
     made: Manifest,
     scratch: Path,
     *,
-    experiment: str,
+    run: Run,
     name: str,
     params: Mapping[str, str],
     tags: Mapping[str, str],
@@ -51,30 +57,49 @@ def log_model(
 
     Args:
         made: manifest of the quantized model; its checkpoint was found whole.
-        scratch: an empty folder's path for the layout; it holds links only and is removed again.
-        experiment: id of the MLflow experiment.
-        name: of the logged model.
+        scratch: an empty folder's path for the layout; it is removed again.
+        run: that it is logged by.
+        name: of the registered model; the logged one's is like it.
         params: shown with the logged model.
         tags: of the logged model.
 
     Returns:
-        `source` and `model_id` for the model version.
+        `source`, `run_id` and `model_id` for the model version.
+
+    Raises:
+        NvilaError: the place of artifacts does not take it.
     """
-    logged = client.create_logged_model(experiment, name=name, params=dict(params), tags=dict(tags), model_type="nvila")
+    from mlflow.exceptions import MlflowException
+
+    logged = client.create_logged_model(
+        run.info.experiment_id,
+        name=model_name(name),
+        source_run_id=run.info.run_id,
+        params=dict(params),
+        tags=dict(tags),
+        model_type="nvila",
+    )
     try:
         _lay_out(made, scratch, logged.model_id)
-        client.log_model_artifacts(logged.model_id, str(scratch))
-    except BaseException:
+        with unhurried():
+            client.log_model_artifacts(logged.model_id, str(scratch))
+    except BaseException as error:
         client.finalize_logged_model(logged.model_id, "FAILED")
+        if isinstance(error, Exception) and not isinstance(error, MlflowException):
+            raise NvilaError(
+                f"the model could not be uploaded: {type(error).__name__}: {redact_text(str(error))}",
+                where=redact_text(logged.artifact_location),
+                do=f"Nothing is lost: it is in {made.folder}, and the same command goes on from here.",
+            ) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     client.finalize_logged_model(logged.model_id, "READY")
-    return {"source": logged.artifact_location, "model_id": logged.model_id}
+    return {"source": logged.artifact_location, "run_id": run.info.run_id, "model_id": logged.model_id}
 
 
 def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
-    """Links instead of copies: a checkpoint may have many gigabytes, and the upload follows links of files."""
+    """Links where there are any: a checkpoint may have many gigabytes, and the upload follows links of files."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -82,7 +107,7 @@ def _lay_out(made: Manifest, folder: Path, model_id: str) -> None:
         if file.uri.startswith(f"{DATA}/"):
             link = folder / file.uri
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(made.folder, file.uri).resolve())
+            link_or_copy(link, Path(made.folder, file.uri).resolve())
     made.save(folder / MANIFEST)
     model = Model(signature=signature(), model_id=model_id)
     pyfunc.add_to_model(model, loader_module=LOADER, data=DATA)

@@ -18,12 +18,14 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Quantization
 from nvila.components.contracts.results.run import Registration
 from nvila.components.contracts.step import Outcome
-from nvila.components.register.card import model_card
+from nvila.components.contracts.steps import REGISTER
+from nvila.components.register.card import model_card, whole_card
 from nvila.components.register.package import log_model
 from nvila.components.register.record import record_metrics
 from nvila.components.runner.execute import Place
-from nvila.components.tracking.connect import experiment_id
+from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
 from nvila.components.tracking.registry import CHALLENGER, lineage_tags, register_version, set_alias
+from nvila.components.tracking.runs import open_step
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,29 +47,33 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         inputs: `model` (of quantize), `metrics` (of evaluate-quantized), `full` (of evaluate), `samples`, `gate`.
         out: gets the model card.
         here: whose folder of runs has the tracking store.
+
+    Raises:
+        Unreachable, ConfigError, NvilaError: of MLflow; the model stays in the store, and the same command goes on.
     """
-    runs, name = Place.of(here).run_dir.parent, settings.register_.model_name
+    run_dir, name = Place.of(here).run_dir, settings.register_.model_name
+    runs = run_dir.parent
+    wait_for(runs, NEEDED_SECONDS)
     model = inputs["model"]
     model.dir("model", fresh=True)  # also where the version is there already: rollout serves this folder
-    card = model_card(name, inputs)
-    (out / CARD).write_text(card, encoding="utf-8")
+    (out / CARD).write_text(whole_card(name, inputs), encoding="utf-8")
     lineage = lineage_tags(inputs)
 
     def log(client: MlflowClient) -> dict[str, Any]:
-        experiment = experiment_id(client, runs)
+        opened = open_step(client, run_dir, REGISTER)
         logged = log_model(
             client,
             model,
             out / "upload",
-            experiment=experiment,
+            run=opened,
             name=name,
             params={key: str(value) for key, value in model.told(Quantization).linears.items()},
             tags=lineage,
         )
-        run_id = record_metrics(client, experiment, name, logged["model_id"], inputs)
-        return logged | {"run_id": run_id}
+        record_metrics(client, opened.info.run_id, logged["model_id"], inputs)
+        return logged
 
-    version = register_version(runs, name, model.digest, log, description=card, tags=lineage)
+    version = register_version(runs, name, model.digest, log, description=model_card(name, inputs), tags=lineage)
     set_alias(runs, name, CHALLENGER, version.version)
     return Outcome(
         kind="version", result=Registration(name=name, version=version.version, model_uri=version.uri), files=(CARD,)

@@ -111,9 +111,9 @@ def _cancel_jobs(run_dir: Path, here: Environment) -> None:
 
 
 def _end_tracking(run_dir: Path, ended: Ending) -> None:
-    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+    from nvila.components.tracking.runs import close_pipeline_run, is_tracked
 
-    if (run_dir / PARENT_FILE).is_file():  # else no step was tracked, or the parent is KFP's
+    if is_tracked(run_dir):  # else no step was tracked, or the parent is KFP's
         close_pipeline_run(run_dir, _MLFLOW.get(ended.outcome, "FAILED"))
 
 

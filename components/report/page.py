@@ -6,6 +6,7 @@ import json
 from itertools import accumulate
 from typing import Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Quantization, Training, Validation
@@ -106,9 +107,7 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
-        points = [
-            (float(r["step"]), float(r["loss"])) for r in _json_lines(path.read_text()) if r.get("loss") is not None
-        ]
+        points = [(float(r["step"]), float(r["loss"])) for r in jsonlines.whole(path) if r.get("loss") is not None]
         if not points:
             continue
         smooth = _smoothed(points)
@@ -132,7 +131,7 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
 def quarantine(run: Run) -> dict[str, Any]:
     """The first records that validation set aside: column names, rows, how many there are in all."""
     path = run.file(VALIDATE, "quarantine.jsonl")
-    records = _json_lines(path.read_text()) if path else []
+    records = list(jsonlines.whole(path)) if path else []
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
     return {"columns": columns, "rows": rows, "total": len(records)}
@@ -181,10 +180,6 @@ def _sources(run: Run) -> list[dict[str, Any]]:
     """The user's files, without those beyond the first hundred."""
     found = {file.uri: file for manifest in run.manifests.values() for file in manifest.sources}
     return [{"uri": f.uri, "bytes": f.size_bytes, "sha256": f.sha256} for f in list(found.values())[:100]]
-
-
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _short(value: Any, limit: int = 160) -> str:

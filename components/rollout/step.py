@@ -20,6 +20,7 @@ from nvila.components.rollout.local import Wanted, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import Endpoint, exclusive
+from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
 from nvila.components.tracking.registry import DIGEST_TAG, find, promote
 
 
@@ -53,6 +54,7 @@ def _none(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Enviro
 
 def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:
     version, runs = inputs["version"].told(Registration), Place.of(here).run_dir.parent
+    wait_for(runs, NEEDED_SECONDS)
     _agree(runs, version.name, version.version, inputs["model"])
     wanted = Wanted(
         model=version.name,

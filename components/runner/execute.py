@@ -38,7 +38,7 @@ from nvila.components.contracts.manifest import (
 from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import call
-from nvila.components.contracts.steps import ROWS, STEPS
+from nvila.components.contracts.steps import RESOLVE, ROWS, STEPS
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.contracts.text import say
 from nvila.components.runner.code import code_digest
@@ -168,7 +168,7 @@ def perform(
                 folder.mkdir(exist_ok=True)
         for name in (MANIFEST, TOMBSTONE, SUSPECT):
             discard(folder / name)
-        began = time.time()
+        began, clock = time.time(), time.monotonic()
         try:
             if step in COMPARED and inputs:
                 from nvila.components.tracking.recorded import compare
@@ -204,7 +204,7 @@ def perform(
             files=files,
             result=outcome.result,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            seconds=round(time.time() - began, 3),
+            seconds=round(time.monotonic() - clock, 3),
             machine=dict(outcome.machine),
         )
         manifest = store.finish(folder, manifest)
@@ -237,10 +237,21 @@ def _track(
     from nvila.components.tracking.runs import record_step
 
     try:
-        record_step(place.run_dir, step, settings, inputs, manifest, began, time.time(), error, measured)
+        ended, recipe = time.time(), _recipe(place.run_dir, manifest)
+        record_step(place.run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe)
     except Exception as problem:
         why = tell(f"{type(problem).__name__}: {problem}")
         print(f"{step}: not tracked in MLflow: {why}", file=sys.stderr, flush=True)
+
+
+def _recipe(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None:
+    """What the run is of; None where `resolve` has not come through."""
+    if manifest is None or manifest.step != RESOLVE:
+        resolved = StepStatus.read(run_dir, RESOLVE).manifest
+        if resolved is None:
+            return None
+        manifest = Manifest.load(resolved)
+    return manifest.told(Resolution).recipe
 
 
 class _Status:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import digest_json, write_atomic
@@ -166,14 +167,9 @@ def answer_line(path: Path, index: int, answer: Any) -> str:
 def read_answers(path: Path) -> dict[int, Any]:
     """Answers so far, by the index of their request; lines that are torn, damaged or of another file are none."""
     answers: dict[int, Any] = {}
-    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            index, answer = record["index"], record["answer"]
-            sound = answer_line(path, index, answer).encode() == line + b"\n"
-        except (ValueError, LookupError, TypeError):
-            continue
-        if sound:
+    for record in jsonlines.whole(path):
+        index, answer = record.get("index"), record.get("answer")
+        if isinstance(index, int) and json.loads(answer_line(path, index, answer)) == record:
             answers[index] = answer
     return answers
 

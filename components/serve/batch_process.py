@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.progress import Progress
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--what", type=json.loads, required=True)
     args = parser.parse_args(arguments)
 
-    requests = [json.loads(line) for line in args.requests.read_text(encoding="utf-8").splitlines()]
+    requests = jsonlines.parse(args.requests.read_text(encoding="utf-8"))
     done = read_answers(args.answers)
     # Without what an interrupted attempt left torn, so that appending goes on at a line's start.
     write_atomic(args.answers, "".join(answer_line(args.answers, index, answer) for index, answer in done.items()))

@@ -5,14 +5,15 @@ Rollout and `nvila serve` write them; whoever asks what is being served, or who 
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from nvila.components.contracts import locks
 from nvila.components.contracts.files import discard, read_json, write_atomic
 
 SERVING = "serving"
@@ -29,7 +30,7 @@ class Endpoint(BaseModel):
     """Base URL without `/v1`."""
     pid: PositiveInt
     born: float
-    """When the process started (seconds since the epoch): tells it from a later one with the same id."""
+    """When the process started, as `birth` says it: tells it from a later one with the same id."""
     host: str
     port: int
     model: str
@@ -45,16 +46,28 @@ class Endpoint(BaseModel):
     @property
     def alive(self) -> bool:
         """Whether that very process still runs."""
-        return birth(self.pid) == self.born
+        since_boot = birth(self.pid)
+        return since_boot is not None and self.born in (since_boot, _since_epoch(self.pid))
 
 
 def birth(pid: int) -> float | None:
-    """Start time of a process; None when there is none, or only its remains."""
+    """When a process started, in seconds since the machine did; None when there is none, or only its remains.
+
+    The time since the epoch would be another one after the clock was set, and the server nobody's.
+    """
+    try:
+        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # from its state on
+    except OSError:
+        return None
+    return None if words[0] in (b"Z", b"X") else int(words[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _since_epoch(pid: int) -> float | None:
+    """What records of earlier versions say."""
     import psutil
 
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return psutil.Process(pid).create_time()
     except psutil.Error:
         return None
 
@@ -88,8 +101,7 @@ def exclusive(runs: Path) -> Iterator[None]:
     """Only one process at a time starts or stops servers of a runs folder."""
     folder = runs / SERVING
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locks.alone(folder / ".lock"):
         yield
 
 

@@ -82,7 +82,8 @@ def start(
     """
     require_address(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
-    command += ["--served-model-name", served_name, "--host", host, "--port", str(port), *ENGINE_OPTIONS]
+    # With `=`: the name of a folder may begin with a dash.
+    command += [f"--served-model-name={served_name}", "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
     model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
     sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nvila.components.contracts.digests import sha256_of
-from nvila.components.contracts.errors import ConfigError, DamagedError
+from nvila.components.contracts.errors import ConfigError, DamagedError, DataError
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import MANIFEST, InputRef, Manifest, digest_json, written_by
 from nvila.components.contracts.places import is_address, is_version
@@ -60,9 +60,12 @@ def find_model(reference: str, runs: Path) -> Model:
     """
     if is_address(reference):
         return _at(weights.fetch(reference), reference.rstrip("/").rpartition("/")[2].partition("@")[0])
-    found = named(reference, runs := runs.absolute())
-    if isinstance(found, Path):
-        return _at(found.absolute(), found.absolute().name)
+    try:
+        found = named(reference, runs := runs.absolute())
+        if isinstance(found, Path):
+            return _at(found.absolute(), found.absolute().name)
+    except PermissionError as error:
+        raise DataError("cannot be read", where=str(error.filename or reference), value=error.strerror) from None
     return _registered(found, runs)
 
 

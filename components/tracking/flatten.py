@@ -1,24 +1,24 @@
-"""Nested settings and results as the flat, length-limited names and values that MLflow takes."""
+"""Nested settings and results as the flat names and values that MLflow takes."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from nvila.components.contracts.results.result import Result
+from nvila.components.tracking.columns import VALUE, fitted, key
 from nvila.components.tracking.redact import redact
 
 T = TypeVar("T")
-VALUE_CHARS = 500
-KEY_CHARS = 250
-_FORBIDDEN = re.compile(r"[^\w.\- :/]")
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Leaves of `settings` by dotted key, secrets redacted, values cut at 500 characters."""
-    return {name: _cut(text) for name, text in _leaves(redact(settings), ".")}
+    """Leaves of `settings` by dotted key, secrets redacted, as columns take them."""
+    found: dict[str, str] = {}
+    for name, value in _walk(redact(settings), "."):
+        found[key(name, found)] = fitted(value if isinstance(value, str) else json.dumps(value, default=str), VALUE)
+    return found
 
 
 def metrics(values: Result | Mapping[str, Any]) -> dict[str, float]:
@@ -29,7 +29,7 @@ def metrics(values: Result | Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in _walk(values.model_dump() if isinstance(values, Result) else values, "/"):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[name] = float(value)
+            found[key(name, found)] = float(value)
     return found
 
 
@@ -38,24 +38,15 @@ def batches(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _leaves(values: Mapping[str, Any], separator: str) -> Iterator[tuple[str, str]]:
-    for name, value in _walk(values, separator):
-        yield name, value if isinstance(value, str) else json.dumps(value, default=str)
-
-
 def _walk(values: Any, separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves with their joined keys; a list of mappings goes by index, any other list is one leaf."""
     if isinstance(values, Mapping):
         metric = {"value": str(values["metric"])} if "metric" in values else {}
-        items = [(metric.get(key, str(key)), value) for key, value in values.items()]
+        items = [(metric.get(name, str(name)), value) for name, value in values.items()]
     elif isinstance(values, list) and values and all(isinstance(item, Mapping) for item in values):
         items = [(str(index), value) for index, value in enumerate(values)]
     else:
-        yield _FORBIDDEN.sub("_", prefix)[:KEY_CHARS], values
+        yield prefix, values
         return
-    for key, value in items:
-        yield from _walk(value, separator, f"{prefix}{separator}{key}" if prefix else key)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= VALUE_CHARS else text[: VALUE_CHARS - 3] + "..."
+    for name, value in items:
+        yield from _walk(value, separator, f"{prefix}{separator}{name}" if prefix else name)

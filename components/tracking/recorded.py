@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.contracts.text import say
-from nvila.components.tracking.connect import connected, has_store
+from nvila.components.tracking.connect import connected, has_store, pages
 from nvila.components.tracking.redact import redact_text
 
 if TYPE_CHECKING:
@@ -52,6 +52,6 @@ def _digests(runs: Path, manifest: Manifest) -> set[str]:
 
 
 def _runs(client: MlflowClient, manifest: Manifest) -> list[Run]:
-    experiments = [each.experiment_id for each in client.search_experiments()]
+    experiments = [each.experiment_id for each in pages(client.search_experiments)]
     same = f"tags.`nvila.step` = '{manifest.step}' and tags.`nvila.key` = '{manifest.key}'"
-    return list(client.search_runs(experiments, same, max_results=1000))
+    return list(pages(client.search_runs, experiments, same))

@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.addresses import below
-from nvila.components.contracts.errors import DamagedError, DataError
+from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
-from nvila.components.tracking.connect import answered, connected
+from nvila.components.tracking.columns import DESCRIPTION, fitted
+from nvila.components.tracking.connect import answered, connected, pages
 from nvila.components.tracking.redact import redact, redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 DIGEST_TAG = "nvila.digest"
@@ -38,6 +40,13 @@ class Version:
     version: str
     tags: dict[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    run_id: str = ""
+    """The run in MLflow that registered it."""
+
+    @property
+    def by_a_run(self) -> bool:
+        """Whether a run of this platform registered it, ours or another team's."""
+        return any(key.startswith(INPUT_TAG) for key in self.tags)
 
     @property
     def uri(self) -> str:
@@ -70,7 +79,7 @@ def register_version(
             found = _version(client.create_model_version(name, tags=own, **logged))
             link = json.dumps([{"name": name, "version": int(found.version)}])  # the other direction, for the UI
             client.set_logged_model_tags(logged["model_id"], {"mlflow.modelVersions": link})
-        client.update_model_version(name, found.version, redact_text(description))
+        client.update_model_version(name, found.version, fitted(redact_text(description), DESCRIPTION))
         for key, value in redact({**tags, DIGEST_TAG: digest}).items():
             if found.tags.get(key) != value:
                 client.set_model_version_tag(name, found.version, key, value)
@@ -112,7 +121,7 @@ def set_alias(runs: Path, name: str, alias: str, version: str) -> None:
 def promote(runs: Path, name: str, version: str) -> str | None:
     """Make `version` the champion; the old champion becomes `previous`. Returns the old one's number, if it differs."""
     with connected(runs) as client:
-        old = _by_alias(client, name, CHAMPION)
+        old = _find(client, name, CHAMPION)
         if old and old.version != version:
             _point(client, name, PREVIOUS, old.version)
         _point(client, name, CHAMPION, version)
@@ -122,12 +131,26 @@ def promote(runs: Path, name: str, version: str) -> str | None:
 def find(runs: Path, name: str, reference: str) -> Version | None:
     """The version of model `name` with this alias or number."""
     with connected(runs) as client:
-        if reference.isdigit():
-            found = next((v for v in _versions(client, name) if v.version == reference), None)
-        else:
-            found = _by_alias(client, name, reference)
-        # Only this call fills in the aliases.
-        return _version(client.get_model_version(name, found.version)) if found else None
+        return _find(client, name, reference)
+
+
+def find_all(runs: Path, reference: str) -> list[Version]:
+    """The version with this alias or number of each model that has one, the most recently changed model first."""
+    with connected(runs) as client:
+        known = _models(client)
+        having = {model.name for model in known if reference in model.aliases}
+        if _is_number(reference):
+            having = {
+                v.name for v in pages(client.search_model_versions, filter_string=f"version_number = {reference}")
+            }
+        found = (_find(client, model.name, reference) for model in known if model.name in having)
+        return [version for version in found if version]
+
+
+def models(runs: Path) -> list[str]:
+    """Names of the registered models, the most recently changed first."""
+    with connected(runs) as client:
+        return [model.name for model in _models(client)]
 
 
 def download(runs: Path, version: Version, name: str, folder: Path) -> None:
@@ -140,13 +163,14 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
     with connected(runs) as client:
         place, uri = client.get_model_version_download_uri(version.name, version.version), client.tracking_uri
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     target = folder / name
     try:  # not under the lock: it may take minutes
         with answered(uri):
             download_artifacts(below(place, name), dst_path=str(target.parent), tracking_uri=uri)
-    except (MlflowException, OSError) as error:
+    except (NvilaError, OSError) as error:
+        if isinstance(error, Unreachable | ConfigError):
+            raise
         raise DataError(
             f"MLflow does not give the file {name} of {version.uri}: {' '.join(str(error).split())}",
             where=redact_text(place),
@@ -155,11 +179,9 @@ def download(runs: Path, version: Version, name: str, folder: Path) -> None:
         ) from error
 
 
-def models(runs: Path) -> list[str]:
-    """Names of the registered models, the most recently changed first."""
-    with connected(runs) as client:
-        found = list(_pages(client.search_registered_models, max_results=100))
-        return [m.name for m in sorted(found, key=lambda m: m.last_updated_timestamp or 0, reverse=True)]
+def _models(client: MlflowClient) -> list[RegisteredModel]:
+    found = pages(client.search_registered_models, max_results=100)
+    return sorted(found, key=lambda model: model.last_updated_timestamp or 0, reverse=True)
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
@@ -168,42 +190,34 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 
 def _with_digest(client: MlflowClient, name: str, digest: str) -> Version | None:
-    return next((v for v in _versions(client, name) if v.tags.get(DIGEST_TAG) == digest), None)
+    found = pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=200)
+    return next((v for v in map(_version, found) if v.tags.get(DIGEST_TAG) == digest), None)
 
 
-def _versions(client: MlflowClient, name: str) -> list[Version]:
-    found = _pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=200)
-    return [_version(one) for one in found]
-
-
-def _pages(search: Callable[..., Any], **options: Any) -> Iterator[Any]:
-    """Everything that a search of MLflow finds, page after page."""
-    page = None
-    while True:
-        some = search(page_token=page, **options)
-        yield from some
-        page = some.token
-        if not page:
-            return
-
-
-def _by_alias(client: MlflowClient, name: str, alias: str) -> Version | None:
-    """MLflow raises for an unknown alias as for an unknown model: neither is an error here."""
+def _find(client: MlflowClient, name: str, reference: str) -> Version | None:
+    """By alias or number; MLflow raises for an unknown one as for an unknown model: neither is an error here."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return _version(client.get_model_version_by_alias(name, alias))
+        if not _is_number(reference):
+            reference = client.get_model_version_by_alias(name, reference).version
+        return _version(client.get_model_version(name, reference))  # only this call fills in the aliases
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
 
 
+def _is_number(reference: str) -> bool:
+    return reference.isdecimal() and len(reference) < 10
+
+
 def _point(client: MlflowClient, name: str, alias: str, version: str) -> None:
-    now = _by_alias(client, name, alias)
+    now = _find(client, name, alias)
     if now is None or now.version != version:
         client.set_registered_model_alias(name, alias, version)
 
 
 def _version(made: Any) -> Version:
-    return Version(made.name, str(made.version), dict(made.tags), tuple(sorted(made.aliases)))
+    aliases = tuple(sorted(made.aliases))
+    return Version(made.name, str(made.version), dict(made.tags), aliases, made.run_id or "")

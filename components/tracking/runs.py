@@ -1,31 +1,55 @@
 """Writes each executed step to MLflow: a parent run per pipeline run, a child per step.
 
-The runner calls `record_step` after the manifest is written; what the numbers mean is left to the steps.
+The runner calls `record_step` after the manifest is written; what the numbers mean is left to the steps. What cannot be
+written because MLflow is away waits in the run's folder, and is written with what comes next.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current
-from nvila.components.contracts.files import read_json, write_atomic
-from nvila.components.contracts.manifest import Manifest
-from nvila.components.tracking.connect import connected, experiment_id, tracking_uri
+from nvila.components.contracts.errors import NvilaError, Unreachable
+from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.manifest import MANIFEST, Manifest
+from nvila.components.contracts.text import say
+from nvila.components.tracking.columns import RUN_NAME, TAG, VALUE, fitted, key
+from nvila.components.tracking.connect import connected, experiment_id, pages, tracking_uri
 from nvila.components.tracking.datasets import dataset_inputs
 from nvila.components.tracking.flatten import batches, metrics, parameters
 from nvila.components.tracking.redact import redact, redact_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 PARENT_FILE = "mlflow.json"
+UNTRACKED = "untracked"
+"""Folder of records that MLflow has not taken yet."""
 CURVE_POINTS = 1000
 """Longer loss curves are thinned to this many points; the step's folder keeps all of them."""
-_SHOWN = (".png", ".html")
-_TAG_CHARS = 5000
+_SHOWN = (".png", ".html", ".md")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One execution of a step."""
+
+    step: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Manifest]
+    manifest: Manifest | None
+    began: float
+    ended: float
+    error: str | None
+    measured: Mapping[str, float]
 
 
 def record_step(
@@ -38,6 +62,7 @@ def record_step(
     ended: float,
     error: str | None,
     measured: Mapping[str, float],
+    recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Log one execution of a step as a finished child run.
 
@@ -48,22 +73,30 @@ def record_step(
         began, ended: seconds since the epoch.
         error: the message of a failed step.
         measured: measurements of this execution.
+        recipe: what the pipeline run is of, if that is known: the parent's parameters.
+
+    Raises:
+        Unreachable: MLflow does not answer; the record is kept, and written with the next that it takes.
     """
-    with connected(run_dir.parent) as client:
-        parent, experiment = _parent(client, run_dir)
-        tags = {"mlflow.parentRunId": parent, "nvila.step": step, "nvila.run": run_dir.name}
-        tags |= {f"nvila.input.{name}": ref.digest for name, ref in inputs.items()}
-        if manifest:
-            tags |= {"nvila.key": manifest.key, "nvila.digest": manifest.digest, "nvila.folder": manifest.folder}
-        if error:
-            tags["nvila.error"] = redact_text(error)[:_TAG_CHARS]
-        run = client.create_run(experiment, start_time=_ms(began), run_name=step, tags=tags).info.run_id
-        status = "FAILED"
-        try:
-            _log(client, run, settings, inputs, manifest, ended, measured)
-            status = "FAILED" if manifest is None else "FINISHED"
-        finally:
-            client.set_terminated(run, status, _ms(ended))
+    record = _Record(step, settings, inputs, manifest, began, ended, error, measured)
+    try:
+        with connected(run_dir.parent, 0 if any(_kept(run_dir)) else None) as client:
+            parent = _parent(client, run_dir, recipe)
+            _make_up(client, run_dir, parent)
+            _write(client, run_dir, parent, record)
+    except Unreachable:
+        _keep(run_dir, record)
+        raise
+
+
+def open_step(client: MlflowClient, run_dir: Path, step: str) -> Run:
+    """The child of a step that refers to it before it has ended; `record_step` completes it."""
+    return _child(client, run_dir, _parent(client, run_dir), step, time.time())
+
+
+def is_tracked(run_dir: Path) -> bool:
+    """Whether there is a parent run that `close_pipeline_run` has to end."""
+    return not current().mlflow_run_id and ((run_dir / PARENT_FILE).is_file() or any(_kept(run_dir)))
 
 
 def close_pipeline_run(run_dir: Path, status: str) -> None:
@@ -74,8 +107,9 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
     if current().mlflow_run_id:
         return
     with connected(run_dir.parent) as client:
-        parent, _ = _parent(client, run_dir)
-        summary = run_dir / "summary.json"
+        run = _parent(client, run_dir)
+        _make_up(client, run_dir, run)
+        parent, summary = run.info.run_id, run_dir / "summary.json"
         if summary.is_file():
             now, told = _ms(summary.stat().st_mtime), read_json(summary)
             for name in ("schema_version", "error"):
@@ -87,86 +121,182 @@ def close_pipeline_run(run_dir: Path, status: str) -> None:
         client.set_terminated(parent, status)
 
 
-def _parent(client: MlflowClient, run_dir: Path) -> tuple[str, str]:
-    """Ids of the parent run and its experiment: KFP's run, this pipeline run's, or a new one."""
+def folder_of(runs: Path, run: Run) -> Path | None:
+    """The folder below `runs` whose pipeline run this is, or is a step of."""
+    name = run.data.tags.get("nvila.run", "")
+    if not name or Path(name).name != name:
+        return None
+    parent = read_json(runs / name / PARENT_FILE).get("run_id")
+    return runs / name if parent and parent in (run.info.run_id, run.data.tags.get("mlflow.parentRunId")) else None
+
+
+def registered_here(runs: Path, run_ids: Iterable[str]) -> set[str]:
+    """Those of the ids that are runs of this folder."""
+    with connected(runs) as client:
+        found = {run_id: _run(client, run_id) for run_id in run_ids if run_id}
+    return {run_id for run_id, run in found.items() if run and folder_of(runs, run)}
+
+
+def _parent(client: MlflowClient, run_dir: Path, recipe: Mapping[str, Any] | None = None) -> Run:
+    """The parent run: KFP's, this pipeline run's, or a new one; with the recipe's parameters, where that is known."""
+    joined = current().mlflow_run_id
+    run = client.get_run(joined) if joined else _own_parent(client, run_dir)
+    if recipe:
+        _log_parameters(client, run.info.run_id, recipe, "recipe.json", run.data.params)
+    return run
+
+
+def _own_parent(client: MlflowClient, run_dir: Path) -> Run:
+    experiment = experiment_id(client, run_dir.parent)
+    known = run_dir / PARENT_FILE
+    run = _run(client, str(read_json(known).get("run_id", "")))
+    if run and run.info.lifecycle_stage == "active":
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+        return run
+    # The first record of this run; or the tracking store was replaced since, or somebody has deleted the parent.
+    tags = _origin("run") | {"nvila.run": run_dir.name}
+    run = client.create_run(experiment, run_name=fitted(run_dir.name, RUN_NAME), tags=tags)
+    record = {
+        "tracking_uri": redact_text(tracking_uri(run_dir.parent)),
+        "experiment_id": experiment,
+        "run_id": run.info.run_id,
+    }
+    write_atomic(known, json.dumps(record, indent=1))
+    return run
+
+
+def _run(client: MlflowClient, run_id: str) -> Run | None:
     from mlflow.exceptions import MlflowException
 
-    if joined := current().mlflow_run_id:
-        return joined, client.get_run(joined).info.experiment_id
-    known = run_dir / PARENT_FILE
-    if run_id := read_json(known).get("run_id"):
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+
+
+def _child(client: MlflowClient, run_dir: Path, parent: Run, step: str, began: float) -> Run:
+    """The open run of this step, or a new one."""
+    known = {"mlflow.parentRunId": parent.info.run_id, "nvila.step": step}
+    query = " and ".join([f"tags.`{name}` = '{value}'" for name, value in known.items()])
+    for run in pages(client.search_runs, [parent.info.experiment_id], f"{query} and attributes.status = 'RUNNING'"):
+        return run  # type: ignore[no-any-return]
+    tags = _origin(step) | known | {"nvila.run": run_dir.name}
+    return client.create_run(parent.info.experiment_id, start_time=_ms(began), run_name=step, tags=tags)
+
+
+def _origin(what: str) -> dict[str, str]:
+    """The columns `User` and `Source` of the UI."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's number without a name
+        user = "unknown"
+    kind = "JOB" if current().on_cluster else "LOCAL"
+    return {"mlflow.user": user, "mlflow.source.type": kind, "mlflow.source.name": f"nvila {what}"}
+
+
+def _write(client: MlflowClient, run_dir: Path, parent: Run, record: _Record) -> None:
+    run, status = _child(client, run_dir, parent, record.step, record.began).info.run_id, "FAILED"
+    try:
+        _log(client, run, record)
+        status = "FAILED" if record.manifest is None else "FINISHED"
+    finally:
+        client.set_terminated(run, status, _ms(record.ended))
+
+
+def _kept(run_dir: Path) -> Iterator[Path]:
+    return (run_dir / UNTRACKED).glob("*.json")
+
+
+def _keep(run_dir: Path, record: _Record) -> None:
+    """Leave a record for `_make_up`; manifests by their place in the store."""
+    content = {
+        "step": record.step,
+        "settings": redact(record.settings),
+        "inputs": {name: f"{made.folder}/{MANIFEST}" for name, made in record.inputs.items()},
+        "manifest": f"{record.manifest.folder}/{MANIFEST}" if record.manifest else None,
+        "began": record.began,
+        "ended": record.ended,
+        "error": redact_text(record.error) if record.error else None,
+        "measured": dict(record.measured),
+    }
+    write_atomic(run_dir / UNTRACKED / f"{record.began:.3f}-{record.step}.json", json.dumps(content, default=str))
+
+
+def _make_up(client: MlflowClient, run_dir: Path, parent: Run) -> None:
+    """Write what MLflow was away for; of work that is not in the store any more, that is said."""
+    for path in sorted(_kept(run_dir)):
+        content = read_json(path)
         try:
-            info = client.get_run(str(run_id)).info
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else the tracking store was replaced since
-                raise
+            content["inputs"] = {name: Manifest.load(place) for name, place in content["inputs"].items()}
+            content["manifest"] = Manifest.load(content["manifest"]) if content["manifest"] else None
+            record = _Record(**content)
+        except (NvilaError, KeyError, TypeError) as error:
+            say(redact_text(f"{path.name} is not tracked in MLflow: {error}"))
         else:
-            if info.status != "RUNNING":
-                client.update_run(info.run_id, status="RUNNING")
-            return info.run_id, info.experiment_id
-    experiment = experiment_id(client, run_dir.parent)
-    run = client.create_run(experiment, run_name=run_dir.name, tags={"nvila.run": run_dir.name}).info.run_id
-    record = {"tracking_uri": redact_text(tracking_uri(run_dir.parent)), "experiment_id": experiment, "run_id": run}
-    write_atomic(known, json.dumps(record, indent=1))
-    return run, experiment
+            _write(client, run_dir, parent, record)
+        discard(path)
 
 
-def _log(
-    client: MlflowClient,
-    run: str,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Manifest],
-    manifest: Manifest | None,
-    ended: float,
-    measured: Mapping[str, float],
-) -> None:
-    from mlflow.entities import Param
+def _log(client: MlflowClient, run: str, record: _Record) -> None:
+    from mlflow.entities import RunTag
 
-    for some in batches(list(parameters(settings).items()), 100):
-        client.log_batch(run, params=[Param(key, value) for key, value in some])
-    if datasets := dataset_inputs(inputs, manifest):
+    manifest = record.manifest
+    tags = {f"nvila.input.{name}": made.digest for name, made in record.inputs.items()}
+    if manifest:
+        tags |= {"nvila.key": manifest.key, "nvila.digest": manifest.digest, "nvila.folder": manifest.folder}
+    if record.error:
+        tags["nvila.error"] = redact_text(record.error)
+    for some in batches(list(tags.items()), 100):
+        client.log_batch(run, tags=[RunTag(name, fitted(text, TAG)) for name, text in some])
+    _log_parameters(client, run, record.settings, "settings.json")
+    if datasets := dataset_inputs(record.inputs, manifest):
         client.log_inputs(run, datasets)
-    numbers = dict(measured)
+    numbers = dict(record.measured)
     if manifest and manifest.result and manifest.kind != "slices":  # the slices are settings, which other steps log
         numbers = metrics(manifest.result) | numbers
-    rows = [(key, value, _ms(ended), 0) for key, value in numbers.items()]
-    _log_metrics(client, run, rows + (_curve(Path(manifest.folder), _ms(ended)) if manifest else []))
+    now = _ms(record.ended)
+    rows = [(name, value, now, 0) for name, value in numbers.items()]
+    rows += _curve(Path(manifest.folder), now) if manifest else []
+    _log_metrics(client, run, [(f"{record.step}/{name}", value, at, step) for name, value, at, step in rows])
     if manifest:
         _log_files(client, run, manifest)
+
+
+def _log_parameters(
+    client: MlflowClient, run: str, settings: Mapping[str, Any], whole: str, known: Mapping[str, str] | None = None
+) -> None:
+    """The settings that the run does not have yet; as a file as well, named `whole`, where one is cut."""
+    from mlflow.entities import Param
+
+    new = {name: value for name, value in parameters(settings).items() if name not in (known or {})}
+    for some in batches(list(new.items()), 100):
+        client.log_batch(run, params=[Param(name, value) for name, value in some])
+    if any(len(value) == VALUE for value in new.values()):
+        client.log_text(run, json.dumps(redact(settings), indent=1, default=str), whole)
 
 
 def _log_metrics(client: MlflowClient, run: str, rows: list[tuple[str, float, int, int]]) -> None:
     from mlflow.entities import Metric
 
     for some in batches(rows, 1000):
-        client.log_batch(run, metrics=[Metric(key, float(value), time, step) for key, value, time, step in some])
+        client.log_batch(run, metrics=[Metric(key(name), float(value), at, step) for name, value, at, step in some])
 
 
 def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
     """Rows (name, value, ms, step) of `loss.jsonl`, where the step wrote one."""
     path = folder / "loss.jsonl"
-    if not path.is_file():
-        return []
-    lines = list(_lines(path))
+    lines = [record for record in jsonlines.whole(path) if isinstance(record.get("step"), int)]
     every = max(1, -(-len(lines) // CURVE_POINTS))
     kept = lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
     return [
-        (f"curve/{key}", value, now, int(line["step"]))
+        (f"curve/{name}", value, now, int(line["step"]))
         for line in kept
-        for key, value in line.items()
-        if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        for name, value in line.items()
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file of JSON lines; a line that a crash has cut off, or that is none of ours, is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int):
-            yield content
 
 
 def _log_files(client: MlflowClient, run: str, manifest: Manifest) -> None:

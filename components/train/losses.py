@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts import jsonlines
+
 LOSSES, SKIPPED = "loss.jsonl", "skipped.jsonl"
 
 
@@ -30,12 +32,4 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Records of a log in the order of their steps; a line cut off by a crash of the machine is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    return [record for record in jsonlines.whole(path) if isinstance(record.get("step"), int)]

@@ -14,6 +14,7 @@ from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.results.model import Training
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
+from nvila.components.contracts.steps import PRUNES
 from nvila.components.data.skipped import Tally
 from nvila.components.train.account import read_skipped
 from nvila.components.train.job import RECORD, TRAINED, Job
@@ -34,7 +35,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Args:
         settings: the row, and how to run it.
-        inputs: `model` (the one before this stage), `samples`, and for pruned rows `kept_*` (score tables).
+        inputs: `model` (the one before this stage), `samples`, and for pruned rows `kept_*` (score tables; the samples
+            stand in the place of one of a kind of which nothing is pruned).
         out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`.
 
     Raises:
@@ -83,7 +85,7 @@ def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Non
             seed=settings.seed,
             model=str(inputs["model"].dir("model")),
             samples=str(inputs["samples"].path("samples.parquet")),
-            kept=[str(m.path("scores.parquet")) for name, m in sorted(inputs.items()) if name.startswith("kept_")],
+            kept=[str(m.path("scores.parquet")) for _, m in sorted(inputs.items()) if m.step in PRUNES],
             out=str(out),
         )
     )

@@ -35,6 +35,9 @@ def record_expectations(limits: Validation) -> list[Expectation]:
 
     return [
         gxe.ExpectColumnValuesToBeInSet(
+            column="form", value_set=["ok"], notes="A record has the keys, the media and the turns of the format."
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
             column="media_status", value_set=["ok"], notes="Every file is there, within the limits, and decodes whole."
         ),
         gxe.ExpectColumnValuesToBeBetween(
@@ -44,7 +47,10 @@ def record_expectations(limits: Validation) -> list[Expectation]:
             meta={"reason": "too_small"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="media_count", min_value=1, notes="A record is about at least one file.", meta={"reason": "no_media"}
+            column="media_wanted",
+            min_value=1,
+            notes="A caption or a held-out question is about at least one file.",
+            meta={"reason": "no_media"},
         ),
         gxe.ExpectColumnPairValuesToBeEqual(
             column_A="markers",
@@ -80,6 +86,9 @@ def label_expectations() -> list[Expectation]:
     from great_expectations import expectations as gxe
 
     return [
+        gxe.ExpectColumnValuesToBeInSet(
+            column="form", value_set=["ok"], notes="A label has the keys and values of the format."
+        ),
         gxe.ExpectColumnValuesToBeInSet(
             column="media_status", value_set=["ok"], notes="The file is there, within the limits, and decodes whole."
         ),
@@ -118,15 +127,15 @@ def source_expectations(limits: Validation) -> list[Expectation]:
             meta={"reason": "unbalanced"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="quarantined_share",
-            max_value=limits.max_quarantined_share,
-            notes="At most max_quarantined_share of its records are spoilt.",
+            column="quarantined_beyond",
+            max_value=0,
+            notes="At most max_quarantined_share of its records, rounded up, are spoilt.",
             meta={"reason": "spoilt"},
         ),
         gxe.ExpectColumnValuesToBeBetween(
-            column="quarantined_labels_share",
-            max_value=limits.max_quarantined_share,
-            notes="At most max_quarantined_share of its labels are spoilt.",
+            column="quarantined_labels_beyond",
+            max_value=0,
+            notes="At most max_quarantined_share of its labels, rounded up, are spoilt.",
             meta={"reason": "spoilt_labels"},
         ),
     ]

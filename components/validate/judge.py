@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.recipe.data import Source, Validation
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 Result = tuple[str, "ExpectationSuiteValidationResult"]
 """What was checked, in one sentence, and what came of it."""
+
+
+TOLD = {"form": "form_detail", "media_status": "media_detail"}
+"""Columns that name a reason themselves, each with the one that has it in words."""
 
 
 def judge(
@@ -42,7 +48,7 @@ def judge(
         (
             "sources",
             "Each source as a whole.",
-            _shares(sources, records, labels, quarantine),
+            _shares(sources, records, labels, quarantine, limits.max_quarantined_share),
             expectations.source_expectations(limits),
         ),
     ):
@@ -72,21 +78,31 @@ def _sides(records: list[Row], labels: list[Row]) -> list[Row]:
 
 
 def _shares(
-    sources: Sequence[Source], records: list[Row], labels: list[Row], quarantine: Mapping[str, Row]
+    sources: Sequence[Source], records: list[Row], labels: list[Row], quarantine: Mapping[str, Row], share: float
 ) -> list[Row]:
-    """One row per source: its share of good SFT records, and the spoilt share of its records and labels."""
+    """One row per source: its share of good SFT records, if it has any, and how many spoilt ones are too many."""
+    asked = {row["source"] for row in records if row["split"] == "sft"}
     good = Counter(row["source"] for row in without(records, quarantine) if row["split"] == "sft")
     everything = Counter((row["source"], row["split"] == "labels") for row in (*records, *labels))
     spoilt = Counter((row["source"], row["split"] == "labels") for row in quarantine.values())
+
+    def beyond(name: str, of_labels: bool) -> int:
+        return spoilt[name, of_labels] - allowed(share, everything[name, of_labels])
+
     return [
         {
             expectations.RECORD: source.name,
-            "share_of_sft": good[source.name] / max(good.total(), 1),
-            "quarantined_share": spoilt[source.name, False] / max(everything[source.name, False], 1),
-            "quarantined_labels_share": spoilt[source.name, True] / max(everything[source.name, True], 1),
+            "share_of_sft": good[source.name] / max(good.total(), 1) if source.name in asked else None,
+            "quarantined_beyond": beyond(source.name, False),
+            "quarantined_labels_beyond": beyond(source.name, True),
         }
         for source in sources
     ]
+
+
+def allowed(share: float, records: int) -> int:
+    """How many of so many records may be spoilt: of a few, one always may."""
+    return math.ceil(Fraction(str(share)) * records)
 
 
 def without(rows: list[Row], quarantine: Mapping[str, Row]) -> list[Row]:
@@ -97,5 +113,5 @@ def without(rows: list[Row], quarantine: Mapping[str, Row]) -> list[Row]:
 def _quarantined(row: Row, reason: str, observed: Mapping[str, Any]) -> Row:
     """A line of the quarantine file."""
     seen = ", ".join(f"{name}: {value}" for name, value in observed.items())
-    detail = row["media_detail"] if "media_status" in observed else seen
+    detail = next((row[told] for looked, told in TOLD.items() if looked in observed), seen)
     return {key: row[key] for key in ("id", "source", "split", "line")} | {"reason": reason, "detail": detail}

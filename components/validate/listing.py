@@ -13,9 +13,11 @@ from nvila.components.contracts.digests import sha256_of
 def media_listing(root: Path) -> str:
     """Hex sha256 over relative name and sha256 of every file below `root`; what cannot be read counts by its name.
 
-    JSON files directly in `root` are left out: annotation files are digested one by one.
+    Files of JSON or JSON lines directly in `root` are left out: annotation files are digested one by one.
     """
-    names = sorted(name for name in _files(root.absolute(), "") if "/" in name or not name.endswith(".json"))
+    names = sorted(
+        name for name in _files(root.absolute(), "") if "/" in name or not name.endswith((".json", ".jsonl"))
+    )
     readable = {name: root.absolute() / name for name in names if _readable(root.absolute() / name)}
     digests = sha256_of(readable.values())
     whole = hashlib.sha256()

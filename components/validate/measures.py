@@ -28,7 +28,7 @@ def look_at_media(
     kinds = {source.name: source.kind for source in sources}
 
     def named(row: Row) -> list[Medium]:
-        names = row["media"] if isinstance(row["media"], list) else [row["media"]]
+        names = row["media"] if isinstance(row["media"], list) else [row["media"]] if row["media"] is not None else []
         return [Medium(row["root"], name, kinds[row["source"]]) for name in names]
 
     findings = probe_all(
@@ -43,7 +43,7 @@ def look_at_media(
         row["media_sha256"] = [finding.sha256 for finding in found]
         row["side_pixels"] = None if bad else min((f.side_pixels or 0 for f in found), default=None)
         if row["split"] == "labels":
-            frames = found[0].frames
+            frames = found[0].frames if found else None
             beyond = row["frame"] is not None and frames is not None and row["frame"] >= frames
             row["frame_problem"] = f"frame {row['frame']} of {frames}" if beyond else None
         else:

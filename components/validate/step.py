@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import File, Manifest, digest_json, write_atomic
@@ -16,15 +17,15 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Validation
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
-from nvila.components.validate.annotations import Row, annotation_files, read_label_rows, read_records
+from nvila.components.validate.annotations import Row, read_label_rows, read_records
 from nvila.components.validate.data_docs import page
 from nvila.components.validate.expectations import configuration
 from nvila.components.validate.judge import Result, judge, without
 from nvila.components.validate.listing import media_listing
 from nvila.components.validate.measures import look_at_media, media_limits
 from nvila.components.validate.probing import Finding, Medium
+from nvila.components.validate.refusal import QUARANTINE_FILE, refuse
 
-QUARANTINE_FILE = "quarantine.jsonl"
 DOCS_FILE = "data_docs.html"
 RESULTS_FILE = "validation.json"
 
@@ -39,12 +40,19 @@ def external(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Digests of each source's annotation files, and of its media by name.
 
     Raises:
-        DataError: a required annotation file is missing.
+        DataError: a source has no folder.
     """
     sources = Settings.model_validate(settings).data.sources
+    for source in sources:
+        if not Path(source.path).is_dir():
+            raise DataError(
+                f"data source {source.name!r} has no folder",
+                where=str(Path(source.path).absolute()),
+                do="Make it, or correct the source's `path` in the recipe.",
+            )
     return {
         source.name: {
-            "files": {name: file_sha256(path) for name, path in annotation_files(source).items()},
+            "files": {name: file_sha256(path) for name, path in source.annotations().items()},
             "media": media_listing(Path(source.path)),
         }
         for source in sources
@@ -56,10 +64,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 
     Raises:
         DataError: broken annotation files; too much of a source is spoilt; a source is too small a part of the whole;
-            a held-out picture is a training picture as well. The outputs are written before that is decided.
+            a held-out picture is a training picture as well. All that is wrong is said at once; the outputs are written
+            before.
     """
     sources, limits = settings.data.sources, settings.data.validation
-    files = {source.name: annotation_files(source) for source in sources}
+    files = {source.name: source.annotations() for source in sources}
     records = [
         row
         for source in sources
@@ -81,11 +90,10 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     write_labels(
         out / LABELS_FILE, [row | {"media_sha256": row["media_sha256"][0]} for row in good_labels], media_limits(limits)
     )
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in quarantine.values()]
-    write_atomic(out / QUARANTINE_FILE, "".join(lines))
+    write_atomic(out / QUARANTINE_FILE, jsonlines.dump(quarantine.values()))
     write_atomic(out / RESULTS_FILE, json.dumps(_summary(results), indent=1, default=_plain) + "\n")
     write_atomic(out / DOCS_FILE, page(results, counts, list(quarantine.values())))
-    _refuse(sources, results, out)
+    refuse(settings.data, results, [*records, *labels], quarantine, out)
     return Outcome(
         kind="dataset",
         result=Validation(
@@ -101,42 +109,6 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         ],
         files=(SAMPLES_FILE, LABELS_FILE, QUARANTINE_FILE, DOCS_FILE, RESULTS_FILE),
         read=external(settings.model_dump(mode="json")),
-    )
-
-
-def _refuse(sources: Sequence[Source], results: Mapping[str, Result], out: Path) -> None:
-    """Stop where the data as a whole cannot be used."""
-    paths = {source.name: source.path for source in sources}
-    for name in ("pictures", "sources"):
-        for each in results[name][1].results:
-            items = each.result["unexpected_index_list"]
-            if not each.success:
-                raise _refusal(configuration(each).meta["reason"], items, paths, out)
-
-
-def _refusal(reason: str, items: list[dict[str, Any]], paths: Mapping[str, str], out: Path) -> DataError:
-    first = items[0]
-    if reason == "leak":
-        return DataError(
-            f"{len({item['sha256'] for item in items})} held-out pictures are training pictures as well",
-            where=" and ".join(item["record"] for item in items if item["sha256"] == first["sha256"]),
-            do="Take them out of one side: accuracy on them would mean nothing.",
-        )
-    where = paths[first["record"]]
-    share = float(next(value for key, value in first.items() if key != "record"))  # else it is shown as NumPy's
-    if reason == "unbalanced":
-        return DataError(
-            f"source {first['record']!r} holds too small a share of all good SFT records",
-            where=where,
-            value=round(share, 4),
-            do="Add records to it, leave it out, or lower data.validation.min_source_share.",
-        )
-    what = "labels" if reason == "spoilt_labels" else "records"
-    return DataError(
-        f"too many {what} of source {first['record']!r} are spoilt",
-        where=where,
-        value=round(share, 4),
-        do=f"Read {out / QUARANTINE_FILE}, mend the data, or raise data.validation.max_quarantined_share.",
     )
 
 

@@ -57,7 +57,8 @@ class Shared:
     def inputs(self, spoilt: bool) -> dict[str, Manifest]:
         """Of a case."""
         of = SPOILT if spoilt else ""
-        scores = {f"scores_{name}": self.manifests[of + step] for name, step in PRUNES.items()}
+        tables = {name: self.manifests[of + step] for name, step in PRUNES.items()}
+        scores = {f"scores_{name}": table for name, table in tables.items() if table.step == PRUNES[name]}
         samples = self.manifests[SPOILT_STEP if spoilt else VALIDATE]
         return {"model": self.manifests[self.before], "samples": samples, **scores}
 
@@ -164,7 +165,7 @@ def _parts(recipe: Recipe, methods: tuple[str, ...], spoilt: bool) -> list[Part]
         share = {"share": SPOILT_SHARE, "seed": recipe.seed}
         parts.append(Part(SPOILT_STEP, SPOILT_STEP, OURS + "spoil", share, {"samples": VALIDATE}))
         inputs = {"samples": SPOILT_STEP, "model": INITIALIZE}
-        parts += [Part(SPOILT + n, n, ROWS[n].module, settings[n], inputs) for n in PRUNES.values()]
+        parts += [Part(SPOILT + n, n, ROWS[n].module, settings[n], inputs, ROWS[n].hands_on) for n in PRUNES.values()]
     return parts
 
 

@@ -6,34 +6,51 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import yaml
-
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.form import Form, fill_in
-from nvila.components.contracts.recipe.layers import Layers, Value, index_of
-from nvila.components.contracts.recipe.reader import layers, load_yaml, named_document, self_contained, shipped
+from nvila.components.contracts.recipe.layers import Layers, Value, index_of, together
+from nvila.components.contracts.recipe.reader import layers, named_document, self_contained, shipped
 from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.recipe.yaml12 import load_yaml
+from nvila.components.contracts.text import brief
 
 OPTION = "--override"
 
 
-def asked_for(recipe: str, overrides: Iterable[str], **fields: Any) -> tuple[Form, Recipe]:
+def asked_for(recipe: str, overrides: Iterable[str], *, here: bool = True, **fields: Any) -> tuple[Form, Recipe]:
     """The form of a run, and the checked recipe that it comes to.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
         overrides: `dotted.key=value` pairs.
+        here: whether it runs on this machine, where the relative paths in a file begin at its folder.
         fields: further fields of the form.
 
     Raises:
         ConfigError: the recipe or an override is wrong.
     """
     first = named_document(recipe)
-    laid = layers(first)
+    laid = layers(first, located=here)
     overlay = parse_overrides(laid, overrides)
-    text = recipe if recipe in shipped() else self_contained(first)
+    text = recipe if recipe in shipped() else self_contained(first, laid)
     form = Form(recipe=text, overrides=json.dumps(overlay), **fields)
     return form, fill_in(form, recipe=laid)
+
+
+def remarks(recipe: str, checked: Recipe) -> list[str]:
+    """What a person should know of a recipe that is right: gates that let everything pass, a name that is another's.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
+        checked: what it comes to.
+    """
+    found = [checked.open_gates] if checked.open_gates else []
+    if recipe not in shipped() and checked.name in shipped():
+        model = checked.register_.model_name
+        found.append(
+            f"{brief(recipe)} has the name {checked.name} of a shipped recipe, and its model is {model}: change it"
+        )
+    return found
 
 
 def parse_overrides(recipe: Layers, pairs: Iterable[str]) -> dict[str, Any]:
@@ -44,13 +61,17 @@ def parse_overrides(recipe: Layers, pairs: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a pair without `=`, an unknown key, or an index that the recipe does not have.
     """
-    overlay = Layers(OPTION)
+    overlay, faults = Layers(OPTION), list[ConfigError]()
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError("an override is written dotted.key=value", where=OPTION, value=pair)
-        one = _nest(recipe.tree, key.split("."), _value(text), ())
-        recipe, overlay = recipe.over(one, OPTION), overlay.over(one, OPTION)
+        try:
+            key, value = _parsed(pair)
+            one = _nest(recipe.tree, key.split("."), value, ())
+        except ConfigError as error:
+            faults.append(error)
+        else:
+            recipe, overlay = recipe.over(one, OPTION), overlay.over(one, OPTION)
+    if faults := [*faults, *overlay.faults]:
+        raise together(faults, OPTION)
     return overlay.content
 
 
@@ -77,12 +98,14 @@ def _changed(content: Any, path: Sequence[str], value: Any, above: Sequence[str]
     return [*content[:index], _changed(content[index], rest, value, [*above, head]), *content[index + 1 :]]
 
 
-def _value(text: str) -> Any:
+def _parsed(pair: str) -> tuple[str, Any]:
+    key, equals, text = pair.partition("=")
+    if not equals or not key:
+        raise ConfigError("an override is written dotted.key=value", where=OPTION, value=pair)
     try:
-        return json.loads(text)  # first, because YAML reads 1e-3 as a string
-    except json.JSONDecodeError:
-        pass
-    try:
-        return load_yaml(text)
-    except yaml.YAMLError:
-        return text
+        return key, load_yaml(text)
+    except ValueError as error:
+        do = "A text with signs of YAML in it stands in quotes of its own."
+        raise ConfigError(
+            f"cannot be read as YAML: {error}", where=f"{OPTION} {brief(key)}", value=text, do=do
+        ) from None

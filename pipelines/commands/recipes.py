@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import yaml
-
 from nvila.components.contracts.recipe.layers import Layers
 from nvila.components.contracts.recipe.reader import layers, named_document, shipped, shipped_document
+from nvila.components.contracts.recipe.yaml12 import dump_yaml
 from nvila.pipelines.commands.overrides import OPTION, parse_overrides
 
 DEFAULT = "default"
@@ -32,7 +31,7 @@ def show(recipe: str, overrides: Iterable[str]) -> str:
     Raises:
         ConfigError: the recipe or an override is wrong.
     """
-    laid = layers(named_document(recipe))
+    laid = layers(named_document(recipe), located=True)
     laid = laid.over(parse_overrides(laid, overrides), OPTION)
     content = laid.recipe().model_dump(mode="json", by_alias=True)
     parts = (line.partition("\0") for line in _mapping(content, (), laid))
@@ -59,7 +58,7 @@ def _mapping(content: dict[str, Any], path: Path, laid: Layers) -> Iterator[str]
 
 def _flow(value: Any) -> str:
     """In one line, and by the rules of YAML: JSON's 1e-05 is a text to it."""
-    return yaml.safe_dump([value], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
+    return dump_yaml([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def _indented(lines: Iterator[str], by: str = "  ") -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current, entered
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.recipe.recipe import slices
@@ -20,7 +20,8 @@ from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE
 from nvila.components.preflight import checks
 from nvila.components.preflight import step as preflight
 from nvila.components.runner.execute import identity, perform
-from nvila.components.validate.step import DOCS_FILE, QUARANTINE_FILE
+from nvila.components.validate.refusal import QUARANTINE_FILE
+from nvila.components.validate.step import DOCS_FILE
 from nvila.pipelines.commands.overrides import asked_for
 
 SHOWN = 3
@@ -64,13 +65,15 @@ def check(recipe: str, overrides: Iterable[str], store: Path) -> Checked:
     """
     form, checked = asked_for(recipe, overrides)
     sources, place = checked.data.sources, Store(store.absolute())
-    preflight.refuse(checks.disk_problems(0, [place.root]) + checks.data_problems(sources, demo_can_be_built=True))
+    preflight.refuse(
+        checks.disk_problems(0, [place.root]) + checks.data_problems(sources, checked.drawn, demo_can_be_built=True)
+    )
     with (
         TemporaryDirectory(prefix="nvila-") as run,
-        entered(current().model_copy(update={"store": place.root, "run": Path(run, "validate")})) as here,
+        entered(current().model_copy(update={"store": place.root, "run": Path(run, VALIDATE)})) as here,
     ):
         preflight.prepare(preflight.Settings.model_validate(slices(checked)[PREFLIGHT]))
-        preflight.refuse(checks.data_problems(sources))
+        preflight.refuse(checks.data_problems(sources, checked.drawn))
         resolved, _ = perform(here, RESOLVE, ROWS[RESOLVE].module, form.model_dump(), {}, tracked=False)
         settings = resolved.told(Resolution).slices[VALIDATE] or {}
         refused = None
@@ -129,8 +132,7 @@ def _counts(folder: Path, source: str) -> Counts:
     mine = field("source") == source
     good = Counter(read_table(folder / SAMPLES_FILE, columns=["split"], filters=mine)["split"].to_pylist())
     labels = read_table(folder / LABELS_FILE, columns=["source"], filters=mine).num_rows
-    lines = (folder / QUARANTINE_FILE).read_text(encoding="utf-8").split("\n")
-    spoilt = [record for line in lines if line and (record := json.loads(line))["source"] == source]
+    spoilt = [record for record in jsonlines.whole(folder / QUARANTINE_FILE) if record["source"] == source]
     reasons = Counter(record["reason"] for record in spoilt)
     return Counts(
         good=dict(good) | ({"labels": labels} if labels else {}),

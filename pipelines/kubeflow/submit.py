@@ -122,7 +122,8 @@ def submit(
 
     if not recipe:
         raise ConfigError("which recipe?", where="RECIPE", do=f"Shipped are: {', '.join(shipped())}.")
-    form, checked = asked_for(recipe, overrides, data_uri=data_uri, model_name=model_name, target="none")
+    fields = {"data_uri": data_uri, "model_name": model_name, "target": "none"}
+    form, checked = asked_for(recipe, overrides, here=False, **fields)
     slices(checked)  # refuses what resolve would
     namespace = namespace_of(server, wanted.namespace)
     chosen = upload(server, version, namespace, console) if version.own else _installed(server, namespace)

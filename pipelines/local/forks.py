@@ -108,6 +108,8 @@ class _Forks:
         """Process and client of each step under way, by a descriptor that is ready when the process has ended."""
         self._stopping = False
         self._began = time.time()
+        self._written: dict[Path, int] = {}
+        """When each of our files was last written, as first seen: a clock that was set back says nothing of before."""
         self._woken, waker = socket.socketpair()  # a signal interrupts no wait: this does
         waker.setblocking(False)
         self._waker = waker
@@ -140,6 +142,7 @@ class _Forks:
         if not self._has_work():
             return None
         import_module(wanted.pop(0))
+        self._is_old()
         return 0.0
 
     def _accept(self) -> dict[str, Any] | None:
@@ -181,7 +184,15 @@ class _Forks:
         """Whether one of our files was edited since it was imported: a key is made of the files on disk."""
         ours = [module for name, module in list(sys.modules.items()) if name.startswith("nvila.")]
         files = [Path(file) for module in ours if (file := getattr(module, "__file__", None))]
-        return any(not file.exists() or file.stat().st_mtime > self._began for file in files)
+        return not all(map(self._is_as_it_was, files))
+
+    def _is_as_it_was(self, file: Path) -> bool:
+        try:
+            written = file.stat()
+        except FileNotFoundError:
+            return False
+        first = self._written.setdefault(file, written.st_mtime_ns)
+        return first == written.st_mtime_ns and written.st_mtime <= self._began
 
     def _stop(self, signum: int, frame: object) -> None:
         """The group was told to stop, and with it each step: wait for them. Without a parent, end them by ending."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nvila.components.contracts import locks
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
@@ -29,7 +29,7 @@ from nvila.components.preflight.checks import weights_problems
 from nvila.components.runner.status import Run, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.components.tracking.redact import redact_text, tell
-from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
@@ -51,12 +51,14 @@ def run(
 
     Raises:
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
-        Unreachable: the place of weights does not answer; nor has anything been written.
+        Unreachable: MLflow or the place of weights does not answer; nor has anything been written.
     """
     form, checked = asked_for(recipe, overrides)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
+    for line in remarks(recipe, checked):
+        say(line)
     run_dir = _new_run(runs.absolute(), checked.name)
     return _run_checked(form, run_dir, store.absolute())
 
@@ -103,7 +105,7 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
         Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
         _Stop() as stop,
     ):
-        fcntl.flock(log, fcntl.LOCK_SH)  # until the last process of the run, which all have it open, is gone
+        locks.share(log)  # until the last process of the run, which all have it open, is gone
         put_client(Path(python))
         # Where the user's has no `sh`, KFP needs one all the same.
         environment["PATH"] = os.pathsep.join([python, *filter(None, [environment.get("PATH")]), os.defpath])
@@ -121,12 +123,8 @@ def _watched(run_dir: Path, store: Path, console: Console) -> int:
 
 def _last_alive(run_dir: Path) -> float | None:
     """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
-    try:
-        with (run_dir / LOG).open("r+b") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.fstat(log.fileno()).st_mtime
-    except OSError:  # somebody has it locked, or it was not begun by `nvila run`
-        return None
+    # None as well: it was not begun by `nvila run`, or there are no locks.
+    return (run_dir / LOG).stat().st_mtime if locks.is_held(run_dir / LOG) is False else None
 
 
 def _write_report(run_dir: Path) -> None:
@@ -147,11 +145,11 @@ def _close_tracking(run_dir: Path, code: Exit) -> None:
     A tracking store that is down must not change how the run ended.
     """
     from nvila.components.tracking.abandoned import close_abandoned
-    from nvila.components.tracking.runs import PARENT_FILE, close_pipeline_run
+    from nvila.components.tracking.runs import close_pipeline_run, is_tracked
 
     status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
     try:
-        if (run_dir / PARENT_FILE).is_file():  # else no step was executed, or the parent is not ours
+        if is_tracked(run_dir):  # else no step was executed, or the parent is not ours
             close_pipeline_run(run_dir, status)
         close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
@@ -212,9 +210,9 @@ def _point_latest(run_dir: Path) -> None:
     """`runs/latest` -> the newest run, replaced in one step."""
     fresh = run_dir.parent / f".latest.{os.getpid()}"
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(run_dir.name)
     try:
+        fresh.symlink_to(run_dir.name)
         fresh.replace(run_dir.parent / "latest")
-    except OSError as error:  # a folder in its place
-        fresh.unlink()
-        say(f"{run_dir.parent / 'latest'} does not name this run: {error.strerror}")
+    except OSError as error:  # a folder in its place, or a file system without links
+        fresh.unlink(missing_ok=True)
+        say(f"{run_dir.parent / 'latest'} does not lead to this run ({error.strerror}): it lies in {run_dir}")

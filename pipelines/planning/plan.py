@@ -24,7 +24,7 @@ from nvila.components.kube.errors import ApiError
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
@@ -77,7 +77,9 @@ class Plan:
     """Everything that is shown."""
 
     recipe: str
-    store: dict[str, str]
+    remarks: list[str]
+    """On a recipe that is right, and should be known."""
+    store: Mapping[str, str]
     """By step: hit, miss, unknown or always."""
     places: dict[str, Placement]
     """By step, what its work asks of a cluster."""
@@ -149,6 +151,7 @@ def make_plan(
             looked = f"{error}; only this machine was looked at"
     return Plan(
         recipe=checked.name,
+        remarks=remarks(recipe, checked),
         store=found,
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
@@ -330,7 +333,15 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[str]:
     given = plan.assumptions
-    lines = ["", states.FORMULA, "", cost.FORMULA, *([pruned.FORMULA] if plan.pruning[-1].sources else []), ""]
+    lines = [
+        "",
+        *plan.remarks,
+        states.FORMULA,
+        "",
+        cost.FORMULA,
+        *([pruned.FORMULA] if plan.pruning[-1].sources else []),
+        "",
+    ]
     speed, gpu = plan.speed_here, given.gpu
     rate = (
         f"{speed.operations_a_second:.1e} operations a second of this machine, as {speed.evidence}"
@@ -361,9 +372,7 @@ def _reasons(plan: Plan) -> list[str]:
 
 
 def _refusals(plan: Plan) -> list[str]:
-    lines = [f"preflight would refuse here: {problem}" for problem in plan.here] or [
-        "this machine has what a run needs"
-    ]
+    lines = [f"preflight would refuse here: {problem}" for problem in plan.here] or ["this machine has what it takes"]
     lines += [f"{'validate would refuse: ' if opened.refused else ''}{opened.words}" for opened in plan.opened]
     if plan.findings is None:
         return [*lines, plan.looked]

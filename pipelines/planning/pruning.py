@@ -84,7 +84,7 @@ class PrunePlan:
     def verdict(self) -> str:
         """In words."""
         if not self.sources:
-            return "nothing to prune: no stage takes a part of it"
+            return "does not run: no stage takes a part of it"
         if self.costs is None or self.saves is None:
             return "unknown: the sizes of data or of weights are not here"
         costs, saves, unit = _spoken(self.costs, self.saves)
@@ -114,7 +114,7 @@ def plans(
     shapes, assumed = _shapes(recipe, whole)
     steps = [
         _plan(step, sources, recipe, whole, shapes, known, rates, done)
-        for step, sources in ((PRUNE_IMAGE, recipe.pruned_images), (PRUNE_VIDEO, recipe.pruned_videos))
+        for step, sources in ((PRUNE_IMAGE, recipe.pruned_images or []), (PRUNE_VIDEO, recipe.pruned_videos or []))
     ]
     used = [step for step in steps if step.sources]
     total = PrunePlan(

@@ -17,6 +17,7 @@ from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import INITIALIZE, STEPS, nearest
 from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
+from nvila.pipelines.commands.schema import every_key
 
 FIRST = ("tiny", "micro")
 """Recipes that a newcomer meets first; the others follow by name."""
@@ -106,8 +107,18 @@ def site_table() -> str:
     return _table(("field", "what it says", "else"), rows)
 
 
+def keys_table() -> str:
+    """Each key of a recipe: what it may be, what holds without it, and what it is for."""
+    rows = [
+        (f"`{path}`", kind, default and f"`{default}`", " ".join(about.split()))
+        for path, kind, default, about in every_key()
+    ]
+    return _table(("key", "what it may be", "else", "what it is for"), rows)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table},
+    "docs/recipe.md": {"keys": keys_table},
     "docs/environment.md": {"variables": variables_table, "site": site_table},
 }
 """By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""

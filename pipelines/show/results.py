@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +15,10 @@ from rich.text import Text
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.metrics import in_words, named
+from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
-from nvila.components.contracts.results.run import Registration, Rollout
+from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, VALIDATE
 from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
@@ -63,11 +65,21 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         words = in_words(m.metric for stage in summary.stages.values() for m in stage.values())
         _print_table(console, f"{words} before training and after each stage", _stage_table(summary.stages))
     console.print()
+    if gates := _open_gates(run):
+        print_line(console, f"{'gates':<12} {gates}")
     for label, value in _places(run, summary):
         print_line(console, f"{label:<12} {visible(value)}")
     if summary.endpoint and (example := curl_example(run)):
         console.print("\nask the served model about a picture:")
         print_line(console, example)
+
+
+def _open_gates(run: Run) -> str:
+    resolved = run.result(Resolution)
+    try:
+        return Recipe.model_validate(resolved.recipe).open_gates if resolved else ""
+    except ValidationError:  # of a run of another version
+        return ""
 
 
 def curl_example(run: Run) -> str | None:

@@ -38,7 +38,7 @@ def test_damaged_work_is_done_again_by_the_same_command(
         return 1
 
     monkeypatch.setattr(local, "_watched", watched)
-    code = local._run_checked(Form(recipe="micro"), run_dir, tmp_path / "store")
+    code = local._run_checked(Form(recipe="micro"), run_dir, tmp_path / "store").exit_code
     assert (len(done), int(code)) == (calls, 3 if ends[calls - 1] == "rejected" else 1)
     assert capsys.readouterr().out.count("the damaged work is done again") == calls - 1
     assert json.loads((run_dir / "summary.json").read_text())["exit_code"] == int(code)

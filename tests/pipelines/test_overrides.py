@@ -33,8 +33,8 @@ def changed(*pairs: str) -> Recipe:
     ],
 )
 def test_values_get_the_type_they_look_like(text: str, value: object) -> None:
-    """`1e-3` is a string to YAML: a learning rate given that way would be refused by the schema. And a model named by
-    a day is a date to YAML, which JSON does not know.
+    """`1e-3` is a string to YAML 1.1: a learning rate given that way would be refused by the schema. And a model named
+    by a day is a date to it, which JSON does not know.
     """
     assert parse_overrides(TINY, [f"evaluate.limit={text}"]) == {"evaluate": {"limit": value}}
 
@@ -42,9 +42,9 @@ def test_values_get_the_type_they_look_like(text: str, value: object) -> None:
 @pytest.mark.parametrize("entry", ["3", "train-4"])
 def test_one_field_of_one_stage(entry: str) -> None:
     """The other stages, and the other fields of this one, must come along."""
-    recipe = changed(f"train.stages.{entry}.learning_rate=9", "train.stages.0.batch=8")
+    recipe = changed(f"train.stages.{entry}.learning_rate=0.5", "train.stages.0.batch=8")
     wanted = TINY.recipe().model_dump()
-    wanted["train"]["stages"][3]["learning_rate"] = 9
+    wanted["train"]["stages"][3]["learning_rate"] = 0.5
     wanted["train"]["stages"][0]["batch"] = 8
     assert recipe.model_dump() == wanted
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_meant_is_refused(pair: str) -> None:
 
 def test_a_recipe_that_extends_a_file_is_handed_on_whole(tmp_path: Path) -> None:
     """A step in a pod does not have the user's files; a recipe that extends a shipped one goes as it is written."""
-    (tmp_path / "base.yaml").write_text("extends: micro\nname: base\nevaluate: {limit: 5}\n")
+    (tmp_path / "base.yaml").write_text("extends: micro\nname: base\nevaluate: {limit: 15}\n")
     (tmp_path / "mine.yaml").write_text("extends: base.yaml\nname: mine\nevaluate: {limit: null, batch: 3}\n")
     form, recipe = asked_for(str(tmp_path / "mine.yaml"), ["seed=4"], target="none")
     assert fill_in(form) == recipe
@@ -108,3 +108,28 @@ def test_a_recipe_that_extends_a_file_is_handed_on_whole(tmp_path: Path) -> None
     assert fill_in(form) == recipe
     form, recipe = asked_for("micro", [])
     assert (form.recipe, json.loads(form.overrides)) == ("micro", {})
+
+
+def test_relative_paths_begin_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe beside its data would find them from one working directory only; a pod has none of these folders."""
+    base = tmp_path / "team" / "base.yaml"
+    base.parent.mkdir()
+    base.write_text("extends: micro\ndata: {sources: {shapes: {path: data/shapes}}}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: team/base.yaml\ndata: {sources: {digits: {path: data/digits}}}\n")
+    (tmp_path / "link").symlink_to(tmp_path / "team")
+
+    def paths(*overrides: str, **options: bool) -> list[str]:
+        form, recipe = asked_for(str(mine), overrides, **options)
+        assert fill_in(form) == recipe
+        return [source.path for source in recipe.data.sources]
+
+    for typed in (mine, Path("mine.yaml"), Path("team/../mine.yaml")):
+        monkeypatch.chdir(tmp_path)
+        mine = tmp_path / typed
+        assert paths() == ["team/data/shapes", "data/digits", "data/micro/clips"], "from its own folder"
+    monkeypatch.chdir(base.parent)
+    mine = Path("../mine.yaml")
+    assert paths() == ["data/shapes", str(tmp_path / "data/digits"), "data/micro/clips"]
+    assert paths("data.sources.digits.path=here") == ["data/shapes", "here", "data/micro/clips"]
+    assert paths(here=False) == ["data/shapes", "data/digits", "data/micro/clips"], "below the shared volume"

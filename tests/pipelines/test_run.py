@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 NEVER_SKIPPED = {"register", "rollout", "report"}
 TIMEOUT_SECONDS = 600
+FOLDER = "-a b%20c%2F?#&;='\"$HOME{}[x]*\\täst 日本\nn:x"
+"""Nothing of it may mean anything to SQLite, MLflow, KFP, a shell or a template."""
 REJECTING = "evaluate.gate.min_accuracy={digits: 1.0}"
 
 
@@ -39,8 +41,9 @@ def _status(summary: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, dict[str, Any], str]:
-    """The first run in a new folder."""
-    folder = tmp_path_factory.mktemp("micro")
+    """The first run in a new folder, whose name is no easy one."""
+    folder = tmp_path_factory.mktemp("micro") / FOLDER
+    folder.mkdir()
     code, summary, output = _run(folder)
     log = (folder / "runs/latest/log.txt").read_text()
     assert code == 0, output + log[-5000:]

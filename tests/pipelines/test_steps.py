@@ -9,7 +9,7 @@ import types
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -80,7 +80,7 @@ def _kind(path: str) -> Any:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
+    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
 
 
 def test_only_the_table_knows_the_names() -> None:

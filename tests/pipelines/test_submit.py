@@ -79,7 +79,7 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
     code, output = _submit(
         kfp,
         wanted=Wanted(experiment="mine", run_name="first", service_account="pipeline-runner"),
-        overrides=["evaluate.limit=7"],
+        overrides=["evaluate.limit=17"],
         data_uri="data/plates",
         model_name="plates",
     )
@@ -93,7 +93,7 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
         "model_name": "plates",
         "keep_ratio": 0.0,
         "target": "none",
-        "overrides": '{"evaluate": {"limit": 7}}',
+        "overrides": '{"evaluate": {"limit": 17}}',
     }
     executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
     assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
 
 from pydantic import Field
 
 from nvila.components.contracts.metrics import Metric
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import MOST_ENTRIES, Disagreement, Name, Questions, Section, Share
 
 LEAST_QUESTIONS = 30
 """With fewer questions an interval is wider than anything that a gate would ask."""
@@ -16,26 +16,34 @@ LEAST_QUESTIONS = 30
 class Gate(Section):
     """What a model must reach to go on; exit code 3 where it does not."""
 
-    min_accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    min_accuracy: dict[Name, Share] = Field(default={}, max_length=MOST_ENTRIES)
     """Least value per source, in its metric."""
     above_question_only: bool = True
     """Each source's 95% interval must lie above that of its strongest question-only baseline."""
-    least_questions: int = Field(default=LEAST_QUESTIONS, ge=1)
+    least_questions: Questions = LEAST_QUESTIONS
     """A source with fewer held-out questions is refused."""
+
+    @property
+    def open(self) -> bool:
+        """Whether every model passes that has been asked enough."""
+        return not self.above_question_only and not any(self.min_accuracy.values())
 
 
 class Tasks(Section):
     """What is asked: the questions of the held-out splits, each source a benchmark."""
 
-    sources: list[str] = Field(min_length=1)
-    metrics: dict[str, Metric] = {}
+    sources: list[Name] = Field(min_length=1, max_length=MOST_ENTRIES)
+    """Names of those whose held-out questions are asked."""
+    metrics: dict[Name, Metric] = Field(default={}, max_length=MOST_ENTRIES)
     """By which metric a source's answers are scored; `accuracy` (exact match) where none is given."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Questions | None = None
     """Held-out questions per source for the final model; None is all of them."""
-    stage_limit: int = Field(default=500, ge=1)
+    stage_limit: Questions = 500
     """Held-out questions per source for the model before training and after each stage."""
-    batch: int = Field(default=64, ge=1)
-    max_new_tokens: int = Field(default=8, ge=1)
+    batch: int = Field(default=64, ge=1, le=65_536)
+    """Questions that are answered at once."""
+    max_new_tokens: int = Field(default=8, ge=1, le=32_768)
+    """Longest answer."""
 
     def metric(self, source: str) -> Metric:
         """Of a source."""
@@ -46,8 +54,17 @@ class EvaluateSettings(Tasks):
     """The questions, and what their answers must reach."""
 
     gate: Gate = Gate()
+    """What their answers must reach."""
 
     @property
     def tasks(self) -> Tasks:
         """The questions alone."""
         return self.part(Tasks)
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Each source is asked once, and often enough for the gate."""
+        if len(set(self.sources)) != len(self.sources):
+            yield Disagreement("sources", "a source stands there twice")
+        if self.limit and self.limit < self.gate.least_questions:
+            why = f"the gate refuses sources with fewer than {self.gate.least_questions} questions (least_questions)"
+            yield Disagreement("limit", why, self.limit)

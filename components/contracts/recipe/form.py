@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.places import is_version
-from nvila.components.contracts.recipe.layers import Layers, parse_recipe
+from nvila.components.contracts.recipe.layers import Layers
 from nvila.components.contracts.recipe.reader import document, layers
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.yaml12 import load_yaml
 
 
 class Form(Section):
@@ -56,13 +54,16 @@ def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
         laid = _move_data(laid, form.data_uri)
     filled = laid.recipe()
     _prunes_as_asked(form, overrides, filled)
-    return _rooted(filled, Path(root)) if root else filled
+    if root:
+        whole = filled.model_dump(mode="json", by_alias=True)
+        filled = Layers(laid.name).over(whole, laid.name, folder=root).recipe()
+    return filled
 
 
 def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -> None:
     """Whoever asks for a share must not get everything, because the recipe has pruning switched off."""
     asked = ["keep_ratio"] if form.keep_ratio else []
-    asked += [f"prune.{name}" for name, value in (overrides.get("prune") or {}).items() if value is not None]
+    asked += [f"prune.{name}" for name, value in dict(overrides.get("prune") or {}).items() if value is not None]
     asked = [name for name in asked if name != "prune.method"]
     if asked and recipe.prune.methods == {"none"}:
         raise ConfigError("nothing is pruned: the method is none", where=asked[0], do="Name another in prune.method.")
@@ -72,25 +73,11 @@ def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -
         )
 
 
-def _rooted(recipe: Recipe, root: Path) -> Recipe:
-    """The recipe with every relative path of a folder made absolute."""
-    content = recipe.model_dump(mode="json", by_alias=True)
-    base, prune = content["model"]["base"], content["prune"]
-    for section, key in (
-        *((source, "path") for source in content["data"]["sources"]),
-        *((base, part) for part in ("vision_tower", "llm")),
-        *((prune[name], "path") for name in ("small", "large") if not is_version(prune[name]["path"] or "")),
-    ):
-        if section[key] and "://" not in section[key]:
-            section[key] = str(root / section[key])
-    return parse_recipe(content)
-
-
 def _overrides(text: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(text or "{}")
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"not JSON: {error}", where="overrides", value=text) from None
+        content = load_yaml(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"cannot be read as JSON: {error}", where="overrides", value=text) from None
     if not isinstance(content, dict):
         raise ConfigError("overrides must be a JSON object", where="overrides", value=text)
     return content

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from nvila.components.contracts.recipe.model import DecoderSizes
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import (
+    MOST_ENTRIES,
+    Batch,
+    Disagreement,
+    Name,
+    Passes,
+    Questions,
+    Rate,
+    Section,
+    Share,
+    Weights,
+)
 
 Method = Literal["deltaloss", "multimodal-gain", "clusters", "random", "none"]
 """How samples are ranked within their group."""
@@ -29,24 +41,26 @@ FIELD = "field:"
 class Reference(Section):
     """A reference VLM: a checkpoint, or (tiny recipes) one trained here per fold so that it never scores its own."""
 
-    path: str | None = None
+    path: Weights | None = None
     """A trained VLM: a folder, `s3://` URI, `hf://id@revision`, or `NAME@ALIAS` or `NAME/NUMBER` of the registry (a
     folder of such a name begins with `./`); None trains one, projector and decoder, on the tower of `initialize`."""
     engine: Literal["torch", "vllm"] = "torch"
     """What computes its losses: `vllm` reads them off `prompt_logprobs` of a serving folder."""
     decoder: DecoderSizes = DecoderSizes()
-    epochs: float = Field(default=2.0, gt=0)
+    """Of one that is trained here."""
+    epochs: Passes = 2.0
     """Passes over the other fold's SFT samples."""
-    caption_epochs: float = Field(default=0.0, ge=0)
+    caption_epochs: float = Field(default=0.0, ge=0, le=1000)
     """Passes over the captions of the other fold's pictures, before the SFT samples."""
-    learning_rate: float = Field(default=2e-3, gt=0)
-    batch: int = Field(default=64, ge=1)
+    learning_rate: Rate = 2e-3
+    """Peak of the cosine schedule of one that is trained here."""
+    batch: Batch = 64
+    """Samples of an optimizer step of one that is trained here."""
 
-    @model_validator(mode="after")
-    def _vllm_reads_a_checkpoint(self) -> Reference:
+    def disagreements(self) -> Iterator[Disagreement]:
+        """vLLM reads a checkpoint."""
         if self.engine == "vllm" and self.path is None:
-            raise ValueError("engine: vllm scores with a checkpoint; name it in `path`")
-        return self
+            yield Disagreement("engine", "engine: vllm scores with a checkpoint; name it in `path`")
 
 
 class PruneSettings(Section):
@@ -56,13 +70,13 @@ class PruneSettings(Section):
     """`deltaloss`: loss of the small reference less that of the large one. `multimodal-gain`: loss of the large
     reference without the picture less that with it. `clusters`: k-means over vision features, as many of each.
     `random`. `none`: everything stays."""
-    compare: list[Method] = []
+    compare: list[Method] = Field(default=[], max_length=5)
     """Methods whose scores are worked out as well and stand in the table beside those of `method`."""
     keep_ratio: float = Field(default=0.5, gt=0, le=1)
     """Share of each group that stays: the ceil(keep_ratio * n) samples that rank highest."""
-    keep_ratio_of: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    keep_ratio_of: dict[Name, Annotated[float, Field(gt=0, le=1)]] = Field(default={}, max_length=MOST_ENTRIES)
     """Keep ratio of single sources by name, where it differs."""
-    within: list[str] = []
+    within: list[Name] = Field(default=[], max_length=16)
     """What a group shares besides its source: `answer-kind` (yes/no, number, word, phrase, text), `answer` (the very
     answer, of the commonest 50), `question` (a cluster of questions), `field:NAME` (a field of the record)."""
     question_clusters: int = Field(default=8, ge=2, le=1000)
@@ -74,27 +88,28 @@ class PruneSettings(Section):
     untrusted: Literal["keep", "random"] = "keep"
     """What becomes of a kind of question in which the references prove nothing: it stays whole, or a random share of
     it does."""
-    largest_shift: float = Field(default=0.1, ge=0, le=1)
+    largest_shift: Share = 0.1
     """How far pruning may move a source's composition: the share of samples (total variation distance) by which the
     answers, kinds, lengths or resolutions that stay differ from those before."""
     on_shift: Literal["warn", "refuse"] = "warn"
-    heldout_questions: int = Field(default=300, ge=1)
+    """Whether a larger shift is told or ends the run."""
+    heldout_questions: Questions = 300
     """Held-out questions of each kind at most, on which the references are judged."""
-    gpus: int = Field(default=1, ge=1)
+    gpus: int = Field(default=1, ge=1, le=256)
     """Of one node, on which references are trained and shards scored side by side; where there is none, every core is
     used."""
     small: Reference = Reference()
+    """The reference that DeltaLoss subtracts from."""
     large: Reference = Reference()
+    """The reference whose loss counts in every method that has one."""
 
-    @field_validator("within")
-    @classmethod
-    def _known(cls, within: list[str]) -> list[str]:
-        for part in within:
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Groups are made of known parts, each once."""
+        for index, part in enumerate(self.within):
             if part not in ("answer-kind", "answer", "question") and not (part.startswith(FIELD) and part != FIELD):
-                raise ValueError(f"{part!r} is none of answer-kind, answer, question, {FIELD}NAME")
-        if len(set(within)) != len(within):
-            raise ValueError("a part stands there twice")
-        return within
+                yield Disagreement(f"within.{index}", f"none of answer-kind, answer, question, {FIELD}NAME", part)
+            elif part in self.within[:index]:
+                yield Disagreement(f"within.{index}", "it stands there twice", part)
 
     @property
     def methods(self) -> set[Method]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.layers import EXTENDS, Layers, short
+from nvila.components.contracts.recipe.section import MOST_CHARACTERS
+from nvila.components.contracts.recipe.yaml12 import MOST_BYTES, dump_yaml, load_yaml
+from nvila.components.contracts.text import brief
 
 SHIPPED = "nvila.pipelines.recipes"
 """Where the recipes lie that come with the platform: read as data, never imported."""
@@ -38,11 +40,8 @@ class Document:
         """
         try:
             content = load_yaml(self.text)
-        except yaml.YAMLError as error:
-            message = f"not YAML: {' '.join(str(error).split())}"
-            raise ConfigError(message, where=self.name, do=_one_line(self.text)) from None
-        except RecursionError:
-            raise ConfigError("nested too deeply", where=self.name) from None
+        except ValueError as error:
+            raise ConfigError(f"cannot be read as YAML: {error}", where=self.name, do=_one_line(self.text)) from None
         if not isinstance(content, dict):
             message = "a recipe is a mapping of sections"
             raise ConfigError(message, where=self.name, value=short(content), do=_one_line(self.text))
@@ -64,7 +63,7 @@ class Document:
             return None
         if not isinstance(named, str):
             raise ConfigError("not the name of a recipe", where=f"{self.name}: {EXTENDS}", value=short(named))
-        if not named.endswith(SUFFIXES):
+        if not named.lower().endswith(SUFFIXES):
             return shipped_document(named, where=f"{self.name}: {EXTENDS}")
         if self.path is None:
             do = "Name a shipped recipe, or give the file to `nvila submit FILE`, which reads what it extends."
@@ -84,7 +83,7 @@ def shipped_document(name: str, where: str | None = None) -> Document:
         ConfigError: there is none.
     """
     if name not in shipped():
-        do = f"Shipped are: {', '.join(shipped())}."
+        do = f"Shipped are: {', '.join(shipped())}. The name of a file ends with {' or '.join(SUFFIXES)}."
         raise ConfigError("no recipe of that name", where=where, value=name, do=do)
     return Document(name, resources.files(SHIPPED).joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
 
@@ -93,14 +92,24 @@ def file_document(path: Path) -> Document:
     """The recipe in this file.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is longer than a recipe may be.
     """
     try:
-        if path.is_file():
-            return Document(str(path), path.read_text(encoding="utf-8"), path)
-        raise ConfigError("no such recipe file", where=str(path), do=f"Shipped recipes: {', '.join(shipped())}.")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
+        if not path.exists():
+            raise ConfigError("no such recipe file", where=str(path), do=f"Shipped recipes: {', '.join(shipped())}.")
+        if not path.is_file():
+            raise ConfigError("not a file", where=str(path), do="A recipe is a file of YAML.")
+        with path.open("rb") as file:
+            written = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    if len(written) > MOST_BYTES:
+        raise ConfigError(f"a recipe has at most {MOST_BYTES:,} bytes", where=str(path))
+    try:
+        return Document(str(path), written.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        what = "UTF-16" if written.startswith((b"\xff\xfe", b"\xfe\xff")) else f"not UTF-8 at byte {error.start:,}"
+        raise ConfigError(f"the file is {what}", where=str(path), do="Save it as UTF-8.") from None
 
 
 def document(recipe: str) -> Document:
@@ -114,7 +123,7 @@ def document(recipe: str) -> Document:
 
 def named_document(recipe: str) -> Document:
     """Like `document`, for the command line, where a path of a YAML file will do as well."""
-    return file_document(Path(recipe)) if recipe.endswith(SUFFIXES) else document(recipe)
+    return file_document(Path(recipe)) if recipe.lower().endswith(SUFFIXES) else document(recipe)
 
 
 def family(first: Document) -> Iterator[Document]:
@@ -130,30 +139,56 @@ def family(first: Document) -> Iterator[Document]:
         names.append(found.name)
         place = found.path.resolve() if found.path else found.name
         if place in places:
-            raise ConfigError(f"recipes extend each other in a circle: {' -> '.join(names)}", where=first.name)
+            circle = brief(" -> ".join(names), 600)
+            raise ConfigError(f"recipes extend each other in a circle: {circle}", where=first.name)
         places.append(place)
         yield found
         found = found.parent()
 
 
-def layers(first: Document) -> Layers:
-    """The document over all that it extends.
+def layers(first: Document, *, located: bool = False) -> Layers:
+    """The document over all that it extends. A file that says no `name` is called as the file.
+
+    Args:
+        first: the document on top.
+        located: let the relative paths in a file begin at its folder. Else they stay as they are written, and begin
+            where the run does: for a cluster, which has none of these folders.
 
     Raises:
-        ConfigError: a document that is not there or no YAML, a circle, an unknown key.
+        ConfigError: a document that is not there or no YAML, or a circle.
     """
     laid = Layers(first.name)
     for member in reversed(list(family(first))):
         content = {key: value for key, value in member.content.items() if key != EXTENDS}
-        laid = laid.over(content, member.name)
+        if member is first and first.path and content.get("name") is None:
+            content["name"] = _name(first.path)
+        laid = laid.over(content, member.name, _folder(member.path) if located and member.path else "")
     return laid
 
 
-def self_contained(first: Document) -> str:
-    """The text of a recipe that no file is needed for: its own, or what it comes to where it extends a file."""
+def self_contained(first: Document, laid: Layers) -> str:
+    """The text of a recipe that no file is needed for: its own, where that comes to the same as `laid` without it."""
     if all(member.path is None for member in list(family(first))[1:]):
-        return first.text
-    return yaml.safe_dump(layers(first).content, sort_keys=False, allow_unicode=True)
+        alone = Document(first.name, first.text)
+        if layers(alone).content == laid.content:
+            return first.text
+    return dump_yaml(laid.content)
+
+
+def _name(path: Path) -> str:
+    """A recipe's name by its file's: `My plates.yaml` is `my-plates`."""
+    return re.sub(r"[^a-z0-9.]+", "-", path.stem.lower()).strip("-.")[:MOST_CHARACTERS]
+
+
+def _folder(path: Path) -> str:
+    """Where the relative paths in this file begin: empty where that is here, relative where it is below, else absolute.
+
+    So a recipe's paths are the same, and so is its work, however its file was named.
+    """
+    folder = path.parent.resolve() if ".." in path.parts else path.parent.absolute()
+    if not folder.is_relative_to(Path.cwd()):
+        return str(folder)
+    return "" if folder == Path.cwd() else str(folder.relative_to(Path.cwd()))
 
 
 def _one_line(text: str) -> str | None:
@@ -161,34 +196,3 @@ def _one_line(text: str) -> str | None:
     if "\n" in text.strip():
         return None
     return "A form of one line takes a shipped recipe's name, or a recipe as JSON; `nvila submit FILE` takes YAML."
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, to which dates are texts: nothing in a recipe is a date, a name may look like one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """As usual, but for a key that is there twice, of which one would be lost."""
-        node = super().compose_mapping_node(anchor)
-        keys: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in keys:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-            keys.add(key.value)
-        return node
-
-
-_JSON = {None, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
-_Loader.yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _JSON}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def load_yaml(text: str) -> Any:
-    """What the YAML text says, in types that JSON has as well.
-
-    Raises:
-        yaml.YAMLError: it is no YAML.
-    """
-    return yaml.load(text, _Loader)

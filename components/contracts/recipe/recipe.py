@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
@@ -16,7 +16,7 @@ from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.recipe.prune import PruneSettings, Reference
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import MOST_CHARACTERS, Disagreement, Section
 from nvila.components.contracts.recipe.train import TrainSettings
 from nvila.components.contracts.steps import STEPS, Step
 
@@ -24,34 +24,47 @@ from nvila.components.contracts.steps import STEPS, Step
 class Needs(Section):
     """What preflight asks of the machine."""
 
-    memory_bytes: NonNegativeInt = 6 * 2**30
-    disk_bytes: NonNegativeInt = 2 * 2**30
+    memory_bytes: int = Field(default=6 * 2**30, ge=0, le=2**50)
+    """Memory that must be free."""
+    disk_bytes: int = Field(default=2 * 2**30, ge=0, le=2**60)
+    """What must be free where the store and the runs lie."""
 
 
 class Recipe(Section):
     """Everything a run depends on."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
-    seed: int = 0
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=MOST_CHARACTERS)
+    """What runs and the registered model are called after; that of its file where a file gives none."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of everything that is drawn. NumPy takes 32 bits."""
     model: ModelSettings
+    """The shape of the model, and where its first weights come from."""
     data: DataSettings
+    """What it learns from, and what records must keep."""
     prune: PruneSettings = PruneSettings()
+    """Which of the SFT data stays."""
     train: TrainSettings
+    """The stages, and how they are run."""
     evaluate: EvaluateSettings
+    """What is measured, and what the gate asks."""
     quantize: QuantizeSettings = QuantizeSettings()
-    register_: RegisterSettings = Field(default=RegisterSettings(), alias="register")
+    """How it becomes smaller, and what that may cost."""
+    register_: RegisterSettings = Field(alias="register")
+    """Its place in the registry."""
     rollout: RolloutSettings = RolloutSettings()
+    """Where and how it is served."""
     needs: Needs = Needs()
+    """What preflight asks of the machine."""
 
     @property
-    def pruned_images(self) -> list[str]:
-        """Names of the sources of pictures that are pruned, as a stage takes what is kept of them."""
-        return [name for name in self.data.images if name in self.train.pruned]
+    def pruned_images(self) -> list[str] | None:
+        """Names of the sources of pictures that are pruned, as a stage takes what is kept of them; None without any."""
+        return [name for name in self.data.images if name in self.train.pruned] or None
 
     @property
-    def pruned_videos(self) -> list[str]:
-        """Names of the sources of clips that are pruned."""
-        return [name for name in self.data.videos if name in self.train.pruned]
+    def pruned_videos(self) -> list[str] | None:
+        """Names of the sources of clips that are pruned; None without any."""
+        return [name for name in self.data.videos if name in self.train.pruned] or None
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -66,24 +79,51 @@ class Recipe(Section):
         return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
 
     @property
+    def drawn(self) -> dict[str, dict[str, list[str]]]:
+        """What draws samples: by source and split, in words."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for number, stage in enumerate(self.train.stages, 1):
+            for subset in stage.data if stage else ():
+                source, _, split = subset.partition(".")
+                found.setdefault(source, {}).setdefault(split, []).append(f"stage {number}")
+        for source in self.evaluate.sources:
+            found.setdefault(source, {})["heldout"] = ["the evaluation"]
+        return found
+
+    @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
         scored = any(one.engine == "vllm" for one in self.references.values())
         return scored or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
-    @model_validator(mode="after")
-    def _names_agree(self) -> Recipe:
+    @property
+    def open_gates(self) -> str:
+        """Which gates every model passes, in words; empty where they all ask something."""
+        found = ["evaluate.gate (above_question_only is false, no min_accuracy)"] if self.evaluate.gate.open else []
+        found += ["quantize.gate (max_loss is 1)"] if self.quantize.gate.open else []
+        return f"every model passes {' and '.join(found)}" if found else ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_model(cls, content: Any) -> Any:
+        """The registered model is called after the recipe, so that a copy under another name has its own versions."""
+        if not isinstance(content, Mapping) or not isinstance(name := content.get("name"), str):
+            return content
+        register = content.get("register", {})
+        if not isinstance(register, Mapping) or register.get("model_name") is not None:
+            return content
+        called = name if name.startswith("nvila-") else f"nvila-{name}"
+        return {**content, "register": {**register, "model_name": called}}
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Names mean sources that there are, and settings have an effect."""
         names = [source.name for source in self.data.sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"data.sources: two sources share a name: {names}")
         for index, stage in enumerate(self.train.stages):
             for subset in stage.data if stage else ():
                 source, _, split = subset.partition(".")
                 if source not in names or split not in SPLITS or split == "heldout":
-                    raise ValueError(
-                        f"train.stages.{index}.data: {subset!r} is not SOURCE.SPLIT with a source of {names} "
-                        "and a split sft or captions"
-                    )
+                    why = f"{subset!r} is not SOURCE.SPLIT with a source of {names} and a split sft or captions"
+                    yield Disagreement(f"train.stages.{index}.data", why)
         for option, used, known in (
             ("evaluate.sources", self.evaluate.sources, names),
             ("evaluate.metrics", list(self.evaluate.metrics), self.evaluate.sources),
@@ -92,14 +132,31 @@ class Recipe(Section):
         ):
             for name in used:
                 if name not in known:
-                    raise ValueError(f"{option}: no source is called {name!r}; there are {known}")
+                    yield Disagreement(option, f"no source is called {name!r}; there are {known}")
         if self.train.pruned and self.prune.idle:
             idle = ", ".join(f"prune.{name}" for name in self.prune.idle)
-            raise ValueError(f"prune: method {self.prune.method} does not read {idle}: take it out (null)")
+            yield Disagreement("prune", f"method {self.prune.method} does not read {idle}: take it out (null)")
         for name in self.prune.keep_ratio_of:
             if name not in self.train.pruned:
-                raise ValueError(f"prune.keep_ratio_of: all of {name} stays: no stage with pruned: true draws its sft")
-        return self
+                why = f"all of {name} stays: no stage with pruned: true draws its sft"
+                yield Disagreement("prune.keep_ratio_of", why)
+        yield from self._disagreements_of_models()
+
+    def _disagreements_of_models(self) -> Iterator[Disagreement]:
+        """Of what is made here with what is asked of it; of published weights the steps find it out."""
+        if self.evaluate.max_new_tokens >= self.model.max_length_tokens:
+            why = f"no room for a question: a row has {self.model.max_length_tokens} tokens (model.max_length_tokens)"
+            yield Disagreement("evaluate.max_new_tokens", why, self.evaluate.max_new_tokens)
+        asked = self.quantize.limit or self.evaluate.limit
+        if asked and asked < self.quantize.gate.least_questions and self.quantize.limit is None:
+            why = f"the gate refuses sources with fewer than {self.quantize.gate.least_questions} questions"
+            yield Disagreement("quantize.gate.least_questions", f"{why}, and evaluate.limit is {asked}")
+        if self.model.base.llm is None and self.quantize.llm != "none":
+            size = self.quantize.group_size
+            for name in ("hidden", "mlp"):
+                if (features := getattr(self.model.base.decoder, name)) % size:
+                    why = f"group_size {size} does not divide model.base.decoder.{name}, which is {features}"
+                    yield Disagreement("quantize.group_size", why, size)
 
 
 def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
@@ -111,7 +168,7 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
         ConfigError: the recipe has more stages than the pipeline has steps for them, or a stage takes what pruning kept
             of a source whose scores its step does not read.
     """
-    places, stages = sum(bool(row.hands_on) for row in steps), len(recipe.train.stages)
+    places, stages = sum("stage" in row.recipe for row in steps), len(recipe.train.stages)
     if stages > places:
         raise ConfigError(
             f"the recipe has {stages} stages, and this pipeline has training steps for {places}",
@@ -124,7 +181,7 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
 
 def _scores_are_read(recipe: Recipe, steps: Sequence[Step]) -> None:
     """Of every source that a stage takes pruned: it waits only for the prune steps that its row names."""
-    scored = {row.name: _at(recipe, row.recipe["sources"]) for row in steps if "sources" in row.recipe}
+    scored = {row.name: _at(recipe, row.recipe["sources"]) or () for row in steps if "sources" in row.recipe}
     stages = [row for row in steps if "stage" in row.recipe]
     reads = {row.name: {source for step in row.inputs.values() for source in scored.get(step, ())} for row in stages}
     for row in stages:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import Section, Share
 
 Target = Literal["local", "none"]
 
@@ -30,18 +32,20 @@ TARGETS: dict[Target, Serving] = {
 class RegisterSettings(Section):
     """MLflow registry."""
 
-    model_name: str = Field(default="nvila-tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    model_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=150)
+    """Of the registered model; `nvila-` and the recipe's name where none is given."""
 
 
 class Policy(Section):
     """When a new version becomes champion."""
 
-    pinned_prompts: int = 12
+    pinned_prompts: int = Field(default=12, ge=1, le=10_000)
     """Held-out questions asked of the new endpoint before the alias moves."""
-    min_agreement: float = Field(default=0.75, ge=0, le=1)
+    min_agreement: Share = 0.75
     """Least share of pinned prompts whose answer equals the evaluated model's."""
-    max_error_rate: float = Field(default=0.0, ge=0, le=1)
-    deadline_seconds: float = 300.0
+    max_error_rate: Share = 0.0
+    """Largest share of pinned prompts that end in an error."""
+    deadline_seconds: float = Field(default=300.0, ge=1, le=86_400)
     """Longest wait for the server to get ready."""
 
 
@@ -50,6 +54,19 @@ class RolloutSettings(Section):
 
     target: Target = "local"
     """`local` starts vLLM on this machine; `none` registers only."""
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
+    """Address to listen on, or a name of this machine."""
     port: int = Field(default=8321, ge=1, le=65535)
+    """Port to listen on."""
     policy: Policy = Policy()
+    """When the version becomes champion."""
+
+    @field_validator("host")
+    @classmethod
+    def _is_one(cls, host: str) -> str:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if not re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*", host):
+                raise ValueError("neither an address nor the name of a machine") from None
+        return host

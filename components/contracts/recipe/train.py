@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nvila.components.contracts.precisions import Precision
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import (
+    MOST_ENTRIES,
+    Batch,
+    Disagreement,
+    Name,
+    Passes,
+    Rate,
+    Section,
+    Share,
+    Tokens,
+)
 
 Part = Literal["vision_tower", "mm_projector", "llm"]
 
@@ -15,36 +26,44 @@ Part = Literal["vision_tower", "mm_projector", "llm"]
 class Stage(Section):
     """One row of the stage table."""
 
-    name: str
-    trainable: list[Part] = Field(min_length=1)
+    name: Name
+    """What messages and the report call it."""
+    trainable: list[Part] = Field(min_length=1, max_length=3)
     """Parts that learn; the others are frozen."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: Rate
     """Peak of the cosine schedule."""
-    data: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    data: dict[Name, Passes] = Field(min_length=1, max_length=MOST_ENTRIES)
     """`source.split` -> passes over it; 0.5 is half of it, 2 is twice."""
     pruned: bool = False
     """Take only what pruning kept of the SFT splits."""
-    batch: int = Field(ge=1)
+    batch: Batch
     """Global batch, in samples."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: Batch | None = None
     """Samples per forward pass and GPU; None is the global batch over the number of GPUs."""
-    max_length_tokens: int = Field(default=8192, ge=1)
+    max_length_tokens: Tokens = 8192
     """Longer rows are cut; the model's own limit cuts as well."""
-    clip_norm: float | None = Field(default=None, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    clip_norm: float | None = Field(default=None, ge=1e-6, le=1e6)
+    """Longest gradient, by its norm; null clips none."""
+    weight_decay: Share = 0.0
+    """Share of a weight that a step of rate 1 takes away."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises; with all of them it would never fall."""
     gradient_checkpointing: bool = False
+    """Compute activations a second time instead of keeping them: less memory, a third more work."""
 
     @property
     def tuned_on(self) -> list[str]:
         """Names of the sources whose `sft` split it draws."""
         return [source for source, _, split in (subset.partition(".") for subset in self.data) if split == "sft"]
 
-    @model_validator(mode="after")
-    def _prunes_something(self) -> Stage:
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Parts stand there once, and what is pruned is drawn."""
+        if len(set(self.trainable)) != len(self.trainable):
+            yield Disagreement("trainable", "a part stands there twice")
         if self.pruned and not self.tuned_on:
-            raise ValueError("pruned: true draws less of sft splits, and the stage's data has none; drop it")
-        return self
+            yield Disagreement(
+                "pruned", "pruned: true draws less of sft splits, and the stage's data has none; drop it"
+            )
 
     def samples_at_once(self, processes: int) -> int:
         """Samples per forward pass of each of so many processes.
@@ -64,13 +83,14 @@ class Run(Section):
     """How a stage is run."""
 
     precision: Precision = "bf16"
+    """Of weights and products of matrices."""
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
-    gpus: int = Field(default=1, ge=1)
+    gpus: int = Field(default=1, ge=1, le=65_536)
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
-    checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Longest time between two checkpoints of an unfinished stage."""
-    max_skipped_share: float = Field(default=0.01, ge=0, le=1)
+    checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
+    """Longest time between two checkpoints of an unfinished stage; a week at most, or none would be written."""
+    max_skipped_share: Share = 0.01
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""
 
@@ -78,7 +98,7 @@ class Run(Section):
 class TrainSettings(Run):
     """The stages and how they are run."""
 
-    stages: list[Stage | None] = Field(min_length=1)
+    stages: list[Stage | None] = Field(min_length=1, max_length=64)
     """One per training step of the pipeline, in its order; null, or a list that ends earlier, leaves a step out."""
 
     @property
@@ -91,10 +111,12 @@ class TrainSettings(Run):
         """Names of the sources of whose SFT split some stage takes only what pruning kept."""
         return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
-    @model_validator(mode="after")
-    def _batches_are_whole(self) -> TrainSettings:
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Processes share each stage's batch evenly."""
         if not any(self.stages):
-            raise ValueError("no stage is left")
-        for stage in filter(None, self.stages):
-            stage.samples_at_once(self.gpus)
-        return self
+            yield Disagreement("stages", "no stage is left")
+        for index, stage in enumerate(self.stages):
+            try:
+                _ = stage and stage.samples_at_once(self.gpus)
+            except ValueError as error:
+                yield Disagreement(f"stages.{index}.batch", str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from importlib import import_module
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.locks import alone
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.data.demo.draft import Draft
@@ -36,8 +36,7 @@ def ensure(source: Source) -> None:
     if read_stamp(place).get("parameters") == wanted:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / f".{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(place.parent / f".{place.name}.lock"):
         if read_stamp(place).get("parameters") == wanted:  # another process built it while this one waited
             return
         if place.exists() and (not place.is_dir() or any(place.iterdir())) and not as_built(place):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from nvila.components.contracts import locks
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.progress import waiting_for
 
 
 def cache() -> Path:
@@ -29,13 +28,15 @@ def unwritable(error: OSError, folder: Path) -> NvilaError:
 
 @contextmanager
 def alone(name: str, what: str = "") -> Iterator[None]:
-    """Hold the cache's lock of this name: two pods of a node would write the same partial files."""
+    """Hold the cache's lock of this name: two pods of a node would write the same partial files.
+
+    Raises:
+        NvilaError: the cache cannot be written.
+    """
     path = cache() / "locks" / f"{sha256(name.encode()).hexdigest()}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting_for(f"{what or name}: another process is fetching it; waiting for that")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error, path.parent) from error
+    with locks.alone(path, f"{what or name}: another process is fetching it; waiting for that"):
         yield

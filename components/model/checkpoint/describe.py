@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.flat import open_checkpoint
-from nvila.components.model.checkpoint.layouts import PARTS, Layout
+from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, Layout
 from nvila.components.model.checkpoint.quantized import PER_INT32
 from nvila.components.model.checkpoint.tensorfile import FLOATING, Stored
 from nvila.components.model.checkpoint.weights import HEAD, tied
@@ -60,9 +61,13 @@ def describe(folder: Path | str) -> Description:
         DataError: no checkpoint, or broken files.
         ConfigError: weights of an unknown quantization, or not what this model computes.
     """
-    checkpoint = open_checkpoint(folder)
+    with reading(folder):
+        return _described(open_checkpoint(folder))
+
+
+def _described(checkpoint: Checkpoint) -> Description:
     config, tensors = checkpoint.config, checkpoint.tensors
-    weights, schemes = _weights(tensors, str(folder))
+    weights, schemes = _weights(tensors, str(checkpoint.folder))
     parameters = {part: sum(n for name, n in weights.items() if name.startswith(f"{part}.")) for part in PARTS}
     total = sum(parameters.values())
     packed = sum(elements for name, elements in weights.items() if _BLOCK_LINEAR.fullmatch(name))

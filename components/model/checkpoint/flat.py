@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.layouts import (
     HF_KINDS,
     Checkpoint,
@@ -15,6 +16,7 @@ from nvila.components.model.checkpoint.layouts import (
     described,
     open_native,
     read_json,
+    read_optional,
     recognise,
     with_generation,
 )
@@ -30,12 +32,13 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         DataError: no checkpoint, or files are missing or broken.
         ConfigError: a configuration that this model does not compute.
     """
-    folder = checkpoint_root(Path(folder))
-    layout = recognise(folder)
-    if layout in ("native", "vila"):
-        return open_native(folder)
-    config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
-    return described(folder, layout, config, folder, read_folder(folder))
+    with reading(folder):
+        folder = checkpoint_root(Path(folder))
+        layout = recognise(folder)
+        if layout in ("native", "vila"):
+            return open_native(folder)
+        config = _serving_config(folder) if layout == "serving" else read_hf_config(folder)
+        return described(folder, layout, config, folder, read_folder(folder))
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -53,9 +56,8 @@ def read_hf_config(folder: Path) -> ModelConfig:
         "mm_projector_cfg": {"mm_projector_type": projector},
     }
     length = content.get("tokenizer_model_max_length")
-    settings = folder / "tokenizer_config.json"
-    if length is None and settings.is_file():
-        length = read_json(settings).get("model_max_length")
+    if length is None:
+        length = read_optional(folder / "tokenizer_config.json").get("model_max_length")
     llm = {**_section(content, "text_config", folder), "tokenizer_model_max_length": length}
     llm.setdefault("tie_word_embeddings", bool(content.get("tie_word_embeddings")))  # may stand at the top alone
     merged = {**says, **content, "llm_cfg": llm, "vision_tower_cfg": vision}
@@ -101,7 +103,8 @@ def hf_config(config: ModelConfig, image_token_id: int, video_token_id: int) -> 
 
 def _serving_config(folder: Path) -> ModelConfig:
     content = read_json(folder / "config.json")
-    config = ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
+    with reading(folder / "config.json"):
+        config = ModelConfig.from_json(_section(content, "nvila", folder), where=str(folder / "config.json"))
     return with_generation(config, folder)
 
 

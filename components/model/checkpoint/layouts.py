@@ -7,13 +7,15 @@ flat ones are read in `flat`, which training does not reach.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.foreign import read_object, reading
+from nvila.components.model.checkpoint.bounds import check_bounds
 from nvila.components.model.checkpoint.shards import SINGLE, read_folder, require_nothing_beside
 from nvila.components.model.checkpoint.tensorfile import Stored
 from nvila.components.model.checkpoint.weights import canonical
@@ -49,23 +51,27 @@ def open_native(folder: Path | str) -> Checkpoint:
         DataError: none, or files are missing or broken.
         ConfigError: a configuration that this model does not compute.
     """
-    folder = checkpoint_root(Path(folder))
-    layout = recognise(folder)
-    if layout not in ("native", "vila"):
-        raise DataError("not of the layout native", where=str(folder), value=layout)
-    folders, config = part_folders(folder), read_native_config(folder)
-    tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
-    if folder not in folders.values():
-        require_nothing_beside(folder, [])
-    return described(folder, layout, config, folders["llm"], tensors)
+    with reading(folder):
+        folder = checkpoint_root(Path(folder))
+        layout = recognise(folder)
+        if layout not in ("native", "vila"):
+            raise DataError("not of the layout native", where=str(folder), value=layout)
+        folders, config = part_folders(folder), read_native_config(folder)
+        tensors = {f"{part}.{name}": t for part in PARTS for name, t in _part(folders[part], part, config).items()}
+        if folder not in folders.values():
+            require_nothing_beside(folder, [])
+        return described(folder, layout, config, folders["llm"], tensors)
 
 
 def described(
     folder: Path, layout: Layout, config: ModelConfig, tokenizer: Path, tensors: Mapping[str, Stored]
 ) -> Checkpoint:
     """The checkpoint whose files hold `tensors`, whatever they call them."""
+    named = canonical(tensors, config.projector, str(folder))
+    with reading(folder / "config.json"):
+        check_bounds(config, named, cut=layout == "serving")
     _check_vocabulary(config, tokenizer)
-    return Checkpoint(folder, layout, config, tokenizer, canonical(tensors, config.projector, str(folder)))
+    return Checkpoint(folder, layout, config, tokenizer, named)
 
 
 def _part(folder: Path, part: str, config: ModelConfig) -> dict[str, Stored]:
@@ -89,12 +95,12 @@ def recognise(folder: Path) -> Layout:
         DataError: none of them.
     """
     content = read_json(folder / "config.json")
-    kind = content.get("model_type")
+    kind = str(content.get("model_type"))
     if "nvila" in content and "text_config" in content:
         return "serving"
     if kind in HF_KINDS and "text_config" in content and "vision_config" in content:
         return "hf"
-    if kind == "vila" or "VILAForCausalLM" in (content.get("architectures") or []):
+    if kind == "vila" or "VILAForCausalLM" in str(content.get("architectures")):
         return "vila"
     if (folder / "llm").is_dir() or "llm_cfg" in content:
         return "native"
@@ -137,9 +143,9 @@ def read_native_config(folder: Path | str) -> ModelConfig:
     folders = part_folders(folder)
     top = content.get("llm_cfg")
     limits = {k: v for k, v in top.items() if "max_length" in k} if isinstance(top, dict) else {}
-    settings = folders["llm"] / "tokenizer_config.json"
-    if not limits and settings.is_file():
-        limits = {"tokenizer_model_max_length": read_json(settings).get("model_max_length")}
+    if not limits:
+        settings = read_optional(folders["llm"] / "tokenizer_config.json")
+        limits = {"tokenizer_model_max_length": settings.get("model_max_length")}
     content["llm_cfg"] = {**read_json(folders["llm"] / "config.json"), **limits}
     content["vision_tower_cfg"] = read_json(folders["vision_tower"] / "config.json")
     content["mm_projector_cfg"] = read_json(folders["mm_projector"] / "config.json")
@@ -149,9 +155,11 @@ def read_native_config(folder: Path | str) -> ModelConfig:
 def checked_config(content: Mapping[str, Any], path: Path, pictures: Path) -> ModelConfig:
     """The configuration read from `path`, checked against the `preprocessor_config.json` of the folder `pictures`."""
     processor = pictures / PROCESSOR
-    settings = read_json(processor) if processor.is_file() else {}
-    refuse(settings, refusals.PROCESSOR, str(processor))
-    config = ModelConfig.from_json(content, where=str(path))
+    settings = read_optional(processor)
+    with reading(processor):
+        refuse(settings, refusals.PROCESSOR, str(processor))
+    with reading(path):
+        config = ModelConfig.from_json(content, where=str(path))
     check_size(settings.get("size"), (config.tile_pixels, config.s2_scales[-1]), str(processor))
     return config
 
@@ -163,22 +171,21 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: missing or no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             "not there", where=str(path), do="A checkpoint has llm/, vision_tower/ and mm_projector/, or is flat"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError("not readable JSON", where=str(path), value=str(error)) from None
-    if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path))
-    return content
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint; empty where nothing of this name lies there."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def with_generation(config: ModelConfig, folder: Path) -> ModelConfig:
     """The settings of generation beside the decoder are carried; our own `generate` is asked for each."""
-    path = folder / "generation_config.json"
-    return replace(config, generation=read_json(path)) if path.is_file() else config
+    return replace(config, generation=read_optional(folder / "generation_config.json"))
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_native
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
 from nvila.components.model.checkpoint.shards import INDEX, SINGLE
@@ -95,11 +96,12 @@ def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cp
 def load_opened(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
     """Read the weights of a checkpoint of any layout; as `load_native`."""
     wanted, where = _dtype(dtype), str(checkpoint.folder)
-    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
-    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+    with reading(checkpoint.folder):
+        tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+        tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+        config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+        check(tensors, buildable(config, tokens), where)
     model = unfilled_model(config, tokens, wanted)
-    check(tensors, model, where)
     fill(model, tensors, where)
     model = model.to(device).eval()
     use_flash_attention(model)
@@ -118,14 +120,14 @@ def checked(checkpoint: Checkpoint) -> tuple[NVILA, Any, dict[str, Stored]]:
         DataError: a tensor is missing, superfluous, of another shape, or not of floats.
     """
     where = str(checkpoint.folder)
-    tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
-    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    _require_vocabulary(checkpoint.config, tokens)
-    config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
-    model = empty_model(config, tokens)
-    if checkpoint.layout == "serving":
-        drop_unused(model.vision_tower, config.select_layer)
-    check(tensors, model, where)
+    with reading(checkpoint.folder):
+        tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+        tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+        config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+        model = buildable(config, tokens)
+        if checkpoint.layout == "serving":
+            drop_unused(model.vision_tower, config.select_layer)
+        check(tensors, model, where)
     return model, tokenizer, tensors
 
 
@@ -135,14 +137,23 @@ def _dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def buildable(config: ModelConfig, tokens: TokenIds) -> NVILA:
+    """The modules on the meta device: whether a configuration can be built is found without a byte of its sizes.
+
+    Raises:
+        ConfigError: it cannot, or does not fit the tokenizer.
+    """
+    _require_vocabulary(config, tokens)
+    return empty_model(config, tokens)
+
+
 def unfilled_model(config: ModelConfig, tokens: TokenIds, dtype: torch.dtype) -> NVILA:
     """The modules without the cost of random weights: what memory held stands in them until `weights.fill`.
 
-    A decoder with more rows than tokens is built without them.
+    A decoder with more rows than tokens is built without them; `buildable` comes first.
     """
     from transformers.initialization import no_init_weights
 
-    _require_vocabulary(config, tokens)
     with no_init_weights():
         model = build_model(with_vocabulary(config, tokens.vocabulary), tokens, dtype)
     model.llm.tie_weights()

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.flat import open_checkpoint
 from nvila.components.model.checkpoint.layouts import read_json, recognise
-from nvila.components.model.checkpoint.native import unfilled_model
+from nvila.components.model.checkpoint.native import buildable, unfilled_model
 from nvila.components.model.checkpoint.serving import LLM, TOWER
 from nvila.components.model.checkpoint.tensorfile import read_tensor
 from nvila.components.model.checkpoint.weights import Source, check, fill, settle_head, wanted
@@ -41,15 +42,19 @@ def load_quantized(folder: Path | str, dtype: torch.dtype = torch.float32) -> tu
     if not (folder / "config.json").is_file() or recognise(folder) != "serving":
         raise DataError("not a serving folder", where=str(folder / "config.json"))
     checkpoint, where = open_checkpoint(folder), str(folder)
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
-    tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-    config, stored = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
-    tensors: dict[str, Source] = {**stored}
+    with reading(folder):
+        tokenizer = load_tokenizer(checkpoint.tokenizer)
+        tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
+        config, stored = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+        tensors: dict[str, Source] = {**stored}
+        empty = buildable(config, tokens)
+        drop_unused(empty.vision_tower, config.select_layer)
+        rounded = [name for group in _groups(folder) for name in _dequantize_group(empty, tensors, group, where)]
+        check(tensors, empty, where, says="tensors do not match the model")
     model = unfilled_model(config, tokens, dtype)
     drop_unused(model.vision_tower, config.select_layer)
-    for group in _groups(folder):
-        _dequantize_group(model, tensors, group, where)
-    check(tensors, model, where, says="tensors do not match the model")
+    for name in rounded:
+        _round_inputs(model, name)
     fill(model, tensors, where)
     return model.eval(), tokenizer
 
@@ -60,18 +65,27 @@ def _groups(folder: Path) -> list[tuple[str, list[str]]]:
     quantization = read_json(path).get("quantization_config") or {}
     try:
         groups = quantization.get("config_groups", {}).values()
-        return [
+        found = [
             (str(group["format"]), [str(target).removeprefix("re:") for target in group["targets"]]) for group in groups
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+        for _, patterns in found:
+            for pattern in patterns:
+                re.compile(pattern)
+        return found
+    except (KeyError, TypeError, AttributeError, re.error) as error:
         raise DataError("not a quantization", where=f"{path}: quantization_config", value=str(error)) from None
 
 
-def _dequantize_group(model: NVILA, tensors: dict[str, Source], group: tuple[str, list[str]], where: str) -> None:
-    """Exchange the packed tensors of one scheme for float weights, in place; W8A8 modules round their inputs then."""
+def _dequantize_group(model: NVILA, tensors: dict[str, Source], group: tuple[str, list[str]], where: str) -> list[str]:
+    """Exchange the packed tensors of one scheme for float weights, in place.
+
+    Returns:
+        The modules that round their inputs: those of W8A8.
+    """
     form, patterns = group
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted(model).items()}
     names = sorted({name.rpartition(".")[0] for name in tensors if name.endswith(".weight_scale")})
+    rounded = []
     for name in names:
         if not any(re.match(pattern, name) for pattern in patterns):
             continue
@@ -89,7 +103,8 @@ def _dequantize_group(model: NVILA, tensors: dict[str, Source], group: tuple[str
             )
         tensors[f"{name}.weight"] = weight
         if form == "int-quantized":
-            _round_inputs(model, name)
+            rounded.append(name)
+    return rounded
 
 
 def _packed(tensors: dict[str, Source], name: str) -> torch.Tensor:

@@ -6,10 +6,11 @@ shard that the index forgot, an adapter that was never merged.
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.foreign import read_object
 from nvila.components.model.checkpoint.tensorfile import Stored, read_header
 
 SINGLE = "model.safetensors"
@@ -25,10 +26,10 @@ def read_folder(folder: Path) -> dict[str, Stored]:
             or weights lie beside those that would be read.
     """
     index = folder / INDEX
-    weight_map = _weight_map(index) if index.is_file() else None
+    weight_map = _weight_map(index) if os.path.lexists(index) else None
     names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise DataError("an index that leads out of its folder", where=str(index), value=name)
     found: dict[str, Stored] = {}
     for name in names:
@@ -72,7 +73,7 @@ def require_nothing_beside(folder: Path, read: list[str]) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = read_object(index)["weight_map"]
         return {str(tensor): str(file) for tensor, file in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError("not an index of shards", where=str(index), value=str(error)) from None

@@ -16,6 +16,7 @@ from typing import IO
 import torch
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.foreign import parse, require_regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -91,19 +92,22 @@ def read_header(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        size = path.stat().st_size
-        with safe_open(path, framework="pt"):
-            pass  # overlaps, gaps, bytes behind the last tensor
+        size = require_regular(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
                 raise ValueError("no header")
-            header = json.loads(file.read(length))
+            header = parse(file.read(length))
         header.pop("__metadata__", None)
-        return {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except FileNotFoundError:
+        found = {name: _stored(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        if 8 + length + sum(stored.bytes for stored in found.values()) != size:
+            raise ValueError("it is not as long as its tensors")
+        with safe_open(path, framework="pt"):
+            pass  # overlaps, gaps
+        return found
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("weights are missing", where=str(path), do="Only safetensors are read") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, SafetensorError) as error:
         raise DataError("not a safetensors file", where=str(path), value=str(error)) from None
 
 

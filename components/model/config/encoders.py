@@ -11,6 +11,8 @@ from nvila.components.contracts.errors import ConfigError
 PoolSizes = tuple[tuple[int, int, int], ...]
 Texts = tuple[str, str, str]
 NAMESPACE = "llava.model.encoders"
+MOST_POOLED, MOST_CHARACTERS = 4096, 1024
+"""Of a pool's side, and of a text that stands in front of or behind each frame."""
 _TEXTS = {"start_tokens", "end_tokens"}
 _IMAGE = {"BasicImageEncoder": _TEXTS}
 _VIDEO = {"BasicVideoEncoder": _TEXTS, "TSPVideoEncoder": _TEXTS | {"pool_sizes", "sep_tokens"}}
@@ -38,14 +40,14 @@ def read_video_encoder(value: Any, where: str) -> tuple[PoolSizes, Texts]:
     where = f"{where}: video_encoder"
     content = _read(value, _VIDEO, where)
     texts = (content.get("start_tokens"), content.get("end_tokens", "\n"), content.get("sep_tokens"))
-    if not all(text is None or isinstance(text, str) for text in texts):
-        raise ConfigError("start_tokens, end_tokens and sep_tokens are texts", where=where, value=content)
+    if not all(text is None or (isinstance(text, str) and len(text) <= MOST_CHARACTERS) for text in texts):
+        raise ConfigError("start_tokens, end_tokens and sep_tokens are short texts", where=where, value=content)
     start, end, sep = (text or "" for text in texts)
     try:
         pools = tuple((int(t), int(h), int(w)) for t, h, w in content.get("pool_sizes") or [(1, 1, 1)])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pools = ()
-    if not pools or min(size for pool in pools for size in pool) < 1:
+    if not pools or any(not 1 <= size <= MOST_POOLED for pool in pools for size in pool):
         raise ConfigError("pool_sizes are triples of whole numbers above 0", where=where, value=content)
     return pools, (start, end, sep)
 
@@ -54,7 +56,7 @@ def _read(value: Any, known: Mapping[str, Collection[str]], where: str) -> dict[
     """An encoder's settings: a dictionary, the same as a JSON string, or absent."""
     try:
         content = json.loads(value) if isinstance(value, str) else (value or {})
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ConfigError("not an encoder's settings", where=where, value=value)

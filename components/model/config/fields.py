@@ -17,6 +17,8 @@ from nvila.components.model.config.refusals import refuse
 
 S2_MODES = ("s2", "dynamic_s2")
 VISION_MODES = ("resize", "pad", "dynamic", *S2_MODES)
+MOST_TILES, MOST_FRAMES, MOST_BLOCKS, MOST_SIDE = 4096, 4096, 1024, 2**16
+"""What no model of this kind comes near: larger numbers are damage, and would be looped over."""
 NO_LIMIT = 10**9
 """Tokenizers that know no longest input carry numbers above this."""
 
@@ -37,13 +39,18 @@ def config_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         refuse(llm, refusals.DECODER, f"{where}: llm_cfg")
         needed = [(vision, key) for key in ("hidden_size", "image_size", "patch_size", "num_hidden_layers")]
         for part, key in [*needed, (llm, "hidden_size"), (llm, "vocab_size")]:
-            part[key] = int(part[key])
-    except (KeyError, TypeError, ValueError) as error:
+            most = MOST_BLOCKS if key == "num_hidden_layers" else MOST_SIDE if part is vision else None
+            part[key] = _whole({key: int(part[key])}, key, 0, where, least=1, most=most)
+        _check_sizes(vision, f"{where}: vision_tower_cfg")
+        _check_sizes(llm, f"{where}: llm_cfg")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError("incomplete model configuration", where=where, value=str(error)) from None
     check_image_encoder(content.get("image_encoder"), where)
     mode = _mode(content, where)
     side = vision["image_size"]
     scales = _scales(content.get("s2_scales"), where) if mode in S2_MODES else (side,)
+    if not scales or scales[0] < 1 or (scales[-1] // scales[0]) ** 2 > MOST_TILES:
+        raise ConfigError("not the pixels of scales", where=f"{where}: s2_scales", value=content.get("s2_scales"))
     if content.get("vision_resolution") not in (None, -1, side):
         raise ConfigError(
             f"the tower's positions are not stretched from {side} pixels",
@@ -70,17 +77,28 @@ def config_fields(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         "vision_mode": mode,
         "s2_scales": scales,
         "s2_output_scale": _whole(content, "s2_resize_output_to_scale_idx", 0, where),
-        "max_tiles": _whole(content, "max_tiles", 12, where, least=1),
+        "max_tiles": _whole(content, "max_tiles", 12, where, least=1, most=MOST_TILES),
         "select_layer": _whole(content, "mm_vision_select_layer", -2, where),
         "max_length_tokens": length if length < NO_LIMIT else 8192,
         "sampling": Sampling(
-            _whole(content, "num_video_frames", 8, where, least=1), _number(content, "fps", 0.0, where)
+            _whole(content, "num_video_frames", 8, where, least=1, most=MOST_FRAMES),
+            _number(content, "fps", 0.0, where),
         ),
         "video_pool_sizes": pools,
         "video_texts": texts,
         "soft_ce_std": _number(content, "soft_ce_std", 1.0, where, above=True),
         "time_tokens": _time_tokens(content, where),
     }
+
+
+def _check_sizes(part: Mapping[str, Any], where: str) -> None:
+    """Numbers of a part that no tensor's shape tells, as far as they are there."""
+    for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
+        _whole(part, key, 1, where, least=1, most=MOST_BLOCKS if key == "num_hidden_layers" else None)
+    _whole(part, "max_position_embeddings", 1, where, least=1, most=NO_LIMIT)
+    for key in ("layer_norm_eps", "rms_norm_eps"):
+        if _number(part, key, 1e-6, where, above=True) > 0.1:
+            raise ConfigError("above 0.1", where=f"{where}: {key}", value=part[key])
 
 
 def _time_tokens(content: Mapping[str, Any], where: str) -> int:
@@ -119,7 +137,9 @@ def _scales(value: Any, where: str) -> tuple[int, ...]:
         raise ConfigError("not a list of scales", where=f"{where}: s2_scales", value=value) from None
 
 
-def _whole(content: Mapping[str, Any], key: str, default: int, where: str, *, least: int | None = None) -> int:
+def _whole(
+    content: Mapping[str, Any], key: str, default: int, where: str, *, least: int | None = None, most: int | None = None
+) -> int:
     """A whole number; `default` where the key is absent or null."""
     value = content.get(key)
     if value is None:
@@ -129,6 +149,8 @@ def _whole(content: Mapping[str, Any], key: str, default: int, where: str, *, le
         raise ConfigError("not a whole number", where=f"{where}: {key}", value=value)
     if least is not None and value < least:
         raise ConfigError(f"below {least}", where=f"{where}: {key}", value=value)
+    if most is not None and value > most:
+        raise ConfigError(f"above {most}", where=f"{where}: {key}", value=value)
     return int(value)
 
 

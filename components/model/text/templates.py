@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nvila.components.contracts.errors import ConfigError
+
 SYSTEM = "You are a helpful assistant"
 """Default of the Qwen2 template, without Qwen2.5's full stop."""
 
@@ -75,6 +77,8 @@ def template_of(tokenizer: Any) -> Template:
         written = written.get("default")
     if written is None:
         return QWEN2
+    if not isinstance(written, str):
+        raise ConfigError("a chat template is a text", where="chat_template", value=written)
     from nvila.components.model.text.jinja import read_template
 
     return read_template(written, tokenizer.bos_token, tokenizer.eos_token)

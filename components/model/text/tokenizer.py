@@ -7,6 +7,7 @@ them out, so that a checkpoint's vocabulary stays the decoder's own.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,12 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.foreign import read_object, read_text, reading
 from nvila.components.model.config.config import LINE_BREAK_AFTER
 from nvila.components.model.text.controls import IMAGE_TOKEN, MARKERS, SPECIAL, VIDEO_TOKEN, control_strings
 from nvila.components.model.text.jinja import REFERENCE_NAME, chat_template, named_template
 from nvila.components.model.text.templates import QWEN2, SYSTEM, template_of
 from nvila.components.model.text.timetokens import time_token_ids
 
+FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""What transformers opens of a tokenizer of Qwen2's kind."""
 TEMPLATE = f"system\n{SYSTEM}\nuser\nassistant\n"
 """Words of the chat template."""
 
@@ -88,11 +101,33 @@ def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> 
         DataError: the folder holds no readable tokenizer.
         ConfigError: a chat template that is not known here (`templates.template_of`).
     """
+    folder = Path(folder)
+    with reading(folder):
+        _require_files(folder)
+        tokenizer = _loaded(folder)
+        if checkpoint is not None and (name := read_object(Path(checkpoint) / "config.json").get("chat_template")):
+            tokenizer.chat_template = named_template(str(name), Path(checkpoint))
+        try:
+            template_of(tokenizer)
+        except ConfigError as error:  # now, not at the first question
+            raise ConfigError(error.what, where=str(folder), value=error.value, do=error.do) from None
+        return with_markers(tokenizer)
+
+
+def _require_files(folder: Path) -> None:
+    """Raises:
+    DataError: no tokenizer, or a file of it is not one to read.
+    """
+    if not os.path.lexists(folder / FILES[0]):
+        raise DataError("no tokenizer here", where=str(folder), do="A checkpoint keeps it in llm/")
+    for path in (folder / name for name in FILES):
+        if os.path.lexists(path):
+            (read_object if path.suffix == ".json" else read_text)(path)
+
+
+def _loaded(folder: Path) -> Any:
     from transformers import AutoTokenizer, Qwen2Config
 
-    folder = Path(folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        raise DataError("no tokenizer here", where=str(folder), do="A checkpoint keeps it in llm/")
     try:
         # The config only spares transformers a look at the folder's own, whose type in serving form it does not know.
         tokenizer = AutoTokenizer.from_pretrained(
@@ -100,13 +135,12 @@ def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> 
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError("the tokenizer cannot be read", where=str(folder), value=str(error)) from None
-    if checkpoint is not None and (name := _read(Path(checkpoint) / "config.json").get("chat_template")):
-        tokenizer.chat_template = named_template(str(name), Path(checkpoint))
-    try:
-        template_of(tokenizer)
-    except ConfigError as error:  # now, not at the first question
-        raise ConfigError(error.what, where=str(folder), value=error.value, do=error.do) from None
-    return with_markers(tokenizer)
+    ids = tokenizer.get_vocab().values()
+    if not ids or len(set(ids)) != len(ids) or max(ids) != len(ids) - 1:
+        raise DataError("its ids are not 0, 1, 2, ... without a gap", where=str(folder / "tokenizer.json"))
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def with_markers(tokenizer: Any) -> Any:

@@ -104,7 +104,7 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("model.s2_output_scale", 2, "names no entry"),
         ("model.max_tiles", 3, "max_tiles 3 is less than the 4 tiles"),
         ("model.video", {"frames": 6, "pool_sizes": [[4, 1, 1]]}, "not a multiple of the temporal pool 4"),
-        ("model.video", {"frames": 6, "pool_sizes": [[0, 1, 1]]}, "greater than 0"),
+        ("model.video", {"frames": 6, "pool_sizes": [[0, 1, 1]]}, "greater than or equal to 1"),
         ("model.base", {"vision_tower": "weights/tower"}, "vision_tower and llm go together"),
         ("model.base.tower", {"patch_pixels": 13}, "patch_pixels must divide"),
         ("model.base.decoder", {"heads": 3}, "must be a multiple of heads 3"),
@@ -115,7 +115,7 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ),
         ("train.stages.2.data", {"shape.sft": 1}, r"train\.stages\.2\.data: 'shape.sft'"),
         ("train.stages.2.data", {"shapes": 1}, r"train\.stages\.2\.data: 'shapes'"),
-        ("train.stages.0.data", {"shapes.sft": 0}, "greater than 0"),
+        ("train.stages.0.data", {"shapes.sft": 0}, "greater than or equal to 0.000001"),
         ("train.stages.0.batch", 0, "greater than or equal to 1"),
         ("train.stages", [], "at least 1 item"),
         ("train.stages", [None], "no stage is left"),
@@ -148,10 +148,22 @@ def test_what_cannot_work_is_refused(dotted: str, value: Any, message: str) -> N
 
 def affected(dotted: str, value: Any) -> set[str]:
     """Steps whose slice changes with the option."""
-    before, after = slices(parse_recipe(RECIPE)), slices(parse_recipe(changed(dotted, value)))
+    before, after = (slices(parse_recipe(_tuned(recipe))) for recipe in (changed("seed", 0), changed(dotted, value)))
     return {step for step in before if before[step] != after[step]}
 
 
+def _tuned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """With two stages that are pruned."""
+    for place, data in ((3, IMAGE), (4, VIDEO)):
+        recipe["train"]["stages"][place] = (row := recipe["train"]["stages"][place]) and {
+            **row,
+            "data": data,
+            "pruned": True,
+        }
+    return recipe
+
+
+IMAGE, VIDEO = {"shapes.sft": 1.0}, {"shapes.captions": 1.0, "clips.sft": 0.5}
 STAGES = {f"train-{i}" for i in range(1, 6)}
 PRUNES = {"prune-image", "prune-video"}
 
@@ -160,21 +172,22 @@ PRUNES = {"prune-image", "prune-video"}
     ("dotted", "value", "steps"),
     [
         ("evaluate.max_new_tokens", 4, {"evaluate", "evaluate-quantized"}),
-        ("evaluate.limit", 9, {"evaluate", "evaluate-quantized"}),
+        ("evaluate.limit", 99, {"evaluate", "evaluate-quantized"}),
         ("evaluate.gate.above_question_only", False, {"gate"}),
         ("prune.keep_ratio", 0.25, PRUNES),
         ("train.stages.3.learning_rate", 1.0, {"train-4"}),
-        ("train.stages.3", None, {"train-4"}),
+        ("train.stages.3", None, {"preflight", "prune-image", "train-4"}),
         ("train.precision", "fp32", STAGES),
         ("quantize.method", "rtn", {"quantize"}),
         ("quantize.gate.max_loss", 0.5, {"gate-quantized"}),
-        ("quantize.limit", 5, {"evaluate-quantized"}),
+        ("quantize.limit", 50, {"evaluate-quantized"}),
         ("rollout.port", 8000, {"preflight", "rollout"}),
         ("register.model_name", "other", {"register"}),
         ("needs.disk_bytes", 1, {"preflight"}),
         ("data.validation.max_pixels", 9999, {"preflight", "validate"}),
         ("model.max_length_tokens", 99, {"initialize"}),
-        ("name", "other", set()),
+        ("name", "other", {"register"}),
+        ("evaluate.gate.least_questions", 40, {"gate"}),
     ],
 )
 def test_an_option_reaches_only_the_steps_that_read_it(dotted: str, value: Any, steps: set[str]) -> None:
@@ -201,9 +214,6 @@ def pruned(*stages: dict[str, float] | None, **prune: Any) -> dict[str, Any]:
     return recipe | {"prune": prune}
 
 
-IMAGE, VIDEO = {"shapes.sft": 1.0}, {"shapes.captions": 1.0, "clips.sft": 0.5}
-
-
 def test_each_prune_step_takes_its_kind_of_source() -> None:
     """Images pruned by the video step would be scored twice, or never."""
     found = slices(parse_recipe(pruned(None, None, None, IMAGE, VIDEO)))
@@ -211,15 +221,16 @@ def test_each_prune_step_takes_its_kind_of_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "sources"), [([IMAGE], []), ([IMAGE, VIDEO], ["clips"]), ([None, VIDEO], ["clips"])], ids=str
+    ("stages", "sources"), [([IMAGE], None), ([IMAGE, VIDEO], ["clips"]), ([None, VIDEO], ["clips"])], ids=str
 )
-def test_what_no_stage_takes_pruned_is_not_scored(stages: list[Any], sources: list[str]) -> None:
-    """Hours of scoring for a table that nobody reads."""
+def test_what_no_stage_takes_pruned_is_not_scored(stages: list[Any], sources: list[str] | None) -> None:
+    """Hours of scoring for a table that nobody reads, or a step that runs and does nothing."""
     recipe = pruned(None, None, None, *stages)
     if stages[0]:
         recipe["train"]["stages"][3]["pruned"] = False
     found = slices(parse_recipe(recipe))
-    assert (found["prune-image"]["sources"], found["prune-video"]["sources"]) == ([], sources)
+    video = found["prune-video"]
+    assert found["prune-image"] is None and (video and video["sources"]) == sources
 
 
 def test_weights_are_those_that_are_read() -> None:
@@ -284,9 +295,30 @@ def test_what_the_method_does_not_read_is_refused(prune: dict[str, Any], idle: s
     assert parse_recipe(pruned(None, None, None, IMAGE, **prune | {"method": "none"})).references == {}
 
 
-def test_several_mistakes_are_counted() -> None:
-    """Mending one mistake at a time without knowing of the others is tiresome."""
-    recipe = changed("trian", {})
-    recipe["modle"] = {}
-    with pytest.raises(ConfigError, match=r"\(1 more\)"):
-        parse_recipe(recipe)
+def test_all_mistakes_are_told_at_once() -> None:
+    """Mending one mistake at a time, without knowing of the others, takes as many runs."""
+    recipe = changed("trian", {}) | {"seed": -1}
+    recipe["train"] |= {"gpus": 0, "zero": 4}
+    recipe["model"]["video"] = {"frames": 5, "pool_sizes": [[2, 1, 1]]}
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(recipe, "mine.yaml")
+    first, *others = str(caught.value).splitlines()
+    assert first == "mine.yaml: 5 mistakes"
+    wanted = ["unknown recipe key trian", "seed: ", "model.video.pool_sizes.0: ", "train.zero: ", "train.gpus: "]
+    assert [line.strip().startswith(start) for line, start in zip(others, wanted, strict=True)] == [True] * 5
+
+
+def test_very_many_mistakes_are_a_message_that_can_be_read() -> None:
+    """Thousands of lines hide the first, which is often the cause of the others."""
+    for recipe in (
+        RECIPE | {f"key{number}": number for number in range(3000)},
+        changed("evaluate.sources", [f"s{number}" for number in range(200)]),
+        changed("train.stages.0.data", {"s" * 5000 + ".sft": 1}),
+        changed("data.sources", [RECIPE["data"]["sources"][0]] * 200),
+        RECIPE | {"k" * 50_000: 1},
+        changed("name", "n" * 50_000),
+        changed("evaluate.batch", -(10**400)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_recipe(recipe)
+        assert len(str(caught.value)) <= 1500

@@ -55,6 +55,8 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
+    if (link := Path(os.environ.get("TMPDIR", "/"))).is_symlink():
+        link.unlink()
     os.environ.clear()
     os.environ.update(before)
     tempfile.tempdir = found
@@ -76,6 +78,19 @@ def test_only_other_machines_are_asked_through_the_proxy(
         assert [get(f"http://{place}/").status_code for place in (here, here6)] == [200, 200]
         if (client, variable) != ("httpx", "Http_Proxy"):
             assert get("http://bucket.example/").status_code == 403
+
+
+def test_children_read_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    """vLLM could not import torch where the locale was ASCII: files of libraries have letters of all kinds."""
+    code = (
+        "import subprocess, sys; from nvila.components.contracts.environment import Environment, entered, for_child\n"
+        "with entered(Environment()):\n"
+        "    subprocess.run([sys.executable, '-c', 'print(open(0).read())'], env=for_child(), check=True, "
+        "input=b't\\xc3\\xa4st')"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | ascii_only, capture_output=True, check=False)
+    assert done.stdout.decode().strip() == "täst", done.stderr.decode()
 
 
 def test_without_a_proxy_nothing_is_set(variables: pytest.MonkeyPatch) -> None:
@@ -135,6 +150,6 @@ def test_caches_lie_where_they_can_be_written(variables: pytest.MonkeyPatch, tmp
     variables.delenv("XDG_CACHE_HOME", raising=False)
     (line,) = settle()
     caches = Path(os.environ["XDG_CACHE_HOME"])
-    assert caches.parent == tmp_path and caches.is_dir() and "cannot be written" in line
+    assert caches.resolve().parent == tmp_path and caches.is_dir() and "cannot be written" in line
     assert Path(os.environ["MPLCONFIGDIR"]).parent == caches
     assert settle() == [], "children are told nothing again"

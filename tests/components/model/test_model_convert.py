@@ -13,7 +13,7 @@ from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.checkpoint import convert as module
 from nvila.components.model.checkpoint.convert import convert
 from nvila.components.model.checkpoint.describe import describe, render
-from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.flat import read_hf_config
 from nvila.components.model.checkpoint.layouts import recognise
 from nvila.components.model.checkpoint.loading import load
 from nvila.components.model.checkpoint.native import read_config, save_native
@@ -82,11 +82,11 @@ def test_a_foreign_flat_configuration(saved: Path, tmp_path: Path, model: NVILA)
     path.write_text(json.dumps({key: content[key] for key in kept}))
     with pytest.raises(DataError, match="another shape"):  # says three scales, has weights for two
         load(tmp_path / "hf")
-    config = open_checkpoint(tmp_path / "hf").config
+    config = read_hf_config(tmp_path / "hf")
     assert config.s2_scales == (28, 56, 84) and config.projector == "mlp_downsample" and config.max_tiles == 12
     assert config.max_length_tokens == model.config.max_length_tokens
     edit(path, model_type="nvila_lite")
-    config = open_checkpoint(tmp_path / "hf").config
+    config = read_hf_config(tmp_path / "hf")
     assert (config.vision_mode, config.projector, config.s2_scales) == ("dynamic", "mlp_downsample_3x3_fix", (28,))
 
 
@@ -248,7 +248,7 @@ PEAK = """
 import json, resource, sys
 from pathlib import Path
 from nvila.components.model.checkpoint.convert import convert
-from nvila.components.model.checkpoint.flat import open_checkpoint
+from nvila.components.model.checkpoint.flat import open_checkpoint, read_hf_config
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.nvila import empty_model
 source, target, layout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

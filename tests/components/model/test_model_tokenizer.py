@@ -74,5 +74,5 @@ def test_missing_or_broken(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not readable JSON"):
         load_tokenizer(tmp_path)

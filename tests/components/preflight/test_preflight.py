@@ -65,11 +65,19 @@ def test_a_sound_machine_passes(settings: dict, tmp_path: Path) -> None:
 def test_all_problems_come_in_one_message(settings: dict, tmp_path: Path, source: Source) -> None:
     """Mending one problem at a time costs a run each."""
     Path(source.path, "heldout.json").unlink()
-    settings["needs"] = {"memory_bytes": 10**18, "disk_bytes": 10**18}
+    settings["drawn"] = {"digits": {"sft": ["stage 4", "stage 5"], "heldout": ["the evaluation"]}}
+    settings["needs"] = {"memory_bytes": 10**15, "disk_bytes": 10**18}
     with pytest.raises(PreflightError) as caught:
         _run(settings, tmp_path)
     message = str(caught.value)
-    assert all(word in message for word in ("heldout.json is missing", "needs.memory_bytes", "needs.disk_bytes"))
+    assert all(
+        word in message
+        for word in (
+            "heldout.json (or heldout.jsonl) is missing, from which the evaluation draws",
+            "needs.memory_bytes",
+            "needs.disk_bytes",
+        )
+    )
     assert caught.value.exit_code == Exit.USER and "\n" not in message
 
 
@@ -78,7 +86,7 @@ def test_one_disk_is_named_once(tmp_path: Path) -> None:
     assert len(checks.disk_problems(10**18, [tmp_path / "store", tmp_path / "runs"])) == 1
 
 
-@pytest.mark.parametrize(("content", "word"), [("{", "broken JSON"), ("{}", "JSON list"), ("[]", "one record")])
+@pytest.mark.parametrize(("content", "word"), [("[{", "broken JSON"), ("7", "JSON list"), ("[]", "one record")])
 def test_annotation_files_must_be_lists_of_records(source: Source, content: str, word: str) -> None:
     """Found here in a second; found by validate after the environment was loaded."""
     Path(source.path, "sft.json").write_text(content)
@@ -128,7 +136,7 @@ def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:
             assert server.stdout is not None
             port = int(server.stdout.readline())
             assert step.port_problems("127.0.0.1", port, tmp_path)
-            born = psutil.Process(server.pid).create_time()
+            born = endpoint.birth(server.pid)
             names = {"host": "127.0.0.1", "model": "m", "version": "1", "digest": "d", "model_dir": "/m", "log": "/l"}
             record = Endpoint(pid=server.pid, url=f"http://127.0.0.1:{port}", born=born, port=port, **names)
             endpoint.write(tmp_path, record)
@@ -156,7 +164,7 @@ def test_the_key_changes_with_the_data_and_with_problems_only(settings: dict, so
     assert step.external(settings, Environment.read()) == first
     Path(source.path, "sft.json").write_text(json.dumps(RECORD * 2))
     assert step.external(settings, Environment.read()) != first
-    settings["needs"]["memory_bytes"] = 10**18
+    settings["needs"]["memory_bytes"] = 10**15
     assert step.external(settings, Environment.read())["problems"] != []
 
 
@@ -175,7 +183,7 @@ def test_a_pod_is_not_asked_for_what_other_pods_have(
     settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: int
 ) -> None:
     """The pod of preflight is small and has no vLLM: judged by it, no large recipe would ever start on a cluster."""
-    settings |= {"needs": {"memory_bytes": 10**18, "disk_bytes": 1}, "vllm": True}
+    settings |= {"needs": {"memory_bytes": 10**15, "disk_bytes": 1}, "vllm": True}
     monkeypatch.setenv("NVILA_SERVE_PYTHON", str(tmp_path / "no-python"))
     monkeypatch.setenv("NVILA_RUN_ID", "2b4c")
     _run(settings, tmp_path)

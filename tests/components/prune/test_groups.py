@@ -54,7 +54,7 @@ def batch(rows: list[tuple[str, str, str]], fields: list[dict[str, Any]] | None 
 
 
 def grouping(table: pyarrow.Table, *within: str, **more: Any) -> Grouping:
-    prune = PruneSettings.model_validate({"within": within} | more)
+    prune = PruneSettings.model_validate({"within": list(within)} | more)
     return Grouping.fit(lambda: [table.slice(0, len(table) // 2), table.slice(len(table) // 2)], prune, 0)
 
 

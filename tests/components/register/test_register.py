@@ -64,8 +64,8 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert "- W4A16: 21 linear layers" in made.description
     assert "| digits | 4000 | 1000 |" in made.description
     assert "| digits | 1000 | 0.110 | 0.300 (0.280 to 0.320), blank picture |" in made.description
-    assert history["quantized/digits/accuracy"].value == 0.71
-    assert history["quantized/digits/accuracy"].dataset_name == "validate"
+    assert history["evaluate-quantized/accuracy/digits/accuracy"].value == 0.71
+    assert history["evaluate-quantized/accuracy/digits/accuracy"].dataset_name == "validate"
     place = file_path(logged.artifact_location)
     stored = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
     assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored

@@ -39,11 +39,11 @@ def test_fields_and_overrides_are_laid_over_the_recipe() -> None:
         model_name="mine",
         keep_ratio=0.25,
         target="none",
-        overrides=json.dumps({"evaluate": {"limit": 7}}),
+        overrides=json.dumps({"evaluate": {"limit": 70}}),
     )
     recipe = fill_in(form)
     assert (recipe.register_.model_name, recipe.prune.keep_ratio) == ("mine", 0.25)
-    assert (recipe.rollout.target, recipe.evaluate.limit) == ("none", 7)
+    assert (recipe.rollout.target, recipe.evaluate.limit) == ("none", 70)
     assert recipe.evaluate.sources == ["shapes", "digits", "clips"]
 
 
@@ -55,7 +55,7 @@ def test_a_share_that_nothing_is_pruned_to_is_refused() -> None:
     asked = {"prune": {"method": "none", "within": ["answer"], "small": None}}
     assert "prune.within: nothing is pruned" in _error(overrides=json.dumps(asked))
     nowhere = {"train": {"stages": {"train-4": {"pruned": None}, "train-5": {"pruned": None}}}}
-    assert fill_in(Form(recipe="tiny", overrides=json.dumps(nowhere))).pruned_images == []
+    assert fill_in(Form(recipe="tiny", overrides=json.dumps(nowhere))).pruned_images is None
     asked = nowhere | {"prune": {"keep_ratio": 0.3}}
     assert "no stage has pruned: true" in _error(overrides=json.dumps(asked))
 
@@ -131,7 +131,7 @@ def test_a_wrong_recipe_is_explained_in_one_line(override: dict, words: list[str
     """The message must name the dotted option and what to do; a pydantic dump helps nobody."""
     message = _error(overrides=json.dumps(override))
     assert all(word in message for word in words), message
-    assert "\n" not in message
+    assert ("\n" in message) == ("mistakes" in message)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_wrong_recipe_is_explained_in_one_line(override: dict, words: list[str
         ({"recipe": "a: [1,\nb"}, "YAML"),
         ({"recipe": "- 1\n- 2"}, "mapping"),
         ({"recipe": "a: " + "[" * 3000}, "deeply"),
-        ({"overrides": "{'a': 1}"}, "JSON"),
+        ({"overrides": "{'a': 1"}, "JSON"),
         ({"overrides": "[1]"}, "object"),
         ({"overrides": "[" * 100_000}, "JSON"),
     ],
@@ -176,7 +176,7 @@ def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> N
     """Otherwise a changed evaluation task would train everything anew."""
     before = step.run(Form(recipe="tiny"), {}, tmp_path, Environment.read()).result.slices
     after = step.run(
-        Form(recipe="tiny", overrides='{"evaluate": {"limit": 5}}'), {}, tmp_path, Environment.read()
+        Form(recipe="tiny", overrides='{"evaluate": {"limit": 50}}'), {}, tmp_path, Environment.read()
     ).result.slices
     assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import fcntl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.addresses import file_path
 from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
 from nvila.components.serve.ports import free_port
-from nvila.components.tracking.connect import connected, hurry
+from nvila.components.tracking import connect
+from nvila.components.tracking.connect import connected, wait_for
 from nvila.components.tracking.named import named
 from nvila.components.tracking.registry import models
 
 
 @contextmanager
-def server(status: int, body: bytes = b"<html>\n<body>a page</body></html>") -> Iterator[str]:
+def server(status: int, body: bytes = b"<html>\n<body>a page</body></html>", port: int = 0) -> Iterator[str]:
     """Something that answers everything in the same way, and is no MLflow."""
 
     class Answer(BaseHTTPRequestHandler):
@@ -32,7 +34,7 @@ def server(status: int, body: bytes = b"<html>\n<body>a page</body></html>") -> 
         def log_message(self, *words: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+    with ThreadingHTTPServer(("127.0.0.1", port), Answer) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         yield f"http://user:pass-word@127.0.0.1:{listening.server_port}"
         listening.shutdown()
@@ -49,6 +51,7 @@ def refusal(uri: str, runs: Path) -> NvilaError:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setattr(connect, "PATIENCE_SECONDS", 0.5)
 
 
 def test_a_server_that_is_away_is_no_fault_of_ours(tmp_path: Path) -> None:
@@ -72,6 +75,8 @@ def test_what_is_no_mlflow_is_named(tmp_path: Path) -> None:
     with server(200) as uri:
         assert isinstance(refusal(uri, tmp_path), ConfigError)
     assert "ftp" in str(refusal("ftp://127.0.0.1/x", tmp_path))
+    for folder in ("mlruns", "./mlruns", str(tmp_path / "m"), (tmp_path / "m").as_uri()):
+        assert "a folder cannot be the tracking store" in str(refusal(folder, tmp_path))
     (tmp_path / "mlflow.db").write_text("no database at all")
     with entered(Environment()), pytest.raises(ConfigError, match="file is not a database"):
         models(tmp_path)
@@ -80,18 +85,34 @@ def test_what_is_no_mlflow_is_named(tmp_path: Path) -> None:
 def test_waiting_for_a_server_keeps_nobody_from_the_local_store(tmp_path: Path) -> None:
     """A run at work beside it stood still while `nvila trace` asked a server that was away."""
     with (
-        entered(Environment(mlflow_tracking_uri="http://127.0.0.1:1")),
+        server(200) as uri,
+        entered(Environment(mlflow_tracking_uri=uri)),
         connected(tmp_path),
         (tmp_path / ".mlflow.lock").open("w") as lock,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_commands_give_up_sooner_than_mlflow_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow itself tries for four minutes, in silence; what the user has set stays."""
-    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+def test_a_store_that_comes_back_within_the_bound_was_waited_for_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow itself tries for four minutes, in silence, and a server that is started again takes half a minute."""
+    port = free_port("127.0.0.1")
+    with entered(Environment(mlflow_tracking_uri=f"http://127.0.0.1:{port}")), ExitStack() as stack:
+        with pytest.raises(Unreachable, match="same command again"):
+            wait_for(tmp_path, 0)
+        threading.Timer(1.5, lambda: stack.enter_context(server(200, port=port))).start()
+        wait_for(tmp_path, 60)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "60 s at most" in said and str(port) in said
 
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    hurry()
-    assert (MLFLOW_HTTP_REQUEST_MAX_RETRIES.get(), MLFLOW_HTTP_REQUEST_TIMEOUT.get()) == (4, 5)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # so that it is taken away again
+
+def test_names_of_folders_do_not_reach_sql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts the working directory into a statement as it is: in `it's` no store could be made."""
+    folder = tmp_path / 'it\'s :x \\ "y"'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("_MLFLOW_SERVER_ARTIFACT_ROOT", raising=False)
+    with entered(Environment()), connected(Path("runs")) as client:
+        place = file_path(client.get_experiment("0").artifact_location)
+    assert place == folder / "runs" / "mlartifacts" / "0"

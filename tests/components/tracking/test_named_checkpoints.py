@@ -19,8 +19,9 @@ from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
 from nvila.components.serve.server import stop, wait_ready
 from nvila.components.tracking.checkpoints import fetch_version, find_model, identity
-from nvila.components.tracking.connect import connected, experiment_id
+from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
+from nvila.components.tracking.runs import open_step
 from nvila.pipelines.commands import checkpoints
 
 
@@ -140,9 +141,8 @@ def test_a_version_of_another_machine_is_brought_here(tmp_path: Path, server: Pa
     manifest, runs = made(tmp_path), tmp_path / "runs"
 
     def log(client: Any) -> dict[str, Any]:
-        experiment = experiment_id(client, runs)
-        placed = log_model(client, manifest, tmp_path / "up", experiment=experiment, name="small", params={}, tags={})
-        return placed | {"run_id": client.create_run(experiment).info.run_id}
+        opened = open_step(client, runs / "r1", "register")
+        return log_model(client, manifest, tmp_path / "up", run=opened, name="small", params={}, tags={})
 
     tags = lineage_tags({"model": manifest})
     promote(runs, "small", register_version(runs, "small", manifest.digest, log, description="", tags=tags).version)

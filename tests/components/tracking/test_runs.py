@@ -40,6 +40,8 @@ def children(run: Path) -> list[Any]:
 
 def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_path: Path) -> None:
     """What MLflow shows is what people compare runs by: parameters, metrics, curve, data and pictures must be there."""
+    import mlflow
+
     folder = tmp_path / "store"
     (folder / "plots").mkdir(parents=True)
     (folder / "plots" / "loss.png").write_bytes(b"png")
@@ -67,16 +69,20 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
     assert child.data.params["stage.name"] == "align"
     assert child.data.params["stage.data.digits.sft"] == "1"
     assert len(child.data.params["stage.long"]) == 500
-    assert child.data.metrics == {"accuracy/digits": 0.5, "tokens_per_second": 9.0, "curve/loss": 1.0}
-    data = {d.dataset.name: (d.dataset.digest, d.dataset.source) for d in child.inputs.dataset_inputs}
-    assert data["validate"][0] == samples.digest[:36]
-    assert "/data/digits" in data["digits"][1]
+    numbers = {"accuracy/digits": 0.5, "tokens_per_second": 9.0, "curve/loss": 1.0}
+    assert child.data.metrics == {f"train-1/{name}": value for name, value in numbers.items()}
+    data = {d.dataset.name: d.dataset for d in child.inputs.dataset_inputs}
+    assert data["validate"].digest == samples.digest[:36]
+    places = {name: mlflow.data.get_source(dataset).uri for name, dataset in data.items()}
+    assert places == {"validate": f"{samples.folder}/manifest.json", "digits": "/data/digits"}
     with connected(tracked_run.parent) as client:
-        curve = client.get_metric_history(child.info.run_id, "curve/loss")
+        curve = client.get_metric_history(child.info.run_id, "train-1/curve/loss")
+        whole = Path(client.download_artifacts(child.info.run_id, "settings.json", str(tmp_path)))
         names = {f.path for f in client.list_artifacts(child.info.run_id)}
         pictures = {f.path for f in client.list_artifacts(child.info.run_id, "plots")}
     assert [(m.step, m.value) for m in curve] == [(0, 3.0), (1, 2.0), (2, 1.0)]
-    assert names == {"manifest.json", "plots"} and pictures == {"plots/loss.png"}
+    assert json.loads(whole.read_text()) == settings
+    assert names == {"manifest.json", "settings.json", "plots"} and pictures == {"plots/loss.png"}
 
 
 def test_the_logged_manifest_holds_no_secret(tracked_run: Path, tmp_path: Path) -> None:
@@ -126,27 +132,33 @@ def test_long_curve_is_thinned_and_keeps_its_ends(tracked_run: Path, tmp_path: P
     record(tracked_run, manifest=manifest(folder))
     (child,) = children(tracked_run)
     with connected(tracked_run.parent) as client:
-        steps = sorted(m.step for m in client.get_metric_history(child.info.run_id, "curve/loss"))
+        steps = sorted(m.step for m in client.get_metric_history(child.info.run_id, "train-1/curve/loss"))
     assert len(steps) <= CURVE_POINTS + 1
     assert (steps[0], steps[-1]) == (0, 12_345)
 
 
 def test_one_parent_for_all_steps_and_it_is_closed(tracked_run: Path) -> None:
     """Two parents for one run, or one that stays `running`, hide what belongs together."""
-    record(tracked_run, "validate")
-    record(tracked_run, "initialize")
+    recipe = {"name": "tiny", "train": {"lr": 0.1}}
+    record(tracked_run, "resolve")  # it has failed once
+    record(tracked_run, "validate", recipe=recipe)
+    record(tracked_run, "initialize", recipe=recipe)
     (tracked_run / "summary.json").write_text(
         json.dumps({"accuracy": {"digits": {"bf16": 0.7}}, "decision": "promoted"})
     )
     (tracked_run / "report.html").write_text("<p>")
     close_pipeline_run(tracked_run, "FINISHED")
-    assert [child.info.run_name for child in children(tracked_run)] == ["validate", "initialize"]
+    assert [child.info.run_name for child in children(tracked_run)] == ["resolve", "validate", "initialize"]
     parent = json.loads((tracked_run / "mlflow.json").read_text())["run_id"]
     with connected(tracked_run.parent) as client:
         run = client.get_run(parent)
         names = {f.path for f in client.list_artifacts(parent)}
+        kind = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
     assert run.info.status == "FINISHED"
     assert run.data.metrics == {"accuracy/digits/bf16": 0.7}
+    assert run.data.params == {"name": "tiny", "train.lr": "0.1"}
+    assert kind == "custom_model_development"  # the UI opens on an empty page else
+    assert run.data.tags["mlflow.source.name"] == "nvila run" and run.data.tags["mlflow.user"]
     assert names == {"summary.json", "report.html"}
 
 

@@ -73,7 +73,7 @@ def test_weights_are_loaded_in_the_precision_of_training(
         assert {parameter.element_size() for parameter in model.parameters()} == {size}
         raise Preempted("seen enough")
 
-    monkeypatch.setattr("nvila.components.train.engine.start", look)
+    monkeypatch.setattr("nvila.components.train.loop.start", look)
     with pytest.raises(Preempted, match="seen enough"):
         train(make_job("a", run={"precision": precision}), Stop())
 

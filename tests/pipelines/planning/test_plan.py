@@ -80,7 +80,7 @@ def _plates(folder: Path, lost: int, of: int) -> str:
     return "mine.yaml"
 
 
-@pytest.mark.parametrize(("lost", "of", "refused"), [(0, 20, False), (2, 40, False), (40, 40, True), (2, 10, True)])
+@pytest.mark.parametrize(("lost", "of", "refused"), [(0, 20, False), (2, 40, False), (40, 40, True), (8, 10, True)])
 def test_the_first_records_are_opened(tmp_path: Path, lost: int, of: int, refused: bool) -> None:
     """It said that preflight would pass, and after minutes the run was stopped by data that nobody had opened. What is
     not certain, because there are more records than were opened, is told and refuses nothing."""
@@ -95,15 +95,17 @@ def test_the_first_records_are_opened(tmp_path: Path, lost: int, of: int, refuse
 def test_what_the_store_has_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours and cost of work that is done already were asked for a second time."""
     given = [part for pair in SAMPLES for part in ("--samples", pair)]
-    whole = json.loads(_plan(*LARGE, *given).stdout)
+    asked = ("nvila-8b", "--no-cluster", "--json", *given)
+    whole = json.loads(_plan(*asked).stdout)
     done = {name: "hit" if name in ("prune-image", "train-1", "train-4") else "miss" for name in ROWS}
     monkeypatch.setattr(planning, "verdicts", lambda *places: done)
-    rest = json.loads(_plan(*LARGE, *given).stdout)
+    rest = json.loads(_plan(*asked).stdout)
     for before, after in zip(whole["stages"], rest["stages"], strict=True):
         hit = done[after["step"]] == "hit"
         assert (after["hours"], after["cost"]) == ((0, 0) if hit else (before["hours"], before["cost"]))
-    assert rest["pruning"][0]["costs"]["price"] == 0 < rest["pruning"][1]["costs"]["price"]
-    assert 0 < rest["pruning"][-1]["saves"]["price"] < whole["pruning"][-1]["saves"]["price"]
+    costs = [plan["pruning"][0]["costs"]["price"] for plan in (whole, rest)]
+    saves = [plan["pruning"][-1]["saves"]["price"] for plan in (whole, rest)]
+    assert costs[0] > costs[1] == 0 and saves[0] > saves[1] >= 0
 
 
 def test_a_large_recipe_is_planned_without_its_weights() -> None:
@@ -150,7 +152,7 @@ def test_shipped_recipes_fit_the_gpus_they_are_written_for(name: str) -> None:
 def test_a_stage_that_fills_the_gpu_does_not_fit() -> None:
     """CUDA's context and NCCL's buffers need their place too: the first collective would end such a stage."""
     need = Memory(weights=79 * 10**9, gradients=0, optimizer=0, buffers=0, activations=0, loading=0)
-    stage = StagePlan("train-1", 8, need, None, None, None, None)
+    stage = StagePlan("train-1", 8, need, None, None, None, None, None)
     assert stage.fits(GPUS["h100"]) is False and stage.fits(GPUS["h200"]) is True
 
 
@@ -206,7 +208,7 @@ def test_wrong_options_are_named() -> None:
 def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     """A file saved in another encoding was a traceback of the decoder."""
     (tmp_path / "mine.yaml").write_bytes("name: é".encode("utf-16"))
-    with pytest.raises(ConfigError, match=r"mine.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"mine.yaml: the file is UTF-16"):
         _plan("mine.yaml")
 
 

@@ -154,7 +154,7 @@ def test_the_verdict_is_in_words(costs: float, saves: float, here: float | None,
     spent, spared = (Effort(value, 0, None if here is None else value) for value in (costs, saves))
     assert PrunePlan("prune-image", "deltaloss", ["a"], {}, 1, spent, spared).verdict == verdict
     nothing = PrunePlan("prune-image", "deltaloss", [], {}, 0, spent, spared)
-    assert nothing.verdict == "nothing to prune: no stage takes a part of it" and nothing.pays is None
+    assert nothing.verdict == "does not run: no stage takes a part of it" and nothing.pays is None
 
 
 def test_it_counts_as_the_step_works() -> None:

@@ -1,0 +1,106 @@
+"""Work goes on where a file system has no locks or no links, or where a folder cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import withheld
+
+from nvila.components.contracts.locks import alone, is_held, lacking, share
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from nvila.components.contracts.locks import alone, lacking
+from nvila.components.contracts.files import link_or_copy
+from nvila.components.contracts.index import Index
+from nvila.components.tracking.connect import connected, experiment_id, tracking_uri
+runs = Path(sys.argv[1])
+for _ in range(2):
+    with alone(runs / "x.lock"):
+        print("held")
+link_or_copy(runs / "copy", runs / "file")
+assert lacking(runs) and not (runs / "copy").is_symlink() and (runs / "copy").read_text() == "content"
+with connected(runs) as client:
+    experiment = experiment_id(client, runs)
+with connected(runs) as client:
+    print(client.get_experiment(experiment).name)
+"""
+
+
+def refused(what: str, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process that some calls are withheld from."""
+    command = [sys.executable, withheld.__file__, what, sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_work_goes_on_without_locks_and_links(error: str, tmp_path: Path) -> None:
+    """Each lock was a traceback, SQLite waited for its own in vain, and a checkpoint could not be laid out."""
+    runs = tmp_path / "a b%20c?#"
+    runs.mkdir()
+    (runs / "file").write_text("content")
+    links = "EPERM" if error == "ENOLCK" else "EOPNOTSUPP"
+    code = HOLD if error == "ENOLCK" else HOLD[: HOLD.index("with connected")]  # MLflow takes its time
+    done = refused(f"locks={error},links={links}", code, str(runs))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["held", "held"]
+    said = [line for line in done.stderr.splitlines() if "x.lock: cannot be locked" in line]
+    assert len(said) == 1 and "only this user's processes on this machine wait" in said[0]
+    if error == "ENOLCK":
+        assert done.stdout.split()[2:] == ["nvila"] and (runs / "mlflow.db").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_locked_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may only read the runs of others must not end in a traceback, nor two of this user's processes collide."""
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(dir="/tmp"))
+    Path(tempfile.gettempdir()).chmod(0o777)
+    try:
+        assert _as_other(lambda: _holds_once(Path("/runs.lock"))) == 0
+    finally:
+        subprocess.run(["rm", "-r", tempfile.gettempdir()], check=True)
+
+
+def _holds_once(path: Path) -> bool:
+    with alone(path):
+        (stand_in,) = Path(tempfile.gettempdir()).glob("*/*.lock")
+        return is_held(stand_in) is True
+
+
+def _as_other(act) -> int:  # type: ignore[no-untyped-def]
+    """Exit code of a fork of another user: 0 where `act` says yes."""
+    if (child := os.fork()) == 0:
+        code = 2
+        try:
+            os.setuid(12345)
+            code = int(not act())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_who_holds_a_lock_is_told_from_who_does_not(tmp_path: Path) -> None:
+    """A run that lives must not be taken for one that was killed."""
+    path = tmp_path / "log"
+    assert is_held(path) is None
+    path.write_text("")
+    assert is_held(path) is False and not lacking(tmp_path)
+    with path.open("a") as log:
+        share(log)
+        assert is_held(path) is True
+    with alone(path):
+        assert is_held(path) is True
+    assert is_held(path) is False
+
+
+def test_a_run_is_named_where_there_are_no_links(tmp_path: Path) -> None:
+    """`runs/latest` is a convenience: without it the run goes on, and a line says where it lies."""
+    run = tmp_path / "20260101T000000Z-micro"
+    run.mkdir()
+    done = refused("links=EPERM", f"from nvila.pipelines.local import run; run._point_latest(run.Path({str(run)!r}))")
+    assert done.returncode == 0 and str(run.parent / "latest") in done.stderr and run.name in done.stderr
