@@ -284,10 +284,13 @@ def _away(uri: str, said: str) -> Unreachable:
 
 
 def _unusable(uri: str, error: Exception) -> ConfigError:
+    driver = isinstance(error, ImportError) and uri.startswith("postgres")
     return ConfigError(
         f"MLflow cannot use this: {_said(error)}",
         where=redact_text(uri),
-        do=f"See to it, or set {name_of('mlflow_tracking_uri')} to another.",
+        do="Write postgresql+psycopg2://, whose driver is installed."
+        if driver
+        else f"See to it, or set {name_of('mlflow_tracking_uri')} to another.",
     )
 
 

@@ -190,7 +190,7 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 
 
 def _with_digest(client: MlflowClient, name: str, digest: str) -> Version | None:
-    found = pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=200)
+    found = pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=100)
     return next((v for v in map(_version, found) if v.tags.get(DIGEST_TAG) == digest), None)
 
 

@@ -19,6 +19,8 @@ from nvila.components.preflight import checks, step
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.serve import endpoint
 from nvila.components.serve.endpoint import Endpoint
+from nvila.components.serve.ports import free_port
+from nvila.components.tracking import connect
 
 RECORD = [{"id": "1", "image": "a.png", "conversations": []}]
 
@@ -54,6 +56,26 @@ def listener() -> Iterator[int]:
 
 def _run(settings: dict, tmp_path: Path) -> None:
     step.run(step.Settings.model_validate(settings), {}, tmp_path, Environment.read())
+
+
+def test_an_mlflow_that_is_away_is_found_before_anything_begins(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong port was found out by `register`, after hours; what may pass ends with 75, what cannot with 2."""
+    monkeypatch.setattr(connect, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port('127.0.0.1')}")
+    with pytest.raises(Unreachable, match=r"MLflow does not answer: Failed to establish a new connection: .*refused"):
+        _run(settings, tmp_path)
+    with pytest.raises(PreflightError, match=r"2 problems: .*MLflow does not answer"):
+        _run(settings | {"needs": {"memory_bytes": 1, "disk_bytes": 2**60}}, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(PreflightError, match="a folder cannot be the tracking store"):
+        _run(settings, tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "mlflow.db").write_text("no database at all")
+    with pytest.raises(PreflightError, match="file is not a database"):
+        _run(settings, tmp_path)
 
 
 def test_a_sound_machine_passes(settings: dict, tmp_path: Path) -> None:

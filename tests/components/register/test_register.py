@@ -59,7 +59,10 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     with connected(runs) as client:
         made = client.get_model_version("small", "1")
         logged = client.get_logged_model(made.tags["nvila.logged_model"])
+        source = client.get_run(made.run_id).data.tags
+        parent = client.get_run(source["mlflow.parentRunId"])
         history = {m.key: m for m in logged.metrics}
+    assert (source["nvila.step"], parent.info.run_name, logged.source_run_id) == ("register", "r1", made.run_id)
     assert "**Learnt: every source is above its baseline" in made.description
     assert "- W4A16: 21 linear layers" in made.description
     assert "| digits | 4000 | 1000 |" in made.description
@@ -71,6 +74,15 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
     assert not any(p.is_symlink() for p in place.rglob("*"))
     assert not (out / "upload").exists()
+
+
+def test_a_name_that_only_the_registry_takes_is_registered(
+    runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]
+) -> None:
+    """A logged model may have no dot in its name: `nvila-1.5` was trained for days, and refused at the end."""
+    settings = Settings.model_validate({"register": {"model_name": "nvila-1.5"}})
+    made = run(settings, register_inputs, tmp_path, Environment.read()).result
+    assert isinstance(made, Registration) and made.model_uri == "models:/nvila-1.5/1"
 
 
 def test_the_card_says_what_is_wrong_with_the_model(register_inputs: dict[str, Manifest]) -> None:
