@@ -29,7 +29,7 @@ class Opened:
     example: str | None
     """The first spoilt record, and what is wrong with it."""
     refused: bool
-    """Whether `validate` would stop the run for certain: none of them is good, or all were opened and too few are."""
+    """Whether `validate` would stop the run: of one file not a record is good, or all were opened and too few are."""
 
     @property
     def words(self) -> str:
@@ -65,7 +65,9 @@ def _open(source: Source, limits: Validation) -> Opened | None:
     first = next(iter(quarantine.values()), None)
     opened, spoilt = len(records) + len(labels), len(quarantine)
     whole = opened == sum(map(len, everything)) + len(named)
-    spoilt_records = sum(line["split"] != LABELS for line in quarantine.values())
+    lost = Counter(line["split"] for line in quarantine.values() if line["split"] != LABELS)
+    hopeless = any(lost[split] == number for split, number in Counter(row["split"] for row in records).items())
+    too_many = lost.total() > allowed(limits.max_quarantined_share, len(records))
     return Opened(
         source=source.name,
         records=opened,
@@ -73,5 +75,5 @@ def _open(source: Source, limits: Validation) -> Opened | None:
         spoilt=spoilt,
         reasons=dict(reasons.most_common()),
         example=f"{first['id']}: {first['detail']}" if first else None,
-        refused=spoilt == opened or (whole and spoilt_records > allowed(limits.max_quarantined_share, len(records))),
+        refused=hopeless or (whole and too_many),
     )

@@ -136,7 +136,7 @@ def make_plan(
     opened = open_samples(checked.data)
     here = speed_here(shape, known, store) if small and shape and known else None
     rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
-    found = dict(verdicts(form, store, runs))
+    found: dict[str, str] = dict(verdicts(form, store, runs))
     done = {step for step, verdict in found.items() if verdict == "hit"}
     pruning, assumed = pruned.plans(checked, known, rates, done)
     site = Site() if not small else Site(gpus_per_node=0)  # small models can do without
@@ -372,7 +372,7 @@ def _reasons(plan: Plan) -> list[str]:
 
 
 def _refusals(plan: Plan) -> list[str]:
-    lines = [f"preflight would refuse here: {problem}" for problem in plan.here]
+    lines = [f"preflight would refuse here: {problem}" for problem in plan.here] or ["this machine has what it takes"]
     lines += [f"{'validate would refuse: ' if opened.refused else ''}{opened.words}" for opened in plan.opened]
     if plan.findings is None:
         return [*lines, plan.looked]

@@ -44,8 +44,8 @@ class Paths(Result):
     """Of the last stage that was trained, as it was trained."""
     quantized: str | None
     """The checkpoint that is served."""
-    quarantine: str | None
-    data_docs: str | None
+    quarantine: str | None = None
+    data_docs: str | None = None
 
 
 class Summary(Result):
@@ -116,10 +116,9 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
 
 def paths(run: Run) -> Paths:
     """Where what the run made lies, as far as it came."""
-    told = (run.step(VALIDATE).error or {}).get("details") or {}
-    checked = run.manifests[VALIDATE].folder if VALIDATE in run.manifests else None
-    files = {"quarantine": QUARANTINE_FILE, "data_docs": DOCS_FILE}
-    data = {name: str(Path(checked, file)) if checked else told.get(name) for name, file in files.items()}
+    refused = ((run.step(VALIDATE).error or {}).get("details") or {}).get("quarantine")
+    checked = run.manifests[VALIDATE].folder if VALIDATE in run.manifests else refused and Path(refused).parent
+    files = {"quarantine": QUARANTINE_FILE, "data_docs": DOCS_FILE} if checked else {}
     return Paths(
         run=str(run.folder),
         log=str(run.folder / LOG),
@@ -127,7 +126,7 @@ def paths(run: Run) -> Paths:
         report=str(run.folder / REPORT) if (run.folder / REPORT).is_file() else None,
         weights=_model(run, *reversed(STAGES)),
         quantized=_model(run, QUANTIZE),
-        **data,
+        **{name: str(Path(checked, file)) for name, file in files.items()},
     )
 
 

@@ -109,7 +109,9 @@ def test_summary_says_where_everything_lies(run_dir: Path) -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_a_failed_run_shows_its_steps_and_then_why(run_dir: Path, width: int) -> None:
     """A long message took the whole width, and nineteen lines were empty."""
-    error = DataError("too many records are spoilt " * 9, where="/data/plates", do="Mend them.", details={"bad": 3})
+    error = DataError(
+        "too many records are spoilt " * 9, where="/data/plates", do="Mend them.", details={"quarantine": "/s/q.jsonl"}
+    )
     for name in list(ROWS)[3:]:
         (run_dir / "steps" / f"{name}.json").unlink()
     record = {"status": "failed", "exit_code": 2, "message": str(error), "error": to_record(error)}
@@ -117,6 +119,7 @@ def test_a_failed_run_shows_its_steps_and_then_why(run_dir: Path, width: int) ->
     finished, out = Run.read(run_dir), io.StringIO()
     summary = write_summary(finished, 60.0, 0, 2)
     assert (summary.failed_step, summary.error) == ("validate", to_record(error))
+    assert (summary.paths.quarantine, summary.paths.data_docs) == ("/s/quarantine.jsonl", "/s/data_docs.html")
     closing.show_closing(finished, summary, Console(file=out, width=width))
     table, _, behind = out.getvalue().partition("validate failed: ")
     rows = [line.split() for line in table.splitlines() if line.strip()][2:]

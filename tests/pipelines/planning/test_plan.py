@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
@@ -16,6 +17,7 @@ from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import ROWS
 from nvila.pipelines.cli import app
+from nvila.pipelines.planning import plan as planning
 from nvila.pipelines.planning.checks import Need
 from nvila.pipelines.planning.cost import GPUS
 from nvila.pipelines.planning.hits import verdicts
@@ -46,10 +48,64 @@ def test_a_first_plan_needs_nothing_and_makes_nothing(tmp_path: Path) -> None:
     """A plan that builds data, or locks the store, is a run."""
     ended = _plan("micro")
     assert ended.exit_code == 0, ended.stdout
-    for words in ("train-5", "h100", "fits", "optimizer    8 R", "MFU 0.3"):
+    for words in ("train-5", "h100", "fits", "optimizer    8 R", "MFU 0.3", "this machine has what it takes"):
         assert words in ended.stdout, words
     assert "no cluster is configured" in ended.stdout and "unknown: the annotation files are not here" in ended.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def _plates(folder: Path, lost: int, of: int) -> str:
+    """A recipe over a source of its own, some of whose pictures are gone."""
+    (folder / "plates").mkdir()
+    for name, numbers in (("sft", range(of)), ("heldout", range(100, 104))):
+        records = [
+            {
+                "id": str(number),
+                "image": f"{number}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nPlate?"},
+                    {"from": "gpt", "value": f"AB {number}"},
+                ],
+            }
+            for number in numbers
+        ]
+        (folder / f"plates/{name}.json").write_text(json.dumps(records))
+        for number in list(numbers)[lost if name == "sft" else 0 :]:
+            Image.new("RGB", (16, 16), (number, 2 * number, 9)).save(folder / f"plates/{number}.png")
+    sources = "data: {sources: [{name: plates, kind: image, path: plates}]}"
+    left_out = ", ".join(f"train-{number}: null" for number in range(1, 5))
+    stages = f"train: {{stages: {{{left_out}, train-5: {{data: {{plates.sft: 1}}}}}}}}"
+    rest = "evaluate: {sources: [plates], gate: {min_accuracy: {plates: 0.1}}}"
+    (folder / "mine.yaml").write_text(f"extends: micro\nname: mine\n{sources}\n{stages}\n{rest}\n")
+    return "mine.yaml"
+
+
+@pytest.mark.parametrize(("lost", "of", "refused"), [(0, 20, False), (2, 40, False), (40, 40, True), (8, 10, True)])
+def test_the_first_records_are_opened(tmp_path: Path, lost: int, of: int, refused: bool) -> None:
+    """It said that preflight would pass, and after minutes the run was stopped by data that nobody had opened. What is
+    not certain, because there are more records than were opened, is told and refuses nothing."""
+    plan = json.loads(_plan(_plates(tmp_path, lost, of), "--no-cluster", "--json").stdout)
+    (opened,) = plan["opened"]
+    assert opened["records"] == min(of, 16) + 4 and opened["whole"] == (of <= 16)
+    assert opened["spoilt"] == sum(opened["reasons"].values()) == min(lost, 16)
+    assert plan["refused"] == opened["refused"] == refused
+    assert ("error" in plan) == refused and ("plates/sft/0" in str(opened["example"])) == (lost > 0)
+
+
+def test_what_the_store_has_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours and cost of work that is done already were asked for a second time."""
+    given = [part for pair in SAMPLES for part in ("--samples", pair)]
+    asked = ("nvila-8b", "--no-cluster", "--json", *given)
+    whole = json.loads(_plan(*asked).stdout)
+    done = {name: "hit" if name in ("prune-image", "train-1", "train-4") else "miss" for name in ROWS}
+    monkeypatch.setattr(planning, "verdicts", lambda *places: done)
+    rest = json.loads(_plan(*asked).stdout)
+    for before, after in zip(whole["stages"], rest["stages"], strict=True):
+        hit = done[after["step"]] == "hit"
+        assert (after["hours"], after["cost"]) == ((0, 0) if hit else (before["hours"], before["cost"]))
+    costs = [plan["pruning"][0]["costs"]["price"] for plan in (whole, rest)]
+    saves = [plan["pruning"][-1]["saves"]["price"] for plan in (whole, rest)]
+    assert costs[0] > costs[1] == 0 and saves[0] > saves[1] >= 0
 
 
 def test_a_large_recipe_is_planned_without_its_weights() -> None:
