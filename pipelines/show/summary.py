@@ -117,8 +117,8 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
 def paths(run: Run) -> Paths:
     """Where what the run made lies, as far as it came."""
     refused = ((run.step(VALIDATE).error or {}).get("details") or {}).get("quarantine")
-    checked = run.manifests[VALIDATE].folder if VALIDATE in run.manifests else refused and Path(refused).parent
-    files = {"quarantine": QUARANTINE_FILE, "data_docs": DOCS_FILE} if checked else {}
+    left = Path(refused).parent if refused else None
+    checked = Path(run.manifests[VALIDATE].folder) if VALIDATE in run.manifests else left
     return Paths(
         run=str(run.folder),
         log=str(run.folder / LOG),
@@ -126,7 +126,8 @@ def paths(run: Run) -> Paths:
         report=str(run.folder / REPORT) if (run.folder / REPORT).is_file() else None,
         weights=_model(run, *reversed(STAGES)),
         quantized=_model(run, QUANTIZE),
-        **{name: str(Path(checked, file)) for name, file in files.items()},
+        quarantine=str(checked / QUARANTINE_FILE) if checked else None,
+        data_docs=str(checked / DOCS_FILE) if checked else None,
     )
 
 
