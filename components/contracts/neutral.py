@@ -2,8 +2,8 @@
 
 They serve whoever watches a step, and what becomes of its process. A module belongs here when no edit of it that keeps
 its tests green could change a byte of a finished step's output; one that a step could do without belongs out of the
-step's imports instead. It imports the standard library, pydantic and modules of this list (a test), so that nothing
-else comes along. Everything that is not named here counts, new modules too.
+step's imports instead. It imports the standard library, pydantic, psutil and modules of this list (a test), so that
+nothing else comes along. Everything that is not named here counts, new modules too.
 """
 
 NEUTRAL = frozenset(

@@ -245,5 +245,5 @@ def test_pillow_refuses_nothing_that_the_recipe_allows(tmp_path: Path, monkeypat
 def test_limits_are_positive(name: str, value: int) -> None:
     """A limit of 0 would set everything aside, and a negative one too, each with a puzzling reason."""
     recipe = {"name": "r", "data": {"sources": [], "validation": {name: value}}}
-    with pytest.raises(ConfigError, match=rf"data\.validation\.{name}.*greater than 0|more\)"):
+    with pytest.raises(ConfigError, match=rf"data\.validation\.{name}.*greater than or equal|more\)"):
         parse_recipe(recipe)

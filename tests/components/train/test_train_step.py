@@ -16,6 +16,7 @@ import pytest
 
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.sealed import seal
+from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO
 from nvila.components.train import step
 from nvila.components.train.job import RECORD, TRAINED
 from nvila.components.train.losses import read_losses
@@ -176,11 +177,11 @@ def test_score_tables_reach_the_job(small: Any, tmp_path: Path, monkeypatch: pyt
     finished(tmp_path, small)
     shutil.rmtree(tmp_path / "model")
     tables = {}
-    for name in ("kept_video", "kept_image"):
+    for name, made in (("kept_video", PRUNE_VIDEO), ("kept_image", PRUNE_IMAGE)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.parquet").touch()
         files = describe_files(tmp_path / name)
-        tables[name] = Manifest(step=name, key=name, kind="dataset", files=files, folder=str(tmp_path / name))
+        tables[name] = Manifest(step=made, key=name, kind="dataset", files=files, folder=str(tmp_path / name))
     jobs: list[Any] = []
     monkeypatch.setattr(step, "launch", jobs.append)
     step.run(settings(), inputs(small) | tables, tmp_path)
