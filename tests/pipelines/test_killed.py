@@ -143,7 +143,7 @@ while :; do sleep 1; done
 
 @pytest.mark.parametrize("number", local._Stop.SIGNALS)
 def test_a_second_signal_ends_a_run_that_hears_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, number: signal.Signals
 ) -> None:
     """A closed terminal ended `nvila run` without a summary; a second Ctrl-C left processes outside the group."""
     python, left_behind = tmp_path / "python", tmp_path / "left"
@@ -160,6 +160,8 @@ def test_a_second_signal_ends_a_run_that_hears_none(
             time.sleep(0.1)
 
     monkeypatch.setattr(local, "_let_go_of_terminal", lambda: None)  # of the tests themselves
+    before = signal.signal(number, signal.SIG_DFL)  # tests that run under `nohup` ignore SIGHUP, and so would the run
+    request.addfinalizer(lambda: signal.signal(number, before))
     with local._Stop() as stop:
         asking = threading.Thread(target=ask)
         asking.start()
