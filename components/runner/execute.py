@@ -239,6 +239,8 @@ def _track(
     try:
         ended, recipe = time.time(), _recipe(place.run_dir, manifest)
         record_step(place.run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe)
+    except Unreachable as away:
+        say(redact_text(f"{step}: not tracked yet, as {away.what}; that is made up for when it is back"))
     except Exception as problem:
         why = tell(f"{type(problem).__name__}: {problem}")
         print(f"{step}: not tracked in MLflow: {why}", file=sys.stderr, flush=True)
