@@ -96,6 +96,9 @@ def main() -> None:
         except NvilaError as error:
             Path(job.out, f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
     leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as torchrun's forked ranks end: threads of torch have aborted an interpreter that went on to its end
 
 
 if __name__ == "__main__":
