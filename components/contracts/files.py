@@ -85,12 +85,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
-def standing(path: Path) -> Path:
-    """The path, or the first folder above it that is there."""
-    path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
 def link_or_copy(link: Path, target: Path) -> None:
     """A symbolic link to a file, or a copy of it where the file system has no links."""
     try:

@@ -15,7 +15,6 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.neutral",
         "nvila.components.contracts.places",  # refuses a folder
         "nvila.components.contracts.progress",  # how far it is
-        "nvila.components.contracts.files",  # how bytes reach a disk, not which
         "nvila.components.contracts.surroundings",  # short names for sockets, a home, a way round the proxy
         # The forms of what steps find out compute nothing (a test): what is filled in, and how, stands in the step.
         "nvila.components.contracts.results",

@@ -47,6 +47,12 @@ def local_folder(value: str | Path, where: str) -> Path:
     return Path(value)
 
 
+def standing(path: Path) -> Path:
+    """The path, or the first folder above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 @dataclass(frozen=True)
 class Located:
     """Marks an option of the recipe that names a folder: a relative one begins where the recipe lies."""

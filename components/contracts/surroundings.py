@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.files import standing
+from nvila.components.contracts.places import standing
 
 _LONGEST_BYTES = 64
 """Of the folder for temporary files. The name of a socket has 107 bytes at most; libraries put up to 40 of their own

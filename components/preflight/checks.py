@@ -13,8 +13,7 @@ from types import MappingProxyType
 import psutil
 
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
-from nvila.components.contracts.files import standing
-from nvila.components.contracts.places import is_version
+from nvila.components.contracts.places import is_version, standing
 from nvila.components.contracts.recipe.data import LABELS, SPLITS, SUFFIXES, Source
 from nvila.components.data.layouts import read
 from nvila.components.tracking import connect

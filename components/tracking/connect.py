@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.addresses import file_url, sqlite_url
 from nvila.components.contracts.environment import before_importing, current, name_of
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
-from nvila.components.contracts.files import standing
 from nvila.components.contracts.locks import alone, lacking
+from nvila.components.contracts.places import standing
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import redact_text
 
