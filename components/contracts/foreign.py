@@ -38,7 +38,7 @@ def reading(place: Path | str) -> Iterator[None]:
         if str(place) in str(error):
             raise
         where = str(place) if error.where is None else f"{place}: {error.where}"
-        raise type(error)(error.what, where=where, value=error.value, do=error.do) from error
+        raise type(error)(error.what, where=where, value=error.value, do=error.do, details=error.details) from error
     except MemoryError:
         raise
     except OSError as error:
