@@ -40,7 +40,7 @@ def work(toys: dict[str, Path]) -> Path:
     return toys["native"].parent.parent / "work"
 
 
-def test_a_damaged_checkpoint_is_refused_by_name_or_makes_no_difference(toys: dict[str, Path], work: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name_or_answers(toys: dict[str, Path], work: Path) -> None:
     """Prevents a damage from ending in a traceback, a process that waits for ever, or one that takes all memory."""
     seed = int(os.environ.get("DAMAGES", random.randrange(10**6)))
     every = [case for layout, toy in toys.items() for case in damages.cases(layout, toy, seed)]
