@@ -6,6 +6,7 @@ has been through the model, so gradients of sums are gathered and divided then, 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -169,7 +170,8 @@ class Engine:
         name = self.gather([name])[0]
         if name is None:
             return 0
-        _, state = self.deepspeed.load_checkpoint(str(folder), tag=name)
+        with _plainly_named(folder) as place:
+            _, state = self.deepspeed.load_checkpoint(place, tag=name)
         return int(state["step"])
 
     def not_finite(self) -> list[str]:
@@ -251,6 +253,16 @@ def leave() -> None:
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def _plainly_named(folder: Path) -> Iterator[str]:
+    """A path of the folder without `[`, `*` or `?`: DeepSpeed looks for its files by patterns."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{opened}"
+    finally:
+        os.close(opened)
 
 
 def _without_shared_memory() -> None:
