@@ -1,10 +1,11 @@
-"""Which device a process computes on: its GPU where it has one, else the CPU; what follows for attention and forks."""
+"""Which device a process computes on: its GPU where it has one, else the CPU; what follows for kernels and forks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from nvila.components.model.nvila import NVILA
@@ -29,3 +30,34 @@ def use_flash_attention(model: NVILA) -> None:
     if weight.device.type == "cuda" and half and is_flash_attn_2_available():
         for part in (model.vision_tower, model.llm):
             part.set_attn_implementation("flash_attention_2")
+
+
+class _Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).bfloat16()
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(x.float(), self.weight.float(), bias).bfloat16()
+
+
+def use_float32_products(model: nn.Module) -> None:
+    """Products of bfloat16 layers in float32, rounded at their end, on a CPU that has none in bfloat16.
+
+    torch has them there as well, ten times slower than float32's; either adds up in float32.
+    """
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _Linear
+        elif type(module) is nn.Conv2d:
+            module.__class__ = _Conv2d

@@ -24,7 +24,7 @@ from nvila.components.model.checkpoint.tensorfile import Stored
 from nvila.components.model.checkpoint.weights import canonical, check, fill, require_finite, settle_head
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.device import use_flash_attention
+from nvila.components.model.device import use_flash_attention, use_float32_products
 from nvila.components.model.nvila import NVILA, build_model, empty_model
 from nvila.components.model.text.timetokens import TIME_FORMAT, check_time_tokens, time_token_ids
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer, save_tokenizer, template_name
@@ -105,6 +105,7 @@ def load_opened(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA,
     fill(model, tensors, where)
     model = model.to(device).eval()
     use_flash_attention(model)
+    use_float32_products(model)
     return model, tokenizer
 
 
