@@ -33,19 +33,19 @@ def use_flash_attention(model: NVILA) -> None:
 
 
 class _Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.bfloat16:
-            return super().forward(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != torch.bfloat16:
+            return super().forward(input)
         bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(x.float(), self.weight.float(), bias).bfloat16()
+        return nn.functional.linear(input.float(), self.weight.float(), bias).bfloat16()
 
 
 class _Conv2d(nn.Conv2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != torch.bfloat16:
-            return super().forward(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != torch.bfloat16:
+            return super().forward(input)
         bias = None if self.bias is None else self.bias.float()
-        return self._conv_forward(x.float(), self.weight.float(), bias).bfloat16()
+        return self._conv_forward(input.float(), self.weight.float(), bias).bfloat16()
 
 
 def use_float32_products(model: nn.Module) -> None:
