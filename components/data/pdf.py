@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.children import signal_name
 from nvila.components.contracts.environment import for_child
 from nvila.components.data.media import Limits, MediaError, load_image
 
@@ -64,7 +65,8 @@ def _render_apart(file: Path, page: int, most: int, folder: Path) -> dict[str, A
     except subprocess.TimeoutExpired:
         raise MediaError("too_large", f"a PDF that takes more than {SECONDS} s to render", file) from None
     if done.returncode:
-        raise MediaError("undecodable", "a PDF that ends its renderer", file, done.returncode)
+        how = f"signal {signal_name(-done.returncode)}" if done.returncode < 0 else done.returncode
+        raise MediaError("undecodable", "a PDF that ends its renderer", file, how)
     said: dict[str, Any] = json.loads(done.stdout)
     return said
 
