@@ -27,6 +27,11 @@ MOST_PIXELS = 2**31 - 1
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts"
 """FFmpeg's other demuxers are not tried: playlists among them open further files and addresses."""
 
+A_DOCUMENT = (
+    "a PDF, and no picture: `nvila infer --image NAME.pdf` alone reads documents; give a picture of each page instead"
+)
+"""Of data and of requests, whose media count one by one; `pdf` renders the pages for a question."""
+
 
 class MediaError(DataError):
     """A picture or a video that cannot be used; `problem` is the short name of the reason."""
@@ -242,8 +247,15 @@ def _decoding(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "DecompressionBombError":  # before our own check sees the header
             raise MediaError("too_large", str(error), path) from error
+        if _is_document(path):
+            raise MediaError("undecodable", A_DOCUMENT, path) from error
         said = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {said}", path) from error
+
+
+def _is_document(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"%PDF-" in file.read(1024)
 
 
 def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
