@@ -464,8 +464,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0/1", help="i/n: every n-th case from the i-th on")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="what a fork may take: more on a busy machine")
     parser.add_argument("--out", type=Path, help="a JSON line for each end")
     options = parser.parse_args()
+    globals()["SECONDS"] = options.seconds
     first, step = (int(part) for part in options.share.split("/"))
     counts: Counter[str] = Counter()
     total = 0

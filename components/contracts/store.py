@@ -13,7 +13,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import DamagedError, NvilaError, from_record, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
-from nvila.components.contracts.locks import alone
+from nvila.components.contracts.locks import WORK_SECONDS, alone
 from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest, OlderVersion
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.text import say
@@ -106,7 +106,7 @@ class Store:
         folder = self.folder(step, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
-        with alone(lock_path, f"{step}: another run is at the same work; waiting for what comes of it"):
+        with alone(lock_path, f"{step}: another run is at the same work", WORK_SECONDS):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 say(f"{step}: removed, as it is no folder of the store: {folder}")
                 folder.unlink()

@@ -11,6 +11,10 @@ from typing import Literal
 from nvila.components.contracts.errors import DataError
 
 Problem = Literal["missing_file", "outside_source", "too_large", "too_long", "undecodable", "changed"]
+A_DOCUMENT = (
+    "a PDF, and no picture: `nvila infer --image NAME.pdf` alone reads documents; give a picture of each page instead"
+)
+"""Of data and of requests, whose media count one by one; `pdf` renders the pages for a question."""
 
 
 class MediaError(DataError):
@@ -71,5 +75,12 @@ def decoding(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "DecompressionBombError":  # before our own check sees the header
             raise MediaError("too_large", str(error), path) from error
+        if _is_document(path):
+            raise MediaError("undecodable", A_DOCUMENT, path) from error
         said = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise MediaError("undecodable", f"cannot be decoded: {type(error).__name__}: {said}", path) from error
+
+
+def _is_document(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"%PDF-" in file.read(1024)

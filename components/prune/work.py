@@ -9,12 +9,14 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvila.components.contracts.children import die_with_parent, forking
+from nvila.components.contracts.children import die_with_parent, first_to_end, forking, how_ended
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.manifest import describe_files
 from nvila.components.contracts.progress import Progress
@@ -77,12 +79,15 @@ def crew(tasks: Sequence[Callable[[], T]], ranks: int) -> list[T]:
     """Results of tasks that processes of their own work on, `ranks` side by side; none of them outlives this call.
 
     Each computes on its own GPU where there are some, else on one core.
+
+    Raises:
+        NvilaError: one of them was lost.
     """
     from nvila.components.model.device import start_method
 
     if not tasks:
         return []
-    context = multiprocessing.get_context(start_method())
+    context, started = multiprocessing.get_context(start_method()), list[Any]()
     count = context.Value("i", 0)
     with ProcessPoolExecutor(
         min(len(tasks), ranks), context, initializer=_begin, initargs=(os.getpid(), count)
@@ -90,7 +95,14 @@ def crew(tasks: Sequence[Callable[[], T]], ranks: int) -> list[T]:
         try:
             with forking():
                 made = pool.map(_call, tasks)
+            started = multiprocessing.active_children()
             return list(made)
+        except BrokenProcessPool:
+            pool.shutdown()
+            code = first_to_end(child.exitcode for child in started)
+            raise NvilaError(
+                f"a process of pruning {how_ended(code)}", do="Run again: it goes on with what is missing."
+            ) from None
         except BaseException:
             # Leaving the pool waits for its processes, which may have minutes of work before them.
             for child in multiprocessing.active_children():

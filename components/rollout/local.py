@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from nvila.components.contracts.environment import revealed
 from nvila.components.contracts.errors import DamagedError, Rejected, RolloutError
 from nvila.components.contracts.manifest import written_by
+from nvila.components.contracts.processes import birth
 from nvila.components.contracts.recipe.rollout import Policy
 from nvila.components.rollout.pinned import Pinned, observe
 from nvila.components.rollout.policy import Observation, decide
@@ -127,7 +128,7 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: 
         endpoint = Endpoint(
             url=started.url,
             pid=started.pid,
-            born=records.birth(started.pid) or 0.0,
+            born=birth(started.pid) or 0.0,
             host=wanted.host,
             port=port,
             model=wanted.model,

@@ -29,8 +29,8 @@ from nvila.components.tracking.redact import redact_text
 R = TypeVar("R", bound=Result)
 
 
-KILLED = "killed.txt"
-"""In the run's folder: what killed a step that could not say it itself."""
+_KILLED = "killed"
+"""Folder of what killed a step that could not say it itself, by its process: another attempt has another one."""
 
 
 class Status(StrEnum):
@@ -81,6 +81,13 @@ class StepStatus(BaseModel):
     damaged: bool = False
     """It met damaged work, which the next attempt does again."""
     pid: int | None = None
+
+    def killer(self, run_dir: Path) -> str | None:
+        """What killed the step, where who started it has seen that (`note_killed`)."""
+        try:
+            return read_bytes(run_dir / _KILLED / f"{self.pid}.txt").decode(errors="replace")
+        except OSError:
+            return None
 
     @property
     def seconds(self) -> float:
@@ -191,6 +198,11 @@ class Run:
         starts = [step.started for step in self.steps.values() if step.started is not None]
         ends = [step.ended for step in self.steps.values() if step.ended is not None]
         return (min(starts), max([*ends, *starts])) if starts else (0.0, 0.0)
+
+
+def note_killed(run_dir: Path, pid: int, words: str) -> None:
+    """Say for a step's process what killed it."""
+    write_atomic(run_dir / _KILLED / f"{pid}.txt", words)
 
 
 def statuses(run_dir: Path) -> list[StepStatus]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nvila.components.contracts import jsonlines
+from nvila.components.contracts.children import how_ended
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import digest_json, write_atomic
@@ -146,7 +147,7 @@ def _told(
         answers = read_answers(answered)
         if done.returncode or len(answers) < len(requests):
             raise RolloutError(
-                f"vLLM answered {len(answers)} of {len(requests)} requests and ended with code {done.returncode}: "
+                f"vLLM answered {len(answers)} of {len(requests)} requests and {how_ended(done.returncode)}: "
                 + _last_lines(log),
                 where=str(log),
                 do="Run again: the answers so far are kept.",

@@ -6,7 +6,6 @@ Rollout and `nvila serve` write them; whoever asks what is being served, or who 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from nvila.components.contracts import locks
 from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.processes import birth
 
 SERVING = "serving"
 ENDPOINT, CHALLENGER = "endpoint", "challenger"
@@ -48,18 +48,6 @@ class Endpoint(BaseModel):
         """Whether that very process still runs."""
         since_boot = birth(self.pid)
         return since_boot is not None and self.born in (since_boot, _since_epoch(self.pid))
-
-
-def birth(pid: int) -> float | None:
-    """When a process started, in seconds since the machine did; None when there is none, or only its remains.
-
-    The time since the epoch would be another one after the clock was set, and the server nobody's.
-    """
-    try:
-        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # from its state on
-    except OSError:
-        return None
-    return None if words[0] in (b"Z", b"X") else int(words[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _since_epoch(pid: int) -> float | None:
@@ -101,7 +89,7 @@ def exclusive(runs: Path) -> Iterator[None]:
     """Only one process at a time starts or stops servers of a runs folder."""
     folder = runs / SERVING
     folder.mkdir(parents=True, exist_ok=True)
-    with locks.alone(folder / ".lock"):
+    with locks.alone(folder / ".lock", f"{folder}: another process starts or stops a server"):
         yield
 
 

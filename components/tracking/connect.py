@@ -85,7 +85,8 @@ def connected(runs: Path, patience_seconds: float | None = None) -> Iterator[Mlf
     uri = tracking_uri(runs)
     wait_for(runs, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
     runs.mkdir(parents=True, exist_ok=True)
-    with alone(runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")):
+    lock = runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")
+    with alone(lock, f"MLflow at {redact_text(uri)}: another process writes to it"):
         client = _client(uri, runs)
         with answered(uri):
             yield client

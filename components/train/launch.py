@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.children import die_with_parent, how_ended
 from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
@@ -31,7 +33,7 @@ are too short for large ones. A pod of a training job has 300 s in all."""
 def launch(job: Job) -> None:
     """Run this node's share of the job to its end; a job on one machine has one node.
 
-    The agent is this process. It passes a signal on to the training processes; if it is killed, they are told.
+    The agent is this process. It passes a signal on to the training processes; if it is killed, so are they.
 
     Raises:
         ConfigError: the nodes cannot share the processes evenly.
@@ -67,7 +69,7 @@ def launch(job: Job) -> None:
     # waits for ever.
     gc.collect()
     try:
-        elastic_launch(_torchrun(job.run.gpus, there, logs), main)(str(description))
+        elastic_launch(_torchrun(job.run.gpus, there, logs), _rank)(os.getpid(), str(description))
     except SignalException:
         raise Preempted(
             f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint"
@@ -75,14 +77,21 @@ def launch(job: Job) -> None:
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         raise _reported(out / VERDICT, stale) or TrainingError(
-            f"stage {job.stage.name}: a training process ended with code {first.exitcode} and no message",
+            f"stage {job.stage.name}: a training process {how_ended(first.exitcode)}, and left no message",
             where=str(out),
-            do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes.",
+            do="Look above in the log. Run again and it resumes.",
         ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def _rank(agent: int, description: str) -> None:
+    """A training process. One that was told of its agent's end, as torch would have it, might wait for a peer for half
+    an hour, and write meanwhile into the folder where the next attempt works."""
+    die_with_parent(agent, signal.SIGKILL)
+    main(description)
 
 
 def _torchrun(processes: int, there: Mapping[str, Any], logs: Path) -> LaunchConfig:

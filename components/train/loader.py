@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from nvila.components.contracts.children import die_with_parent, forking
+from nvila.components.contracts.children import die_with_parent, forking, how_ended
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.text import say
 from nvila.components.data.samples import Sample
@@ -95,9 +95,9 @@ class Loader:
         except (EOFError, OSError):
             self._process.join()
             raise NvilaError(
-                f"the data loader ended with code {self._process.exitcode}",
+                f"the data loader {how_ended(self._process.exitcode)}",
                 where=f"samples from {self._of(number)[0].id}",
-                do="Look above in the log; code -9 is usually the kernel out of memory. Run again and it resumes",
+                do="Look above in the log. Run again and it resumes",
             ) from None
 
     def _of(self, number: int) -> Sequence[Sample]:

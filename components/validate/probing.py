@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from nvila.components.contracts.children import forking
+from nvila.components.contracts.children import die_with_parent, first_to_end, forking, signal_name
 from nvila.components.contracts.digests import medium_sha256
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.media import Limits, MediaError, inside, probe
@@ -68,7 +70,8 @@ def probe_all(media: Iterable[Medium], limits: Limits) -> dict[Medium, Finding]:
 
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Forked, because this process has no threads yet and the workers need what it has imported."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("fork"))
+    ends = (os.getpid(), signal.SIGKILL)
+    return ProcessPoolExecutor(processes, get_context("fork"), initializer=die_with_parent, initargs=ends)
 
 
 def _probe_chunk(chunk: list[Medium], limits: Limits) -> dict[Medium, Finding]:
@@ -76,13 +79,18 @@ def _probe_chunk(chunk: list[Medium], limits: Limits) -> dict[Medium, Finding]:
 
 
 def _probe_alone(medium: Medium, limits: Limits) -> Finding:
+    started = list[Any]()
     with _pool(1) as pool:
         try:
             with forking():
                 asked = pool.submit(_probe, medium, limits)
+            started = active_children()
             return asked.result()
         except BrokenProcessPool:
-            return Finding("undecodable", "the decoder crashed")
+            pool.shutdown()
+            code = first_to_end(child.exitcode for child in started) or 0
+            how = f"was killed by signal {signal_name(-code)}" if code < 0 else f"ended with code {code}"
+            return Finding("undecodable", f"the decoder crashed: it {how}")
 
 
 def _probe(medium: Medium, limits: Limits) -> Finding:

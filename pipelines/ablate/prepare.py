@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvila.components.contracts.children import die_with_parent, forking
+from nvila.components.contracts.children import die_with_parent, forking, how_ended
 from nvila.components.contracts.environment import current, handed_down
 from nvila.components.contracts.errors import ConfigError, NvilaError, from_record, to_record
 from nvila.components.contracts.files import read_json, write_atomic
@@ -198,7 +198,9 @@ def _do(part: Part, inputs: Mapping[str, Manifest], ledger: Path) -> Manifest:
     try:
         told: dict[str, Any] = ours.recv()
     except EOFError:
-        told = to_record(NvilaError(f"{part.name} ended without a word", do="The same command goes on from here."))
+        process.join()
+        what = f"{part.name} {how_ended(process.exitcode)}, and left no message"
+        told = to_record(NvilaError(what, do="The same command goes on from here."))
     except BaseException:
         process.terminate()
         raise

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nvila.components.contracts.children import die_with_parent, forking
+from nvila.components.contracts.children import die_with_parent, forking, how_ended
 from nvila.components.contracts.environment import current, handed_down
 from nvila.components.contracts.errors import NvilaError, Preempted
 from nvila.components.contracts.exits import Exit
@@ -98,7 +98,7 @@ class Crew:
                         left = (time.monotonic() - began) * (_expected(tasks) / _expected(done) - 1)
                         self.told(f"{len(done)}/{len(tasks)} {task.name}: {seconds:.0f} s; {duration(left)} left")
                     elif not self._stopping:
-                        failed.append(f"{task.name} (exit code {code})")
+                        failed.append(f"{task.name} {how_ended(code)}")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

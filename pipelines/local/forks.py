@@ -31,7 +31,7 @@ from nvila.components.contracts.children import die_with_parent, killed_by
 from nvila.components.contracts.environment import for_child, take_over
 from nvila.components.contracts.keys import library_versions
 from nvila.components.runner.execute import ALWAYS
-from nvila.components.runner.status import KILLED, Status, statuses
+from nvila.components.runner.status import Status, note_killed, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.pipelines.local import fork_client
 from nvila.pipelines.local.fork_client import OWN, address
@@ -173,7 +173,7 @@ class _Forks:
         os.close(ended)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         if code < 0:
-            (self._run_dir / KILLED).write_text(killed_by(-code), encoding="utf-8")
+            note_killed(self._run_dir, process, killed_by(-code))
         with client, suppress(OSError):  # a client that was stopped has its answer
             client.sendall(str(code).encode())
 

@@ -13,7 +13,7 @@ from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
 from nvila.components.contracts.steps import QUANTIZE, ROWS, STAGES, VALIDATE
 from nvila.components.metrics.standing import Compared, Headline, compared, headline
-from nvila.components.runner.status import KILLED, Run, Status, StepStatus
+from nvila.components.runner.status import Run, Status, StepStatus
 from nvila.components.tracking.redact import redact_text
 from nvila.components.validate.step import DOCS_FILE, QUARANTINE_FILE
 from nvila.pipelines.show.versions import product
@@ -178,8 +178,7 @@ def _message(run: Run, exit_code: int) -> str | None:
     if bad:
         return redact_text(f"{bad.name} {bad.status}: {bad.message}")
     if run.lost:
-        noted = run.folder / KILLED
-        why = noted.read_text(encoding="utf-8") if noted.is_file() else ""
+        why = run.lost.killer(run.folder)
         return f"{run.lost.name} was {why or 'killed before it could say why; too little memory is the usual reason'}"
     log = run.folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []

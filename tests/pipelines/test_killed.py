@@ -21,7 +21,7 @@ from nvila.components.contracts.children import killed_by
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.steps import ROWS
-from nvila.components.runner.status import KILLED, Run
+from nvila.components.runner.status import Run, note_killed
 from nvila.pipelines.local import run as local
 from nvila.pipelines.local.run import _exit_code, _last_alive, _write_report
 from nvila.pipelines.show.results import show_closing
@@ -174,10 +174,17 @@ def test_a_second_signal_ends_a_run_that_hears_none(
 def test_signal_9_is_named(tmp_path: Path) -> None:
     """`was killed before it could say why` named neither the signal nor who sends it."""
     run = left(tmp_path / "r", running="validate")
-    (run / KILLED).write_text(killed_by(signal.SIGKILL))
-    assert "validate was killed by signal 9 (SIGKILL), often the system's out-of-memory killer" in (
-        write_summary(Run.read(run), 1.0, 0, Exit.FAULT).message or ""
-    )
+    note_killed(run, 1, killed_by(signal.SIGKILL))
+    words = write_summary(Run.read(run), 1.0, 0, Exit.FAULT).message or ""
+    assert "validate was killed by signal 9 (SIGKILL), often the system's out-of-memory killer" in words
+    assert "signal 35" in killed_by(35), "a signal without a name"
+
+
+def test_what_killed_an_earlier_attempt_is_not_said_of_a_later_one(tmp_path: Path) -> None:
+    """The process that sees to it was killed itself: too little memory was blamed on the note of another attempt."""
+    run = left(tmp_path / "r", running="validate")
+    note_killed(run, 2, killed_by(signal.SIGSEGV))
+    assert "SIGSEGV" not in (write_summary(Run.read(run), 1.0, 0, Exit.FAULT).message or "")
 
 
 ASK = """

@@ -36,7 +36,7 @@ def ensure(source: Source) -> None:
     if read_stamp(place).get("parameters") == wanted:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    with alone(place.parent / f".{place.name}.lock"):
+    with alone(place.parent / f".{place.name}.lock", f"{place}: another process builds it"):
         if read_stamp(place).get("parameters") == wanted:  # another process built it while this one waited
             return
         if place.exists() and (not place.is_dir() or any(place.iterdir())) and not as_built(place):

@@ -38,5 +38,5 @@ def alone(name: str, what: str = "") -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(error, path.parent) from error
-    with locks.alone(path, f"{what or name}: another process is fetching it; waiting for that"):
+    with locks.alone(path, f"{what or name}: another process is fetching it", locks.WORK_SECONDS):
         yield

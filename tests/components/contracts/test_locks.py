@@ -6,16 +6,22 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import withheld
 
+from nvila.components.contracts.errors import Unreachable
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.locks import alone, is_held, lacking, share
+from nvila.components.contracts.processes import Process, birth
 
 HOLD = """
 import os, sys
 from pathlib import Path
+from nvila.components.contracts.errors import Unreachable
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.locks import alone, lacking
 from nvila.components.contracts.files import link_or_copy
 from nvila.components.contracts.index import Index
@@ -96,6 +102,52 @@ def test_who_holds_a_lock_is_told_from_who_does_not(tmp_path: Path) -> None:
     with alone(path):
         assert is_held(path) is True
     assert is_held(path) is False
+
+
+def test_who_waits_is_told_for_whom_and_how_long(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run that waits for another one looked hung, and nobody knew for which; and a process that hangs held it up for
+    ever."""
+    path, code = tmp_path / "x.lock", f"{HOLDER}; print(1, flush=True); time.sleep(60)"
+    path.write_text("the line of an earlier one, which is longer than the next may be" * 20)
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline()
+    with (
+        pytest.raises(Unreachable, match=f"building: it was held .* by process {holder.pid} of ") as refused,
+        alone(path, "building", 0.3),
+    ):
+        raise AssertionError("two hold it")
+    assert refused.value.exit_code == Exit.PREEMPTED
+    said = capfd.readouterr().err
+    assert (
+        f"by process {holder.pid} of " in said and "time.sleep(60)" in said and said.endswith("waiting 0 s at most\n")
+    )
+    assert time.strftime("since %Y-%m-%d ") in said
+    assert Process.model_validate_json(path.read_text()).pid == holder.pid, "who waits leaves the holder's line alone"
+    holder.kill()
+    holder.wait()
+    with alone(path):
+        assert Process.model_validate_json(path.read_text()).pid == os.getpid()
+
+
+HOLDER = (
+    "import sys, time; from pathlib import Path; from nvila.components.contracts import locks; "
+    "held = locks.alone(Path(sys.argv[1])); held.__enter__()"
+)
+
+
+def test_a_process_is_known_again(tmp_path: Path) -> None:
+    """Another one that has its number since must not be taken for it; nor is one of another machine dead."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    me = Process.this()
+    its = me.model_copy(update={"pid": child.pid, "born": birth(child.pid)})
+    assert me.alive and its.alive
+    assert its.model_copy(update={"born": me.born - 1}).alive is False
+    assert its.model_copy(update={"host": "elsewhere"}).alive is None
+    assert its.model_copy(update={"boot": "before " + me.boot}).alive is False
+    assert its.model_copy(update={"boot": me.boot + " of another container"}).alive is None
+    child.kill()
+    child.wait()
+    assert its.alive is False
 
 
 def test_a_run_is_named_where_there_are_no_links(tmp_path: Path) -> None:

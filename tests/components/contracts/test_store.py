@@ -155,7 +155,7 @@ def _work(root: Path, log: Path) -> None:
             return
         with log.open("a") as stream:
             stream.write("worked\n")
-        time.sleep(0.2)
+        time.sleep(1.2)
         (folder / "a.bin").write_text("weights")
         store.finish(folder, Manifest(step="train-1", key=KEY, kind="model", files=describe_files(folder, ("*.bin",))))
 

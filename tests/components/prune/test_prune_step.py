@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from buckets import Bucket
 
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import DataError
+from nvila.components.contracts.errors import DataError, NvilaError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.model import Pruning
 from nvila.components.prune import judge, step, work
@@ -387,6 +388,19 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     work.crew([partial(sleeper.work, Path(sys.argv[1], name)) for name in ("a", "b", "c", "d")], 2)
 """
+KILLED = "import os, signal\ndef work(path):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+
+
+def test_a_process_that_the_kernel_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "A process in the process pool was terminated abruptly" names neither the signal nor who sends it."""
+    (tmp_path / "shot.py").write_text(KILLED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import shot  # type: ignore[import-not-found]
+
+    with pytest.raises(NvilaError, match=r"a process of pruning was killed by signal 9 \(SIGKILL\), often .* memory"):
+        work.crew([partial(shot.work, tmp_path)] * 4, 2)
+
+
 SLEEPER = "import os, time\ndef work(path):\n    path.write_text(str(os.getpid()))\n    time.sleep(120)\n"
 
 

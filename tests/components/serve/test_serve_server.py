@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.contracts.processes import birth
 from nvila.components.serve import server
-from nvila.components.serve.endpoint import Endpoint, birth
+from nvila.components.serve.endpoint import Endpoint
 from nvila.components.serve.ports import free_port
 
 

@@ -23,18 +23,16 @@ from nvila.components.train.loop import StopRequest
 
 MakeJob = Callable[..., Job]
 LAUNCH = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 from nvila.components.train import launch
 from nvila.components.train.job import Job
+from nvila.components.train.loop import StopRequest
 
 def wait_for_the_end(job):
-    def stopped(signum, frame):
-        Path(job).with_name("last").touch()
-        sys.exit()
-    signal.signal(signal.SIGINT, stopped)
-    Path(job).with_name("pid").write_text(str(os.getpid()))
-    time.sleep(60)
+    StopRequest()
+    Path(job).with_name(f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    time.sleep(60)  # for another process, say
 
 launch.main = wait_for_the_end
 launch.launch(Job.model_validate_json(open(sys.argv[1]).read()))
@@ -57,17 +55,17 @@ def wait_for(there: Callable[[], bool], what: str) -> None:
 
 
 def test_a_killed_launcher_leaves_no_process(make_job: MakeJob) -> None:
-    """An orphan trains on, holds the GPUs, and writes into the folder of the next attempt."""
-    job = make_job("a")
+    """An orphan trains on, holds the GPUs, and writes into the folder of the next attempt: that it was told to stop is
+    not enough, as it waits for another process."""
+    job = make_job("a", run={"gpus": 2})
     out = Path(job.out)
     (out / "in.json").write_text(job.model_dump_json())
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, str(out / "in.json")])
-    wait_for(lambda: (out / "pid").exists() and bool((out / "pid").read_text()), "the launcher started nothing")
+    notes = [out / "pid-0", out / "pid-1"]
+    wait_for(lambda: all(note.exists() and note.read_text() for note in notes), "the launcher started too few")
     launcher.kill()
     launcher.wait(10)
-    wait_for(lambda: (out / "last").exists(), "the child was not told")
-    child = int((out / "pid").read_text())
-    wait_for(lambda: not Path(f"/proc/{child}").exists(), "the child lives on")
+    wait_for(lambda: not any(Path("/proc", note.read_text()).exists() for note in notes), "a child lives on")
 
 
 def test_a_request_to_stop_is_handed_on(
@@ -99,7 +97,7 @@ def test_a_worker_that_dies_without_a_word_is_a_fault(make_job: MakeJob, stand_i
     """A process killed for its memory must not look like success, nor like the user's mistake."""
     stand_in(lambda path: os.kill(os.getpid(), signal.SIGKILL))
     job = make_job("a")
-    with pytest.raises(TrainingError, match="code -9 and no message") as caught:
+    with pytest.raises(TrainingError, match=r"killed by signal 9 \(SIGKILL\).*memory.* and left no message") as caught:
         launching.launch(job)
     assert caught.value.exit_code == Exit.FAULT
     assert sorted(path.name for path in Path(job.out).iterdir()) == ["job.json"]

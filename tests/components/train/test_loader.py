@@ -143,7 +143,7 @@ def test_a_process_that_is_silent_or_lost_is_named(
     """A GPU machine that waits for a batch for ever costs as much as one that trains."""
     monkeypatch.setattr(loading, "SAY_SECONDS", 0.3)
     monkeypatch.setattr(loading, "STALL_SECONDS", 3.0)
-    words = r"no batch for \d+ s" if stop == signal.SIGSTOP else "ended with code -9"
+    words = r"no batch for \d+ s" if stop == signal.SIGSTOP else "killed by signal 9"
     with Loader(feed, samples, 8) as loader:
         process = child()
         process.send_signal(stop)
@@ -158,7 +158,7 @@ def test_a_process_that_was_lost_before_it_is_asked_is_named(feed: Feed, samples
     with Loader(feed, samples, 8) as loader:
         child().kill()
         loader._process.join(20)
-        with pytest.raises(NvilaError, match=f"{samples[0].id}.*ended with code -9"):
+        with pytest.raises(NvilaError, match=f"{samples[0].id}.*killed by signal 9"):
             next(loader.batches())
 
 
