@@ -38,6 +38,14 @@ time.sleep(300)
 """
 
 
+HASTY = """
+import os, sys
+from nvila.components.contracts import children
+children.END_SECONDS = 0.3
+sys.exit(children._leash(os.getppid(), "", sys.argv[1:]))
+"""
+
+
 def wait_for(there: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 60
     while not there():
@@ -67,7 +75,8 @@ def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: si
 
 def test_a_command_that_ends_leaves_nothing_and_its_code(tmp_path: Path) -> None:
     """A server that the kernel kills for its memory left its engine, which has most of it."""
-    between = leashed([sys.executable, "-c", COMMAND + "os._exit(7)", str(tmp_path / "pids"), "0.2", "deaf"])
+    command = [sys.executable, "-c", COMMAND + "os._exit(7)", str(tmp_path / "pids"), "0.2", "deaf"]
+    between = subprocess.Popen([sys.executable, "-c", HASTY, *command])
     assert gone(started(tmp_path / "pids"))
     assert between.wait(20) == 7
 
