@@ -1,9 +1,11 @@
-"""Mixtures: which samples a stage sees and in which order, as a pure function of data, passes and seed."""
+"""Mixtures: how many samples and which a stage sees and in which order, as pure functions of data, passes and seed."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,3 +32,15 @@ def draw(subsets: Mapping[str, Sequence[T]], passes: Mapping[str, float], seed: 
         drawn.extend(rng.sample(list(samples), round(rest * len(samples))))
     rng.shuffle(drawn)
     return drawn
+
+
+def drawn(passes: float, n: int) -> int:
+    """How many samples `draw` takes of a subset of n."""
+    whole, rest = divmod(passes, 1.0)
+    return n * int(whole) + round(rest * n)
+
+
+def kept(ratio: float, n: int) -> int:
+    """How many of n samples pruning keeps: ceil(ratio * n) for the ratio as it is written. Of 100 samples 0.07 keeps
+    7, while 0.07 * 100 is above 7."""
+    return math.ceil(Fraction(str(ratio)) * n)

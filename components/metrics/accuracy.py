@@ -83,6 +83,15 @@ def fall(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
     return difference, float(1.0 if room(1.0) >= 0 else brentq(room, difference, 1.0)) - difference
 
 
+def fall_without_loss(n: int) -> float:
+    """The upper end of that interval where both models are right and wrong on the same n questions: no gate can be told
+    a smaller one by so few."""
+    if n == 0:
+        return 1.0
+    first, second = n**2 + Z95**2 * n, 2 * n + Z95**2 * n  # the square of `room` at its end, by powers of the fall
+    return min(1.0, (second + math.sqrt(second**2 - 4 * first)) / (2 * first))
+
+
 class QuestionOnly:
     """Answers from the question alone: the most common training answer per question text, else of the source.
 

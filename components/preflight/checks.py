@@ -16,6 +16,7 @@ from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
 from nvila.components.contracts.places import is_version, standing
 from nvila.components.contracts.recipe.data import LABELS, SPLITS, SUFFIXES, Source
 from nvila.components.data.layouts import read
+from nvila.components.preflight.enough import Held
 from nvila.components.tracking import connect
 from nvila.components.tracking.checkpoints import identity
 
@@ -92,6 +93,7 @@ def data_problems(
     drawn: Mapping[str, Mapping[str, Sequence[str]]] = MappingProxyType({}),
     *,
     demo_can_be_built: bool = False,
+    held: dict[str, Held] | None = None,
 ) -> list[str]:
     """Annotation files are there and hold records.
 
@@ -99,8 +101,10 @@ def data_problems(
         sources: the recipe's sources.
         drawn: what draws samples, by source and split: those files must be there.
         demo_can_be_built: a demonstration source that is not there yet is no problem.
+        held: gets what each readable file holds, by `source.split`.
     """
     problems: list[str] = []
+    held = {} if held is None else held
     for source in sources:
         folder = Path(source.path)
         if not folder.is_dir():
@@ -117,7 +121,15 @@ def data_problems(
         ]
         if not there and not asked:
             problems.append(f"data source {source.name}: no {', '.join(SPLITS)} or {LABELS} file in {folder}")
-        problems += [p for name, path in there.items() if (p := _annotation_problem(source, name, path))]
+        for name, path in there.items():
+            try:
+                records = read(path, source.layout_of(name))
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            held[f"{source.name}.{name}"] = Held.of(records)
+            if not records:
+                problems.append(f"{path}: must hold at least one record")
     return problems
 
 
@@ -168,13 +180,6 @@ def tracking_problems(runs: Path) -> list[str]:
     except NvilaError as error:
         return [str(error)]
     return []
-
-
-def _annotation_problem(source: Source, name: str, path: Path) -> str | None:
-    try:
-        return None if read(path, source.layout_of(name)) else f"{path}: must hold at least one record"
-    except DataError as error:
-        return str(error)
 
 
 def _writable(folder: Path) -> bool:

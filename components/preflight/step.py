@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import PreflightError, Unreachable
+from nvila.components.contracts.errors import DataError, PreflightError, Unreachable
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.data import DataSettings
+from nvila.components.contracts.recipe.evaluate import EvaluateSettings
+from nvila.components.contracts.recipe.prune import PruneSettings
+from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import TARGETS, RolloutSettings
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.train import TrainSettings
 from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
-from nvila.components.preflight import checks
+from nvila.components.data.layouts import read
+from nvila.components.preflight import checks, enough
+from nvila.components.preflight.enough import Held
 from nvila.components.runner.execute import Place
 from nvila.components.serve.endpoint import alive
 from nvila.components.serve.interpreter import serve_python
@@ -37,6 +44,10 @@ class Settings(Section):
     """What draws samples, by source and split."""
     weights: list[str] = []
     """Where the recipe takes weights from: folders, `s3://`, `hf://`, and versions of the registry."""
+    train: TrainSettings | None = None
+    prune: PruneSettings = PruneSettings()
+    evaluate: EvaluateSettings | None = None
+    quantize: QuantizeSettings = QuantizeSettings()
 
 
 def prepare(settings: Settings) -> None:
@@ -93,11 +104,24 @@ def problems(
     """
     found = checks.python_problems()
     found += checks.disk_problems(settings.needs.disk_bytes, [store, runs])
-    found += checks.data_problems(settings.data.sources, settings.drawn, demo_can_be_built=demo_can_be_built)
+    held: dict[str, Held] = {}
+    found += checks.data_problems(settings.data.sources, settings.drawn, demo_can_be_built=demo_can_be_built, held=held)
+    if settings.train and settings.evaluate:
+        found += enough.problems(settings.train, settings.prune, settings.evaluate, settings.quantize, held)
     if is_shared():
         found += checks.tracking_problems(runs)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
     return found + (_pod_problems(settings) if on_cluster else _machine_problems(settings, runs))
+
+
+def remarks(settings: Settings) -> list[str]:
+    """What stops no run at its beginning, and likely at its end."""
+    held: dict[str, Held] = {}
+    for source in settings.data.sources:
+        with suppress(DataError):  # `problems` tells of it
+            if (path := source.annotation("heldout")).is_file():
+                held[f"{source.name}.heldout"] = Held.of(read(path, source.layout))
+    return enough.remarks(settings.evaluate, settings.quantize, held) if settings.evaluate else []
 
 
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING
+
+from nvila.components.data.mixture import kept
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +32,3 @@ def keep_top(groups: np.ndarray, scores: np.ndarray, ties: np.ndarray, ratios: S
     rank[order] = np.arange(len(groups)) - np.repeat(first, sizes)
     places = np.array([kept(ratio, int(size)) for ratio, size in zip(ratios, sizes, strict=True)], dtype=np.int64)
     return rank < places[groups]
-
-
-def kept(ratio: float, n: int) -> int:
-    """ceil(ratio * n) for the ratio as it is written: of 100 samples 0.07 keeps 7, while 0.07 * 100 is above 7."""
-    return math.ceil(Fraction(str(ratio)) * n)

@@ -62,7 +62,7 @@ def run(
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
-    for line in remarks(recipe, checked):
+    for line in remarks(recipe, checked) + preflight.remarks(needs):
         say(line)
     with _Stop() as stop:
         return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop)

@@ -12,7 +12,7 @@ from nvila.components.contracts.recipe.data import DataSettings, Source
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.data.layouts import read
-from nvila.components.prune.select import kept
+from nvila.components.data.mixture import drawn, kept
 from nvila.pipelines.planning.shape import Seen, Shape
 
 CHARACTERS_PER_TOKEN = 4
@@ -89,7 +89,7 @@ def subsets(data: DataSettings, given: Mapping[str, int]) -> dict[str, Subset]:
 def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) -> dict[str, int] | None:
     """Samples that a stage draws of each subset, of what is pruned as many as the ratio says; None where one is not
     known."""
-    drawn = {}
+    found = {}
     for name, passes in stage.data.items():
         if name not in known:
             return None
@@ -97,9 +97,8 @@ def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) 
         size = known[name].samples
         if stage.pruned and split == "sft" and prune.method != "none":
             size = kept(prune.keep_ratio_of.get(source, prune.keep_ratio), size)
-        whole, rest = divmod(passes, 1.0)
-        drawn[name] = size * int(whole) + round(rest * size)
-    return drawn
+        found[name] = drawn(passes, size)
+    return found
 
 
 def forward(shape: Shape, seen: Seen, text_tokens: float, length: int) -> dict[str, float]:

@@ -151,7 +151,7 @@ def make_plan(
             looked = f"{error}; only this machine was looked at"
     return Plan(
         recipe=checked.name,
-        remarks=remarks(recipe, checked),
+        remarks=remarks(recipe, checked) + preflight.remarks(needs),
         store=found,
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,

@@ -74,8 +74,9 @@ def _plates(folder: Path, lost: int, of: int) -> str:
             Image.new("RGB", (16, 16), (number, 2 * number, 9)).save(folder / f"plates/{number}.png")
     sources = "data: {sources: [{name: plates, kind: image, path: plates}]}"
     left_out = ", ".join(f"train-{number}: null" for number in range(1, 5))
-    stages = f"train: {{stages: {{{left_out}, train-5: {{data: {{plates.sft: 1}}}}}}}}"
-    rest = "evaluate: {sources: [plates], gate: {min_accuracy: {plates: 0.1}}}"
+    stages = f"train: {{stages: {{{left_out}, train-5: {{data: {{plates.sft: 1}}, batch: 4}}}}}}"
+    rest = "evaluate: {sources: [plates], gate: {min_accuracy: {plates: 0.1}, least_questions: 4}}\n"
+    rest += "quantize: {gate: {least_questions: 4}}"
     (folder / "mine.yaml").write_text(f"extends: micro\nname: mine\n{sources}\n{stages}\n{rest}\n")
     return "mine.yaml"
 
