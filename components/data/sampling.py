@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+ROUNDING_SECONDS = 1e-3 + 1e-6
+"""Times of a constant rate may be off by so much: Matroska rounds to milliseconds, the first frame's time as well."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a clip are shown, by a clock that starts at the first of them."""
+
+    times: Sequence[float]
+    """Seconds, ascending; the first is 0."""
+    seconds: float
+    """When the last frame ends."""
+    rates: tuple[float, ...] = ()
+    """Frames per second that the file claims, the likeliest first."""
+
+    def rate(self) -> float | None:
+        """Frames per second, where they stay for equal times; else None.
+
+        A claimed rate counts where every frame is shown at its number divided by the rate; where none does, that of the
+        first and last frame is tried.
+        """
+        if len(self.times) < 2:
+            return None
+        measured = (len(self.times) - 1) / self.times[-1] if self.times[-1] else 0.0
+        for rate in (*self.rates, measured):
+            if rate > 0 and all(abs(time - n / rate) <= ROUNDING_SECONDS for n, time in enumerate(self.times)):
+                return rate
+        return None
 
 
 @dataclass(frozen=True)
@@ -29,6 +59,20 @@ class Sampling:
             return [0]
         step = (count - 1) / (self.frames - 1)  # numpy's own arithmetic: a step is rounded first
         return [*(round(index * step) for index in range(self.frames - 1)), count - 1]
+
+    def of(self, timeline: Timeline) -> list[int]:
+        """Places of the frames of a clip: at a constant rate as the reference has them, else those shown at the times.
+
+        Without `fps` they are spread over the frames, as the reference does, however long each is shown.
+        """
+        if not self.fps:
+            return self.places(len(timeline.times))
+        rate = timeline.rate()
+        if rate is not None:
+            return self._at_rate(len(timeline.times), rate)
+        step = 1.0 / self.fps
+        number = max(1, math.ceil(min(timeline.seconds / step, self.frames)))
+        return [bisect_right(timeline.times, k * step + 1e-6 if k else 0.0) - 1 for k in range(number)]
 
     def allows(self, count: int) -> bool:
         """Whether so many frames can have been taken of a clip."""

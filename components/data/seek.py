@@ -1,17 +1,18 @@
-"""Decodes chosen frames of an open video and as little else as they need; `media` opens files and keeps the limits.
+"""Decodes chosen frames of an open video and as little else as they need; `survey` says where they lie.
 
-Without certainty that the result is that of decoding from the beginning there is no result, and `media` decodes all.
+Without certainty that the result is that of decoding from the beginning there is no result, and `video` decodes all.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
+
+from nvila.components.data.survey import Survey
 
 if TYPE_CHECKING:
     import av.container
+    import av.packet
     import av.video.frame
     import av.video.stream
 
@@ -19,144 +20,81 @@ Frames = dict[int, "av.video.frame.VideoFrame"]
 """By place in the order of showing."""
 
 
-@dataclass(frozen=True)
-class Packets:
-    """The compressed frames of a file, in the order of decoding."""
-
-    times: list[int]
-    """When each is shown, in the stream's time base; no two alike."""
-    keys: list[int]
-    """Positions where decoding can begin, ascending."""
-    seeks: dict[int, int]
-    """Per key, the time to seek to: when it is decoded, which is never later than when it is shown."""
-
-    def start(self, position: int) -> int | None:
-        """Where decoding must begin for one packet.
-
-        A frame may follow a key frame in the file and yet be shown before it (open groups of pictures): it then needs
-        the key frame before that one.
-        """
-        for key in reversed(self.keys[: bisect_right(self.keys, position)]):
-            if self.times[key] <= self.times[position]:
-                return key
-        return None
-
-
 def decode_at(
-    container: av.container.InputContainer, choose: Callable[[int], Sequence[int]], last_time: float, most: int
-) -> tuple[Sequence[int], Frames] | None:
-    """The frames that `choose` names out of the number of frames, each group of pictures decoded at most once.
+    container: av.container.InputContainer,
+    stream: av.video.stream.VideoStream,
+    found: Survey,
+    places: Collection[int],
+    *,
+    seeking: bool,
+) -> Frames | None:
+    """The frames at some places in the order of showing, each group of pictures decoded at most once.
 
     Damage in what is decoded ends in None; damage elsewhere is not seen.
 
     Args:
-        container: open and not yet read from; it is used up.
-        choose: from the number of frames to places in the order of showing.
-        last_time: seconds at which the latest frame may be shown.
-        most: packets that the file may have.
+        container: open; unless `seeking` it has not been read from. It is used up.
+        stream: the one of its streams that `found` is of; what it decodes with has not been opened yet.
+        found: what the packets are.
+        places: of the frames, within those that are shown.
+        seeking: jump to the key frames; else all packets are read again, which finds them in every file.
 
     Returns:
-        What was chosen and the frames by place, or None where decoding everything must decide.
+        The frames by place, or None where decoding everything must decide.
     """
     import av
 
-    stream = container.streams.video[0]
-    stream.codec_context.options = {"err_detect": "explode"}
+    if seeking:  # what a decoder then complains of may only be that it did not see the beginning
+        stream.codec_context.options = {"err_detect": "explode"}
+    frames: Frames = {}
     try:
-        packets = _read_packets(container, stream, last_time, most)
-        if packets is None:
-            return None
-        shown = sorted(range(len(packets.times)), key=packets.times.__getitem__)
-        chosen = choose(len(shown))
-        places = set(chosen)
-        if not places or max(places) >= len(shown):
-            return None
-        ranges = _ranges(packets, [shown[place] for place in places])
-        if ranges is None:
-            return None
-        wanted = {packets.times[shown[place]]: place for place in places}
-        found: Frames = {}
-        for first, last in ranges:
-            if not _decode_range(container, packets, first, last, wanted, found):
-                return None
+        wanted = {found.ticks[place]: place for place in places}
+        packets = container.demux(stream)
+        for first, last in ranges(found, [found.shown[place] for place in places]):
+            if seeking:
+                container.seek(found.seeks.get(first, found.ticks[0]), stream=stream)
+                packets = container.demux(stream)
+            stream.codec_context.flush_buffers()
+            for frame in _decode_range(packets, stream, found, first, last):
+                if frame.is_corrupt:
+                    return None
+                place = None if frame.pts is None else wanted.get(frame.pts)
+                if place is not None:
+                    frames[place] = frame
     except av.error.FFmpegError:
         return None
-    return (chosen, found) if len(found) == len(places) else None
+    return frames if len(frames) == len(places) else None
 
 
-def _read_packets(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, last_time: float, most: int
-) -> Packets | None:
-    """Read the file once without decoding; this also completes the index of containers that lack one."""
-    times: list[int] = []
-    seeks: dict[int, int] = {}
-    latest = last_time / stream.time_base if stream.time_base else 0
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
-        if (
-            packet.pts is None
-            or packet.pts - (times[0] if times else packet.pts) > latest
-            or packet.is_corrupt
-            or packet.is_discard
-            or len(times) == most
-        ):
-            return None
-        if packet.is_keyframe:
-            seeks[len(times)] = packet.pts if packet.dts is None else packet.dts
-        times.append(packet.pts)
-    promised = stream.frames or len(times)
-    return Packets(times, list(seeks), seeks) if len(set(times)) == len(times) == promised else None
-
-
-def _ranges(packets: Packets, positions: Sequence[int]) -> list[tuple[int, int]] | None:
-    """First and last packet of each stretch to decode, ascending and apart; each begins at a key frame."""
-    ranges: list[tuple[int, int]] = []
+def ranges(found: Survey, positions: Collection[int]) -> list[tuple[int, int]]:
+    """First and last packet of each stretch to decode, ascending and apart; each begins where decoding can."""
+    merged: list[tuple[int, int]] = []
     for position in sorted(positions):
-        start = packets.start(position)
-        if start is None:
-            return None
-        while ranges and start <= ranges[-1][1] + 1:
-            start = min(start, ranges.pop()[0])
-        ranges.append((start, position))
-    return ranges
+        start = found.start(position)
+        while merged and start <= merged[-1][1] + 1:
+            start = min(start, merged.pop()[0])
+        merged.append((start, position))
+    return merged
 
 
 def _decode_range(
-    container: av.container.InputContainer,
-    packets: Packets,
-    first: int,
-    last: int,
-    wanted: dict[int, int],
-    found: Frames,
-) -> bool:
-    """Put the wanted frames of one stretch into `found`; False if the file is not as it was read before."""
-    stream = container.streams.video[0]
-    container.seek(packets.seeks[first], stream=stream)
-    stream.codec_context.flush_buffers()
-    position = -1
-    for packet in container.demux(stream):
+    packets: Iterator[av.packet.Packet], stream: av.video.stream.VideoStream, found: Survey, first: int, last: int
+) -> Iterator[av.video.frame.VideoFrame]:
+    """The frames of one stretch; it ends early where the packets are not those that were read before."""
+    position, began = -1, found.times[first]
+    for packet in packets:
         if not packet.size:
-            return False
-        if position < 0:
-            if packet.pts != packets.times[first]:
-                if packet.pts is None or packet.pts > packets.times[first]:
-                    return False
-                continue
-            position = first
-        elif packet.pts != packets.times[position]:
-            return False
-        for frame in stream.codec_context.decode(packet):
-            _keep(frame, wanted, found)
+            continue
+        expected = max(position, first)
+        if packet.pts != found.times[expected] or packet.size != found.sizes[expected]:
+            if position < 0:
+                continue  # seeking leads to somewhere before
+            return
+        position = expected
+        leads = first and began is not None and packet.pts is not None and packet.pts < began
+        if not leads:  # else it refers to frames before this stretch, and is none of those wanted
+            yield from stream.codec_context.decode(packet)
         position += 1
         if position > last:
             break
-    for frame in stream.codec_context.decode(None):
-        _keep(frame, wanted, found)
-    return True
-
-
-def _keep(frame: av.video.frame.VideoFrame, wanted: dict[int, int], found: Frames) -> None:
-    place = wanted.get(frame.pts) if frame.pts is not None else None
-    if place is not None and not frame.is_corrupt:
-        found[place] = frame
+    yield from stream.codec_context.decode(None)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.addresses import http_url
+from nvila.components.contracts.children import leashed
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.contracts.foreign import read_object, reading
@@ -52,7 +53,7 @@ class Server:
     """A server that was started; it may still be loading."""
 
     pid: int
-    """Also the id of its process group."""
+    """Of the process that ends the server and all that it has started when it ends itself; also its group's."""
     url: str
     """Base URL without `/v1`."""
 
@@ -66,8 +67,9 @@ def start(
     log_path: Path,
     api_key: str | None = None,
     threads: int = 1,
+    kept: Path | None = None,
 ) -> Server:
-    """Start a server that outlives this process.
+    """Start a server. It ends with this process, even where that is killed, unless it is `kept` by then.
 
     Args:
         model_dir: serving folder.
@@ -77,6 +79,7 @@ def start(
         log_path: where stdout and stderr go.
         api_key: required as a bearer token of every request but the probes when given.
         threads: compute threads, see `serve_variables`.
+        kept: a record; the server whose process id it names outlives this process.
 
     Raises:
         PreflightError: nothing can listen there, or there is no serving environment.
@@ -97,9 +100,7 @@ def start(
         variables |= named(vllm_key=api_key)  # not on the command line, which every user of the machine can read
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as sink:
-        child = subprocess.Popen(
-            command, env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        child = leashed(command, kept=kept or "", env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
     return Server(child.pid, http_url(host, port))
 
 

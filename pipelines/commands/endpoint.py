@@ -51,7 +51,8 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
             raise PreflightError(
                 f"{running.model} version {running.version} is being served at {running.url}", do="`nvila stop` first."
             )
-        endpoint, _ = start(runs, wanted, port, DEADLINE_SECONDS, records.ENDPOINT)
+        endpoint, _ = start(runs, wanted, port, DEADLINE_SECONDS)
+        records.keep(runs, endpoint)
     return endpoint
 
 

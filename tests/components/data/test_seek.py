@@ -11,10 +11,11 @@ import av
 import numpy as np
 import pytest
 
-from nvila.components.data import media
-from nvila.components.data.media import Limits, load_video_frame, load_video_frames
+from nvila.components.data import video
+from nvila.components.data.media import Limits, MediaError, load_video_frame, load_video_frames
 from nvila.components.data.sampling import Sampling
-from nvila.components.data.seek import Packets, _ranges, decode_at
+from nvila.components.data.seek import ranges
+from nvila.components.data.survey import Survey
 
 COUNT = 520
 """Two groups of 250 frames and a rest."""
@@ -50,7 +51,20 @@ def in_sequence(path: Path) -> list[np.ndarray]:
 
 def sought(path: Path, frames: int) -> Any:
     """Only the quick way: None where it gives up."""
-    return media._seek(path, Limits(), lambda count: Sampling(frames).places(count))
+    with video._opened(path, Limits()) as clip:
+        found = clip.survey()
+        return clip.sought(found, Sampling(frames).of(found.timeline), seeking=True)
+
+
+def from_the_beginning(path: Path, frames: int) -> Any:
+    """Only the slow way."""
+    return video._in_sequence(path, Sampling(frames).of, Limits(), None)
+
+
+def survey_of(times: list[int], keys: list[int]) -> Survey:
+    shown = sorted(range(len(times)), key=times.__getitem__)
+    sizes = [1] * len(times)
+    return Survey([*times], sizes, {key: times[key] for key in keys}, shown, sorted(times), 1, False, Fraction(1), ())
 
 
 def same(ours: Sequence[Any], all_frames: Sequence[Any]) -> bool:
@@ -82,7 +96,7 @@ def test_the_frames_are_those_of_decoding_everything(tmp_path: Path, name: str) 
         assert same(load_video_frames(path, Sampling(frames)), everything), frames
     for index in (0, 1, len(everything) // 2, len(everything) - 1):
         assert np.array_equal(np.asarray(load_video_frame(path, index)), np.asarray(everything[index]))
-    if file.endswith(("mp4", "mkv")) and name != "open groups":
+    if file.endswith(("mp4", "mkv", "ts")) and name != "open groups":
         assert sought(path, 8) is not None, "decoded everything where seeking should do"
 
 
@@ -91,22 +105,21 @@ def test_only_the_groups_that_are_needed_are_decoded(tmp_path: Path, monkeypatch
     path = film(tmp_path / "a.mp4", 60)
     with av.open(str(path)) as file:
         packets = [packet for packet in file.demux(video=0) if packet.size]
-    times = [packet.pts for packet in packets]
     keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
-    known = Packets(times, keys, {})
+    known = survey_of([packet.pts or 0 for packet in packets], keys)
     assert len(keys) == 9
-    assert _ranges(known, [5, 70, 3, 75]) == [(0, 5), (60, 75)]
-    assert _ranges(known, [59, 60]) == [(0, 60)]
-    monkeypatch.setattr(media, "_decode", None)
+    assert ranges(known, [5, 70, 3, 75]) == [(0, 5), (60, 75)]
+    assert ranges(known, [59, 60]) == [(0, 60)]
+    monkeypatch.setattr(video, "_in_sequence", None)
     assert len(load_video_frames(path, Sampling(8))) == 8
 
 
 def test_a_frame_shown_before_its_key_frame_needs_the_group_before() -> None:
     """Prevents grey pictures at the edges of open groups."""
-    packets = Packets([0, 3, 1, 2, 6, 4, 5, 9, 7, 8], [0, 4], {})
-    assert [packets.start(position) for position in (3, 4, 5, 7)] == [0, 4, 0, 4]
-    assert _ranges(packets, [5]) == [(0, 5)]
-    assert _ranges(Packets([0, 1], [1], {}), [0]) is None
+    found = survey_of([0, 3, 1, 2, 6, 4, 5, 9, 7, 8], [0, 4])
+    assert [found.start(position) for position in (3, 4, 5, 7)] == [0, 4, 0, 4]
+    assert ranges(found, [5]) == [(0, 5)]
+    assert ranges(survey_of([0, 1], [1]), [0]) == [(0, 0)]
 
 
 @pytest.mark.parametrize("frames", [8, 64])
@@ -122,9 +135,7 @@ def test_damage_where_frames_are_wanted(tmp_path: Path, frames: int) -> None:
     path.write_bytes(content)
     assert sought(path, frames) is None
     ours = load_video_frames(path, Sampling(frames))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(media, "_seek", lambda *_: None)
-        expected = load_video_frames(path, Sampling(frames))
+    expected = from_the_beginning(path, frames)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, expected, strict=True))
 
 
@@ -134,9 +145,7 @@ def test_a_file_that_ends_early(tmp_path: Path) -> None:
     path = tmp_path / "b.mp4"
     path.write_bytes(content[: len(content) * 2 // 3])
     ours = load_video_frames(path, Sampling(8))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(media, "_seek", lambda *_: None)
-        expected = load_video_frames(path, Sampling(8))
+    expected = from_the_beginning(path, 8)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, expected, strict=True))
 
 
@@ -144,7 +153,6 @@ def test_limits_are_kept_without_decoding(tmp_path: Path) -> None:
     """Prevents seeking from passing over the limits of frames and seconds."""
     path = film(tmp_path / "a.mkv", 60, count=100)
     for limits in (Limits(max_frames=99), Limits(max_seconds=3)):
-        with pytest.raises(media.MediaError, match="more than"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MediaError, match="more than"):
+            patch.setattr(video, "decode_at", None)
             load_video_frames(path, Sampling(2), limits)
-    with av.open(str(path)) as file:
-        assert decode_at(file, lambda count: [0], 1.0, 200) is None
