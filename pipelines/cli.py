@@ -485,7 +485,7 @@ def ui(
     """
     from nvila.pipelines.commands.ui import serve as start
 
-    start(runs, port)
+    raise typer.Exit(start(runs, port))
 
 
 @app.command()

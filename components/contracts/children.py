@@ -1,14 +1,31 @@
-"""Child processes: none outlives the step that started it, and none takes down what only its parent has."""
+"""Child processes: none outlives the one that started it, even where that is killed, and none takes down what only its
+parent has.
+
+Code of ours calls `die_with_parent`. A command of others is `leashed`, and what it starts with it: this file is also
+the program of the process between. It imports nothing but the standard library, so that it starts in no time.
+"""
 
 import ctypes
 import gc
+import json
 import os
+import select
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 """Linux prctl option: signal to this process when the thread that started it dies."""
+_PR_SET_CHILD_SUBREAPER = 36
+"""Linux prctl option: descendants without a parent become children of this process."""
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""What asks a program to stop."""
+END_SECONDS = 10.0
+"""How long a command that was told to end may take."""
 
 
 def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
@@ -23,6 +40,20 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> Non
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def leashed(command: Sequence[str], *, kept: str | os.PathLike[str] = "", **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command, in a session of its own, of which nothing is left when it ends, when this process does, even by
+    SIGKILL, or when a signal tells what is returned to end: the process between the two.
+
+    Args:
+        command: program and arguments.
+        kept: a JSON file. The command goes on without this process while the file's `pid` is that of the process
+            between.
+        options: of `subprocess.Popen`.
+    """
+    words = [sys.executable, "-IS", __file__, str(os.getpid()), os.fspath(kept), *command]
+    return subprocess.Popen(words, start_new_session=True, **options)
 
 
 def killed_by(number: int) -> str:
@@ -68,3 +99,57 @@ def forking() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def _leash(parent: int, kept: str, command: list[str]) -> int:
+    """In the process between: the command's exit code."""
+    woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(waker)
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda signum, frame: None)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)  # or their remains, which nobody else may collect, look alive
+    between = os.getpid()
+    child = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=lambda: die_with_parent(between, signal.SIGKILL)
+    )
+    ended = os.pidfd_open(child.pid)
+    tied = [os.pidfd_open(parent)] if os.getppid() == parent else []
+    while tied and select.select([woken, ended, *tied], [], [])[0] == tied:
+        if not _is_kept(kept):
+            break
+        tied = []
+        select.select([woken, ended], [], [])
+    return _end(child.pid)
+
+
+def _is_kept(kept: str) -> bool:
+    try:
+        with open(kept, "rb") as file:  # noqa: PTH123 (pathlib takes longer to import than all else here)
+            return bool(json.load(file)["pid"] == os.getpid())
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _end(leader: int) -> int:
+    """End what is left of a session; the exit code of its first process, as `subprocess` has it."""
+    code = -signal.SIGKILL
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(leader, number)
+        deadline = time.monotonic() + END_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return code
+            if process == leader:
+                code = os.waitstatus_to_exitcode(status)
+            elif not process:
+                time.sleep(0.02)
+    return code
+
+
+if __name__ == "__main__":
+    ended_with = _leash(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    sys.exit(ended_with if ended_with >= 0 else 128 - ended_with)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Role = Literal["human", "gpt"]
 SAMPLES_FILE = "samples.parquet"
 LABELS_FILE = "labels.parquet"
+QUARANTINE_FILE = "quarantine.jsonl"
 _LIMITS = b"nvila.limits"
 """Key in a table's metadata: what its media were allowed to be when `validate` looked at them."""
 _DEFAULT = Limits()

@@ -24,7 +24,7 @@ from nvila.components.register.package import log_model
 from nvila.components.register.record import record_metrics
 from nvila.components.runner.execute import Place
 from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
-from nvila.components.tracking.registry import CHALLENGER, lineage_tags, register_version, set_alias
+from nvila.components.tracking.registry import CHALLENGER, lineage_tags, register_version
 from nvila.components.tracking.runs import open_step
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         record_metrics(client, opened.info.run_id, logged["model_id"], inputs)
         return logged
 
-    version = register_version(runs, name, model.digest, log, description=model_card(name, inputs), tags=lineage)
-    set_alias(runs, name, CHALLENGER, version.version)
+    card = model_card(name, inputs)
+    version = register_version(runs, name, model.digest, log, description=card, tags=lineage, alias=CHALLENGER)
     return Outcome(
         kind="version", result=Registration(name=name, version=version.version, model_uri=version.uri), files=(CARD,)
     )

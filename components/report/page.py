@@ -11,11 +11,12 @@ from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
-from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
+from nvila.components.contracts.steps import ROWS, STAGES
 from nvila.components.metrics.standing import Compared, above, change, compared, headline, standing, what_was_measured
 from nvila.components.report import charts, flow
 from nvila.components.report.gallery import cards
 from nvila.components.report.pruning import prune_parts
+from nvila.components.report.quarantine import quarantine_file, reasons, set_aside
 from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.flatten import parameters
 
@@ -45,7 +46,6 @@ def context(run: Run) -> dict[str, Any]:
         "prune": prune_parts(run),
         "cards": cards(run),
         "counts": validation.records if validation else {},
-        "quarantined": validation.quarantined if validation else {},
         "quarantine": quarantine(run),
         "quantization": run.result(Quantization),
         "version": run.result(Registration),
@@ -129,12 +129,12 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
 
 
 def quarantine(run: Run) -> dict[str, Any]:
-    """The first records that validation set aside: column names, rows, how many there are in all."""
-    path = run.file(VALIDATE, "quarantine.jsonl")
-    records = list(jsonlines.whole(path)) if path else []
+    """What validation set aside: the reasons, the first records (column names, rows), how many in all, and where."""
+    records = set_aside(run)
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[_short(record.get(column)) for column in columns] for record in records[:QUARANTINE_ROWS]]
-    return {"columns": columns, "rows": rows, "total": len(records)}
+    found = {"columns": columns, "rows": rows, "total": len(records), "reasons": reasons(records)}
+    return found | {"file": str(quarantine_file(run) or "")}
 
 
 def _accuracy_chart(run: Run) -> str:

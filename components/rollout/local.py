@@ -93,15 +93,14 @@ def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: Policy,
         server.stop(old.pid)
     if not in_place:
         challenger = _take_over(runs, wanted, challenger, old, policy)
-    records.write(runs, challenger)
-    records.forget(runs, records.CHALLENGER)
+    records.keep(runs, challenger)
     return Served(challenger, measured)
 
 
-def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: str) -> tuple[Endpoint, float]:
-    """Start a server, record it under `name` and wait until it is ready: the record and the seconds it took.
+def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float) -> tuple[Endpoint, float]:
+    """Start a server and wait until it is ready: its record, for `endpoint.keep`, and the seconds it took.
 
-    Its files are read first, every time. Whatever goes wrong or interrupts the wait, no server stays behind.
+    Its files are read first, every time. Whatever goes wrong or ends the wait, SIGKILL too, no server stays behind.
 
     Raises:
         DamagedError: the files are not what the step wrote, or are those of another model than is wanted.
@@ -123,8 +122,9 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: 
         served_name=wanted.model,
         log_path=log,
         api_key=None if wanted.key is None else wanted.key.get_secret_value(),  # an empty key is one
+        kept=records.path(runs),
     )
-    with _stopped_on_failure(runs, started.pid, name):
+    with _stopped_on_failure(runs, started.pid):
         endpoint = Endpoint(
             url=started.url,
             pid=started.pid,
@@ -137,7 +137,7 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float, name: 
             model_dir=str(wanted.model_dir),
             log=str(log),
         )
-        records.write(runs, endpoint, name)
+        records.write(runs, endpoint, records.CHALLENGER)
         return endpoint, server.wait_ready(started.url, deadline_seconds, started.pid, log)
 
 
@@ -152,11 +152,11 @@ def _try(
 ) -> tuple[Endpoint, dict[str, float]] | Rejected:
     """Start the new version, ask it the pinned prompts, decide. A refused version is stopped again."""
     try:
-        challenger, ready = start(runs, wanted, port, policy.deadline_seconds, records.CHALLENGER)
+        challenger, ready = start(runs, wanted, port, policy.deadline_seconds)
     except RolloutError as error:
         server.require_address(wanted.host, port)  # whoever took it meanwhile says nothing about the version
         return _refusal(decide(Observation(trouble=str(error)), None, policy).reasons)
-    with _stopped_on_failure(runs, challenger.pid, records.CHALLENGER):
+    with _stopped_on_failure(runs, challenger.pid):
         key = revealed(wanted.key)
         seen, seconds = observe(challenger.url, wanted.model, prompts, max_tokens, key)
         before = None
@@ -175,7 +175,7 @@ def _try(
 def _take_over(runs: Path, wanted: Wanted, tried: Endpoint, old: Endpoint | None, policy: Policy) -> Endpoint:
     """The promoted version at the address users know; if it fails there, the old one comes back."""
     try:
-        endpoint, _ = start(runs, wanted, wanted.port, policy.deadline_seconds, records.ENDPOINT)
+        endpoint, _ = start(runs, wanted, wanted.port, policy.deadline_seconds)
     except BaseException:
         if old:
             _start_again(runs, old, policy, wanted.key)
@@ -188,17 +188,17 @@ def _start_again(runs: Path, old: Endpoint, policy: Policy, key: SecretStr | Non
     if not Path(old.model_dir).is_dir():
         return
     wanted = Wanted(old.model, old.version, old.digest, Path(old.model_dir), old.host, old.port, key)
-    endpoint, _ = start(runs, wanted, old.port, policy.deadline_seconds, records.ENDPOINT)
-    records.write(runs, endpoint.model_copy(update={"pinned": old.pinned}))
+    endpoint, _ = start(runs, wanted, old.port, policy.deadline_seconds)
+    records.keep(runs, endpoint.model_copy(update={"pinned": old.pinned}))
 
 
 @contextmanager
-def _stopped_on_failure(runs: Path, pid: int, name: str) -> Iterator[None]:
+def _stopped_on_failure(runs: Path, pid: int) -> Iterator[None]:
     try:
         yield
     except BaseException:
         server.stop(pid)
-        records.forget(runs, name)
+        records.forget(runs, records.CHALLENGER)
         raise
 
 

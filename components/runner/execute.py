@@ -220,7 +220,9 @@ def identity(
     code = importlib.import_module(module)
     external = call(code.external, settings, here=here) if hasattr(code, "external") else None
     digests = {name: manifest.digest for name, manifest in inputs.items()}
-    return content_key(module, {"step": step, **settings}, digests, external), external
+    # What acts on the world acts for its run: two at once would write into one folder, and read each other's.
+    whose = {"run": Place.of(here).run} if step in ALWAYS else {}
+    return content_key(module, {"step": step, **whose, **settings}, digests, external), external
 
 
 def _track(

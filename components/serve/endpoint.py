@@ -18,7 +18,7 @@ from nvila.components.contracts.processes import birth
 
 SERVING = "serving"
 ENDPOINT, CHALLENGER = "endpoint", "challenger"
-"""Names of records: the one users talk to, and one that is being tried."""
+"""Names of records: the one users talk to, which outlives who started it, and one that is tried, which does not."""
 
 
 class Endpoint(BaseModel):
@@ -63,7 +63,7 @@ def _since_epoch(pid: int) -> float | None:
 def read(runs: Path, name: str = ENDPOINT) -> Endpoint | None:
     """The record, dead or alive; None where there is none, it is not ours, or it is torn, which is said."""
     try:
-        return Endpoint.model_validate(read_json(_path(runs, name)))
+        return Endpoint.model_validate(read_json(path(runs, name)))
     except ValidationError:
         return None
 
@@ -76,12 +76,18 @@ def alive(runs: Path) -> list[Endpoint]:
 
 def write(runs: Path, endpoint: Endpoint, name: str = ENDPOINT) -> None:
     """Keep the record."""
-    write_atomic(_path(runs, name), json.dumps(endpoint.model_dump(), indent=1) + "\n")
+    write_atomic(path(runs, name), json.dumps(endpoint.model_dump(), indent=1) + "\n")
+
+
+def keep(runs: Path, endpoint: Endpoint) -> None:
+    """Make the one that was tried the one that users talk to."""
+    write(runs, endpoint)
+    forget(runs, CHALLENGER)
 
 
 def forget(runs: Path, name: str = ENDPOINT) -> None:
     """Remove the record."""
-    discard(_path(runs, name))
+    discard(path(runs, name))
 
 
 @contextmanager
@@ -93,5 +99,6 @@ def exclusive(runs: Path) -> Iterator[None]:
         yield
 
 
-def _path(runs: Path, name: str) -> Path:
+def path(runs: Path, name: str = ENDPOINT) -> Path:
+    """Where a record lies."""
     return runs / SERVING / f"{name}.json"

@@ -6,6 +6,10 @@ by a string, so that registering imports no torch; what it says is in `model`, `
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+
+from nvila.components.contracts.children import die_with_parent
 from nvila.components.contracts.environment import before_importing
 
 ARCHITECTURE = "NVILAForConditionalGeneration"
@@ -13,7 +17,9 @@ CONNECTOR = "nvila"
 
 
 def register() -> None:
-    """Register everything; safe to call again."""
+    """Register everything; safe to call again. Processes that vLLM starts, the engine first, end with theirs."""
+    if parent := multiprocessing.parent_process():
+        die_with_parent(parent.pid or 0, signal.SIGKILL)
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvila.components.contracts.addresses import http_url
+from nvila.components.contracts.children import leashed
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.contracts.foreign import read_object, reading
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
@@ -51,7 +53,7 @@ class Server:
     """A server that was started; it may still be loading."""
 
     pid: int
-    """Also the id of its process group."""
+    """Of the process that ends the server and all that it has started when it ends itself; also its group's."""
     url: str
     """Base URL without `/v1`."""
 
@@ -65,8 +67,9 @@ def start(
     log_path: Path,
     api_key: str | None = None,
     threads: int = 1,
+    kept: Path | None = None,
 ) -> Server:
-    """Start a server that outlives this process.
+    """Start a server. It ends with this process, even where that is killed, unless it is `kept` by then.
 
     Args:
         model_dir: serving folder.
@@ -76,17 +79,20 @@ def start(
         log_path: where stdout and stderr go.
         api_key: required as a bearer token of every request but the probes when given.
         threads: compute threads, see `serve_variables`.
+        kept: a record; the server whose process id it names outlives this process.
 
     Raises:
         PreflightError: nothing can listen there, or there is no serving environment.
+        DataError: the folder's configuration is damaged.
     """
     require_address(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     # With `=`: the name of a folder may begin with a dash.
     command += [f"--served-model-name={served_name}", "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
-    model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
-    sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
+    with reading(place := model_dir / "config.json"):
+        model = read_object(place)["nvila"]
+        sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     variables = serve_variables(threads)
     variables.pop(name_of("vllm_key"), None)
@@ -94,9 +100,7 @@ def start(
         variables |= named(vllm_key=api_key)  # not on the command line, which every user of the machine can read
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as sink:
-        child = subprocess.Popen(
-            command, env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        child = leashed(command, kept=kept or "", env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
     return Server(child.pid, http_url(host, port))
 
 

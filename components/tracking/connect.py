@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from nvila.components.contracts.environment import before_importing, current, na
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
 from nvila.components.contracts.locks import alone, lacking
 from nvila.components.contracts.places import standing
+from nvila.components.contracts.surroundings import own_folder
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import redact_text
 
@@ -85,11 +87,23 @@ def connected(runs: Path, patience_seconds: float | None = None) -> Iterator[Mlf
     uri = tracking_uri(runs)
     wait_for(runs, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
     runs.mkdir(parents=True, exist_ok=True)
-    lock = runs / (".mlflow.lock" if _is_local(uri) else ".mlflow-server.lock")
-    with alone(lock, f"MLflow at {redact_text(uri)}: another process writes to it"):
+    with alone(_lock(uri, runs), f"MLflow at {redact_text(uri)}: another process writes to it"):
         client = _client(uri, runs)
         with answered(uri):
             yield client
+
+
+def _lock(uri: str, runs: Path) -> Path:
+    """Of the store, whichever folders of runs use it: beside a database file; of a server, for this user's processes
+    on this machine."""
+    if current().mlflow_tracking_uri is None:
+        return runs / ".mlflow.lock"
+    from sqlalchemy import make_url
+
+    database = make_url(uri).database if _is_local(uri) else None
+    if not database or database.startswith("file:"):
+        return own_folder("locks") / f"mlflow-{sha256(uri.encode()).hexdigest()}.lock"
+    return Path(database).with_name(f".{Path(database).stem}.lock")
 
 
 def wait_for(runs: Path, patience_seconds: float) -> None:

@@ -59,9 +59,19 @@ LogModel = Callable[["MlflowClient"], Mapping[str, Any]]
 
 
 def register_version(
-    runs: Path, name: str, digest: str, log_model: LogModel, *, description: str, tags: Mapping[str, str]
+    runs: Path,
+    name: str,
+    digest: str,
+    log_model: LogModel,
+    *,
+    description: str,
+    tags: Mapping[str, str],
+    alias: str | None = None,
 ) -> Version:
     """The version of model `name` that holds the model with this digest, made when missing, with this card and tags.
+
+    Of several runs at once, on this machine or on others, all get the same version of the same model, and the alias is
+    that of the last.
 
     Args:
         runs: the runs folder, which holds the local registry.
@@ -69,6 +79,7 @@ def register_version(
         log_model: called only when there is no such version yet.
         description: the model card, Markdown.
         tags: lineage and the like; secrets are redacted.
+        alias: is pointed at it.
     """
     with connected(runs) as client:
         found = _with_digest(client, name, digest)
@@ -76,13 +87,15 @@ def register_version(
             _ensure_model(client, name)
             logged = dict(log_model(client))
             own = {DIGEST_TAG: digest, LOGGED_MODEL_TAG: logged["model_id"]}
-            found = _version(client.create_model_version(name, tags=own, **logged))
+            found = _first(client, _version(client.create_model_version(name, tags=own, **logged)), digest)
             link = json.dumps([{"name": name, "version": int(found.version)}])  # the other direction, for the UI
             client.set_logged_model_tags(logged["model_id"], {"mlflow.modelVersions": link})
         client.update_model_version(name, found.version, fitted(redact_text(description), DESCRIPTION))
         for key, value in redact({**tags, DIGEST_TAG: digest}).items():
             if found.tags.get(key) != value:
                 client.set_model_version_tag(name, found.version, key, value)
+        if alias:
+            _point(client, name, alias, found.version)
         return _version(client.get_model_version(name, found.version))
 
 
@@ -110,12 +123,6 @@ def registered_inputs(version: Version) -> list[InputRef]:
             do="Run the recipe again, which registers the model, or name a folder.",
         ) from error
     return list(refs.values())
-
-
-def set_alias(runs: Path, name: str, alias: str, version: str) -> None:
-    """Point `alias` at a version; nothing is written when it points there already."""
-    with connected(runs) as client:
-        _point(client, name, alias, version)
 
 
 def promote(runs: Path, name: str, version: str) -> str | None:
@@ -185,13 +192,30 @@ def _models(client: MlflowClient) -> list[RegisteredModel]:
 
 
 def _ensure_model(client: MlflowClient, name: str) -> None:
-    if not client.search_registered_models(filter_string=f"name = '{name}'"):
+    from mlflow.exceptions import MlflowException
+
+    if client.search_registered_models(filter_string=f"name = '{name}'"):
+        return
+    try:
         client.create_registered_model(name, description="NVILA models, quantized for serving.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another machine was quicker
+            raise
 
 
 def _with_digest(client: MlflowClient, name: str, digest: str) -> Version | None:
-    found = pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=100)
-    return next((v for v in map(_version, found) if v.tags.get(DIGEST_TAG) == digest), None)
+    """The first of them."""
+    found = map(_version, pages(client.search_model_versions, filter_string=f"name = '{name}'", max_results=100))
+    same = (version for version in found if version.tags.get(DIGEST_TAG) == digest)
+    return min(same, key=lambda version: int(version.version), default=None)
+
+
+def _first(client: MlflowClient, made: Version, digest: str) -> Version:
+    """The version that stays, where another machine has made one of the same model meanwhile."""
+    first = _with_digest(client, made.name, digest) or made
+    if first.version != made.version:
+        client.delete_model_version(made.name, made.version)
+    return first
 
 
 def _find(client: MlflowClient, name: str, reference: str) -> Version | None:

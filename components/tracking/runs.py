@@ -19,6 +19,7 @@ from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.files import discard, read_json, write_atomic
 from nvila.components.contracts.manifest import MANIFEST, Manifest
+from nvila.components.contracts.processes import OWNER
 from nvila.components.contracts.text import say
 from nvila.components.tracking.columns import RUN_NAME, TAG, VALUE, fitted, key
 from nvila.components.tracking.connect import connected, experiment_id, pages, tracking_uri
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PARENT_FILE = "mlflow.json"
+PROCESS_TAG = "nvila.process"
+"""Which process runs the pipeline run: where it has ended, nobody else will end the run here."""
 UNTRACKED = "untracked"
 """Folder of records that MLflow has not taken yet."""
 CURVE_POINTS = 1000
@@ -155,7 +158,7 @@ def _own_parent(client: MlflowClient, run_dir: Path) -> Run:
             client.update_run(run.info.run_id, status="RUNNING")
         return run
     # The first record of this run; or the tracking store was replaced since, or somebody has deleted the parent.
-    tags = _origin("run") | {"nvila.run": run_dir.name}
+    tags = _origin("run") | _run_tags(run_dir)
     run = client.create_run(experiment, run_name=fitted(run_dir.name, RUN_NAME), tags=tags)
     record = {
         "tracking_uri": redact_text(tracking_uri(run_dir.parent)),
@@ -183,8 +186,15 @@ def _child(client: MlflowClient, run_dir: Path, parent: Run, step: str, began: f
     query = " and ".join([f"tags.`{name}` = '{value}'" for name, value in known.items()])
     for run in pages(client.search_runs, [parent.info.experiment_id], f"{query} and attributes.status = 'RUNNING'"):
         return run  # type: ignore[no-any-return]
-    tags = _origin(step) | known | {"nvila.run": run_dir.name}
+    tags = _origin(step) | known | _run_tags(run_dir)
     return client.create_run(parent.info.experiment_id, start_time=_ms(began), run_name=step, tags=tags)
+
+
+def _run_tags(run_dir: Path) -> dict[str, str]:
+    """Which pipeline run, and where it is one of `nvila run`, of which process."""
+    owner = read_json(run_dir / OWNER)
+    owner.pop("command", None)
+    return {"nvila.run": run_dir.name} | ({PROCESS_TAG: json.dumps(owner)} if owner else {})
 
 
 def _origin(what: str) -> dict[str, str]:

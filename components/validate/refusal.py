@@ -9,11 +9,11 @@ from typing import Any
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.recipe.data import LABELS, DataSettings, Source
+from nvila.components.data.samples import QUARANTINE_FILE
 from nvila.components.validate.annotations import Row
 from nvila.components.validate.expectations import RECORD, configuration
 from nvila.components.validate.judge import Result
 
-QUARANTINE_FILE = "quarantine.jsonl"
 SHOWN_REASONS = 3
 """The commonest ones, with their numbers and an example each."""
 DETAIL_CHARACTERS = 160

@@ -16,7 +16,7 @@ from nvila.components.contracts.recipe.data import SPLITS, DataSettings, Source
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.model import Validation
 from nvila.components.contracts.step import Outcome
-from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE, write_labels, write_samples
+from nvila.components.data.samples import LABELS_FILE, QUARANTINE_FILE, SAMPLES_FILE, write_labels, write_samples
 from nvila.components.validate.annotations import Row, read_label_rows, read_records
 from nvila.components.validate.data_docs import page
 from nvila.components.validate.expectations import configuration
@@ -24,7 +24,7 @@ from nvila.components.validate.judge import Result, judge, without
 from nvila.components.validate.listing import media_listing
 from nvila.components.validate.measures import look_at_media, media_limits
 from nvila.components.validate.probing import Finding, Medium
-from nvila.components.validate.refusal import QUARANTINE_FILE, refuse
+from nvila.components.validate.refusal import refuse
 
 DOCS_FILE = "data_docs.html"
 RESULTS_FILE = "validation.json"

@@ -16,11 +16,10 @@ from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.steps import PREFLIGHT, RESOLVE, ROWS, VALIDATE
 from nvila.components.contracts.store import Store
-from nvila.components.data.samples import LABELS_FILE, SAMPLES_FILE
+from nvila.components.data.samples import LABELS_FILE, QUARANTINE_FILE, SAMPLES_FILE
 from nvila.components.preflight import checks
 from nvila.components.preflight import step as preflight
 from nvila.components.runner.execute import identity, perform
-from nvila.components.validate.refusal import QUARANTINE_FILE
 from nvila.components.validate.step import DOCS_FILE
 from nvila.pipelines.commands.overrides import asked_for
 

@@ -11,8 +11,6 @@ from contextlib import suppress
 
 SOCKET = "socket"
 """In the client's folder: where the process that forks listens."""
-OWN = b"own"
-"""Its answer where its imports are older than our files: the task needs an interpreter of its own."""
 
 
 def main(folder: str, arguments: list[str]) -> int:
@@ -24,8 +22,6 @@ def main(folder: str, arguments: list[str]) -> int:
         server.sendall(json.dumps({"arguments": arguments, "environment": environment}).encode())
         server.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: server.recv(64), b""))
-    if answer == OWN:
-        os.execve(sys.executable, [sys.executable, *arguments], environment)
     if not answer:
         raise SystemExit("the process that runs the steps is gone")
     _tidy(arguments)

@@ -34,7 +34,7 @@ from nvila.components.runner.execute import ALWAYS
 from nvila.components.runner.status import Status, note_killed, statuses
 from nvila.components.tracking.connect import load_client
 from nvila.pipelines.local import fork_client
-from nvila.pipelines.local.fork_client import OWN, address
+from nvila.pipelines.local.fork_client import address
 
 ALWAYS_NEEDED = (
     "kfp.dsl.executor",
@@ -146,14 +146,12 @@ class _Forks:
         return 0.0
 
     def _accept(self) -> dict[str, Any] | None:
-        """Fork for the task of a client; in the fork, return it."""
+        """Fork for the task of a client; in the fork, return it. One that our imports are too old for gets an
+        interpreter of its own."""
         client, _ = self._listener.accept()
         with client.makefile("rb") as sent:
             task = json.load(sent)
-        if self._is_old():
-            client.sendall(OWN)
-            client.close()
-            return None
+        old = self._is_old()
         gc.freeze()  # the collector of a fork would write to, and so copy, every page that it looks at
         server, process = os.getpid(), os.fork()
         if process:
@@ -166,6 +164,8 @@ class _Forks:
             end.close()
         for ended in self._steps:
             os.close(ended)
+        if old:
+            os.execve(sys.executable, [sys.executable, *task["arguments"]], task["environment"])
         return dict(task)
 
     def _answer(self, ended: int) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from contextvars import copy_context
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from nvila.components.contracts import locks
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.processes import OWNER, Process
 from nvila.components.contracts.recipe.form import Form
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import PREFLIGHT, ROWS
@@ -67,6 +69,7 @@ def run(
 
 
 def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary:
+    write_atomic(run_dir / OWNER, Process.this().model_dump_json())
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -75,7 +78,7 @@ def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary
     began = time.monotonic()
     sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
-    threading.Thread(target=load_client).start()  # MLflow is needed at the end, and takes its time
+    threading.Thread(target=copy_context().run, args=(_close_abandoned, run_dir.parent)).start()
     code = _watched(run_dir, store, console, stop)
     met: set[str] = set()
     # A disk that damages it each time ends this.
@@ -124,6 +127,20 @@ def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop) -> int:
     return int(Exit.PREEMPTED) if stop.asked and child.returncode else child.returncode
 
 
+def _close_abandoned(runs: Path) -> None:
+    """End in MLflow the runs that were killed and could not do it themselves, while the steps of this one work.
+
+    The import of MLflow takes its time; at the end of the run it is there.
+    """
+    from nvila.components.tracking.abandoned import close_abandoned
+
+    try:
+        load_client()
+        close_abandoned(runs, _last_alive)
+    except Exception as problem:
+        say(redact_text(f"runs that were killed stay open in MLflow: {type(problem).__name__}: {problem}"))
+
+
 def _last_alive(run_dir: Path) -> float | None:
     """When a run of this machine last said something, in seconds since the epoch; None while it lives."""
     # None as well: it was not begun by `nvila run`, or there are no locks.
@@ -143,18 +160,13 @@ def _write_report(run_dir: Path) -> None:
 
 
 def _close_tracking(run_dir: Path, code: Exit) -> None:
-    """End the parent run in MLflow, and those of earlier runs that were killed and could not do it themselves.
-
-    A tracking store that is down must not change how the run ended.
-    """
-    from nvila.components.tracking.abandoned import close_abandoned
+    """End the parent run in MLflow. A tracking store that is down must not change how the run ended."""
     from nvila.components.tracking.runs import close_pipeline_run, is_tracked
 
     status = {Exit.DONE: "FINISHED", Exit.PREEMPTED: "KILLED"}.get(code, "FAILED")
     try:
         if is_tracked(run_dir):  # else no step was executed, or the parent is not ours
             close_pipeline_run(run_dir, status)
-        close_abandoned(run_dir.parent, _last_alive)
     except Exception as problem:
         say(redact_text(f"the run in MLflow stays open: {type(problem).__name__}: {problem}"))
 

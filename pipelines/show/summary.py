@@ -11,11 +11,12 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
-from nvila.components.contracts.steps import QUANTIZE, ROWS, STAGES, VALIDATE
+from nvila.components.contracts.steps import QUANTIZE, ROWS, STAGES
 from nvila.components.metrics.standing import Compared, Headline, compared, headline
+from nvila.components.report.quarantine import Reason, quarantine_file, reasons, set_aside
 from nvila.components.runner.status import Run, Status, StepStatus
 from nvila.components.tracking.redact import redact_text
-from nvila.components.validate.step import DOCS_FILE, QUARANTINE_FILE
+from nvila.components.validate.step import DOCS_FILE
 from nvila.pipelines.show.versions import product
 
 SUMMARY = "summary.json"
@@ -67,6 +68,8 @@ class Summary(Result):
     """The same for programs: `kind`, `message`, `where`, `do`, `exit_code` and `details`."""
     paths: Paths
     steps: list[StepSummary]
+    quarantine: list[Reason] = []
+    """What validation set aside, by source and reason."""
     headline: str
     accuracy: dict[str, Compared]
     """By source."""
@@ -102,6 +105,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
             )
             for step in map(run.step, ROWS)
         ],
+        quarantine=reasons(set_aside(run)),
         headline=verdict(run).text,
         accuracy=compared(evaluation, run.result(QuantizedEvaluation)),
         stages=evaluation.stages if evaluation else {},
@@ -116,9 +120,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
 
 def paths(run: Run) -> Paths:
     """Where what the run made lies, as far as it came."""
-    refused = ((run.step(VALIDATE).error or {}).get("details") or {}).get("quarantine")
-    left = Path(refused).parent if refused else None
-    checked = Path(run.manifests[VALIDATE].folder) if VALIDATE in run.manifests else left
+    quarantine = quarantine_file(run)
     return Paths(
         run=str(run.folder),
         log=str(run.folder / LOG),
@@ -126,8 +128,8 @@ def paths(run: Run) -> Paths:
         report=str(run.folder / REPORT) if (run.folder / REPORT).is_file() else None,
         weights=_model(run, *reversed(STAGES)),
         quantized=_model(run, QUANTIZE),
-        quarantine=str(checked / QUARANTINE_FILE) if checked else None,
-        data_docs=str(checked / DOCS_FILE) if checked else None,
+        quarantine=str(quarantine) if quarantine else None,
+        data_docs=str(quarantine.with_name(DOCS_FILE)) if quarantine else None,
     )
 
 

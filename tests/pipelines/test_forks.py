@@ -215,8 +215,14 @@ def test_a_failed_task_ends_the_pipeline(forked: Path) -> None:
     assert not (forked / "after").exists()
 
 
-def test_a_task_ends_with_the_worker(client: Path) -> None:
-    """A step that outlives a killed worker writes into the store while the next run works there."""
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_task_ends_with_the_worker(client: Path, edited: bool) -> None:
+    """A step that outlives a killed worker writes into the store while the next run works there; one with an
+    interpreter of its own did."""
+    if edited:
+        (client / "nvila").mkdir()
+        (client / "nvila" / "trying.py").touch()
+        os.utime(client / "nvila" / "trying.py", (time.time() + 3600,) * 2)
     begun = client / "begun"
     code = (
         "import sys, time; from pathlib import Path; from nvila.pipelines.local import forks\n"

@@ -110,7 +110,10 @@ def test_summary_says_where_everything_lies(run_dir: Path) -> None:
 def test_a_failed_run_shows_its_steps_and_then_why(run_dir: Path, width: int) -> None:
     """A long message took the whole width, and nineteen lines were empty."""
     error = DataError(
-        "too many records are spoilt " * 9, where="/data/plates", do="Mend them.", details={"quarantine": "/s/q.jsonl"}
+        "too many records are spoilt " * 9,
+        where="/data/plates",
+        do="Mend them.",
+        details={"quarantine": "/s/quarantine.jsonl"},
     )
     for name in list(ROWS)[3:]:
         (run_dir / "steps" / f"{name}.json").unlink()

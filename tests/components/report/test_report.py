@@ -12,11 +12,13 @@ from telling import retained, scored
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.data.samples import QUARANTINE_FILE
 from nvila.components.report.close_run import Ending, notice
 from nvila.components.report.flow import SHOWN, duration, lanes
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
 from nvila.components.runner.status import Run, Status, StepStatus
+from nvila.pipelines.show.summary import write_summary
 
 MakeRun = Callable[..., Path]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}</style></title>"
@@ -74,6 +76,27 @@ def test_finished_run_tells_everything(make_run: MakeRun) -> None:
     assert [row.name for row in SHOWN if row.name not in text] == []
     assert seen.tags.count("figure") == 18 + 3 * 12
     assert seen.tags.count("svg") == 1 + 2 + 5 + 2 + 3 * 3
+
+
+def test_a_refused_validation_shows_what_was_set_aside(make_run: MakeRun, tmp_path: Path) -> None:
+    """The page had the message alone: with 300 spoilt records people looked for the file, and read it line by line."""
+    run_dir, left = make_run(stop_at="validate", verdict="failed"), tmp_path / "left" / QUARANTINE_FILE
+    left.parent.mkdir()
+    lines = [
+        {"id": f"shapes/sft/{i}", "source": "shapes", "line": i, "reason": why, "detail": f"{HOSTILE} {i}"}
+        for i, why in enumerate(["missing_file", "bad_text", "missing_file", "missing_file"])
+    ]
+    left.write_text("\n".join(map(json.dumps, lines)))
+    status = run_dir / "steps" / "validate.json"
+    error = {"error": {"kind": "DataError", "details": {"quarantine": str(left)}}}
+    status.write_text(json.dumps(json.loads(status.read_text()) | error))
+    text = " ".join(page(run_dir).text.split())
+    assert "Set aside: 4" in text and f"All of them are in {left}" in text
+    assert f"shapes missing_file 3 shapes/sft/0 {HOSTILE} 0 shapes bad_text 1 shapes/sft/1 {HOSTILE} 1" in text
+    told = write_summary(Run.read(run_dir), 1.0, 0, 2).quarantine
+    assert [(one.reason, one.count, one.line) for one in told] == [("missing_file", 3, 0), ("bad_text", 1, 1)]
+    left.unlink()
+    assert "Set aside" not in page(run_dir).text
 
 
 def test_page_needs_no_network_and_runs_nothing(make_run: MakeRun) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -312,3 +315,51 @@ def test_a_torn_record_is_no_endpoint(runs: Path, content: bytes | None) -> None
     assert records.read(runs) is None
     records.forget(runs)
     assert not path.exists()
+
+
+STEP = """
+import os, signal, sys
+from pathlib import Path
+from nvila.components.contracts.environment import Environment, entered
+from nvila.components.rollout.local import Wanted, start
+from nvila.components.serve import endpoint as records
+
+runs, model, port, promoted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
+with entered(Environment.read()):
+    tried, _ = start(runs, Wanted("small", "1", "d", model, "127.0.0.1", port, None), port, 60)
+    print(tried.model_dump_json(), flush=True)
+    if promoted:
+        records.keep(runs, tried)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+VLLM = """#!/bin/sh
+sleep 300 &  # the engine
+exec {python} -c {code} "$4" "$7" "$9"
+"""
+
+
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_rollout_that_is_killed_leaves_what_users_talk_to_and_nothing_else(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, promoted: bool
+) -> None:
+    """A version that was being tried stayed, with its memory and the port, until a next rollout, if there was one."""
+    python, model, runs = tmp_path / "python", tmp_path / "model", tmp_path / "runs"
+    python.write_text(VLLM.format(python=sys.executable, code=shlex.quote(FAKE)))
+    python.chmod(0o755)
+    model.mkdir()
+    (model / "answers.json").write_text("{}")
+    (model / "config.json").write_text('{"nvila": {"num_video_frames": 4}}')
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(python))
+    command = [sys.executable, "-c", STEP, str(runs), str(model), str(port), str(promoted)]
+    step = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert step.returncode == -signal.SIGKILL
+    tried = Endpoint.model_validate_json(step.stdout)
+    if promoted:
+        time.sleep(0.5)
+        assert serving(runs) == tried and records.alive(runs) == [tried]
+        server.stop(tried.pid)
+    deadline = time.monotonic() + 30
+    while tried.alive:
+        assert time.monotonic() < deadline, "the server lives on"
+        time.sleep(0.05)
+    server.require_address("127.0.0.1", port)

@@ -315,6 +315,18 @@ def test_steps_that_act_on_the_world_always_run(bench: Bench, step: str) -> None
     assert len(bench.calls) == 2
 
 
+@pytest.mark.parametrize("step", ["register", "rollout", "report"])
+def test_what_acts_for_a_run_is_that_runs_own(bench: Bench, step: str) -> None:
+    """Of two runs at once one found the other's report in its folder, and recorded it in MLflow as its own; a run whose
+    rollout was done lost its endpoint from the summary while the other's was under way."""
+    for run in ("run-1", "run-2"):
+        assert bench.run("work", step=step, run=run)[0] == 0
+    first, second = (bench.status(step, run)["manifest"] for run in ("run-1", "run-2"))
+    assert first != second
+    assert bench.run("work", run="run-1")[0] == bench.run("work", run="run-2")[0] == 0
+    assert bench.status(run="run-1")["manifest"] == bench.status(run="run-2")["manifest"], "other work is shared"
+
+
 def test_tracking_that_is_down_loses_nothing(bench: Bench) -> None:
     """Hours of training must not fail on a tracking server; but it must be said."""
     (bench.root / "runs" / "run-1").mkdir(parents=True)

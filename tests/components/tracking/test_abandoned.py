@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.processes import OWNER, Process
 from nvila.components.tracking.abandoned import close_abandoned
 from nvila.components.tracking.connect import connected
-from nvila.components.tracking.runs import close_pipeline_run, record_step
+from nvila.components.tracking.runs import PROCESS_TAG, _run_tags, close_pipeline_run, record_step
 
 
 def left_open(run: Path) -> str:
@@ -20,7 +22,7 @@ def left_open(run: Path) -> str:
     parent = str(json.loads((run / "mlflow.json").read_text())["run_id"])
     with connected(run.parent) as client:
         experiment = client.get_run(parent).info.experiment_id
-        client.create_run(experiment, tags={"mlflow.parentRunId": parent, "nvila.run": run.name})
+        client.create_run(experiment, tags={"mlflow.parentRunId": parent} | _run_tags(run))
     return parent
 
 
@@ -51,6 +53,31 @@ def test_runs_that_were_killed_are_closed_by_the_next(tracked_run: Path) -> None
     with connected(runs) as client:
         assert client.get_run(parents["dead"]).info.end_time == int(died * 1000)
         assert client.get_run(parents["over"]).info.status == "FINISHED"
+
+
+def test_a_run_of_another_folder_is_closed_where_its_process_has_ended(tracked_run: Path) -> None:
+    """Its folder was removed, or a server holds the runs of several: nobody else would end it; one that lives, or is of
+    another machine, is not ours to end."""
+    runs, me = tracked_run.parent, Process.this()
+    owners = {
+        "dead": me.model_copy(update={"born": me.born - 1}),
+        "rebooted": me.model_copy(update={"boot": "before"}),
+        "alive": me,
+        "elsewhere": me.model_copy(update={"host": "another", "born": me.born - 1}),
+    }
+    for name, owner in owners.items():
+        (runs / name).mkdir()
+        (runs / name / OWNER).write_text(owner.model_dump_json())
+        left_open(runs / name)
+        shutil.rmtree(runs / name)
+    left_open(runs / "unknown")
+    shutil.rmtree(runs / "unknown")
+    close_abandoned(runs, lambda folder: pytest.fail("no such folder"))
+    still = {name for name, seen in statuses(runs).items() if "RUNNING" in seen}
+    assert still == {"alive", "elsewhere", "unknown"}
+    with connected(runs) as client:
+        experiment = client.get_experiment_by_name("nvila").experiment_id
+        assert not any("pytest" in run.data.tags.get(PROCESS_TAG, "") for run in client.search_runs([experiment]))
 
 
 @pytest.mark.parametrize("name", ["..", "../runs/dead", "/", "none"])

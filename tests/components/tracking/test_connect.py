@@ -14,9 +14,10 @@ import pytest
 from nvila.components.contracts.addresses import file_path
 from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
+from nvila.components.contracts.locks import is_held
 from nvila.components.serve.ports import free_port
 from nvila.components.tracking import connect
-from nvila.components.tracking.connect import connected, wait_for
+from nvila.components.tracking.connect import connected, tracking_uri, wait_for
 from nvila.components.tracking.named import named
 from nvila.components.tracking.registry import models
 
@@ -91,6 +92,19 @@ def test_waiting_for_a_server_keeps_nobody_from_the_local_store(tmp_path: Path) 
         (tmp_path / ".mlflow.lock").open("w") as lock,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_store_has_one_lock_whoever_uses_it(tmp_path: Path, empty_mlflow: Path) -> None:
+    """Two folders of runs with one database: both registered the model, one of them ended in an error."""
+    (tmp_path / "shared.db").write_bytes(empty_mlflow.read_bytes())
+    uri = f"sqlite:///{tmp_path}/shared.db"
+    with entered(Environment(mlflow_tracking_uri=uri)):
+        with connected(tmp_path / "a"):
+            assert is_held(connect._lock(uri, tmp_path / "b")) is True
+        assert connect._lock("http://h", tmp_path / "a") == connect._lock("http://h", tmp_path / "b")
+    with entered(Environment()):
+        own = [connect._lock(tracking_uri(tmp_path / name), tmp_path / name) for name in "ab"]
+        assert own == [tmp_path / name / ".mlflow.lock" for name in "ab"]
 
 
 def test_a_store_that_comes_back_within_the_bound_was_waited_for_in_one_line(

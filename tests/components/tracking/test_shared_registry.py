@@ -11,7 +11,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.tracking.connect import EXPERIMENT, KIND, KIND_TAG, connected
 from nvila.components.tracking.named import registered
-from nvila.components.tracking.registry import find, lineage_tags, promote, register_version
+from nvila.components.tracking.registry import DIGEST_TAG, _ensure_model, find, lineage_tags, promote, register_version
 from nvila.components.tracking.runs import close_pipeline_run, open_step, record_step
 
 
@@ -74,6 +74,24 @@ def test_a_model_is_found_beside_hundreds(shared: Path) -> None:
     digest = registered("champion", ours).tags["nvila.digest"]
     assert register_version(ours, "ours", digest, lambda client: {}, description="", tags={}).version == "1"
     assert find(ours, "ours", "9" * 5000) is None
+
+
+def test_a_model_that_another_machine_registers_meanwhile_is_one_version(shared: Path) -> None:
+    """Two versions of one digest: `rollout` of one run took the place of the other's, for the same model."""
+    runs, digest = shared / "runs", "d" * 64
+
+    def log(client):  # type: ignore[no-untyped-def]
+        client.create_model_version("small", source="s3://b/x", tags={DIGEST_TAG: digest})
+        run = open_step(client, runs / "r1", "register")
+        logged = client.create_logged_model(run.info.experiment_id, name="small")
+        return {"source": logged.artifact_location, "run_id": run.info.run_id, "model_id": logged.model_id}
+
+    made = register_version(runs, "small", digest, log, description="", tags={}, alias="challenger")
+    assert (made.version, made.aliases) == ("1", ("challenger",))
+    with connected(runs) as client:
+        assert [v.version for v in client.search_model_versions("name = 'small'")] == [1]
+        client.search_registered_models = lambda **_: []  # as it was a moment ago
+        _ensure_model(client, "small")
 
 
 def test_what_somebody_has_deleted_does_not_end_a_run(tracked_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
