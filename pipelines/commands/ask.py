@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +50,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
         DataError: a picture, clip or document cannot be read, or is of a kind that the texts have no place for.
     """
     folder = find_model(reference, runs).folder
+    pages = _pages(question)  # before a model is loaded: what is refused is refused at once
     before_importing("transformers")
 
     from nvila.components.model.checkpoint.loading import load
@@ -62,7 +63,7 @@ def infer(reference: str, question: Question, answering: Answering, runs: Path) 
     options = dict(answering.options)
     if answering.json_schema is not None:
         options["schema"] = JsonSchema.read(tokenizer, answering.json_schema)
-    media = _media(question, loaded.config)
+    media = _media(question, pages, loaded.config)
     asked = [Turn("human", text) for text in question.texts]
     places = sum(count_literals(turn) for turn in asked)
     if 0 < len(media) < places:  # without any, they are text
@@ -94,15 +95,23 @@ def whole(pieces: Iterable[str | None]) -> list[str]:
     return answers[:-1]
 
 
-def _media(question: Question, config: ModelConfig) -> list[tuple[Literal["image", "video"], Any]]:
-    """The media, decoded within the default `Limits`: pictures, and lists of frames."""
+def _pages(question: Question) -> dict[Path, list[Any]]:
+    """The pages of the documents, as pictures."""
     from nvila.components.data.pdf import is_pdf, load_pages
+
+    return {path: load_pages(path) for kind, path in question.media if kind == "image" and is_pdf(path)}
+
+
+def _media(
+    question: Question, pages: Mapping[Path, list[Any]], config: ModelConfig
+) -> list[tuple[Literal["image", "video"], Any]]:
+    """The media, decoded within the default `Limits`: pictures, and lists of frames."""
     from nvila.components.model.vision.media import load_medium
 
     media: list[tuple[Literal["image", "video"], Any]] = []
     for kind, path in question.media:
-        pages = kind == "image" and is_pdf(path)
-        media += [(kind, medium) for medium in (load_pages(path) if pages else [load_medium(path, kind, config)])]
+        rendered = pages.get(path) if kind == "image" else None
+        media += [(kind, medium) for medium in rendered or [load_medium(path, kind, config)]]
     return media
 
 

@@ -11,11 +11,13 @@ from PIL import Image
 
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.exits import Exit
+from nvila.components.data.media import MediaError
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.native import save_native
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.fresh import init_model
 from nvila.components.model.text.tokenizer import train_tokenizer
+from nvila.pipelines.commands.ask import Answering, Question, infer
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
 VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
@@ -121,3 +123,13 @@ def test_infer_over_a_document_in_json(toy: Path, tmp_path: Path) -> None:
     schema.write_text('{"type": "row"}')
     wrong = CliRunner().invoke(app, asked)
     assert isinstance(wrong.exception, ConfigError) and "row" in str(wrong.exception)
+
+
+def test_a_document_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """A bomb was refused after minutes, when a model of 15B had been read."""
+    document = tmp_path / "bomb.pdf"
+    document.write_bytes(b"no document at all")
+    with pytest.raises(
+        MediaError, match="the PDF cannot be read"
+    ):  # and nothing of the folder, which has no checkpoint
+        next(infer(str(tmp_path), Question(["What?"], [("image", document)]), Answering(4), tmp_path))
