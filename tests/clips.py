@@ -53,7 +53,9 @@ INTRA = {"mjpeg", "prores_ks", "ffv1", "gif", "apng"}
 TURNED = {"mp4", "mov", "fragments.mp4"}
 LISTED = {"mp4", "mov"}
 RECORDED = {"mkv", "ts"}
+"""Of the containers: those that hide what is before a cut, and those that are cut anywhere."""
 STRETCHED = {"libx264", "libx265", "mpeg4"}
+"""Codecs that carry the shape of pixels themselves."""
 ORIENTATIONS: dict[tuple[int, int, int, int], Image.Transpose | None] = {
     (1, 0, 0, 1): None,
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,19 +110,18 @@ def clips(seed: int) -> list[Clip]:
             groups += [(8, 2, False), (250, 2, False)] if codec in REORDERED else []
             groups += [(8, 2, True)] if codec in ("libx264", "libx265") else []
             starts = ["zero", "late"] if container in ("mp4", "mov", "mkv", "webm", "ts") else ["zero"]
-            rates = ["constant", "variable"] if container in ("gif", "apng") else ["constant", "broken", "variable"]
+            rates = ["constant", "broken", "variable"]
+            if container in ("gif", "apng"):  # GIF rounds every rate of these to hundredths of a second
+                rates = ["variable"] if container == "gif" else ["constant", "variable"]
             for group, rate, start in product(groups, rates, [*starts, "cut"]):
-                if start == "cut" and container not in LISTED and (container not in RECORDED or group[0] > 8):
-                    continue  # there is no key frame behind the cut
-                if start != "zero" and (
-                    codec == "libsvtav1" or (start == "cut" and (container, codec) == ("mkv", "mpeg4"))
-                ):
-                    continue  # PyAV copies none; FFmpeg shows grey frames before the first key frame
+                follows = container in RECORDED and group[0] <= 8 and codec != "mpeg4"
+                if start == "cut" and container not in LISTED and not follows:
+                    continue  # a key frame must follow, and nothing be shown before it, as FFmpeg does of MPEG-4
+                if start != "zero" and codec == "libsvtav1":  # PyAV copies none
+                    continue
                 matrix = draw.choice([*ORIENTATIONS]) if container in TURNED else (1, 0, 0, 1)
-                told = codec in STRETCHED or (
-                    container in TURNED and start == "zero"
-                )  # by the stream, or the container
-                aspect = draw.choice([*ASPECTS]) if told else None
+                carried = codec in STRETCHED or (container in TURNED and start == "zero")
+                aspect = draw.choice([*ASPECTS]) if carried else None
                 made.append(Clip(container, codec, *group, rate, start, matrix, aspect))
     return made
 
@@ -129,17 +130,15 @@ def film(clip: Clip, path: Path, seed: int = 0) -> Path:
     """Write a clip of moving noise."""
     rng = np.random.default_rng(seed)
     width, height = SIZE
-    noise = np.kron(
-        rng.integers(0, 256, (height // 4, width // 4 + FRAMES, 3), dtype=np.uint8), np.ones((4, 4, 1), "u1")
-    )
+    blocks = rng.integers(0, 256, (height // 4, width // 4 + FRAMES, 3), dtype=np.uint8)
+    noise = np.kron(blocks, np.ones((4, 4, 1), np.uint8))
     fragments = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
     options = dict(QUIET.get(clip.codec, {}))
+    groups = f"open-gop={int(clip.open_groups)}:scenecut=0"
     if clip.codec == "libx264":
-        options["x264-params"] = f"open-gop={int(clip.open_groups)}:scenecut=0"
+        options["x264-params"] = groups
     elif clip.codec == "libx265":
-        options["x265-params"] += (
-            f":open-gop={int(clip.open_groups)}:scenecut=0:keyint={clip.gop}:min-keyint={clip.gop}"
-        )
+        options["x265-params"] += f":{groups}:keyint={clip.gop}:min-keyint={clip.gop}"
     whole = path.with_name(f"whole-{path.name}") if clip.start != "zero" else path
     with av.open(str(whole), "w", options=fragments if clip.container == "fragments.mp4" else {}) as file:
         stream: Any = file.add_stream(clip.codec, rate=clip.per_second, width=width, height=height)
@@ -248,18 +247,17 @@ def wrong(clip: Clip, path: Path, seed: int) -> Iterator[str]:
         if len(ours) != len(places):
             yield f"{sampling}: {len(ours)} frames instead of {len(places)}"
             continue
-        off = [
-            p for p, o in zip(places, ours, strict=True) if not np.array_equal(np.asarray(o), np.asarray(pictures[p]))
-        ]
-        if off:
-            seen = [
-                next((i for i, p in enumerate(pictures) if np.array_equal(np.asarray(p), np.asarray(o))), None)
-                for o in ours
-            ]
+        if not all(alike(picture, pictures[place]) for picture, place in zip(ours, places, strict=True)):
+            seen = [next((n for n, known in enumerate(pictures) if alike(known, picture)), None) for picture in ours]
             yield f"{sampling}: {seen} instead of {places}"
     index = draw.randrange(len(pictures))
-    if not np.array_equal(np.asarray(load_video_frame(path, index)), np.asarray(pictures[index])):
+    if not alike(load_video_frame(path, index), pictures[index]):
         yield f"frame {index} is another"
+
+
+def alike(one: Image.Image, other: Image.Image) -> bool:
+    """To the last pixel."""
+    return np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def sought(path: Path) -> bool:
@@ -284,22 +282,14 @@ def main() -> int:
                 film(clip, path, options.seed)
                 problems = [*wrong(clip, path, options.seed)]
                 quick[clip.container] += sought(path)
-                if not sought(path):
-                    print("slow", clip.name)
             except Exception as error:
                 problems = [f"{type(error).__name__}: {error}"]
             all_of[clip.container] += 1
             bad += bool(problems)
             for problem in problems:
                 print(f"{clip.name}: {problem}".replace(folder, ""), flush=True)
-    print(
-        {
-            "seed": options.seed,
-            "clips": len(chosen),
-            "wrong": bad,
-            "by seeking": {n: f"{quick[n]} of {all_of[n]}" for n in all_of},
-        }
-    )
+    by_seeking = {name: f"{quick[name]} of {number}" for name, number in all_of.items()}
+    print({"seed": options.seed, "clips": len(chosen), "wrong": bad, "by seeking": by_seeking})
     return int(bad > 0)
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints of every layout, and what `nvila inspect`, `infer` and `convert` make of each.
+"""Damaged checkpoints of every layout, and what `nvila inspect`, `infer`, `convert` and `serve` make of each.
 
 The whole matrix by hand, `python tests/damages.py`; a few of it by a seed in `test_damaged_checkpoints`. Each case runs
 in a fork with bounds on its time and memory, and may end in two ways: as the sound checkpoint does, or refused with
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -43,7 +44,7 @@ SECONDS = 10
 BYTES = 2**30
 """Memory that a fork may take beside what it began with; of a toy of 0.2 MB."""
 UNREADABLE = "not to be read"
-COMMANDS = ("inspect", "infer", "convert")
+COMMANDS = ("inspect", "infer", "convert", "serve")
 VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
 LLM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 DEEP: Any = json.loads("[" * 400 + "]" * 400)
@@ -420,6 +421,8 @@ def _run(command: str, place: Path, target: Path) -> str:
     from nvila.pipelines.commands.checkpoints import inspect
 
     runs = place.parent / "runs"
+    if command == "serve":
+        return _serve(place, runs)
     if command == "inspect":
         return inspect(str(place), runs)[1]
     if command == "infer":
@@ -430,6 +433,22 @@ def _run(command: str, place: Path, target: Path) -> str:
     return hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
 
 
+def _serve(place: Path, runs: Path) -> str:
+    """Up to where vLLM would be started."""
+    from nvila.components.serve.ports import free_port
+    from nvila.pipelines.commands.endpoint import serve
+
+    os.environ["NVILA_SERVE_PYTHON"] = "/bin/sh"  # which everybody may run
+    started = InterruptedError("started")
+    with patch("subprocess.Popen", side_effect=started):
+        try:
+            serve(str(place), "127.0.0.1", free_port("127.0.0.1"), runs, None)
+        except InterruptedError as error:
+            if error is not started:
+                raise
+    return "started"
+
+
 def prepare(folder: Path) -> dict[str, Path]:
     """The toys below `folder`, with a picture and a clip to ask about; the libraries are imported before any fork."""
     import numpy as np
@@ -438,7 +457,8 @@ def prepare(folder: Path) -> dict[str, Path]:
     import nvila.components.model.checkpoint.describe
     import nvila.components.model.checkpoint.loading
     import nvila.components.model.decode.answer
-    import nvila.components.model.decode.structured  # noqa: F401
+    import nvila.components.model.decode.structured
+    import nvila.pipelines.commands.endpoint  # noqa: F401
 
     torch.set_num_threads(1)
     os.environ |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -453,13 +473,14 @@ def prepare(folder: Path) -> dict[str, Path]:
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     (folder / "warm").mkdir()
-    for command in COMMANDS:
+    for command in ("inspect", "infer", "convert"):
         _run(command, made["native"], folder / "warm/made")
     return made
 
 
 def main() -> int:
     """Run the matrix, print what did not end well and the counts."""
+    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0/1", help="i/n: every n-th case from the i-th on")
@@ -467,7 +488,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=SECONDS, help="what a fork may take: more on a busy machine")
     parser.add_argument("--out", type=Path, help="a JSON line for each end")
     options = parser.parse_args()
-    globals()["SECONDS"] = options.seconds
+    SECONDS = options.seconds
     first, step = (int(part) for part in options.share.split("/"))
     counts: Counter[str] = Counter()
     total = 0

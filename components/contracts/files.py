@@ -14,6 +14,8 @@ from typing import Any
 
 from nvila.components.contracts.text import say
 
+MOST_BYTES = 2**26
+"""Of a small file: far more than any manifest has."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system without links answers (vfat, many FUSE mounts of buckets)."""
 
@@ -57,13 +59,16 @@ def sync_tree(folder: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a regular file.
+    """The bytes of a small regular file.
 
     Raises:
-        OSError: there is none, or it cannot be read; a pipe would be waited for, for ever.
+        OSError: there is none, or it cannot be read; a pipe would be waited for, for ever, and a huge file fill memory.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if state.st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MOST_BYTES:,} bytes", str(path))
     return path.read_bytes()
 
 

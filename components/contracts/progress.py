@@ -14,14 +14,21 @@ from nvila.components.contracts.text import say, visible
 
 T = TypeVar("T")
 
+FILE_SECONDS = 0.5
+QUIET_SECONDS = 5.0
+"""What is done by then has said nothing on stderr, where programs, and people after a quick command, look for what went
+wrong."""
+LINE_SECONDS = 20.0
+
 
 class Progress:
-    """Counts work done; writes at most twice a second to the file, every 20 seconds to stderr."""
+    """Counts work done. The file is written at most every `FILE_SECONDS`; stderr has a line after `QUIET_SECONDS`, then
+    one every `LINE_SECONDS`, and of work that took so long the last one."""
 
     def __init__(self, what: str, total: int | None = None) -> None:
         self.what, self.total, self.done = what, total, 0
         self._start = time.monotonic()
-        self._written = self._printed = 0.0
+        self._written, self._due = 0.0, self._start + QUIET_SECONDS
         self._file = current().progress_file
         self.update(0)
 
@@ -30,12 +37,12 @@ class Progress:
         self.done += advance
         now = time.monotonic()
         last = self.total is not None and self.done >= self.total
-        if self._file and (last or now - self._written > 0.5):
+        if self._file and (last or now - self._written > FILE_SECONDS):
             self._written = now
             record = {"what": self.what, "done": self.done, "total": self.total, "note": note}
             _write(self._file, record)
-        if last or now - self._printed > 20:
-            self._printed = now
+        if now >= self._due or (last and now >= self._start + QUIET_SECONDS):
+            self._due = now + LINE_SECONDS
             of = f"/{self.total}" if self.total is not None else ""
             line = f"{self.what}: {self.done}{of} {note} [{now - self._start:.0f} s]"
             say(visible(line))

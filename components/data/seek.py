@@ -44,7 +44,7 @@ def decode_at(
     """
     import av
 
-    if seeking:  # what a decoder then complains of may only be that it did not see the beginning
+    if seeking or stream.codec_context.name != "h264":  # this one calls it an error to begin at an open group
         stream.codec_context.options = {"err_detect": "explode"}
     frames: Frames = {}
     try:

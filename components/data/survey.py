@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 CUMULATIVE = frozenset({"gif", "apng"})
 """Formats whose frames are drawn over the ones before, although each may be called a key frame."""
-PIECEWISE = frozenset({"mpegts", "mpeg"})
-"""Formats for broadcast: a packet that lost a piece does not mean that the end is missing."""
+BROADCAST = frozenset({"mpegts", "mpeg"})
+"""In these a packet that lost a piece does not mean that the end is missing."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Survey:
     @cached_property
     def timeline(self) -> Timeline:
         """When the frames are shown, in seconds."""
-        times = [float((tick - self.ticks[0]) * self.time_base) for tick in self.ticks]
+        first, up, down = self.ticks[0], self.time_base.numerator, self.time_base.denominator
+        times = [(tick - first) * up / down for tick in self.ticks]
         mean = times[-1] / max(1, len(times) - 1)
         return Timeline(times, times[-1] + (float(self.last * self.time_base) or mean), self.rates)
 
@@ -108,6 +109,7 @@ def survey(
     import av
 
     formats, codec = {*container.format.name.split(",")}, stream.codec_context.name
+    broadcast, cumulative, may_hide = formats & BROADCAST, formats & CUMULATIVE, codec.endswith(("vp8", "vp9"))
     _check_end(path, formats)
     times: list[int | None] = []
     decoded: list[int | None] = []
@@ -116,21 +118,21 @@ def survey(
     seeks: dict[int, int] = {}
     shown: list[int] = []
     try:
-        for number, packet in enumerate(container.demux(stream)):
-            if packet.dts is None and packet.pts is None and not packet.size:  # what PyAV adds at the end
+        for number, packet in enumerate(container.demux(stream), 1):
+            pts, dts, bytes_ = packet.pts, packet.dts, packet.size
+            if number > limits.max_frames and (bytes_ or dts is not None):  # PyAV adds an empty one at the end
+                check_length(number, 0.0, path, limits)
+            if not bytes_:  # AVI has such for frames that stay
                 continue
-            check_length(number + 1, 0.0, path, limits)
-            if not packet.size:  # AVI has such for frames that stay
-                continue
-            if packet.is_corrupt and not formats & PIECEWISE:
+            if packet.is_corrupt and not broadcast:
                 raise MediaError("undecodable", "truncated video: a frame is not whole", path)
-            if not (packet.is_discard or _is_hidden(packet, codec)):
+            if not (packet.is_discard or (may_hide and _is_hidden(packet, codec))):
                 shown.append(len(times))
-            if packet.is_keyframe and packet.pts is not None and not (times and formats & CUMULATIVE):
-                seeks[len(times)] = packet.pts if packet.dts is None else packet.dts
-            times.append(packet.pts)
-            decoded.append(packet.dts)
-            sizes.append(packet.size)
+            if packet.is_keyframe and pts is not None and not (times and cumulative):
+                seeks[len(times)] = pts if dts is None else dts
+            times.append(pts)
+            decoded.append(dts)
+            sizes.append(bytes_)
             durations.append(packet.duration or 0)
     except av.error.FFmpegError as error:
         raise MediaError("undecodable", f"truncated or damaged video: {error.strerror}", path) from error
@@ -157,12 +159,10 @@ def survey(
 
 
 def _is_hidden(packet: av.packet.Packet, codec: str) -> bool:
-    """Whether a frame is only there for others to refer to (alternate reference frames of VP8 and VP9)."""
-    if "vp8" in codec:
-        return not memoryview(packet)[0] & 0x10
-    if "vp9" not in codec:
-        return False
+    """Whether a frame of VP8 or VP9 is only there for others to refer to (alternate reference frames)."""
     content = memoryview(packet)
+    if codec.endswith("vp8"):
+        return not content[0] & 0x10
     if content[-1] & 0xE0 == 0xC0:  # a superframe: hidden frames and one that is shown
         return False
     low = 0 if content[0] & 0x30 == 0x30 else 1  # profile 3 has a bit more

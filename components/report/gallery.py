@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RIGHT_PER_SOURCE, WRONG_PER_SOURCE = 3, 3
 CLIP_FRAMES = 6
-CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+CLIP_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".3gp", ".apng", ".gif")
 PIXEL_ART = 96
 """Pictures no larger than this are embedded as they are and shown enlarged without smoothing."""
 LARGEST = 320

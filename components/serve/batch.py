@@ -21,6 +21,7 @@ from nvila.components.contracts.children import how_ended
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import digest_json, write_atomic
+from nvila.components.contracts.foreign import read_object, reading
 from nvila.components.contracts.text import say
 from nvila.components.data.media import Limits
 from nvila.components.serve.interpreter import serve_python, serve_variables
@@ -177,10 +178,15 @@ def read_answers(path: Path) -> dict[int, Any]:
 
 
 def served_config(model_dir: Path) -> ModelConfig:
-    """The architecture of a serving folder."""
+    """The architecture of a serving folder.
+
+    Raises:
+        ConfigError, DataError: its configuration is damaged, or none that this model computes.
+    """
     from nvila.components.model.config.config import ModelConfig
 
-    return ModelConfig.from_json(json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"])
+    with reading(place := model_dir / "config.json"):
+        return ModelConfig.from_json(read_object(place)["nvila"], where=str(place))
 
 
 def _last_lines(log: Path, count: int = 12) -> str:

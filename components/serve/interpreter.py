@@ -23,7 +23,7 @@ def serve_python() -> Path:
         checkout = Path(__file__).resolve().parents[2]
         candidates = [root / ".venv-serve" / "bin" / "python" for root in (Path.cwd(), checkout)]
     for path in candidates:
-        if path.is_file() and os.access(path, os.X_OK):
+        if os.access(path, os.X_OK) and path.is_file():  # which raises where this process may not look
             return path.absolute()
     raise PreflightError(
         "the serving environment with vLLM is missing",

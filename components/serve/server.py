@@ -23,6 +23,7 @@ from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.children import leashed
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
+from nvila.components.contracts.foreign import read_object, reading
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
@@ -82,14 +83,16 @@ def start(
 
     Raises:
         PreflightError: nothing can listen there, or there is no serving environment.
+        DataError: the folder's configuration is damaged.
     """
     require_address(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     # With `=`: the name of a folder may begin with a dash.
     command += [f"--served-model-name={served_name}", "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
-    model = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["nvila"]
-    sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
+    with reading(place := model_dir / "config.json"):
+        model = read_object(place)["nvila"]
+        sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     variables = serve_variables(threads)
     variables.pop(name_of("vllm_key"), None)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DamagedError, DataError
-from nvila.components.contracts.files import read_json
 from nvila.components.contracts.manifest import MANIFEST, InputRef, Manifest, digest_json, written_by
 from nvila.components.contracts.places import is_address, is_version
 from nvila.components.data import fetch as weights
@@ -38,11 +37,6 @@ class Model:
             return self.made.digest
         paths = sha256_of(path for path in sorted(self.folder.rglob("*")) if path.is_file())
         return digest_json({path.relative_to(self.folder).as_posix(): sha256 for path, sha256 in paths.items()})
-
-    @property
-    def served(self) -> bool:
-        """In the layout that vLLM reads."""
-        return "nvila" in read_json(self.folder / "config.json")
 
 
 def find_model(reference: str, runs: Path) -> Model:

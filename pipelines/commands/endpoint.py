@@ -22,6 +22,7 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
 
     Raises:
         ConfigError: no such model, or one that vLLM does not read.
+        DataError: its files are damaged.
         PreflightError: another model is being served, nothing can listen there, or there is no serving environment.
         RolloutError: the server did not come up.
     """
@@ -29,14 +30,19 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
     if not any((ours.host, ours.port) == (host, port) for ours in records.alive(runs)):
         server.require_address(host, port)  # before anything is read or downloaded
     serve_python()
+    from nvila.components.model.checkpoint.flat import open_checkpoint
+    from nvila.components.model.text.tokenizer import require_files
+
     model = find_model(reference, runs)
-    if not model.served:
+    checkpoint = open_checkpoint(model.folder)
+    if checkpoint.layout != "serving":
         raise ConfigError(
             "vLLM reads the layout `serving` only",
             where=str(model.folder),
             do=f"nvila convert {reference} FOLDER --to serving, and serve that; or ask this one with `nvila infer`.",
         )
-    wanted = Wanted(model.name, model.version, model.digest, model.folder, host, port, key)
+    require_files(checkpoint.tokenizer)
+    wanted = Wanted(model.name, model.version, model.digest, checkpoint.folder, host, port, key)
     with records.exclusive(runs):
         running = records.read(runs)
         if running and running.alive:

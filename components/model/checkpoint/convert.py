@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError, DataError
+from nvila.components.contracts.foreign import reading
 from nvila.components.contracts.manifest import digest_json, write_atomic
 from nvila.components.contracts.progress import track
 from nvila.components.model.checkpoint.flat import hf_config, open_checkpoint
@@ -25,7 +26,7 @@ from nvila.components.model.checkpoint.native import (
     image_processor,
     write_native_files,
 )
-from nvila.components.model.checkpoint.serving import is_served, write_serving_files
+from nvila.components.model.checkpoint.serving import is_served, require_servable, write_serving_files
 from nvila.components.model.checkpoint.tensorfile import CODES, DTYPES, Stored, Target, file_bytes, values, write_file
 from nvila.components.model.checkpoint.weights import TOWER, tied, wanted
 from nvila.components.model.nvila import NVILA
@@ -103,6 +104,11 @@ def _require_convertible(checkpoint: Checkpoint, layout: str) -> None:
             where=where,
             do="Use the checkpoint that it was made from",
         )
+    with reading(checkpoint.folder):  # now, not when hours of copying are over
+        if layout == "serving":
+            require_servable(checkpoint.config)
+        elif layout == "hf":
+            hf_config(checkpoint.config, 0, 0)
 
 
 def _files(tensors: Mapping[str, Stored], model: NVILA, layout: str, code: str | None) -> dict[str, list[Target]]:

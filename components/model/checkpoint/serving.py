@@ -85,6 +85,17 @@ def write_serving(
     return sum(tensor.nbytes for tensor in stored.values())
 
 
+def require_servable(config: ModelConfig) -> None:
+    """Raises:
+    ConfigError: a server computes something else.
+    """
+    if config.video_texts != LINE_BREAK_AFTER:
+        raise ConfigError(
+            "the server puts only a line break behind each frame", where="video_texts", value=config.video_texts
+        )
+    check_served(config.llm)
+
+
 def write_serving_files(
     model: NVILA,
     tokenizer: Any,
@@ -99,11 +110,7 @@ def write_serving_files(
     `config` is the model's, untied where its output layer is stored. Keys that are only carried stay below `nvila`,
     where vLLM does not take them for its own; of the generation's settings, the tokens that end and pad are ours.
     """
-    if model.config.video_texts != LINE_BREAK_AFTER:
-        raise ConfigError(
-            "the server puts only a line break behind each frame", where="video_texts", value=model.config.video_texts
-        )
-    check_served(model.config.llm)
+    require_servable(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     ids, computed = model.tokens, {"dtype": str(dtype).removeprefix("torch.")}
     tie = {"tie_word_embeddings": tied(config)}

@@ -154,6 +154,7 @@ BROKEN: dict[str, Harm] = {
     "a link": lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "huge": lambda path: os.truncate(path, 2**40),
     "edited": lambda path: edited(path.parent, False, result=training(final_loss=0.01).model_dump()),
     "its digest taken out": lambda path: path.write_text(
         json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"})

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from nvila.components.contracts import progress
 from nvila.components.contracts.progress import Progress, waiting_for
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 
@@ -43,9 +44,26 @@ def test_a_word_of_the_shell_is_this_text_again(text: str) -> None:
     assert ran.stdout.decode() == text
 
 
-def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A source's or a file's name comes from the user's data, and the log is read in a terminal."""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
     Progress("a\x1b[2J\nb", 1).update(1, "note\r")
     waiting_for("c\x07")
     counted, waited = capsys.readouterr().err.splitlines()[-2:]
     assert counted.startswith("a\\x1b[2J\\nb: 1/1 note\\r [") and waited == "c\\x07"
+
+
+def test_quick_work_is_silent_and_long_work_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` and `validate` wrote "media files decoded: 20/20 [0 s]" where scripts look for errors; and a step that
+    works for hours must not look dead."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    quick, long = Progress("quick", 2), Progress("long", 100)
+    quick.update(2)
+    for _ in range(100):
+        clock[0] += 1.0
+        long.update(1)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in told] == ["5/100", "25/100", "45/100", "65/100", "85/100", "100/100"]

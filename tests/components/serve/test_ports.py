@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nvila.components.contracts.errors import PreflightError
+from nvila.components.contracts.errors import ConfigError, DataError, PreflightError
 from nvila.components.preflight.step import port_problems
 from nvila.components.serve import server
+from nvila.components.serve.batch import served_config
 from nvila.components.serve.ports import free_port, why_not
 from nvila.pipelines.commands.endpoint import serve
 
@@ -90,6 +92,20 @@ def test_a_pictures_name_does_not_change_its_kind(name: str, tmp_path: Path) -> 
     (tmp_path / name).write_bytes(b"x")
     body = server.chat_request("m", "what?", image=tmp_path / name)
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"nvila": 3}', '{"nvila": {}}', '{"nvila": {"fps": NaN}}', None])
+def test_a_damaged_configuration_is_named_before_vllm_starts(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`nvila serve` and vLLM's batches ended in a traceback, and over a pipe they waited for ever."""
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", "/bin/true")
+    place = tmp_path / "config.json"
+    os.mkfifo(place) if content is None else place.write_text(content)
+    with pytest.raises(DataError, match=re.escape(str(place))):
+        server.start(tmp_path, port=free_port("127.0.0.1"), served_name="m", log_path=tmp_path / "log")
+    with pytest.raises((ConfigError, DataError), match=re.escape(str(place))):
+        served_config(tmp_path)
 
 
 def test_a_proxy_is_not_asked_for_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
