@@ -31,6 +31,7 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
         server.require_address(host, port)  # before anything is read or downloaded
     serve_python()
     from nvila.components.model.checkpoint.flat import open_checkpoint
+    from nvila.components.model.text.tokenizer import require_files
 
     model = find_model(reference, runs)
     checkpoint = open_checkpoint(model.folder)
@@ -40,6 +41,7 @@ def serve(reference: str, host: str, port: int, runs: Path, key: SecretStr | Non
             where=str(model.folder),
             do=f"nvila convert {reference} FOLDER --to serving, and serve that; or ask this one with `nvila infer`.",
         )
+    require_files(checkpoint.tokenizer)
     wanted = Wanted(model.name, model.version, model.digest, checkpoint.folder, host, port, key)
     with records.exclusive(runs):
         running = records.read(runs)

@@ -20,6 +20,7 @@ ALWAYS = (
     "native/llm/config.json: a device",
     "hf/config.json: huge",
     "serving/config.json: a pipe",
+    "serving/chat_template.jinja: huge",
     "native/llm/tokenizer_config.json: chat_template doubles",
     "native/llm/tokenizer_config.json: chat_template loops",
 )

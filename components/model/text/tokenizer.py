@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> 
     """
     folder = Path(folder)
     with reading(folder):
-        _require_files(folder)
+        require_files(folder)
         tokenizer = _loaded(folder)
         if checkpoint is not None and (name := read_object(Path(checkpoint) / "config.json").get("chat_template")):
             tokenizer.chat_template = named_template(str(name), Path(checkpoint))
@@ -114,7 +114,7 @@ def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> 
         return with_markers(tokenizer)
 
 
-def _require_files(folder: Path) -> None:
+def require_files(folder: Path) -> None:
     """Raises:
     DataError: no tokenizer, or a file of it is not one to read.
     """
