@@ -117,6 +117,7 @@ def survey(
     durations: list[int] = []
     seeks: dict[int, int] = {}
     shown: list[int] = []
+    number = 0
     try:
         for number, packet in enumerate(container.demux(stream), 1):
             pts, dts, bytes_ = packet.pts, packet.dts, packet.size
@@ -136,6 +137,8 @@ def survey(
             durations.append(packet.duration or 0)
     except av.error.FFmpegError as error:
         raise MediaError("undecodable", f"truncated or damaged video: {error.strerror}", path) from error
+    if "mov" in formats and len(stream.index_entries) >= number:  # with the empty one
+        raise MediaError("undecodable", f"truncated video: {number - 1} of {len(stream.index_entries)} frames", path)
     if not shown:
         raise MediaError("undecodable", "the video has no frame that can be decoded", path)
     given = [times[at] for at in shown]
@@ -172,10 +175,36 @@ def _is_hidden(packet: av.packet.Packet, codec: str) -> bool:
 def _check_end(path: Path, formats: set[str]) -> None:
     """Refuse files whose end is missing although all packets may look whole."""
     with path.open("rb") as file:
-        head = file.read(8)
-        bytes_ = file.seek(0, os.SEEK_END)
-        file.seek(max(0, bytes_ - 64))
-        tail = file.read().rstrip(b"\0")
-    unfinished = "avi" in formats and head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + 8 > bytes_
-    if unfinished or ("gif" in formats and not tail.endswith(b";")):
+        head = file.read(512)
+        there = file.seek(0, os.SEEK_END)
+        file.seek(max(0, there - 64))
+        tail = file.read()
+    unfinished = False
+    if "avi" in formats and head[:4] == b"RIFF":
+        unfinished = 8 + int.from_bytes(head[4:8], "little") > there
+    elif "matroska" in formats:
+        unfinished = _segment_end(head) > there
+    elif "gif" in formats:
+        unfinished = not tail.rstrip(b"\0").endswith(b";")
+    elif "apng" in formats:
+        unfinished = b"IEND" not in tail
+    if unfinished:
         raise MediaError("undecodable", "truncated video: the file ends before its last frame", path)
+
+
+def _segment_end(head: bytes) -> int:
+    """Where Matroska's one segment ends (RFC 8794, 4 and 5); 0 where it does not say so, as in live recordings."""
+
+    def after(start: int) -> tuple[int, int]:
+        """Where the content of an element begins whose name of four bytes begins at `start`, and its bytes."""
+        length = 9 - head[start + 4].bit_length()
+        most = (1 << 7 * length) - 1
+        said = int.from_bytes(head[start + 4 : start + 4 + length], "big") & most
+        return start + 4 + length, -1 if said == most else said
+
+    try:
+        begins, size = after(0)
+        begins, size = after(begins + size)
+    except IndexError:
+        return 0
+    return 0 if size < 0 else begins + size

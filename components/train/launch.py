@@ -76,7 +76,9 @@ def launch(job: Job) -> None:
         ) from None
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
-        raise _reported(out / VERDICT, stale) or TrainingError(
+        # Of one that was killed the others say only that they have lost it.
+        told = None if first.exitcode == -signal.SIGKILL else _reported(out / VERDICT, stale)
+        raise told or TrainingError(
             f"stage {job.stage.name}: a training process {how_ended(first.exitcode)}, and left no message",
             where=str(out),
             do="Look above in the log. Run again and it resumes.",

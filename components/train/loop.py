@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CHECKPOINTS, PARTIAL = "checkpoints", "model.partial"
 """Folders of an unfinished stage."""
+LOST_SECONDS = 1.0
+"""Longer than torchrun's agent takes from one look at its processes to the next."""
 
 
 def main(job_path: str) -> None:
@@ -57,6 +59,10 @@ def main(job_path: str) -> None:
         with suppress(OSError):  # a disk that is full has been named above
             if not verdict.exists():  # the first process to fail knows why; the others only lost it
                 write_atomic(verdict, json.dumps(to_record(error)))
+        if (
+            error is not caught
+        ):  # perhaps another was killed: the agent, which names the first, is to see that one first
+            time.sleep(LOST_SECONDS)
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
 
 

@@ -21,6 +21,7 @@ import psutil
 from rich.console import Console
 
 from nvila.components.contracts import locks
+from nvila.components.contracts.children import how_ended
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
@@ -123,6 +124,8 @@ def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop) -> int:
             watch.refresh()
             stop.pass_on(child)
             time.sleep(0.2)
+        if child.returncode < 0 and not stop.asked:
+            log.write(f"the process that runs the steps {how_ended(child.returncode)}\n".encode())
     # Asked too late, the run has come through all the same.
     return int(Exit.PREEMPTED) if stop.asked and child.returncode else child.returncode
 

@@ -97,6 +97,19 @@ def test_a_stop_that_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert local._watched(run, tmp_path / "store", Console(file=io.StringIO()), _Asked()) == said
 
 
+def test_a_killed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line of the log, whatever that was, was given as the reason."""
+    monkeypatch.setattr(local.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho all is well\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    run = left(tmp_path / "runs" / "r", "resolve")
+    with local._Stop() as stop:
+        code = local._watched(run, tmp_path / "store", Console(file=io.StringIO()), stop)
+    finished = Run.read(run)
+    assert _exit_code(finished, code) == Exit.FAULT
+    assert "runs the steps was killed by signal 9" in (write_summary(finished, 1.0, 0, Exit.FAULT).message or "")
+
+
 def test_a_run_lives_as_long_as_any_of_its_processes(tmp_path: Path) -> None:
     """`nvila run` may be killed outright while a step goes on for a minute: the next run must not call it dead."""
     run = left(tmp_path / "r")

@@ -99,6 +99,29 @@ def test_shown_pixels_are_counted(tmp_path: Path) -> None:
         assert problem(call).problem == "too_large"
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv", "webm", "gif", "apng"])
+def test_a_clip_that_lost_whole_frames_at_its_end(tmp_path: Path, suffix: str) -> None:
+    """Prevents an upload that was cut off between two frames from passing as a shorter clip."""
+    path = tmp_path / f"a.{suffix}"
+    codec = {"avi": "mpeg4", "webm": "libvpx", "gif": "gif", "apng": "apng"}.get(suffix, "libx264")
+    clips.film(clips.Clip(suffix, codec, gop=1 if codec in clips.INTRA else 8), tmp_path / f"whole.{suffix}")
+    with (
+        av.open(str(tmp_path / f"whole.{suffix}")) as old,
+        av.open(str(path), "w", options={"movflags": "faststart"} if suffix == "mp4" else {}) as new,
+    ):
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    with av.open(str(path)) as file:
+        ends = [(packet.pos or 0) + packet.size for packet in file.demux(video=0) if packet.size]
+    assert probe(path, "video").frames == len(ends) == clips.FRAMES
+    path.write_bytes(path.read_bytes()[: ends[20]])
+    assert "truncated" in str(problem(lambda: probe(path, "video")))
+    assert len(load_video_frames(path, Sampling(3))) == 3
+
+
 @pytest.mark.parametrize("says", [5, 80])
 def test_wrong_counts_in_a_header(tmp_path: Path, says: int) -> None:
     """Prevents frames from being lost, or a whole clip from quarantine, where only the header is wrong."""

@@ -17,7 +17,9 @@ import pytest
 
 from nvila.components.contracts.errors import DataError, NvilaError, Preempted, TrainingError, to_record
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.processes import birth
 from nvila.components.train import launch as launching
+from nvila.components.train import loop
 from nvila.components.train.job import Job
 from nvila.components.train.loop import StopRequest
 
@@ -101,6 +103,27 @@ def test_a_worker_that_dies_without_a_word_is_a_fault(make_job: MakeJob, stand_i
         launching.launch(job)
     assert caught.value.exit_code == Exit.FAULT
     assert sorted(path.name for path in Path(job.out).iterdir()) == ["job.json"]
+
+
+def test_a_killed_process_is_named_before_those_that_lost_it(
+    make_job: MakeJob, stand_in: Callable[[Work], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Connection closed by peer" hid that the kernel had killed the peer for its memory."""
+    job = make_job("a", run={"gpus": 2})
+    note = Path(job.out, "second")
+
+    def train(job: Job, stop: StopRequest) -> None:
+        if os.environ["RANK"] == "1":
+            note.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        wait_for(lambda: note.exists() and bool(note.read_text()), "the other did not start")
+        wait_for(lambda: birth(int(note.read_text())) is None, "the other lives")
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(loop, "train", train)
+    stand_in(loop.main)
+    with pytest.raises(TrainingError, match=r"killed by signal 9 \(SIGKILL\)"):
+        launching.launch(job)
 
 
 def test_an_old_verdict_is_not_believed(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:
