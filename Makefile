@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= tiny
 PORT ?= 5000
 RUNS ?= runs
+WORKERS ?= 2
 IMAGES ?= base controller serve quantize
 
 BIN := .venv/bin
@@ -30,8 +31,9 @@ run: env ## Run the whole lifecycle on this machine (RECIPE=tiny)
 	$(BIN)/nvila run $(RECIPE)
 
 .PHONY: test
-test: env ## Run the test suite (no GPU, no cluster)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not cluster and not containers"
+test: env ## Run the test suite (no GPU, no cluster), WORKERS=2 files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m "not gpu and not cluster and not containers"
 
 .PHONY: test-gpu
 test-gpu: env ## Run the tests that need an NVIDIA GPU

@@ -9,6 +9,12 @@ import pytest
 from nvila.components.serve.ports import free_port
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: the last worker must not be left with one while the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """Variables as torchrun sets them for a single process."""
