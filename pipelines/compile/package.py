@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +92,10 @@ def compiled(image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE) -> tuple[
         raise ConfigError("name both images, or neither", where="--image and --quantize-image")
     # Without a named image nobody knows which code the steps will find in it.
     code = code_digest() if image != IMAGE else None
-    pipeline = build(lambda task, row, places: _place(task, row, places, code))
+    # KFP looks at the whole call stack some 170 times; on a thread it is short, however deep the caller's is.
+    with ThreadPoolExecutor(1) as thread:
+        place = partial(_place, code=code)
+        pipeline = thread.submit(copy_context().run, build, place).result()
     spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = images[executor["container"]["image"]]
