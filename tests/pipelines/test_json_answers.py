@@ -1,15 +1,19 @@
 """`--json`: one object on stdout, whatever a command is asked and whatever becomes of it."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Nvila
 
 from nvila.pipelines.show import as_json
+
+if TYPE_CHECKING:
+    from conftest import Nvila
 
 
 @pytest.mark.parametrize(
