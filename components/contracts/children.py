@@ -89,16 +89,18 @@ def first_to_end(codes: Iterable[int | None]) -> int | None:
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Fork in this context, and the child's garbage collector leaves the parent's objects alone.
+    """Fork in this context, and the child's garbage collector leaves the parent's objects alone, and so do its forks.
 
-    A process group that the parent has dropped and not yet collected would be taken down in the child, where its
-    threads do not exist: that waits for ever, or aborts.
+    A process group that the parent has dropped and not yet collected, or a frame that several threads have scaled,
+    would be taken down in the child, where the threads do not exist: that waits for ever, or aborts.
     """
+    inherited = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not inherited:  # else what this process was forked with would be collected here
+            gc.unfreeze()
 
 
 def _leash(parent: int, kept: str, command: list[str]) -> int:

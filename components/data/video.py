@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvila.components.data.limits import Limits, MediaError, check_length, check_pixels, decoding
-from nvila.components.data.picture import shown_size, square_pixels, to_picture
+from nvila.components.data.picture import Shape, square_pixels, to_picture
 from nvila.components.data.sampling import Timeline
 from nvila.components.data.seek import decode_at
 from nvila.components.data.survey import Survey, survey
@@ -100,7 +100,7 @@ def video_size(path: Path, limits: Limits) -> tuple[int, int]:
     raise MediaError("undecodable", "the video has no frame that can be decoded", path)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Clip:
     """An open file, of which one method is called once."""
 
@@ -108,6 +108,8 @@ class _Clip:
     stream: av.video.stream.VideoStream
     path: Path
     limits: Limits
+    shape: Shape | None = None
+    """As the first frame says."""
 
     def survey(self) -> Survey:
         """What the packets are; frames that cannot be decoded at the beginning are left out."""
@@ -171,14 +173,18 @@ class _Clip:
 
     def size(self, frame: av.video.frame.VideoFrame) -> tuple[int, int]:
         """As shown, and within the limits."""
-        size = shown_size(frame, self.stream.sample_aspect_ratio)
+        size = self._shape(frame).size(frame)
         check_pixels(*size, self.path, self.limits)
         return size
 
     def picture(self, frame: av.video.frame.VideoFrame) -> Image.Image:
         """As shown, and within the limits."""
         self.size(frame)
-        return to_picture(frame, self.stream.sample_aspect_ratio)
+        return to_picture(frame, self._shape(frame))
+
+    def _shape(self, frame: av.video.frame.VideoFrame) -> Shape:
+        self.shape = self.shape or Shape.of(frame, self.stream.sample_aspect_ratio)
+        return self.shape
 
 
 @contextmanager

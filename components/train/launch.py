@@ -5,7 +5,6 @@ On a cluster every node of the job does so; who they are stands in the variables
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.children import die_with_parent, how_ended
+from nvila.components.contracts.children import die_with_parent, forking, how_ended
 from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
 from nvila.components.contracts.manifest import write_atomic
@@ -65,11 +64,9 @@ def launch(job: Job) -> None:
         meeting = meet(here.master_address, here.master_port, nodes, node)
         endpoint = f"{here.master_address}:{here.master_port}"
     there = {"nnodes": nodes, "node-rank": node, "rdzv-endpoint": endpoint}
-    # A store left in a cycle, destroyed by a fork's collector, joins a thread that the fork does not have: it fails, or
-    # waits for ever.
-    gc.collect()
     try:
-        elastic_launch(_torchrun(job.run.gpus, there, logs), _rank)(os.getpid(), str(description))
+        with forking():
+            elastic_launch(_torchrun(job.run.gpus, there, logs), _rank)(os.getpid(), str(description))
     except SignalException:
         raise Preempted(
             f"stage {job.stage.name} was asked to stop; run again and it resumes at its last checkpoint"

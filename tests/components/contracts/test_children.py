@@ -16,6 +16,30 @@ import pytest
 
 from nvila.components.contracts.children import first_to_end, how_ended, leashed
 
+NESTED = """
+import gc, os, sys
+from nvila.components.contracts.children import forking
+
+class Threaded:
+    def __init__(self):
+        self.cycle, self.process = self, os.getpid()
+    def __del__(self):
+        if os.getpid() != self.process:
+            os._exit(3)
+
+gc.disable()
+Threaded()
+def fork(then):
+    with forking():
+        process = os.fork()
+        if not process:
+            then()
+            gc.collect()
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, then
+fork(lambda: fork(lambda: None))
+assert gc.get_freeze_count() == 0
+"""
 COMMAND = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -151,3 +175,10 @@ def test_a_stopped_page_leaves_no_server(tmp_path: Path, number: signal.Signals)
     page.send_signal(number)
     assert page.wait(30) == (0 if number == signal.SIGTERM else -number)
     assert gone(both)
+
+
+def test_a_fork_that_forks_leaves_alone_what_it_was_forked_with() -> None:
+    """A rank forked its loader, from then on collected what the step had dropped, and waited there for threads that
+    only the step has."""
+    ended = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -302,3 +303,17 @@ def test_of_constant_rate_nothing_has_changed(tmp_path: Path) -> None:
     assert clips.sought(path)
     with video._opened(path, Limits()) as clip:
         assert clip.survey().timeline.rate() == rate
+
+
+def test_frames_are_freed_as_soon_as_they_have_been_looked_at(tmp_path: Path) -> None:
+    """Kept for the garbage collector, frames of a large clip fill the memory, and one of them hung a fork."""
+    path = write(tmp_path / "clip.mp4", list(range(30)))
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, av.VideoFrame) for each in gc.get_objects())
+        assert probe(path, "video").frames == 30 and len(load_video_frames(path, Sampling(8))) == 8
+        left = sum(isinstance(each, av.VideoFrame) for each in gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert left <= 2, "one of each opening"
