@@ -50,7 +50,14 @@ def local_folder(value: str | Path, where: str) -> Path:
 def standing(path: Path) -> Path:
     """The path, or the first folder above it that is there."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if _is_seen(place))
+
+
+def _is_seen(place: Path) -> bool:
+    try:
+        return place.exists()
+    except PermissionError:  # in a folder of somebody else's
+        return False
 
 
 @dataclass(frozen=True)

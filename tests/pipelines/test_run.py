@@ -101,7 +101,7 @@ def test_a_changed_evaluation_repeats_nothing_before_it(first: tuple[Path, int, 
     """The evaluation's settings must not leak into the slices of training."""
     code, summary, _ = _run(first[0], "evaluate.limit=16")
     assert code == 0
-    before = list(ROWS)[list(ROWS).index("preflight") : list(ROWS).index("evaluate")]
+    before = list(ROWS)[list(ROWS).index("validate") : list(ROWS).index("evaluate")]
     status = _status(summary)
     assert {name: status[name] for name in before} == dict.fromkeys(before, "cached")
     assert status["evaluate"] == "done" and status["quantize"] == "cached"

@@ -90,7 +90,11 @@ def gone(processes: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """`nvila ui` that was stopped left MLflow's workers, and a server its engine with the memory of a model."""
-    between = leashed([sys.executable, "-c", COMMAND, str(tmp_path / "pids"), "300"])
+    before = signal.signal(number, signal.SIG_DFL)  # tests that run under `nohup` ignore SIGHUP, and so would it
+    try:
+        between = leashed([sys.executable, "-c", COMMAND, str(tmp_path / "pids"), "300"])
+    finally:
+        signal.signal(number, before)
     both = started(tmp_path / "pids")
     between.send_signal(number)
     assert gone(both)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.places import is_version, local_folder
+from nvila.components.contracts.places import is_version, local_folder, standing
 
 
 @pytest.mark.parametrize("path", ["store", "/data/store", "./s3:/x", "~/store", "a:b/c", "/mnt/s3://x", "C:/x"])
@@ -45,3 +46,21 @@ def test_variables_are_held_to_the_same(variable: str, monkeypatch: pytest.Monke
 def test_a_version_of_the_registry_is_known_by_its_form(value: str, expected: bool) -> None:
     """A step in a pod must read a name as the preflight on a laptop did, whatever folders lie there."""
     assert is_version(value) is expected
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take another user's place")
+def test_what_a_closed_folder_holds_is_not_seen(tmp_path: Path) -> None:
+    """A container's user whose home is root's got a traceback from every command: caches are looked for there."""
+    closed = tmp_path / "closed"
+    (closed / "cache").mkdir(parents=True)
+    closed.chmod(0o700)
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            os.setuid(65534)
+            # What lies above the folder is pytest's, and may be closed as well.
+            code = int(standing(closed / "cache" / "new") not in (closed, *closed.parents))
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0

@@ -178,7 +178,7 @@ def test_editing_the_evaluation_leaves_earlier_slices_alone(tmp_path: Path) -> N
     after = step.run(
         Form(recipe="tiny", overrides='{"evaluate": {"limit": 50}}'), {}, tmp_path, Environment.read()
     ).result.slices
-    assert {name for name in before if before[name] != after[name]} == {"evaluate", "evaluate-quantized"}
+    assert {name for name in before if before[name] != after[name]} == {"preflight", "evaluate", "evaluate-quantized"}
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "extends: tiny\nname: mine", "extends: lite\nname: mine"])

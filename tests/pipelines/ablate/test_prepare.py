@@ -32,10 +32,10 @@ def test_one_prune_step_works_out_what_every_method_needs() -> None:
 
 
 def test_steps_before_pruning_have_the_keys_of_a_run() -> None:
-    """Then `nvila run` of the recipe has made them, or need not make them again."""
+    """Then `nvila run` of the recipe has made them, or need not make them again. No preflight is made here."""
     recipe = _recipe()
     plain, ours = slices(recipe), slices(with_scores(recipe, METHODS))
-    assert {name for name in plain if plain[name] != ours[name]} <= {"prune-image", "prune-video"}
+    assert {name for name in plain if plain[name] != ours[name]} <= {"preflight", "prune-image", "prune-video"}
 
 
 def test_a_recipe_that_prunes_nothing_is_refused() -> None:
