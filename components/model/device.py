@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -48,16 +48,54 @@ class _Conv2d(nn.Conv2d):
         return self._conv_forward(input.float(), self.weight.float(), bias).bfloat16()
 
 
-def use_float32_products(model: nn.Module) -> None:
-    """Products of bfloat16 layers in float32, rounded at their end, on a CPU that has none in bfloat16.
+def _has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices itself. torch does on any, ten times slower than float32's; either
+    adds up in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    torch has them there as well, ten times slower than float32's; either adds up in float32.
-    """
+
+def use_float32_products(model: nn.Module) -> None:
+    """Products of bfloat16 layers in float32, rounded at their end, on a CPU that has none in bfloat16."""
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if on_gpu or _has_bfloat16_products():
         return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = _Linear
         elif type(module) is nn.Conv2d:
             module.__class__ = _Conv2d
+
+
+def plain_attention() -> str:
+    """What `set_attn_implementation` calls attention in plain matrix products on this CPU: transformers' `eager`, or
+    the same with both products in float32, rounded at their end, where there are none in bfloat16."""
+    if _has_bfloat16_products():
+        return "eager"
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    name = "float32_products"
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of (B, heads, T, size) queries, and keys and values with as many heads or fewer: (B, T, heads, size), weights."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (heads.float().repeat_interleave(groups, dim=1) for heads in (key, value))
+    weights = (query.float() @ keys.transpose(2, 3)).to(query.dtype) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights.float() @ values).to(query.dtype).transpose(1, 2).contiguous(), weights

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
+from nvila.components.model.device import plain_attention
 from nvila.components.model.splice import Spliced, splice
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.timetokens import soft_cross_entropy
@@ -192,7 +193,7 @@ class NVILA(nn.Module):
         self.train()
         if self.device.type == "cpu":
             for part in (self.vision_tower, self.llm):
-                part.set_attn_implementation("eager")
+                part.set_attn_implementation(plain_attention())
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute activations of tower and decoder blocks in the backward pass."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nvila.components.model.device import use_float32_products
+from nvila.components.model.device import plain_attention, use_float32_products
 
 
 def layers() -> nn.Module:
@@ -42,3 +43,50 @@ def test_a_cpu_with_bfloat16_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     model = layers()
     use_float32_products(model)
     assert type(model[0]) is nn.Conv2d and type(model[2]) is nn.Linear
+
+
+def decoder(attention: str) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = Qwen2ForCausalLM(Qwen2Config(vocab_size=60, num_hidden_layers=2, **sizes)).bfloat16().train()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def tower(attention: str) -> Any:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    model: Any = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=2, **sizes)).bfloat16().train()
+    model.set_attn_implementation(attention)
+    return model
+
+
+def test_attention_in_float32_products_is_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention took half of a training step on such a CPU; a mask that is lost on the way would show the future."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    name = plain_attention()
+    assert name != "eager"
+    ids, mask = torch.randint(0, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    pixels = torch.randn(2, 3, 28, 28).bfloat16()
+    for make, given in ((decoder, {"input_ids": ids, "attention_mask": mask}), (tower, {"pixel_values": pixels})):
+        ours, plain = make(name), make("eager")
+        found, wanted = (model(**given)[0].float() for model in (ours, plain))
+        torch.testing.assert_close(found, wanted, rtol=2**-5, atol=2**-5)
+        for one in (found, wanted):
+            one.pow(2).sum().backward()
+        for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(
+                    mine.grad, theirs.grad, rtol=2**-3, atol=2**-3 * theirs.grad.abs().max().item()
+                )
+
+
+def test_attention_of_a_cpu_with_bfloat16_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of the demonstration are those of the machines that it was measured on."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert plain_attention() == "eager"
