@@ -37,11 +37,8 @@ class Process(BaseModel):
         """The one that asks."""
         words = _text("/proc/self/cmdline").rstrip("\0").split("\0")
         boot = f"{_text('/proc/sys/kernel/random/boot_id').strip()} {_namespace()}"
-        pid = os.getpid()
-        return cls(
-            host=_host(), boot=boot, pid=pid, born=birth(pid) or 0.0, command=brief(" ".join(words), 200),
-            since=time.time(),
-        )  # fmt: skip
+        pid, command = os.getpid(), brief(" ".join(words), 200)
+        return cls(host=_host(), boot=boot, pid=pid, born=birth(pid) or 0.0, command=command, since=time.time())
 
     @property
     def alive(self) -> bool | None:

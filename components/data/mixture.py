@@ -24,20 +24,26 @@ def draw(subsets: Mapping[str, Sequence[T]], passes: Mapping[str, float], seed: 
         seed: of the choice and of the order.
     """
     rng = random.Random(seed)
-    drawn: list[T] = []
+    taken: list[T] = []
     for name in sorted(passes):
-        samples = subsets[name]
-        whole, rest = divmod(passes[name], 1.0)
-        drawn.extend(list(samples) * int(whole))
-        drawn.extend(rng.sample(list(samples), round(rest * len(samples))))
-    rng.shuffle(drawn)
-    return drawn
+        samples = list(subsets[name])
+        whole, some = _parts(passes[name], len(samples))
+        taken.extend(samples * whole)
+        taken.extend(rng.sample(samples, some))
+    rng.shuffle(taken)
+    return taken
 
 
 def drawn(passes: float, n: int) -> int:
     """How many samples `draw` takes of a subset of n."""
+    whole, some = _parts(passes, n)
+    return n * whole + some
+
+
+def _parts(passes: float, n: int) -> tuple[int, int]:
+    """Whole passes, and how many of n samples the rest of a pass takes."""
     whole, rest = divmod(passes, 1.0)
-    return n * int(whole) + round(rest * n)
+    return int(whole), round(rest * n)
 
 
 def kept(ratio: float, n: int) -> int:

@@ -120,7 +120,7 @@ def remarks(settings: Settings) -> list[str]:
     for source in settings.data.sources:
         with suppress(DataError):  # `problems` tells of it
             if (path := source.annotation("heldout")).is_file():
-                held[f"{source.name}.heldout"] = Held.of(read(path, source.layout))
+                held[f"{source.name}.heldout"] = Held.of(read(path, source.layout_of("heldout")))
     return enough.remarks(settings.evaluate, settings.quantize, held) if settings.evaluate else []
 
 

@@ -59,9 +59,8 @@ def main(job_path: str) -> None:
         with suppress(OSError):  # a disk that is full has been named above
             if not verdict.exists():  # the first process to fail knows why; the others only lost it
                 write_atomic(verdict, json.dumps(to_record(error)))
-        if (
-            error is not caught
-        ):  # perhaps another was killed: the agent, which names the first, is to see that one first
+        # Perhaps another was killed: the agent, which names the first, is to see that one first.
+        if error is not caught:
             time.sleep(LOST_SECONDS)
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
 

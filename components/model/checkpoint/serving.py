@@ -86,8 +86,10 @@ def write_serving(
 
 
 def require_servable(config: ModelConfig) -> None:
-    """Raises:
-    ConfigError: a server computes something else.
+    """Return where a server computes the same as this model.
+
+    Raises:
+        ConfigError: it computes something else.
     """
     if config.video_texts != LINE_BREAK_AFTER:
         raise ConfigError(
