@@ -144,6 +144,8 @@ class Environment(BaseModel):
     """The port there."""
     vllm_key: Annotated[SecretStr, _token("VLLM_API_KEY")] | None = _variable("VLLM_API_KEY", "platform")
     """`NVILA_API_KEY` for the server's process: on its command line every user of the machine could read it."""
+    endpoint: str = _variable("NVILA_ENDPOINT", "platform", default="")
+    """For the server's process: JSON of the endpoint's settings and of the folder that it serves."""
     vllm_cache_gib: str = _variable("VLLM_CPU_KVCACHE_SPACE", "user", default="1")
     """GiB of vLLM's cache on a CPU."""
     vllm_binding: str = _variable("VLLM_CPU_OMP_THREADS_BIND", "user", default="nobind")

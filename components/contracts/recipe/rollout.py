@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
+from nvila.components.contracts.recipe.endpoint import EndpointSettings, host_name
 from nvila.components.contracts.recipe.section import Section, Share
 
 Target = Literal["local", "none"]
@@ -54,19 +53,12 @@ class RolloutSettings(Section):
 
     target: Target = "local"
     """`local` starts vLLM on this machine; `none` registers only."""
-    host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
+    host: Annotated[str, Field(min_length=1, max_length=253), AfterValidator(host_name)] = "127.0.0.1"
     """Address to listen on, or a name of this machine."""
     port: int = Field(default=8321, ge=1, le=65535)
     """Port to listen on."""
     policy: Policy = Policy()
     """When the version becomes champion."""
 
-    @field_validator("host")
-    @classmethod
-    def _is_one(cls, host: str) -> str:
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            if not re.fullmatch(r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*", host):
-                raise ValueError("neither an address nor the name of a machine") from None
-        return host
+    endpoint: EndpointSettings = EndpointSettings()
+    """What the endpoint lets people do."""
