@@ -217,13 +217,9 @@ class Media:
         with reading(place := told.model_dir / "config.json"):
             return cls(told.settings, ModelConfig.from_json(read_object(place)["nvila"]))
 
-    def allowance(self, options: Any = None) -> Allowance:
-        """Of a new request.
-
-        Raises:
-            ValueError: its `media_io_kwargs` cannot take effect.
-        """
-        return Allowance(self.settings, asked_sampling(options, self.config.sampling if self.config else None))
+    def allowance(self) -> Allowance:
+        """Of a new request."""
+        return Allowance(self.settings)
 
     async def picture(self, url: str, allowance: Allowance) -> Medium:
         """The picture behind an address, upright, in RGB.
@@ -263,7 +259,7 @@ class Media:
         self, url: str, kind: Literal["image", "video"], sampling: Sampling | None, allowance: Allowance
     ) -> Content:
         most = self.limits.max_bytes
-        if url.lstrip()[:5].lower() == "data:":
+        if url[:5].lower() == "data:":
             given = DataUrl.parse(url)
             parts = given.parts
             if given.is_frames and sampling is not None:

@@ -93,7 +93,7 @@ def test_spellings_of_a_data_url(media: Media, tmp_path: Path) -> None:
         f"data:image%2Fpng;base64,{plain}",
         f"data:;base64,{plain}",
         f"data:application/octet-stream; base64,{plain}",
-        f"\n data:image/jpeg;base64,{plain}\n",
+        f"data:image/jpeg;base64,{plain}\n",
     ):
         assert np.array_equal(_picture(media, url).pixels, expected), url[:60]
 
