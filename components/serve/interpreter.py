@@ -33,6 +33,21 @@ def serve_python() -> Path:
     )
 
 
+def envoy() -> Path:
+    """The program Envoy of the serving environment: itself, where it is found, and else the script that starts it.
+
+    Raises:
+        PreflightError: it is not there.
+    """
+    folder = serve_python().parent
+    candidates = [*folder.parent.glob("lib/python3*/site-packages/envoy/_bin/envoy"), folder / "envoy"]
+    if found := next((path for path in candidates if os.access(path, os.X_OK)), None):
+        return found
+    raise PreflightError(
+        "the serving environment has no Envoy", where=str(folder), do="Install requirements/serve.lock there."
+    )
+
+
 def serve_variables(threads: int = 1) -> dict[str, str]:
     """Environment variables for a vLLM process on this machine: offline, silent to the outside, small on a CPU.
 

@@ -1,0 +1,491 @@
+"""Envoy in front of the servers: bytes only. TLS, limits of connections, headers and bodies, weights, one more try.
+
+Pure functions make its configuration of what is wanted and of the servers' addresses; `Admin` asks it how it goes. What
+may change while it runs lies in files that are moved into place, so that no connection is lost over a change. The
+supervisor starts it; what stands in a body is the middleware's business (`guard`).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from nvila.components.contracts.files import digest_json
+from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.serve.deployment import Role, Status
+
+HEADER_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10, 120, 60
+"""How long a client may take for its headers (and TLS's greeting), for a whole request, and between two requests."""
+CONNECT_SECONDS = 2
+HEADERS_KIB, HEADERS = 60, 100
+"""Most of a request."""
+RETRY_AFTER_SECONDS = 5
+_MEMORY_BYTES = 2**31
+"""Most that bodies in hand may take; the largest requests are ended on the way there."""
+_DRAIN_SECONDS = 600
+
+_HTTP = "type.googleapis.com/envoy.extensions"
+_FORGED = (
+    *("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-real-ip"),
+    "x-request-id",
+)
+"""What a client may not say about itself and its request; Envoy adds what it sees."""
+_REASONS = {
+    400: ("invalid_request_error", "this is no request that is understood here"),
+    403: ("invalid_request_error", "protocols other than HTTP are not spoken here"),
+    404: ("invalid_request_error", "there is nothing here"),
+    408: ("timeout_error", "the request did not arrive in time"),
+    413: ("invalid_request_error", "the body is larger than {max_body_mib} MiB"),
+    426: ("invalid_request_error", "HTTP/1.1 is spoken here"),
+    431: ("invalid_request_error", f"more than {HEADERS} headers, or more than {HEADERS_KIB} KiB of them"),
+    502: ("server_error", "the model's server broke the connection; try again"),
+    503: ("server_error", "no server of the model is ready; try again"),
+    504: ("timeout_error", "the answer took longer than {request_seconds:.0f} seconds"),
+}
+"""Errors that Envoy itself answers with: OpenAI's `type`, and a message of ours."""
+
+
+def arguments(binary: Path, folder: Path) -> list[str]:
+    """The command line; `folder` has the files of `files`."""
+    return [
+        *(str(binary), "--config-path", str(folder / "bootstrap.json"), "--disable-hot-restart"),
+        *("--concurrency", str(min(4, os.cpu_count() or 1)), "--log-level", "warning", "--drain-strategy", "immediate"),
+        *("--drain-time-s", str(_DRAIN_SECONDS)),
+    ]
+
+
+def files(
+    folder: Path,
+    address: str,
+    port: int,
+    settings: EndpointSettings,
+    servers: Iterable[str],
+    champion: str | None = None,
+    challenger: str | None = None,
+    weight: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Contents by file name, in the order in which a new server comes into use.
+
+    Args:
+        folder: private one of this Envoy's, with a short name: the socket of its admin interface lies there.
+        address: to listen on, as a number.
+        port: to listen on.
+        settings: the endpoint's limits.
+        servers: `address:port` of every server that runs, those included whose last answers are awaited.
+        champion: the one of them that gets what the challenger does not; without one, requests are told to come again.
+        challenger: the one that is tried.
+        weight: per cent of the requests that it gets.
+    """
+    trying = f"tried {challenger} {champion}" if challenger and champion else challenger
+    clusters = [_cluster(server, settings) for server in sorted(set(servers))]
+    if challenger and champion:
+        clusters.append(_either(f"tried {challenger} {champion}", challenger, champion, settings))
+    made = {
+        "bootstrap.json": _bootstrap(folder, settings),
+        "certificate.json": _resources("tls.Secret", [_certificate(folder)]) if settings.certificate else {},
+        "clusters.json": _resources("cluster.Cluster", clusters, "config"),
+        "routes.json": _resources("route.RouteConfiguration", [_routes(settings, champion, trying, weight)], "config"),
+        "listeners.json": _resources("listener.Listener", [_listener(folder, address, port, settings)], "config"),
+    }
+    return {name: content for name, content in made.items() if content}
+
+
+def put(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
+    """Have the files say this, each by rename and only where it says something else; Envoy takes notice of it."""
+    for name, content in contents.items():
+        text, path = json.dumps(content), folder / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            partial = folder / f".{name}"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+
+
+def link_certificate(folder: Path, settings: EndpointSettings) -> None:
+    """Have Envoy read the user's certificate and key anew where one of them is another than before, however changed."""
+    links = {"certificate": settings.certificate, "key": settings.certificate_key}
+    states = [(path, Path(path).stat()) for path in links.values() if path]
+    known = json.dumps([(path, state.st_ino, state.st_size, state.st_mtime_ns) for path, state in states])
+    noted = folder / "tls" / "noted"
+    if not states or (noted.exists() and noted.read_text(encoding="utf-8") == known):
+        return
+    noted.parent.mkdir(exist_ok=True)
+    for name, path in links.items():
+        partial = noted.parent / f".{name}"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(str(path))
+        partial.replace(noted.parent / name)
+    noted.write_text(known, encoding="utf-8")
+
+
+def holds(admin: Admin, contents: dict[str, dict[str, Any]]) -> bool:
+    """Whether an Envoy has taken up these servers, routes and limits, and listens.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    dump = {one["@type"].rpartition(".")[2]: one for one in admin.get("/config_dump")["configs"]}
+    listeners = dump["ListenersConfigDump"].get("dynamic_listeners", [])
+    held = {
+        "clusters.json": [dump["ClustersConfigDump"].get("version_info")],
+        "routes.json": [one.get("version_info") for one in dump["RoutesConfigDump"].get("dynamic_route_configs", [])],
+        "listeners.json": [one.get("active_state", {}).get("version_info") for one in listeners],
+    }
+    return all(held[name] == [contents[name]["version_info"]] for name in held)
+
+
+def _bootstrap(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
+    most = max(_MEMORY_BYTES, 4 * settings.max_body_mib * 2**20)
+    heap = "envoy.resource_monitors.fixed_heap"
+    actions = [("stop_accepting_requests", {"threshold": {"value": 0.95}})]
+    actions.append(("reset_high_memory_stream", {"scaled": {"scaling_threshold": 0.8, "saturation_threshold": 0.95}}))
+    return {
+        "node": {"id": "endpoint", "cluster": "nvila"},
+        "admin": {"address": {"pipe": {"path": str(folder / "admin"), "mode": 0o600}}},
+        "dynamic_resources": {
+            "lds_config": _from_file(folder, "listeners.json"),
+            "cds_config": _from_file(folder, "clusters.json"),
+        },
+        "overload_manager": {
+            "refresh_interval": "0.25s",
+            "buffer_factory_config": {"minimum_account_to_track_power_of_two": 20},
+            "resource_monitors": [
+                {
+                    "name": heap,
+                    "typed_config": {
+                        "@type": f"{_HTTP}.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+                        "max_heap_size_bytes": most,
+                    },
+                }
+            ],
+            "actions": [
+                {"name": f"envoy.overload_actions.{name}", "triggers": [{"name": heap, **trigger}]}
+                for name, trigger in actions
+            ],
+        },
+    }
+
+
+def _listener(folder: Path, address: str, port: int, settings: EndpointSettings) -> dict[str, Any]:
+    limit = {
+        "name": "connections",
+        "typed_config": {
+            "@type": f"{_HTTP}.filters.network.connection_limit.v3.ConnectionLimit",
+            "stat_prefix": "endpoint",
+            "max_connections": settings.max_connections,
+        },
+    }
+    manager = {"name": "http", "typed_config": _manager(folder, settings)}
+    chain: dict[str, Any] = {"filters": [limit, manager], "transport_socket_connect_timeout": f"{HEADER_SECONDS}s"}
+    if settings.certificate:
+        chain["transport_socket"] = {
+            "name": "tls",
+            "typed_config": {
+                "@type": f"{_HTTP}.transport_sockets.tls.v3.DownstreamTlsContext",
+                "common_tls_context": {
+                    "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+                    "alpn_protocols": ["http/1.1"],
+                    "tls_certificate_sds_secret_configs": [
+                        {"name": "endpoint", "sds_config": _from_file(folder, "certificate.json")}
+                    ],
+                },
+            },
+        }
+    # SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT: a client whose machine is gone is noticed in two minutes.
+    alive = [(socket.SOL_SOCKET, 9, 1), (socket.IPPROTO_TCP, 4, 60), (socket.IPPROTO_TCP, 5, 15), (6, 6, 4)]
+    return {
+        "name": "endpoint",
+        "address": {"socket_address": {"address": address, "port_value": port, "ipv4_compat": address == "::"}},
+        "enable_reuse_port": False,  # or another program could listen there too, and have a part of the requests
+        "per_connection_buffer_limit_bytes": 2**18,
+        "socket_options": [{"level": level, "name": name, "int_value": value} for level, name, value in alive],
+        "filter_chains": [chain],
+    }
+
+
+def _manager(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
+    """Of HTTP: strict, and it believes a client nothing about where its request comes from."""
+    return {
+        "@type": f"{_HTTP}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "endpoint",
+        "codec_type": "HTTP1",
+        "rds": {"route_config_name": "endpoint", "config_source": _from_file(folder, "routes.json")},
+        "http_filters": [
+            {
+                "name": "body",  # whole before it is sent on, so that it can be sent once more
+                "typed_config": {
+                    "@type": f"{_HTTP}.filters.http.buffer.v3.Buffer",
+                    "max_request_bytes": settings.max_body_mib * 2**20,
+                },
+            },
+            {
+                "name": "router",
+                "typed_config": {
+                    "@type": f"{_HTTP}.filters.http.router.v3.Router",
+                    "suppress_envoy_headers": True,
+                },
+            },
+        ],
+        "use_remote_address": True,
+        "internal_address_config": {"unix_sockets": False, "cidr_ranges": []},
+        "early_header_mutation_extensions": [
+            {
+                "name": "forged",
+                "typed_config": {
+                    "@type": f"{_HTTP}.http.early_header_mutation.header_mutation.v3.HeaderMutation",
+                    "mutations": [
+                        *({"remove": name} for name in _FORGED),
+                        {"remove_on_match": {"key_matcher": {"prefix": "x-envoy-"}}},
+                    ],
+                },
+            }
+        ],
+        "server_header_transformation": "PASS_THROUGH",
+        "normalize_path": True,
+        "path_with_escaped_slashes_action": "REJECT_REQUEST",
+        "max_request_headers_kb": HEADERS_KIB,
+        "request_headers_timeout": f"{HEADER_SECONDS}s",
+        "request_timeout": f"{min(BODY_SECONDS, settings.request_seconds)}s",
+        "stream_idle_timeout": f"{settings.request_seconds}s",
+        "common_http_protocol_options": {
+            "idle_timeout": f"{IDLE_SECONDS}s",
+            "max_headers_count": HEADERS,
+            "headers_with_underscores_action": "REJECT_REQUEST",
+        },
+        "local_reply_config": {
+            "mappers": [_reply(status, settings) for status in _REASONS],
+            "body_format": _body("server_error", "%LOCAL_REPLY_BODY%"),
+        },
+    }
+
+
+def _reply(status: int, settings: EndpointSettings) -> dict[str, Any]:
+    kind, message = _REASONS[status]
+    equal = {"op": "EQ", "value": {"default_value": status, "runtime_key": f"replies.{status}"}}
+    again = {"header": {"key": "retry-after", "value": str(RETRY_AFTER_SECONDS)}}
+    return {
+        "filter": {"status_code_filter": {"comparison": equal}},
+        "body_format_override": _body(kind, message.format(**settings.model_dump())),
+        **({"headers_to_add": [again]} if status in (502, 503) else {}),
+    }
+
+
+def _body(kind: str, message: str) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    return {"json_format": {"error": {"message": message, "type": kind, "param": None, "code": "%RESPONSE_CODE%"}}}
+
+
+def _routes(settings: EndpointSettings, champion: str | None, trying: str | None, weight: int) -> dict[str, Any]:
+    """Probes ask the champion; of all else the challenger gets its share, and the champion, or an error, the rest."""
+    away: dict[str, Any] = {"direct_response": {"status": 503}}
+    rest = {"route": _to(champion, settings, ["connect-failure", "refused-stream", "reset-before-request"])}
+    rest = rest if champion else away
+    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/metrics")]
+    if trying and weight:
+        share = {"default_value": {"numerator": weight, "denominator": "HUNDRED"}, "runtime_key": "challenger"}
+        again = ["connect-failure", "refused-stream", "reset", "reset-before-request", "retriable-status-codes"]
+        routes.append({"match": {"prefix": "/", "runtime_fraction": share}, "route": _to(trying, settings, again)})
+    routes.append({"match": {"prefix": "/"}, **rest})
+    return {
+        "name": "endpoint",
+        "virtual_hosts": [{"name": "endpoint", "domains": ["*"], "routes": routes}],
+        "request_headers_to_remove": ["x-envoy-internal"],
+        "response_headers_to_remove": ["server", "x-powered-by"],
+    }
+
+
+def _to(cluster: str | None, settings: EndpointSettings, again: Sequence[str]) -> dict[str, Any]:
+    return {
+        "cluster": cluster,
+        "timeout": f"{settings.request_seconds}s",
+        "retry_policy": {
+            "retry_on": ",".join(again),
+            "retriable_status_codes": [500, 502, 503, 504],
+            "num_retries": 1,
+            "retry_back_off": {"base_interval": "0.05s"},
+            "retry_priority": {
+                "name": "the other one",
+                "typed_config": {
+                    "@type": f"{_HTTP}.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
+                    "update_frequency": 1,
+                },
+            },
+        },
+    }
+
+
+def _cluster(server: str, settings: EndpointSettings) -> dict[str, Any]:
+    """Of one server; what it can take at a time is the middleware's to say."""
+    address, _, port = server.rpartition(":")
+    place = {"socket_address": {"address": address.strip("[]"), "port_value": int(port)}}
+    return {
+        "name": server,
+        "type": "STATIC",
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        "load_assignment": {
+            "cluster_name": server,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": place}}]}],
+        },
+        "circuit_breakers": _breakers(settings),
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": f"{_HTTP}.upstreams.http.v3.HttpProtocolOptions",
+                # Sooner than the server closes it (`server.KEEP_SECONDS`): a request must not meet that.
+                "common_http_protocol_options": {"idle_timeout": f"{IDLE_SECONDS // 2}s"},
+                "explicit_http_config": {"http_protocol_options": {}},
+            }
+        },
+    }
+
+
+def _breakers(settings: EndpointSettings) -> dict[str, Any]:
+    """None but the connections that come in."""
+    limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
+    return {"thresholds": [dict.fromkeys(limits, 2 * settings.max_connections + 64)]}
+
+
+def _either(name: str, challenger: str, champion: str, settings: EndpointSettings) -> dict[str, Any]:
+    """The challenger, and for one more try the champion."""
+    return {
+        "name": name,
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        "circuit_breakers": _breakers(settings),
+        "lb_policy": "CLUSTER_PROVIDED",
+        "cluster_type": {
+            "name": "envoy.clusters.aggregate",
+            "typed_config": {
+                "@type": f"{_HTTP}.clusters.aggregate.v3.ClusterConfig",
+                "clusters": [challenger, champion],
+            },
+        },
+    }
+
+
+def _certificate(folder: Path) -> dict[str, Any]:
+    """Read anew whenever something is moved to the folder `tls`, where links lead to the user's files."""
+    return {
+        "name": "endpoint",
+        "tls_certificate": {
+            "certificate_chain": {"filename": str(folder / "tls" / "certificate")},
+            "private_key": {"filename": str(folder / "tls" / "key")},
+            "watched_directory": {"path": str(folder / "tls")},
+        },
+    }
+
+
+def _from_file(folder: Path, name: str) -> dict[str, Any]:
+    return {
+        "resource_api_version": "V3",
+        "path_config_source": {"path": str(folder / name), "watched_directory": {"path": str(folder)}},
+    }
+
+
+def _resources(kind: str, resources: Sequence[dict[str, Any]], group: str = "") -> dict[str, Any]:
+    package, _, name = kind.partition(".")
+    prefix = f"type.googleapis.com/envoy.config.{package}.v3" if group else f"{_HTTP}.transport_sockets.{package}.v3"
+    content: list[dict[str, Any]] = [{"@type": f"{prefix}.{name}", **resource} for resource in resources]
+    return {"version_info": digest_json(content)[:16], "resources": content}
+
+
+class Counters(BaseModel):
+    """What Envoy has seen of one server since it knows it: after a restart of Envoy, or of the server, from 0 on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int = 0
+    """Requests that were sent to it and have ended or have an answer's head; each try is one."""
+    errors: int = 0
+    """Of those, the ones that it answered with 5xx, or not at all."""
+    broken: int = 0
+    """Connections that it closed while it still had to answer, or in mid-answer."""
+    refused: int = 0
+    """Connections that it did not take."""
+    active: int = 0
+    """Requests that it has now."""
+
+
+def counters(status: Status, role: Role) -> Counters | None:
+    """What Envoy has seen of the server that has this role; None where there is none, or Envoy does not answer."""
+    if (one := status.of(role)) is None:
+        return None
+    try:
+        return Admin(status.admin).counters().get(server_of(one.url))
+    except OSError:
+        return None
+
+
+def server_of(url: str) -> str:
+    """`address:port` of a server's URL, as `files` takes it."""
+    return url.removeprefix("http://")
+
+
+class Admin:
+    """The admin interface of an Envoy, on its socket."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def get(self, path: str) -> Any:
+        """JSON of an address.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        return json.loads(self._ask("GET", path))
+
+    def post(self, path: str) -> None:
+        """Have it do something.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        self._ask("POST", path)
+
+    def counters(self) -> dict[str, Counters]:
+        """Of every server that it knows, by `address:port`.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        stats = self.get("/stats?format=json&filter=^cluster%5C..*%5C.upstream_cx_destroy_remote_with_active_rq$")
+        broken = {one["name"]: one["value"] for one in stats["stats"] if "name" in one}
+        found = {}
+        for cluster in self.get("/clusters?format=json").get("cluster_statuses", []):
+            name = cluster["name"]
+            for host in cluster.get("host_statuses", []):
+                counted = {one["name"]: int(one.get("value", 0)) for one in host["stats"]}
+                found[name] = Counters(
+                    requests=counted["rq_total"] - counted["rq_active"],
+                    errors=counted["rq_error"],
+                    broken=broken.get(f"cluster.{name.replace(':', '_')}.upstream_cx_destroy_remote_with_active_rq", 0),
+                    refused=counted["cx_connect_fail"],
+                    active=counted["rq_active"],
+                )
+        return found
+
+    def _ask(self, method: str, path: str) -> bytes:
+        connection = _UnixConnection(self._path)
+        try:
+            connection.request(method, path)
+            return connection.getresponse().read()
+        except http.client.HTTPException as error:
+            raise OSError(str(error)) from None
+        finally:
+            connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
