@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.components.data.limits import Limits, MediaError, check_length, check_pixels, decoding
-from nvila.components.data.picture import opaque
+from nvila.components.data.limits import Limits, MediaError, check_length, check_pixels, decoded, decoding
+from nvila.components.data.picture import Shrink, opaque
 from nvila.components.data.sampling import Timeline
 
 if TYPE_CHECKING:
@@ -58,16 +58,17 @@ def webp_frames(path: Path, limits: Limits) -> Iterator[Image.Image]:
     with decoding(path), Image.open(path, formats=["WEBP"]) as image:
         check_pixels(image.width, image.height, path, limits)
         for place in range(getattr(image, "n_frames", 1)):
+            decoded(image.width * image.height)
             image.seek(place)
             yield opaque(image)
 
 
-def webp_at(path: Path, places: Collection[int], limits: Limits) -> dict[int, Image.Image]:
+def webp_at(path: Path, places: Collection[int], limits: Limits, shrink: Shrink) -> dict[int, Image.Image]:
     """The frames at some places, as far as there are so many."""
     kept: dict[int, Image.Image] = {}
     for place, picture in enumerate(webp_frames(path, limits)):
         if place in places:
-            kept[place] = picture
+            kept[place] = shrink(picture)
         if len(kept) == len(places):
             break
     return kept

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,6 +60,26 @@ def check_length(frames: int, seconds: float, path: Path, limits: Limits) -> Non
         raise MediaError("too_long", f"more than {limits.max_frames} frames", path, frames)
     if not seconds <= limits.max_seconds:
         raise MediaError("too_long", f"more than {limits.max_seconds} s", path, seconds)
+
+
+_METER: ContextVar[Callable[[int], None] | None] = ContextVar("meter", default=None)
+
+
+@contextmanager
+def metered(meter: Callable[[int], None]) -> Iterator[None]:
+    """While this thread decodes, `meter` is told the pixels of each picture before it is decoded, of each frame of a
+    clip after that, and 0 for each packet; what it raises ends the decoding."""
+    token = _METER.set(meter)
+    try:
+        yield
+    finally:
+        _METER.reset(token)
+
+
+def decoded(pixels: int) -> None:
+    """Tell whoever meters this thread."""
+    if meter := _METER.get():
+        meter(pixels)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nvila.components.data import animation, video
-from nvila.components.data.limits import Limits, MediaError, check_file, check_pixels, decoding
-from nvila.components.data.picture import opaque
+from nvila.components.data.limits import Limits, MediaError, check_file, check_pixels, decoded, decoding
+from nvila.components.data.picture import Shrink, opaque, whole
 from nvila.components.data.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -85,25 +85,29 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, min(limits.max_pixels, MOST_PIXELS) // 2 + 1)
     with decoding(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         check_pixels(image.width, image.height, path, limits)
+        decoded(image.width * image.height)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def load_video_frames(path: Path, sampling: Sampling, limits: Limits = Limits()) -> list[Image.Image]:
+def load_video_frames(
+    path: Path, sampling: Sampling, limits: Limits = Limits(), *, shrink: Shrink = whole
+) -> list[Image.Image]:
     """The RGB frames that `sampling` names of those that a player shows, turned upright and of square pixels.
 
     `path` is a video file, an animation, or a folder of frames, which are taken in the order of their names
     (frame2 before frame10, hidden files left out) and have no times. Only
     the groups of pictures that hold the wanted frames are decoded. Where one of them is damaged, the frames are chosen
-    among those before the first damage of the file; `validate` quarantines such files before training.
+    among those before the first damage of the file; `validate` quarantines such files before training. Each frame is
+    kept as `shrink` makes it.
 
     Raises:
         MediaError: missing, larger than the limits, or without a single frame.
     """
     if path.is_dir():
         names = _frame_files(path, limits)
-        return [load_image(names[index], limits) for index in sampling.places(len(names))]
-    return _chosen_frames(path, sampling.of, limits)
+        return [shrink(load_image(names[index], limits)) for index in sampling.places(len(names))]
+    return _chosen_frames(path, sampling.of, limits, shrink)
 
 
 def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image.Image:
@@ -123,12 +127,12 @@ def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image
     return frames[0]
 
 
-def _chosen_frames(path: Path, choose: video.Choose, limits: Limits) -> list[Image.Image]:
+def _chosen_frames(path: Path, choose: video.Choose, limits: Limits, shrink: Shrink = whole) -> list[Image.Image]:
     check_file(path, limits)
     if not animation.is_webp(path):
-        return video.chosen_frames(path, choose, limits)
+        return video.chosen_frames(path, choose, limits, shrink)
     chosen = choose(animation.webp_timeline(path, limits))
-    frames = animation.webp_at(path, {*chosen}, limits)
+    frames = animation.webp_at(path, {*chosen}, limits, shrink)
     if len(frames) < len({*chosen}):
         raise MediaError("undecodable", "the animation has fewer frames than it says", path, len(frames))
     return [frames[place] for place in chosen]

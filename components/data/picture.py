@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import av.video.frame
     from PIL import Image
+
+
+Shrink = Callable[["Image.Image"], "Image.Image"]
+"""What is kept of a frame of a clip: many large ones would fill the memory at once."""
+
+
+def whole(frame: Image.Image) -> Image.Image:
+    """All of it."""
+    return frame
 
 
 @dataclass(frozen=True)

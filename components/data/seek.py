@@ -5,9 +5,10 @@ Without certainty that the result is that of decoding from the beginning there i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+from nvila.components.data.limits import decoded
 from nvila.components.data.survey import Survey
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     import av.video.frame
     import av.video.stream
 
-Frames = dict[int, "av.video.frame.VideoFrame"]
-"""By place in the order of showing."""
+T = TypeVar("T")
 
 
 def decode_at(
@@ -25,9 +25,10 @@ def decode_at(
     stream: av.video.stream.VideoStream,
     found: Survey,
     places: Collection[int],
+    keep: Callable[[av.video.frame.VideoFrame], T],
     *,
     seeking: bool,
-) -> Frames | None:
+) -> dict[int, T] | None:
     """The frames at some places in the order of showing, each group of pictures decoded at most once.
 
     Damage in what is decoded ends in None; damage elsewhere is not seen.
@@ -37,16 +38,17 @@ def decode_at(
         stream: the one of its streams that `found` is of; what it decodes with has not been opened yet.
         found: what the packets are.
         places: of the frames, within those that are shown.
+        keep: makes of each of them what is kept.
         seeking: jump to the key frames; else all packets are read again, which finds them in every file.
 
     Returns:
-        The frames by place, or None where decoding everything must decide.
+        What is kept by place, or None where decoding everything must decide.
     """
     import av
 
     if seeking or stream.codec_context.name != "h264":  # this one calls it an error to begin at an open group
         stream.codec_context.options = {"err_detect": "explode"}
-    frames: Frames = {}
+    frames: dict[int, T] = {}
     try:
         wanted = {found.ticks[place]: place for place in places}
         packets = container.demux(stream)
@@ -56,11 +58,12 @@ def decode_at(
                 packets = container.demux(stream)
             stream.codec_context.flush_buffers()
             for frame in _decode_range(packets, stream, found, first, last):
+                decoded(frame.width * frame.height)
                 if frame.is_corrupt:
                     return None
                 place = None if frame.pts is None else wanted.get(frame.pts)
                 if place is not None:
-                    frames[place] = frame
+                    frames[place] = keep(frame)
     except av.error.FFmpegError:
         return None
     return frames if len(frames) == len(places) else None
@@ -90,6 +93,7 @@ def _decode_range(
             if position < 0:
                 continue  # seeking leads to somewhere before
             return
+        decoded(0)
         position = expected
         leads = first and began is not None and packet.pts is not None and packet.pts < began
         if not leads:  # else it refers to frames before this stretch, and is none of those wanted

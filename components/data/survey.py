@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.components.data.limits import Limits, MediaError, check_length
+from nvila.components.data.limits import Limits, MediaError, check_length, decoded
 from nvila.components.data.sampling import Timeline
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def survey(
     broadcast, cumulative, may_hide = formats & BROADCAST, formats & CUMULATIVE, codec.endswith(("vp8", "vp9"))
     _check_end(path, formats)
     times: list[int | None] = []
-    decoded: list[int | None] = []
+    orders: list[int | None] = []
     sizes: list[int] = []
     durations: list[int] = []
     seeks: dict[int, int] = {}
@@ -120,6 +120,7 @@ def survey(
     number = 0
     try:
         for number, packet in enumerate(container.demux(stream), 1):
+            decoded(0)
             pts, dts, bytes_ = packet.pts, packet.dts, packet.size
             if number > limits.max_frames and (bytes_ or dts is not None):  # PyAV adds an empty one at the end
                 check_length(number, 0.0, path, limits)
@@ -132,7 +133,7 @@ def survey(
             if packet.is_keyframe and pts is not None and not (times and cumulative):
                 seeks[len(times)] = pts if dts is None else dts
             times.append(pts)
-            decoded.append(dts)
+            orders.append(dts)
             sizes.append(bytes_)
             durations.append(packet.duration or 0)
     except av.error.FFmpegError as error:
@@ -148,7 +149,7 @@ def survey(
     guessed = "avi" in formats and ascending and bool(stream.codec_context.has_b_frames)
     counted = guessed or len({*timed}) < len(shown)
     if len(timed) < len(shown):
-        timed = [tick for at in shown if (tick := decoded[at]) is not None]
+        timed = [tick for at in shown if (tick := orders[at]) is not None]
         if len(timed) < len(shown):
             raise MediaError("undecodable", "the frames of the video have no times", path)
     if not counted:

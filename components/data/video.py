@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.components.data.limits import Limits, MediaError, check_length, check_pixels, decoding
-from nvila.components.data.picture import Shape, square_pixels, to_picture
+from nvila.components.data.limits import Limits, MediaError, check_length, check_pixels, decoded, decoding
+from nvila.components.data.picture import Shape, Shrink, square_pixels, to_picture, whole
 from nvila.components.data.sampling import Timeline
 from nvila.components.data.seek import decode_at
 from nvila.components.data.survey import Survey, survey
@@ -26,8 +26,8 @@ Choose = Callable[[Timeline], Sequence[int]]
 """From when the frames are shown to places among them."""
 
 
-def chosen_frames(path: Path, choose: Choose, limits: Limits) -> list[Image.Image]:
-    """The frames that `choose` names, RGB, as a player shows them.
+def chosen_frames(path: Path, choose: Choose, limits: Limits, shrink: Shrink = whole) -> list[Image.Image]:
+    """The frames that `choose` names, RGB, as a player shows them, each kept as `shrink` makes it.
 
     Only the groups of pictures that hold them are decoded. Where the file or one of these groups is damaged, they are
     chosen among the frames before the first damage of the file.
@@ -37,27 +37,29 @@ def chosen_frames(path: Path, choose: Choose, limits: Limits) -> list[Image.Imag
     """
     timeline, pictures = None, None
     try:
-        with _opened(path, limits) as clip:
+        with _opened(path, limits, shrink) as clip:
             found = clip.survey()
             timeline, chosen = found.timeline, choose(found.timeline)
             pictures = clip.sought(found, chosen, seeking=True)
         if pictures is None and not found.counted:
-            with _opened(path, limits) as clip:
+            with _opened(path, limits, shrink) as clip:
                 pictures = clip.sought(found, chosen, seeking=False)
     except MediaError as error:
         if error.problem != "undecodable":
             raise
-    return _in_sequence(path, choose, limits, timeline) if pictures is None else pictures
+    return _in_sequence(path, choose, limits, timeline, shrink) if pictures is None else pictures
 
 
-def _in_sequence(path: Path, choose: Choose, limits: Limits, timeline: Timeline | None) -> list[Image.Image]:
+def _in_sequence(
+    path: Path, choose: Choose, limits: Limits, timeline: Timeline | None, shrink: Shrink = whole
+) -> list[Image.Image]:
     """The chosen frames, all before them decoded: of `timeline`, or of what decodes where that is less."""
     for attempt in (timeline, None):
         if attempt is None:
             with _opened(path, limits) as clip:
                 attempt = clip.decodable()
         chosen = choose(attempt)
-        with _opened(path, limits) as clip:
+        with _opened(path, limits, shrink) as clip:
             kept = clip.kept({*chosen})
         if len(kept) == len({*chosen}):
             return [kept[place] for place in chosen]
@@ -77,15 +79,15 @@ def probe_video(path: Path, limits: Limits) -> tuple[tuple[int, int], int, float
         for frame in clip.frames(strict=True):
             ticks.append(frame.pts)
             size = clip.size(frame)
-    decoded, promised = len(ticks), len(found.ticks)
-    if decoded < promised:
-        raise MediaError("undecodable", f"truncated video: {decoded} of {promised} frames can be decoded", path)
-    if decoded > promised:
-        raise MediaError("undecodable", f"{decoded} frames can be decoded where the file says {promised}", path)
+    there, promised = len(ticks), len(found.ticks)
+    if there < promised:
+        raise MediaError("undecodable", f"truncated video: {there} of {promised} frames can be decoded", path)
+    if there > promised:
+        raise MediaError("undecodable", f"{there} frames can be decoded where the file says {promised}", path)
     if not found.counted and ticks != found.ticks:
         place = next(n for n, (seen, said) in enumerate(zip(ticks, found.ticks, strict=True)) if seen != said)
         raise MediaError("undecodable", f"frame {place} is shown at another time than the file says", path)
-    return size, decoded, round(found.timeline.seconds, 3)
+    return size, there, round(found.timeline.seconds, 3)
 
 
 def video_size(path: Path, limits: Limits) -> tuple[int, int]:
@@ -108,6 +110,7 @@ class _Clip:
     stream: av.video.stream.VideoStream
     path: Path
     limits: Limits
+    shrink: Shrink
     shape: Shape | None = None
     """As the first frame says."""
 
@@ -126,25 +129,25 @@ class _Clip:
         """The chosen frames; None where only decoding from the beginning finds them."""
         if found.counted:
             return None
-        frames = decode_at(self.container, self.stream, found, {*chosen}, seeking=seeking)
-        if frames is None:
-            return None
-        pictures = {place: self.picture(frame) for place, frame in frames.items()}
-        return [pictures[place] for place in chosen]
+        pictures = decode_at(self.container, self.stream, found, {*chosen}, self.picture, seeking=seeking)
+        return None if pictures is None else [pictures[place] for place in chosen]
 
     def frames(self, *, strict: bool = False) -> Iterator[av.video.frame.VideoFrame]:
         """All frames in the order of showing. With `strict` a damaged place is an error, else the end."""
         import av
 
-        decoded, began = 0, None
+        number, began = 0, None
         try:
-            for frame in self.container.decode(self.stream):
-                decoded += 1
-                if frame.time is not None:
-                    began = frame.time if began is None else began
-                check_length(decoded, 0.0 if began is None else frame.time - began, self.path, self.limits)
-                self.size(frame)
-                yield frame
+            for packet in self.container.demux(self.stream):
+                decoded(0)
+                for frame in packet.decode():
+                    number += 1
+                    decoded(frame.width * frame.height)
+                    if frame.time is not None:
+                        began = frame.time if began is None else began
+                    check_length(number, 0.0 if began is None else frame.time - began, self.path, self.limits)
+                    self.size(frame)
+                    yield frame
         except av.error.FFmpegError:
             if strict:
                 raise
@@ -178,9 +181,9 @@ class _Clip:
         return size
 
     def picture(self, frame: av.video.frame.VideoFrame) -> Image.Image:
-        """As shown, and within the limits."""
+        """As shown, within the limits, and as it is to be kept."""
         self.size(frame)
-        return to_picture(frame, self._shape(frame))
+        return self.shrink(to_picture(frame, self._shape(frame)))
 
     def _shape(self, frame: av.video.frame.VideoFrame) -> Shape:
         self.shape = self.shape or Shape.of(frame, self.stream.sample_aspect_ratio)
@@ -188,7 +191,7 @@ class _Clip:
 
 
 @contextmanager
-def _opened(path: Path, limits: Limits) -> Iterator[_Clip]:
+def _opened(path: Path, limits: Limits, shrink: Shrink = whole) -> Iterator[_Clip]:
     import av
 
     options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
@@ -199,7 +202,7 @@ def _opened(path: Path, limits: Limits) -> Iterator[_Clip]:
         size = square_pixels(stream.width, stream.height, stream.sample_aspect_ratio)
         check_pixels(*size, path, limits)
         stream.thread_type = "NONE"
-        yield _Clip(container, stream, path, limits)
+        yield _Clip(container, stream, path, limits, shrink)
 
 
 def _shown_stream(container: av.container.InputContainer) -> av.video.stream.VideoStream | None:

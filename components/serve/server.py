@@ -24,21 +24,25 @@ from nvila.components.contracts.children import leashed
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import PreflightError, RolloutError
 from nvila.components.contracts.foreign import read_object, reading
+from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
-from nvila.components.serve.guard import RequireKey
 from nvila.components.serve.interpreter import serve_python, serve_variables
 from nvila.components.serve.ports import why_not
+from nvila.components.serve.told import Told
 
 ENGINE_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
     *("--generation-config", "vllm"),
+    *("--structured-outputs-config", '{"backend": "guidance"}'),
+    *("--middleware", "nvila.components.serve.guard.Guard"),
 )
 """Small and quick to start; compiling pays only for larger models than a CPU serves.
 
 What a request does not say has vLLM's neutral value, not that of the folder's `generation_config.json`: a penalty of
 repetitions would give other answers than those that were evaluated. The tokens that end an answer are still read there.
+Schemas are kept by the library that `infer` has: the middleware judges them by its rules.
 """
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -66,6 +70,7 @@ def start(
     served_name: str,
     log_path: Path,
     api_key: str | None = None,
+    settings: EndpointSettings | None = None,
     threads: int = 1,
     kept: Path | None = None,
 ) -> Server:
@@ -78,6 +83,7 @@ def start(
         served_name: the `model` of requests.
         log_path: where stdout and stderr go.
         api_key: required as a bearer token of every request but the probes when given.
+        settings: limits and permissions of requests.
         threads: compute threads, see `serve_variables`.
         kept: a record; the server whose process id it names outlives this process.
 
@@ -89,12 +95,12 @@ def start(
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     # With `=`: the name of a folder may begin with a dash.
     command += [f"--served-model-name={served_name}", "--host", host, "--port", str(port), *ENGINE_OPTIONS]
-    command += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__qualname__}"]
     with reading(place := model_dir / "config.json"):
         model = read_object(place)["nvila"]
         sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
-    variables = serve_variables(threads)
+    told = Told(model_dir=model_dir.absolute(), settings=settings or EndpointSettings())
+    variables = serve_variables(threads) | told.variables()
     variables.pop(name_of("vllm_key"), None)
     if api_key is not None:
         variables |= named(vllm_key=api_key)  # not on the command line, which every user of the machine can read

@@ -2,7 +2,7 @@
 
 `generation` asks before each token; everything else about choosing it stays there. A schema is untrusted: it is
 compiled by the library with its limits, no reference to another document is fetched, and a keyword that cannot be
-kept is refused.
+kept is refused. The endpoint refuses by the same rules (`serve.structured`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from typing import Any
 import torch
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.text.controls import break_up, control_strings
 from nvila.components.model.text.templates import stop_tokens
+from nvila.components.model.text.tokenizer import TokenIds
 
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way of spacing, so that a model cannot fill its answer with white space."""
 MOST_BYTES = 2**20
 """Of a schema's file."""
+MOST_COUNT = 10_000
+"""That a schema may count to: the library makes a symbol for each item, and a billion of them take all memory."""
+STEPS = 16
+"""Tokens of a trial answer: what can be kept at all mostly shows at its beginning."""
 
 
 class JsonSchema:
@@ -32,20 +38,17 @@ class JsonSchema:
         Raises:
             ConfigError: not a schema, or one that asks for what cannot be kept.
         """
-        from llguidance import LLMatcher
         from llguidance.hf import from_tokenizer
 
         self._stop = sorted(stop_tokens(tokenizer))
         self._tokens = from_tokenizer(tokenizer, eos_token=self._stop)
         try:
-            self._grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACING)
-            failed, said = LLMatcher.validate_grammar_with_warnings(self._grammar, self._tokens)
+            self._grammar = schema_grammar(prepared(schema, control_strings(tokenizer)))
+            require_keepable(self._grammar, self._tokens, TokenIds.of(tokenizer).vocabulary)
         except (TypeError, ValueError) as error:
-            failed, said = True, [str(error)]
-        if failed or said:
             raise ConfigError(
-                "answers cannot be held to this JSON schema", where="json_schema", value="; ".join(said)[:500]
-            )
+                "answers cannot be held to this JSON schema", where="json_schema", value=str(error)[:500]
+            ) from None
 
     @classmethod
     def read(cls, tokenizer: Any, path: Path) -> JsonSchema:
@@ -70,6 +73,70 @@ class JsonSchema:
         from llguidance import LLMatcher
 
         return Allowed([LLMatcher(self._tokens, self._grammar) for _ in range(rows)], self._stop)
+
+
+def prepared(schema: Any, controls: Sequence[str]) -> dict[str, Any]:
+    """A schema whose answers are spaced in one way, and in which control strings are broken up, as in all texts.
+
+    Raises:
+        ValueError: not an object, or it counts beyond `MOST_COUNT`.
+    """
+    if not isinstance(schema, Mapping):
+        raise ValueError("a JSON schema is an object")
+    return {**_prepared(schema, controls), "x-guidance": SPACING}
+
+
+def _prepared(value: Any, controls: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return break_up(value, controls)
+    if isinstance(value, Mapping):
+        for name in _COUNTS & value.keys():
+            if isinstance(value[name], int | float) and value[name] > MOST_COUNT:
+                raise ValueError(f"{name} is at most {MOST_COUNT}")
+        return {break_up(key, controls): _prepared(inner, controls) for key, inner in value.items()}
+    return [_prepared(inner, controls) for inner in value] if isinstance(value, list | tuple) else value
+
+
+_COUNTS = {"minItems", "maxItems", "minLength", "minProperties", "maxProperties"}
+
+
+def schema_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of a prepared schema.
+
+    Raises:
+        ValueError: not a schema.
+    """
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+
+def require_keepable(grammar: str, tokens: Any, vocabulary: int) -> None:
+    """Return where answers can be held to a grammar: nothing of it is left out, and a trial answer begins.
+
+    Args:
+        grammar: of llguidance.
+        tokens: the vocabulary as llguidance takes it.
+        vocabulary: ids below have a logit.
+
+    Raises:
+        ValueError: they cannot, and why.
+    """
+    from llguidance import LLMatcher
+
+    failed, said = LLMatcher.validate_grammar_with_warnings(grammar, tokens)
+    if failed or said:
+        raise ValueError("; ".join(said))
+    matcher = LLMatcher(tokens, grammar, log_level=0)
+    for step in range(STEPS):
+        if matcher.is_stopped():
+            return
+        mask = matcher.compute_bitmask()
+        if matcher.is_stopped() and not step and not matcher.is_accepting():
+            raise ValueError("no answer has this form; does it refer to itself without end?")
+        token = next((i for i in range(vocabulary) if mask[i // 8] >> (i % 8) & 1), None)
+        if token is None or not matcher.consume_token(token):
+            raise ValueError((matcher.get_error().splitlines() or ["an answer cannot go on"])[0])
 
 
 class Allowed:

@@ -79,8 +79,7 @@ def preprocess_image(
     elif config.vision_mode == "s2" or (config.vision_mode == "dynamic_s2" and alone):
         visuals = [_s2_visual(image, config)]
     else:
-        whole = _squared(image) if config.vision_mode == "pad" else image
-        visuals = [Visual("image", _cut(whole, [(1, 1)], config.tile_pixels), None)]
+        visuals = [Visual("image", _cut(_whole(image, config), [(1, 1)], config.tile_pixels), None)]
     return visuals if pixels else [visual.normalised() for visual in visuals]
 
 
@@ -97,10 +96,20 @@ def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixe
     return visual if pixels else visual.normalised()
 
 
+def shrunk(frame: Image.Image, config: ModelConfig) -> Image.Image:
+    """The frame in the size that the model sees: `preprocess_video` makes the same tiles of it, to the bit."""
+    side = config.s2_scales[-1] if config.vision_mode == "s2" else config.tile_pixels
+    return Image.fromarray(resize(_whole(frame, config), [(side, side)])[0])
+
+
 def blank(visual: Visual) -> Visual:
     """The same tiles in the middle grey of SigLIP's normalisation: a model that sees nothing."""
     grey = torch.full_like(visual.tiles, 127 if visual.tiles.dtype == torch.uint8 else 0)
     return replace(visual, tiles=grey, features=None)
+
+
+def _whole(image: Image.Image, config: ModelConfig) -> Image.Image:
+    return _squared(image) if config.vision_mode == "pad" else image
 
 
 def _squared(image: Image.Image) -> Image.Image:
