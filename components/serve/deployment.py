@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from nvila.components.contracts.errors import RolloutError
 from nvila.components.contracts.files import discard, read_json, write_atomic
 from nvila.components.contracts.processes import Process, birth
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.serve import ports, server
 from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.programs import Program, end_all
 
@@ -69,8 +71,8 @@ class Wanted(_Record):
     """Per cent of the requests that the challenger gets."""
     tried_by: Process | None = None
     """Who tries the challenger: it is dropped where that process is gone. None: nobody does."""
-    one_at_a_time: bool = False
-    """Memory does not hold two: a server that is no longer wanted ends before another one starts."""
+    replaced: Version | None = None
+    """The champion that ended to make room for the challenger; it comes back where `tried_by` is gone."""
     stopped: bool = False
     """Everything is to end."""
 
@@ -90,6 +92,8 @@ class VersionStatus(Program):
     ended: str = ""
     """How it did so the last time, with the last lines of its log."""
     log: str
+    settings: str = ""
+    """The endpoint's settings that it was started with, as JSON."""
 
 
 class Status(_Record):
@@ -180,6 +184,29 @@ def exclusive(runs: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder / ".lock", f"{folder}: another process starts or stops a server"):
         yield
+
+
+@contextmanager
+def rolling(runs: Path) -> Iterator[None]:
+    """Only one process at a time tries a version, from its first look to the last."""
+    folder = runs / SERVING
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.alone(folder / ".rolling", f"{folder}: another process rolls a version out"):
+        yield
+
+
+def why_not(runs: Path, host: str, port: int) -> str | None:
+    """Why the endpoint of this folder of runs cannot be there, in words; None where it can, or is."""
+    wanted = read(runs, Wanted) if running(runs) else None
+    return None if wanted and (wanted.host, wanted.port) == (host, port) else ports.why_not(host, port)
+
+
+def require_address(runs: Path, host: str, port: int) -> None:
+    """Raises:
+    PreflightError: the endpoint cannot be there: the port is another program's, say.
+    """
+    if why_not(runs, host, port):
+        server.require_address(host, port)
 
 
 def change(runs: Path, **fields: object) -> Wanted:
@@ -323,6 +350,7 @@ def end_leftovers(runs: Path) -> list[str]:
     if status is None or running(runs):
         return ended
     left = end_all(status.programs, status.supervisor, STOP_SECONDS)
+    discard(place(runs, Status))
     return ended + [
         f"left of a dead supervisor: {_words(one, status) if isinstance(one, VersionStatus) else 'Envoy'}"
         for one in left
@@ -350,8 +378,6 @@ def _words(one: VersionStatus, status: Status) -> str:
 
 def _end_supervisor(runs: Path) -> None:
     """Tell it to end, with its servers; where it does not, they end by themselves once it is killed."""
-    import signal
-
     guards = read(runs, Guards) or Guards()
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         for pid, born in guards.guards:
@@ -368,8 +394,6 @@ def _end_earlier(runs: Path) -> list[str]:
     """Earlier versions kept one server's process in `endpoint.json` and one that was tried in `challenger.json`."""
     import psutil
 
-    from nvila.components.serve.server import stop
-
     ended = []
     for name in ("endpoint", "challenger"):
         old = runs / SERVING / f"{name}.json"
@@ -377,7 +401,7 @@ def _end_earlier(runs: Path) -> list[str]:
         pid, born = record.get("pid"), record.get("born")
         since_boot = birth(pid) if isinstance(pid, int) and pid > 1 else None
         if since_boot and born in (since_boot, psutil.Process(pid).create_time()):  # the second in records of old
-            stop(int(str(pid)))
+            server.stop(int(str(pid)))
             ended.append(f"{record.get('model')} version {record.get('version')} at {record.get('url')}")
         discard(old)
     return ended

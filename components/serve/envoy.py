@@ -502,6 +502,16 @@ class Admin:
                 )
         return found
 
+    def receiving(self, counted: dict[str, Counters]) -> int:
+        """About how many requests have come in part, and are with no server yet.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        found = self.get("/stats?format=json&filter=^http%5C.endpoint%5C.downstream_rq_active$")["stats"]
+        here = sum(one.get("value", 0) for one in found)
+        return max(0, here - sum(one.active for one in counted.values()))
+
     def _ask(self, method: str, path: str) -> bytes:
         connection = _UnixConnection(self._path)
         try:
