@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.data.sampling import Sampling
 from nvila.components.serve import guard as guard_module
 from nvila.components.serve.facts import Facts
 from nvila.components.serve.guard import PATHS, Guard
@@ -29,7 +30,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Facts, "of", lambda folder: Facts(vocabulary=100, context=64, longest=8))
+    monkeypatch.setattr(Facts, "of", lambda folder: Facts(vocabulary=100, context=64, longest=8, sampling=Sampling(4)))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
