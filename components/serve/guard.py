@@ -55,7 +55,6 @@ class Guard:
 
     def __init__(self, app: App, told: Told | None = None) -> None:
         told = told or Told.read()  # vLLM makes the middleware, with no arguments of ours
-        self._settings = told.settings
         self._gate = _Gate(app, told)
         self._entry: App = self._gate
         if told.settings.origins:
@@ -110,7 +109,8 @@ class _Gate:
             begin(Allowance(self._settings, judged.sampling))
             await self.app(_inner(scope, self._key, len(judged.body)), _again(judged.body, receive), answer)
         except Refusal as refusal:
-            await body.drain(DRAINED * self._most)
+            if not any(name.lower() == b"expect" for name, _ in scope["headers"]):  # that client waits for our word
+                await body.drain(DRAINED * self._most)
             await answer.refuse(refusal)
         except _GoneError:
             return
@@ -157,7 +157,7 @@ class _Gate:
         if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise Refusal("the body comes uncompressed", status=415, code="wrong_media_type")
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._most:
+        if length.isdigit() and int(length[:20]) > self._most:
             raise self._too_large()
         pieces: list[bytes] = []
         try:

@@ -6,13 +6,12 @@ Pure: bytes in, bytes or a `Refusal` out. `guard` reads the bytes and knows abou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 
 from nvila.components.contracts.foreign import parse
 from nvila.components.data.sampling import Sampling
@@ -57,8 +56,8 @@ def judge(path: str, body: bytes, bounds: Bounds) -> Judged:
     except ValueError as error:
         raise Refusal(str(error), "media_io_kwargs") from None
     try:
-        return Judged(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(), sampling)
-    except UnicodeEncodeError:
+        return Judged(to_json(content), sampling)
+    except PydanticSerializationError:
         raise Refusal("a text has half a character in it (a lone surrogate)", code="invalid_text") from None
 
 

@@ -212,6 +212,12 @@ def test_a_body_beyond_the_limit_is_refused_and_not_held(declared: bool, monkeyp
     assert not inner.asked
 
 
+def test_who_asks_before_sending_is_answered_at_once() -> None:
+    """A client that expects `100 Continue` would be told to send what is not wanted."""
+    headers = {**JSON, "content-length": "9" * 5000, "expect": "100-continue"}
+    assert status(asyncio.run(asked(made(Inner()), pieces=(), headers=headers))) == 413
+
+
 @pytest.mark.parametrize(
     ("headers", "body", "expected"),
     [

@@ -21,7 +21,7 @@ from nvila.components.serve import parameters
 from nvila.components.serve.interpreter import serve_python
 
 pytestmark = WITH_VLLM
-SEED, SHARE = 0, 0.3
+SEED, SHARE = 0, 0.15
 
 
 @pytest.fixture(scope="module")
