@@ -34,7 +34,7 @@ class DataUrl:
         Raises:
             ValueError: it has another form.
         """
-        header, comma, body = url.strip()[len("data:") :].partition(",")
+        header, comma, body = url[len("data:") :].partition(",")
         kind, *parameters = [part.strip().lower() for part in unquote(header).split(";")]
         if not comma or not parameters or parameters[-1] != "base64":
             raise ValueError("a data: URL must be in base64 and read data:<type>;base64,<bytes>")
@@ -74,7 +74,7 @@ def from_file(url: str, folders: Sequence[Path], max_bytes: int) -> bytes:
     """
     if not folders:
         raise ValueError("file:// URLs are switched off on this server; send the bytes as a data: URL")
-    host, slash, rest = url.strip()[len("file://") :].partition("/")
+    host, slash, rest = url[len("file://") :].partition("/")
     path = unquote(slash + rest)
     if url[:7].lower() != "file://" or host.lower() not in ("", "localhost") or {*"?#"} & {*rest}:
         raise ValueError("a file: URL must read file:///<path>, with ? and # as %3F and %23")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import urllib.error
 import urllib.request
@@ -191,6 +192,30 @@ def test_media_from_elsewhere_are_refused(running: Running, kind: str, url: str,
         urllib.request.urlopen(request, timeout=30)
     assert error.value.code == 400
     assert reason in error.value.read().decode()
+
+
+def test_frames_as_a_clip_are_answered_as_the_clip(running: Running, media: Media) -> None:
+    """Evaluation harnesses send the frames of a clip: other answers than to its file would measure another model."""
+    said: dict[str, list[Any]] = {"file": [], "frames": []}
+    for path in media.clips:
+        files = []
+        for frame in load_video_frames(path, running.model.config.sampling):
+            frame.save(file := io.BytesIO(), "PNG")
+            files.append(base64.b64encode(file.getvalue()).decode())
+        for form, url in (("file", None), ("frames", "data:video/jpeg;base64," + ",".join(files))):
+            body = server.chat_request("tiny", "Which digit?", video=path, max_tokens=4) | {"logprobs": True}
+            if url:
+                body["messages"][0]["content"][0]["video_url"]["url"] = url
+            request = urllib.request.Request(
+                f"{running.url}/v1/chat/completions",
+                data=json.dumps(body).encode(),
+                headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+            )
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                tokens = json.load(answer)["choices"][0]["logprobs"]["content"]
+            said[form].append([token["token"] for token in tokens])
+    assert len({*map(str, said["file"])}) > 1
+    assert said["frames"] == said["file"]
 
 
 def test_request_cannot_choose_the_number_of_frames(running: Running, media: Media) -> None:
