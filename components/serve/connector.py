@@ -69,7 +69,7 @@ async def _answered(reading: Coroutine[Any, Any, Medium]) -> Medium:
     try:
         return await reading
     except BusyError as error:
-        raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+        raise GracefulHTTPError(error.what, HTTPStatus.SERVICE_UNAVAILABLE) from error
 
 
 def _run(reading: Coroutine[Any, Any, T]) -> T:

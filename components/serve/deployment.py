@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nvila.components.contracts import locks
 from nvila.components.contracts.environment import for_child, name_of, named
-from nvila.components.contracts.errors import RolloutError
+from nvila.components.contracts.errors import DamagedError, RolloutError
 from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.processes import Process, birth
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.serve import ports, server
@@ -50,6 +51,8 @@ class Version(_Record):
     """Of the model's manifest."""
     model_dir: str
     """Its serving folder."""
+    settings: EndpointSettings = EndpointSettings()
+    """How it is served: another limit is another server."""
 
 
 class Wanted(_Record):
@@ -59,7 +62,6 @@ class Wanted(_Record):
     """One more with each change, so that a status tells which one it is of."""
     host: str
     port: int = Field(ge=1, le=65_535)
-    settings: EndpointSettings = EndpointSettings()
     key: str | None = None
     """Salted scrypt of the key that the endpoint asks for, as `fingerprint` makes it; None leaves it open. The key
     itself is in the memory of the supervisor only."""
@@ -69,12 +71,18 @@ class Wanted(_Record):
     """The version that is tried beside it."""
     weight: int = Field(default=0, ge=0, le=100)
     """Per cent of the requests that the challenger gets."""
+    replaced: Version | None = None
+    """The champion that was stopped to make room for the challenger; it comes back where that is dropped."""
     tried_by: Process | None = None
     """Who tries the challenger: it is dropped where that process is gone. None: nobody does."""
-    replaced: Version | None = None
-    """The champion that ended to make room for the challenger; it comes back where `tried_by` is gone."""
     stopped: bool = False
     """Everything is to end."""
+
+    @property
+    def settings(self) -> EndpointSettings:
+        """Those of the version that users reach, which Envoy keeps to."""
+        shown = self.champion or self.challenger
+        return shown.settings if shown else EndpointSettings()
 
 
 class VersionStatus(Program):
@@ -188,25 +196,41 @@ def exclusive(runs: Path) -> Iterator[None]:
 
 @contextmanager
 def rolling(runs: Path) -> Iterator[None]:
-    """Only one process at a time tries a version, from its first look to the last."""
+    """Only one rollout at a time. `nvila stop` does not wait for it."""
     folder = runs / SERVING
     folder.mkdir(parents=True, exist_ok=True)
-    with locks.alone(folder / ".rolling", f"{folder}: another process rolls a version out"):
+    with locks.alone(folder / ".rollout.lock", f"{folder}: another rollout is under way", locks.WORK_SECONDS):
         yield
 
 
 def why_not(runs: Path, host: str, port: int) -> str | None:
-    """Why the endpoint of this folder of runs cannot be there, in words; None where it can, or is."""
+    """Why the endpoint cannot listen there, in words; None where it can, or does so already."""
     wanted = read(runs, Wanted) if running(runs) else None
     return None if wanted and (wanted.host, wanted.port) == (host, port) else ports.why_not(host, port)
 
 
 def require_address(runs: Path, host: str, port: int) -> None:
     """Raises:
-    PreflightError: the endpoint cannot be there: the port is another program's, say.
+    PreflightError: the endpoint cannot listen there: the port is taken by another program, say.
     """
     if why_not(runs, host, port):
         server.require_address(host, port)
+
+
+def require_files(version: Version) -> None:
+    """Read the files of a serving folder, every time.
+
+    Raises:
+        DamagedError: they are not what the step wrote, or are those of another model than is wanted.
+    """
+    made = written_by(Path(version.model_dir))
+    if made is not None and made.digest != version.digest:
+        raise DamagedError(
+            f"the folder of {version.name} version {version.version} holds another model",
+            where=version.model_dir,
+            value={"wanted": version.digest[:12], "there": made.digest[:12]},
+            do="Run the recipe again, or serve the folder by its path.",
+        )
 
 
 def change(runs: Path, **fields: object) -> Wanted:
@@ -343,6 +367,14 @@ def end(runs: Path) -> list[str]:
     return ended
 
 
+def leftovers(runs: Path) -> list[str]:
+    """What still runs of a supervisor that is gone."""
+    status, here = read(runs, Status), Process.this()
+    if status is None or running(runs) or (status.supervisor.host, status.supervisor.boot) != (here.host, here.boot):
+        return []
+    return [_left(one, status) for one in status.programs if not one.gone]
+
+
 def end_leftovers(runs: Path) -> list[str]:
     """End what is left of a supervisor that is gone, and servers that earlier versions of this program have started."""
     ended = _end_earlier(runs)
@@ -351,10 +383,7 @@ def end_leftovers(runs: Path) -> list[str]:
         return ended
     left = end_all(status.programs, status.supervisor, STOP_SECONDS)
     discard(place(runs, Status))
-    return ended + [
-        f"left of a dead supervisor: {_words(one, status) if isinstance(one, VersionStatus) else 'Envoy'}"
-        for one in left
-    ]
+    return ended + [_left(one, status) for one in left]
 
 
 def tail(log: Path, lines: int = 8) -> str:
@@ -374,6 +403,10 @@ def status_port(status: Status) -> int:
 
 def _words(one: VersionStatus, status: Status) -> str:
     return f"{one.version.name} version {one.version.version} at {status.url}"
+
+
+def _left(one: Program, status: Status) -> str:
+    return f"left of a dead supervisor: {_words(one, status) if isinstance(one, VersionStatus) else 'Envoy'}"
 
 
 def _end_supervisor(runs: Path) -> None:

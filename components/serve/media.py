@@ -37,19 +37,22 @@ from nvila.components.serve.told import Told
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
 
-THREADS = 64
+THREADS = 256
 """Most of them wait for their turn."""
-QUICK, LONG, WAITING = max(4, os.cpu_count() or 1), 2, THREADS // 4
+QUICK, LONG, WAITING = max(4, os.cpu_count() or 1), max(2, (os.cpu_count() or 1) // 2), THREADS * 3 // 4
 """How many decode at a time: in the beginning, and those that take long; and how many of the latter may wait."""
-QUICK_SECONDS = 1.0
+QUICK_SECONDS = 0.3
 QUICK_PIXELS = 16_000_000
 """Of a picture; what has more takes long, and much memory."""
 PIXELS_PER_SECOND = 10**9
 """Nothing decodes faster on one core; what a request may decode, on whatever machine."""
 
 
-class BusyError(Exception):
+class BusyError(MediaError):
     """So much is decoded for others that this medium never had its turn."""
+
+    def __init__(self) -> None:
+        super().__init__("too_long", "this server decodes other media now; ask again later", "media")
 
 
 class Allowance:
@@ -90,7 +93,9 @@ class Turns:
     So whoever sends what takes long waits for his like, and nobody else for him.
     """
 
-    def __init__(self, quick: int = QUICK, long: int = LONG, waiting: int = WAITING) -> None:
+    def __init__(self, seconds: float, quick: int = QUICK, long: int = LONG, waiting: int = WAITING) -> None:
+        self._seconds = seconds
+        """Longest wait."""
         self._quick, self._long = threading.Semaphore(quick), threading.Semaphore(long)
         self._queue = threading.Semaphore(long + waiting)
 
@@ -99,15 +104,15 @@ class Turns:
         """Decode in a turn, and take what it costs from the allowance.
 
         Raises:
-            BusyError: waited for as long as the request may decode, or too many wait already.
+            BusyError: waited for as long as one may, or too many wait already.
             MediaError: nothing of the allowance is left.
         """
         held: list[threading.Semaphore] = []
         began = last = 0.0
 
         def take(place: threading.Semaphore, seconds: float) -> None:
-            if not place.acquire(timeout=max(0.0, seconds)):
-                raise BusyError("this server decodes other media now; ask again later")
+            if not place.acquire(timeout=seconds):
+                raise BusyError
             held.append(place)
 
         def meter(pixels: int) -> None:
@@ -116,12 +121,12 @@ class Turns:
             if self._quick in held and (now - began > QUICK_SECONDS or pixels > QUICK_PIXELS):
                 held.pop().release()
                 take(self._queue, 0)
-                take(self._long, allowance.seconds)
+                take(self._long, self._seconds)
                 now = time.monotonic()
             last = now
 
         try:
-            take(self._quick, allowance.seconds)
+            take(self._quick, self._seconds)
             began = last = time.monotonic()
             with metered(meter):
                 yield
@@ -201,7 +206,7 @@ class Media:
         self.remote = Remote(frozenset(self.settings.media_domains), most)
         self.folders = [Path(folder) for folder in self.settings.media_folders]
         self.cache = Cache(self.settings.media_cache_mib * 2**20)
-        self.turns = Turns()
+        self.turns = Turns(self.settings.request_seconds / 2)
         self._pool = ThreadPoolExecutor(THREADS, "media")
         self._decoding: dict[bytes, Future[np.ndarray]] = {}
         self._lock = threading.Lock()
@@ -252,6 +257,8 @@ class Media:
             content = await loop.run_in_executor(self._pool, self._content, url, kind, sampling, allowance)
         try:
             return Medium(await self._pixels(content, allowance), content.key)
+        except BusyError:
+            raise
         except DataError as error:
             raise ValueError(error.what) from error
 
@@ -293,7 +300,7 @@ class Media:
             return await asyncio.shield(asyncio.wrap_future(own))
         try:
             return await asyncio.shield(asyncio.wrap_future(running))
-        except (DataError, BusyError):
+        except DataError:
             return await asyncio.wrap_future(self._pool.submit(self._decode, content, allowance))
 
     def _forget(self, key: bytes, _: object) -> None:

@@ -75,6 +75,7 @@ class _Server:
     """When it is started, as of `time.monotonic`; when it began to drain, while it does."""
     health: _Health | None = None
     ending: threading.Thread | None = None
+    reading: _Reading | None = None
 
     def becomes(self, state: State) -> None:
         """Note a new state."""
@@ -101,6 +102,22 @@ class _Server:
 
 
 _TOLD = ("version", "role", "state", "url", "since", "restarts", "ended", "settings")
+
+
+class _Reading(threading.Thread):
+    """Reads a version's files before each start, which takes a while."""
+
+    def __init__(self, version: Version) -> None:
+        super().__init__(daemon=True)
+        self.fault: Exception | None = None
+        self._version = version
+        self.start()
+
+    def run(self) -> None:
+        try:
+            deployment.require_files(self._version)
+        except (NvilaError, OSError) as error:
+            self.fault = error
 
 
 class _Health(threading.Thread):
@@ -248,6 +265,14 @@ class Supervisor:
                 one.failures = 0
 
     def _start(self, one: _Server) -> None:
+        if one.reading is None:
+            one.reading = _Reading(one.version)
+        one.reading.join(TICK_SECONDS)
+        if one.reading.is_alive():
+            return
+        fault, one.reading = one.reading.fault, None
+        if fault:
+            return self._failed(one, str(fault))
         port = ports.free_port("127.0.0.1")
         _cut(one.log)
         key = None if self._key is None else self._key.get_secret_value()  # an empty key is one
@@ -263,8 +288,7 @@ class Supervisor:
                 heirs=deployment.place(self._runs, Guards),
             )
         except (NvilaError, OSError) as error:
-            self._failed(one, str(error))
-            return
+            return self._failed(one, str(error))
         one.program, one.url = Program(pid=started.pid, born=birth(started.pid) or 0.0), started.url
         one.health = _Health(one.url)
         one.becomes("starting")

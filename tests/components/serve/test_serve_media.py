@@ -290,10 +290,24 @@ def test_bytes_of_all_media_of_a_request(tmp_path: Path) -> None:
     assert "at most" in _refused(lambda: _picture(media, _encoded(content * 2)))
 
 
+def test_a_server_that_is_busy_is_not_the_askers_error(tmp_path: Path) -> None:
+    """A client that is told that its picture is bad will not ask again: 503 and not 400, also from within a decoder."""
+    media = Media(EndpointSettings())
+    media.turns = Turns(0.01, quick=1, long=0)
+    path = tmp_path / "a.gif"
+    images = [Image.new("L", (2000, 2000), n) for n in range(50)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=20)
+    with pytest.raises(BusyError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endpoint, "QUICK_SECONDS", 0)
+        _clip(media, _encoded(path.read_bytes()))
+    with media.turns.decoding(media.allowance()), pytest.raises(BusyError):
+        _picture(media, _encoded(_noise(9, 9)))
+
+
 def test_whoever_takes_long_keeps_nobody_else_waiting() -> None:
     """As many bombs as threads would stop the media of everybody: they wait for each other only, and not without
     limit."""
-    turns = Turns(quick=1, long=1, waiting=1)
+    turns = Turns(60, quick=1, long=1, waiting=1)
     media = Media(EndpointSettings(max_media_seconds=60))
     go, long, ends = threading.Event(), threading.Semaphore(0), []
 
