@@ -170,9 +170,9 @@ def lines(told: dict[str, Any]) -> list[str]:
         found.append(f"restarts: Envoy {restarts['envoy']}, supervisor {restarts['supervisor']}")
         found += [f"trouble: {endpoint['trouble']}"] if endpoint["trouble"] else []
         for one in endpoint["versions"]:
-            health = "healthy" if one["healthy"] else "not healthy"
+            state = f"{one['state']}, {'healthy' if one['healthy'] else 'not healthy'}"
             found.append(
-                f"{one['role']}: {one['model']} version {one['version']} ({one['digest'][:12]}) {one['state']}, {health} "
+                f"{one['role']}: {one['model']} version {one['version']} ({one['digest'][:12]}) {state} "
                 f"since {_time(one['since'])}, {one['weight']}% of requests, {one['restarts']} restarts"
             )
             found += [f"  ended: {one['ended'].splitlines()[-1]}"] if one["ended"] else []
