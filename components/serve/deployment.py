@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nvila.components.contracts import locks
 from nvila.components.contracts.environment import for_child, name_of, named
-from nvila.components.contracts.errors import RolloutError
+from nvila.components.contracts.errors import DamagedError, RolloutError
 from nvila.components.contracts.files import discard, read_json, write_atomic
+from nvila.components.contracts.manifest import written_by
 from nvila.components.contracts.processes import Process, birth
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.serve import ports, server
 from nvila.components.serve.interpreter import serve_python
 from nvila.components.serve.programs import Program, end_all
 
@@ -48,6 +50,8 @@ class Version(_Record):
     """Of the model's manifest."""
     model_dir: str
     """Its serving folder."""
+    settings: EndpointSettings = EndpointSettings()
+    """How it is served: another limit is another server."""
 
 
 class Wanted(_Record):
@@ -57,7 +61,6 @@ class Wanted(_Record):
     """One more with each change, so that a status tells which one it is of."""
     host: str
     port: int = Field(ge=1, le=65_535)
-    settings: EndpointSettings = EndpointSettings()
     key: str | None = None
     """Salted scrypt of the key that the endpoint asks for, as `fingerprint` makes it; None leaves it open. The key
     itself is in the memory of the supervisor only."""
@@ -67,12 +70,20 @@ class Wanted(_Record):
     """The version that is tried beside it."""
     weight: int = Field(default=0, ge=0, le=100)
     """Per cent of the requests that the challenger gets."""
+    replaced: Version | None = None
+    """The champion that was stopped to make room for the challenger; it comes back where that is dropped."""
     tried_by: Process | None = None
     """Who tries the challenger: it is dropped where that process is gone. None: nobody does."""
     one_at_a_time: bool = False
     """Memory does not hold two: a server that is no longer wanted ends before another one starts."""
     stopped: bool = False
     """Everything is to end."""
+
+    @property
+    def settings(self) -> EndpointSettings:
+        """Those of the version that users reach, which Envoy keeps to."""
+        shown = self.champion or self.challenger
+        return shown.settings if shown else EndpointSettings()
 
 
 class VersionStatus(Program):
@@ -180,6 +191,45 @@ def exclusive(runs: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locks.alone(folder / ".lock", f"{folder}: another process starts or stops a server"):
         yield
+
+
+@contextmanager
+def rolling(runs: Path) -> Iterator[None]:
+    """Only one rollout at a time. `nvila stop` does not wait for it."""
+    folder = runs / SERVING
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.alone(folder / ".rollout.lock", f"{folder}: another rollout is under way", locks.WORK_SECONDS):
+        yield
+
+
+def why_not(runs: Path, host: str, port: int) -> str | None:
+    """Why the endpoint cannot listen there, in words; None where it can, or does so already."""
+    wanted = read(runs, Wanted) if running(runs) else None
+    return None if wanted and (wanted.host, wanted.port) == (host, port) else ports.why_not(host, port)
+
+
+def require_address(runs: Path, host: str, port: int) -> None:
+    """Raises:
+    PreflightError: the endpoint cannot listen there: the port is taken by another program, say.
+    """
+    if why_not(runs, host, port):
+        server.require_address(host, port)
+
+
+def require_files(version: Version) -> None:
+    """Read the files of a serving folder, every time.
+
+    Raises:
+        DamagedError: they are not what the step wrote, or are those of another model than is wanted.
+    """
+    made = written_by(Path(version.model_dir))
+    if made is not None and made.digest != version.digest:
+        raise DamagedError(
+            f"the folder of {version.name} version {version.version} holds another model",
+            where=version.model_dir,
+            value={"wanted": version.digest[:12], "there": made.digest[:12]},
+            do="Run the recipe again, or serve the folder by its path.",
+        )
 
 
 def change(runs: Path, **fields: object) -> Wanted:

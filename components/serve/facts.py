@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.foreign import read_object
+from nvila.components.data.sampling import Sampling
+from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.text.controls import CONTROLS, MARKERS, control_strings
 from nvila.components.model.text.tokenizer import load_tokenizer
 
@@ -23,6 +25,8 @@ class Facts:
     """Most tokens of a prompt with its answer."""
     longest: int
     """Characters of the longest token: a text of more than `context` times as many is too long."""
+    sampling: Sampling
+    """Frames that the model takes of a clip."""
     controls: tuple[str, ...] = CONTROLS
     """What is broken up in texts."""
     markers: frozenset[int] = frozenset()
@@ -43,26 +47,24 @@ class Facts:
             vocabulary=config["text_config"]["vocab_size"],
             context=tokenizer.model_max_length,
             longest=max(map(len, tokenizer.get_vocab())),
+            sampling=ModelConfig.from_json(config["nvila"]).sampling,
             controls=control_strings(tokenizer),
             markers=frozenset(tokenizer.convert_tokens_to_ids(list(MARKERS))),
-            tokens=_Once(lambda: _tokens(tokenizer)),
+            tokens=tokens_of(tokenizer),
         )
 
 
-def _tokens(tokenizer: Any) -> Any:
-    from llguidance.hf import from_tokenizer
+def tokens_of(tokenizer: Any) -> Callable[[], Any]:
+    """A function that makes the vocabulary for llguidance, once."""
+    made: list[Any] = []
+    lock = threading.Lock()
 
-    return from_tokenizer(tokenizer)
+    def tokens() -> Any:
+        from llguidance.hf import from_tokenizer
 
+        with lock:
+            if not made:
+                made.append(from_tokenizer(tokenizer))
+            return made[0]
 
-class _Once:
-    """A function whose result is kept."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make, self._made, self._lock = make, None, threading.Lock()
-
-    def __call__(self) -> Any:
-        with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+    return tokens

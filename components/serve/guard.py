@@ -16,9 +16,10 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.serve.answers import Answer, BrokenStreamError, Message, Send
 from nvila.components.serve.facts import Facts
+from nvila.components.serve.media import Allowance, begin
 from nvila.components.serve.parameters import Bounds
 from nvila.components.serve.refusal import ANTHROPIC, Refusal
-from nvila.components.serve.requests import JUDGES, judge
+from nvila.components.serve.requests import JUDGES, Judged, judge
 from nvila.components.serve.told import Told
 
 Scope = Message
@@ -54,7 +55,6 @@ class Guard:
 
     def __init__(self, app: App, told: Told | None = None) -> None:
         told = told or Told.read()  # vLLM makes the middleware, with no arguments of ours
-        self._settings = told.settings
         self._gate = _Gate(app, told)
         self._entry: App = self._gate
         if told.settings.origins:
@@ -106,9 +106,11 @@ class _Gate:
                 )
             self._running, counted = self._running + 1, True
             judged = await self._judged(path, await self._read(scope, body))
-            await self.app(_inner(scope, self._key, len(judged)), _again(judged, receive), answer)
+            begin(Allowance(self._settings, judged.sampling))
+            await self.app(_inner(scope, self._key, len(judged.body)), _again(judged.body, receive), answer)
         except Refusal as refusal:
-            await body.drain(DRAINED * self._most)
+            if not any(name.lower() == b"expect" for name, _ in scope["headers"]):  # that client waits for our word
+                await body.drain(DRAINED * self._most)
             await answer.refuse(refusal)
         except _GoneError:
             return
@@ -119,7 +121,7 @@ class _Gate:
             self._running -= counted
             self._held -= body.size if counted else 0
 
-    async def _judged(self, path: str, body: bytes) -> bytes:
+    async def _judged(self, path: str, body: bytes) -> Judged:
         if self._bounds is None:
             raise Refusal("the server was not told which model it serves", status=503, code="unavailable")
         return await asyncio.get_running_loop().run_in_executor(self._judges, judge, path, body, self._bounds)
@@ -155,7 +157,7 @@ class _Gate:
         if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise Refusal("the body comes uncompressed", status=415, code="wrong_media_type")
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._most:
+        if length.isdigit() and int(length[:20]) > self._most:
             raise self._too_large()
         pieces: list[bytes] = []
         try:

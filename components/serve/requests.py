@@ -6,16 +6,18 @@ Pure: bytes in, bytes or a `Refusal` out. `guard` reads the bytes and knows abou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 
 from nvila.components.contracts.foreign import parse
+from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import break_up
 from nvila.components.serve import parameters
+from nvila.components.serve.media import asked_sampling
 from nvila.components.serve.parameters import Bounds
 from nvila.components.serve.parts import Found, anthropic_messages, chat_messages, system_text
 from nvila.components.serve.refusal import Refusal, nearest, shown
@@ -25,8 +27,18 @@ DEFAULT_MAX_TOKENS = 16
 """Of `/v1/completions`, as OpenAI has it."""
 
 
-def judge(path: str, body: bytes, bounds: Bounds) -> bytes:
-    """The body that vLLM is given.
+@dataclass(frozen=True)
+class Judged:
+    """A request that is answered."""
+
+    body: bytes
+    """What vLLM is given."""
+    sampling: Sampling | None = None
+    """Frames that it asks for of its clips; None is the model's own number."""
+
+
+def judge(path: str, body: bytes, bounds: Bounds) -> Judged:
+    """What becomes of a request.
 
     Args:
         path: one of `JUDGES`.
@@ -37,10 +49,15 @@ def judge(path: str, body: bytes, bounds: Bounds) -> bytes:
         Refusal: it is not answered, and why.
     """
     fields, judge_fields = JUDGES[path]
-    content = judge_fields(_known(_object(body), fields, bounds), bounds)
+    asked = _known(_object(body), fields, bounds)
+    content = judge_fields(asked, bounds)
     try:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
+        sampling = asked_sampling(content.pop("media_io_kwargs", None), bounds.facts.sampling)
+    except ValueError as error:
+        raise Refusal(str(error), "media_io_kwargs") from None
+    try:
+        return Judged(to_json(content), sampling)
+    except PydanticSerializationError:
         raise Refusal("a text has half a character in it (a lone surrogate)", code="invalid_text") from None
 
 

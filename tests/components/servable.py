@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ WITH_VLLM = [pytest.mark.slow, pytest.mark.skipif(bool(_missing()), reason=_miss
 QUESTION = "Which digit is in row 2, column 1?"
 
 
-def servable_model(**changes: Any) -> tuple[NVILA, Any]:
-    """Random weights, scaled so that answers depend on the picture."""
+def servable_model(
+    *, llm: dict[str, Any] | None = None, texts: Sequence[str] = (QUESTION, "three four seven"), **changes: Any
+) -> tuple[NVILA, Any]:
+    """Random weights, scaled so that answers depend on the picture; `llm` changes keys of the decoder's."""
     vision = {
         "hidden_size": 96,
         "num_hidden_layers": 3,
@@ -46,7 +49,7 @@ def servable_model(**changes: Any) -> tuple[NVILA, Any]:
         "patch_size": 14,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    llm = {
+    decoder = {
         "vocab_size": 300,
         "hidden_size": 128,
         "num_hidden_layers": 2,
@@ -56,10 +59,11 @@ def servable_model(**changes: Any) -> tuple[NVILA, Any]:
         "max_position_embeddings": 256,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
+        **(llm or {}),
     }
     fields: dict[str, Any] = {
         "vision": vision,
-        "llm": llm,
+        "llm": decoder,
         "projector": "mlp_downsample",
         "vision_mode": "dynamic_s2",
         "s2_scales": (28, 56),
@@ -70,7 +74,7 @@ def servable_model(**changes: Any) -> tuple[NVILA, Any]:
         "sampling": Sampling(4),
         "video_pool_sizes": ((2, 1, 1),),
     }
-    tokenizer = train_tokenizer([QUESTION, "three four seven"], 300)
+    tokenizer = train_tokenizer(texts, decoder["vocab_size"])
     model = init_model(ModelConfig(**{**fields, **changes}), tokenizer, seed=0).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,6 +25,9 @@ MOST_BYTES = 2**20
 """Of a schema's file."""
 MOST_COUNT = 10_000
 """That a schema may count to: the library makes a symbol for each item, and a billion of them take all memory."""
+FUEL = 100_000
+"""Of the library, for the patterns of a grammar: a tenth of its own limit, and a refusal takes no second. A schema of
+300 properties with patterns needs less."""
 STEPS = 16
 """Tokens of a trial answer: what can be kept at all mostly shows at its beginning."""
 
@@ -122,12 +125,13 @@ def require_keepable(grammar: str, tokens: Any, vocabulary: int) -> None:
     Raises:
         ValueError: they cannot, and why.
     """
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLParserLimits
 
-    failed, said = LLMatcher.validate_grammar_with_warnings(grammar, tokens)
+    limits = LLParserLimits(initial_lexer_fuel=FUEL)
+    failed, said = LLMatcher.validate_grammar_with_warnings(grammar, tokens, limits=limits)
     if failed or said:
         raise ValueError("; ".join(said))
-    matcher = LLMatcher(tokens, grammar, log_level=0)
+    matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits)
     for step in range(STEPS):
         if matcher.is_stopped():
             return

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.data.sampling import Sampling
 from nvila.components.serve import guard as guard_module
 from nvila.components.serve.facts import Facts
 from nvila.components.serve.guard import PATHS, Guard
@@ -29,7 +30,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(autouse=True)
 def facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Facts, "of", lambda folder: Facts(vocabulary=100, context=64, longest=8))
+    monkeypatch.setattr(Facts, "of", lambda folder: Facts(vocabulary=100, context=64, longest=8, sampling=Sampling(4)))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
@@ -209,6 +210,12 @@ def test_a_body_beyond_the_limit_is_refused_and_not_held(declared: bool, monkeyp
     got = asyncio.run(asked(gate, pieces=pieces, headers=headers))
     assert status(got) == 413 and "1 MiB" in said(got)["error"]["message"]
     assert not inner.asked
+
+
+def test_who_asks_before_sending_is_answered_at_once() -> None:
+    """A client that expects `100 Continue` would be told to send what is not wanted."""
+    headers = {**JSON, "content-length": "9" * 5000, "expect": "100-continue"}
+    assert status(asyncio.run(asked(made(Inner()), pieces=(), headers=headers))) == 413
 
 
 @pytest.mark.parametrize(
