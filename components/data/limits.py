@@ -68,7 +68,7 @@ _METER: ContextVar[Callable[[int], None] | None] = ContextVar("meter", default=N
 @contextmanager
 def metered(meter: Callable[[int], None]) -> Iterator[None]:
     """While this thread decodes, `meter` is told the pixels of each picture before it is decoded, of each frame of a
-    clip after that, and 0 for each packet; what it raises ends the decoding."""
+    clip after that and of one when the clip is opened, and 0 for each packet; what it raises ends the decoding."""
     token = _METER.set(meter)
     try:
         yield

@@ -201,6 +201,7 @@ def _opened(path: Path, limits: Limits, shrink: Shrink = whole) -> Iterator[_Cli
             raise MediaError("undecodable", "the file holds no video", path)
         size = square_pixels(stream.width, stream.height, stream.sample_aspect_ratio)
         check_pixels(*size, path, limits)
+        decoded(stream.width * stream.height)  # to look for its format, a frame was
         stream.thread_type = "NONE"
         yield _Clip(container, stream, path, limits, shrink)
 
