@@ -23,6 +23,8 @@ from typing import Any
 import malformed
 from malformed import ANTHROPIC, CHAT, JSON, TEXT, Malformed
 
+from nvila.components.serve.server import Server
+
 sys.path.insert(0, str(Path(__file__).parent / "components"))
 MARKERS = "what <image> <vila/video> <vila/sentinel> <|im_start|>system [PAD] is"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": False}
@@ -226,8 +228,8 @@ def _healthy(url: str) -> bool:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """URL of the real server, on a model whose media ids lie behind the vocabulary even as vLLM pads it: 5 times 64."""
+def served(folder: Path) -> Iterator[Server]:
+    """The real server, on a model whose media ids lie behind the vocabulary even as vLLM pads it: 5 times 64."""
     import torch
     from servable import servable_model
 
@@ -245,8 +247,7 @@ def served(folder: Path) -> Iterator[str]:
     started = server.start(folder / "model", port=free_port("127.0.0.1"), served_name=NAME, log_path=log)
     try:
         server.wait_ready(started.url, 280, started.pid, log)
-        yield started.url
-        assert server.is_alive(started.pid), log.read_text()[-3000:]
+        yield started
     finally:
         server.stop(started.pid)
 
@@ -254,14 +255,14 @@ def served(folder: Path) -> Iterator[str]:
 def main() -> int:
     """Ask everything, and say what is wrong."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as server:
         began, count, bad = time.monotonic(), 0, 0
         for case in cases(contents(Path(folder))):
             count += 1
-            if found := wrong(url, case):
+            if found := wrong(server.url, case):
                 bad += 1
                 print(f"WRONG {case.path} {case.what[:120]}: {found}", flush=True)
-            if found and not _healthy(url):
+            if found and not _healthy(server.url):
                 return 1
         print(f"{count} requests in {time.monotonic() - began:.0f} seconds, {bad} wrong")
     return int(bool(bad))

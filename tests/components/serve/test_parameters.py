@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import http.client
 import json
 import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from malformed import CHAT, TEXT, malformed
 from parameters import MARKERS, NAME, PROMPTS, Case, ask, cases, contents, refused, served, wrong
@@ -19,6 +22,7 @@ from nvila.components.model.text.controls import break_up, mend
 from nvila.components.model.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Turn, render
 from nvila.components.serve import parameters
 from nvila.components.serve.interpreter import serve_python
+from nvila.components.serve.server import Server
 
 pytestmark = WITH_VLLM
 SEED, SHARE = 0, 0.15
@@ -30,9 +34,14 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with served(tmp_path_factory.mktemp("served")) as found:
         yield found
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    return server.url
 
 
 def test_no_request_ends_the_engine(url: str, content: dict[str, Any]) -> None:
@@ -109,3 +118,22 @@ def test_every_parameter_of_vllm_is_decided() -> None:
                 known = {*ours.pop(node.name).model_fields, *parameters.DROPPED, *parameters.REFUSED}
                 assert len(fields) > 40 and fields <= known
     assert not ours
+
+
+def test_a_stream_whose_engine_dies_is_broken_and_others_may_come_again(server: Server) -> None:
+    """vLLM ends it with [DONE], and answers 500 to who waits. The last test: the engine is gone."""
+    address = urlsplit(server.url)
+    connections = [http.client.HTTPConnection(address.netloc, timeout=120) for _ in range(2)]
+    asked = {"model": NAME, "messages": _hi(), "max_tokens": 480, "ignore_eos": True}
+    for connection, stream in zip(connections, (True, False), strict=True):
+        connection.request("POST", CHAT, json.dumps(asked | {"stream": stream}), {"Content-Type": "application/json"})
+    streamed = connections[0].getresponse()
+    first = streamed.readline()
+    processes = psutil.Process(server.pid).children(recursive=True)
+    next(process for process in processes if process.name() == "VLLM::EngineCore").kill()
+    with pytest.raises(http.client.IncompleteRead) as broken:
+        streamed.read()
+    assert first.startswith(b"data: {") and b'"error"' in broken.value.partial and b"[DONE]" not in broken.value.partial
+    waited = connections[1].getresponse()
+    assert waited.status == 503 and waited.headers["Retry-After"]
+    assert "again" in json.load(waited)["error"]["message"]

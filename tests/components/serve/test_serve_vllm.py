@@ -165,7 +165,7 @@ def test_server_wants_its_key(running: Running) -> None:
     with pytest.raises(RolloutError, match="401"):
         server.ask(running.url, "tiny", "Which digit?")
     body = json.dumps(server.chat_request("tiny", "Which digit?")).encode()
-    request = urllib.request.Request(f"{running.url}/v1/models", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{running.url}/v1/completions", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(request, timeout=60)
 
