@@ -100,8 +100,6 @@ class VersionStatus(Program):
     ended: str = ""
     """How it did so the last time, with the last lines of its log."""
     log: str
-    settings: str = ""
-    """The endpoint's settings that it was started with, as JSON."""
 
 
 class Status(_Record):
@@ -290,7 +288,7 @@ def ensure_supervisor(runs: Path, key: SecretStr | None) -> None:
         _end_supervisor(runs)
     end_leftovers(runs)
     log = runs / SERVING / "supervisor.log"
-    variables = named(serve_python=serve_python()) | (named(api_key=key.get_secret_value()) if key else {})
+    variables = named(serve_python=serve_python()) | (named(api_key=key.get_secret_value()) if key is not None else {})
     with log.open("ab") as sink:
         child = subprocess.Popen(
             [sys.executable, "-m", "nvila.components.serve.supervisor", str(runs)],

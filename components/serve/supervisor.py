@@ -57,8 +57,6 @@ class _Server:
     """One version's server over all its starts."""
 
     version: Version
-    settings: str
-    """The endpoint's settings that it was started with, as JSON."""
     role: Role
     log: Path
     state: State = "waiting"
@@ -101,7 +99,7 @@ class _Server:
         return VersionStatus(**program.model_dump(), **known, log=str(self.log))
 
 
-_TOLD = ("version", "role", "state", "url", "since", "restarts", "ended", "settings")
+_TOLD = ("version", "role", "state", "url", "since", "restarts", "ended")
 
 
 class _Reading(threading.Thread):
@@ -153,12 +151,13 @@ class Supervisor:
         self._folder = runs / deployment.SERVING
         self._wanted: Wanted | None = None
         self._servers: list[_Server] = []
+        self._guards: list[tuple[int, float]] = []
         self._standby: Program | None = None
         self._envoy: Program | None = None
         self._place = Path()
         self._binary = interpreter.envoy()
         self._applied: dict[str, Any] = {}
-        self._asked = time.monotonic()
+        self._begun, self._asked = 0.0, time.monotonic()
         self._restarts, self._envoy_restarts, self._since, self._generation = 0, 0, 0.0, 0
         self._trouble = ""
         self._written: Status | None = None
@@ -207,7 +206,7 @@ class Supervisor:
             trouble = (
                 "the endpoint is to have another key than this supervisor knows; `nvila serve` starts it with that"
             )
-        self._assign(wanted)
+        self._assign()
         for one in list(self._servers):
             self._look_after(one)
         trouble = self._look_after_envoy(wanted) or trouble
@@ -217,11 +216,11 @@ class Supervisor:
             if not self._since and any(one.takes_requests and one.role == "champion" for one in self._servers):
                 self._since = time.time()
 
-    def _assign(self, wanted: Wanted) -> None:
+    def _assign(self) -> None:
         """Give the servers their roles; those without one are drained, those that are missing are to be started."""
-        settings, roles = wanted.settings.model_dump_json(), self._roles()
+        roles = self._roles()
         for one in self._servers:
-            role = next((r for r, v in roles.items() if v == one.version and one.settings == settings), None)
+            role = next((r for r, v in roles.items() if v == one.version), None)
             if role is None:
                 if one.state != "draining":
                     one.due = time.monotonic()
@@ -233,7 +232,7 @@ class Supervisor:
                     one.becomes("starting" if one.program else "waiting")
         for role, version in roles.items():
             log = self._folder / f"{version.name}-v{version.version}.log"
-            self._servers.append(_Server(version, settings, role, log))
+            self._servers.append(_Server(version, role, log))
 
     def _look_after(self, one: _Server) -> None:
         now = time.monotonic()
@@ -276,7 +275,6 @@ class Supervisor:
         port = ports.free_port("127.0.0.1")
         _cut(one.log)
         key = None if self._key is None else self._key.get_secret_value()  # an empty key is one
-        assert self._wanted
         try:
             started = server.start(
                 Path(one.version.model_dir),
@@ -284,7 +282,7 @@ class Supervisor:
                 served_name=one.version.name,
                 log_path=one.log,
                 api_key=key,
-                settings=self._wanted.settings,
+                settings=one.version.settings,
                 heirs=deployment.place(self._runs, Guards),
             )
         except (NvilaError, OSError) as error:
@@ -342,6 +340,8 @@ class Supervisor:
             self._end_envoy()
         envoy.link_certificate(self._place, wanted.settings)
         if self._envoy is None:
+            if self._begun and now - self._begun < SHORTEST_SECONDS:
+                return f"Envoy has ended: {deployment.tail(self._folder / 'envoy.log', 3)}"
             if why := ports.why_not(wanted.host, wanted.port):
                 return f"{wanted.host}:{wanted.port}: nothing of ours can listen there ({why})"
             envoy.apply(self._place, contents, None)
@@ -355,7 +355,8 @@ class Supervisor:
                     stderr=log,
                     stdin=subprocess.DEVNULL,
                 )
-            self._envoy, self._asked = Program(pid=child.pid, born=birth(child.pid) or 0.0), now
+            self._envoy = Program(pid=child.pid, born=birth(child.pid) or 0.0)
+            self._asked = self._begun = now
             _say("Envoy started")
         if self._applied == contents:
             return ""
@@ -398,15 +399,16 @@ class Supervisor:
 
     def _guard(self) -> None:
         """Have somebody stand by, and all that was started know whom it goes on with."""
-        if self._alone or (self._standby and self._standby.alive):
+        if self._guards and (self._alone or (self._standby and self._standby.alive)):
             return
-        command = [sys.executable, "-IS", str(Path(__file__).with_name("standby.py"))]
-        command += [str(Process.this().pid), str(self._runs)]
-        child = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
-        self._standby = Program(pid=child.pid, born=birth(child.pid) or 0.0, session=child.pid)
         this = Process.this()
-        guards = Guards(guards=[(this.pid, this.born), (self._standby.pid, self._standby.born)])
-        deployment.write(self._runs, guards)
+        self._guards = [(this.pid, this.born)]
+        if not self._alone:
+            command = [sys.executable, "-IS", str(Path(__file__).with_name("standby.py")), str(this.pid)]
+            child = subprocess.Popen([*command, str(self._runs)], start_new_session=True, stdin=subprocess.DEVNULL)
+            self._standby = Program(pid=child.pid, born=birth(child.pid) or 0.0, session=child.pid)
+            self._guards.append((self._standby.pid, self._standby.born))
+        deployment.write(self._runs, Guards(guards=self._guards))
 
     def _take_over(self) -> None:
         """Go on with what another supervisor has started, where it still runs."""
@@ -421,10 +423,8 @@ class Supervisor:
             self._envoy, self._place = before.envoy, Path(before.admin).parent
         elif before.envoy:
             before.envoy.end(0)
-        wanted = deployment.read(self._runs, Wanted)
-        settings = wanted.settings.model_dump_json() if wanted else ""
         for known in before.versions:
-            one = _Server(known.version, known.settings or settings, known.role, Path(known.log))
+            one = _Server(known.version, known.role, Path(known.log))
             one.restarts, one.ended, one.since, one.url = known.restarts, known.ended, known.since, known.url
             program = Program(**known.model_dump(include=set(Program.model_fields)))
             if known.pid and program.alive:

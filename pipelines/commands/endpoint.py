@@ -57,16 +57,16 @@ def serve(
     settings = settings_of(given)
     deployment.require_address(runs, host, port)  # before anything is read or downloaded
     interpreter.envoy()
-    version = _version(reference, runs, name)
+    version = _version(reference, runs, name).model_copy(update={"settings": settings})
     with deployment.rolling(runs):
         before = deployment.read(runs, Wanted) if deployment.running(runs) else None
         served = before.champion if before else None
         if before and served:
-            settings = settings if given else before.settings
-            if (served, before.settings, before.host, before.port) != (version, settings, host, port) or foreground:
+            version = version.model_copy(update={} if given else {"settings": served.settings})
+            if (served, before.host, before.port) != (version, host, port) or foreground:
                 at = f"{served.name} version {served.version} is being served at {before.host}:{before.port}"
                 raise PreflightError(f"{at}, as it is", do="`nvila stop` first.")
-        asked: dict[str, Any] = {"host": host, "port": port, "settings": settings, "weight": 0}
+        asked: dict[str, Any] = {"host": host, "port": port, "weight": 0}
         if foreground:
             _in_foreground(runs, asked | {"champion": version}, key)
             return None

@@ -18,10 +18,12 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
+from nvila.components.contracts.errors import ConfigError, PreflightError, RolloutError
 from nvila.components.contracts.processes import Process
 from nvila.components.serve import deployment, envoy, interpreter
 from nvila.components.serve.deployment import Guards, Status, Version, Wanted
 from nvila.components.serve.ports import free_port
+from nvila.pipelines.commands import endpoint
 
 FAKE = """
 import json, os, subprocess, sys, threading, time
@@ -342,3 +344,86 @@ def test_a_port_of_another_program_is_told_of(served: Deployment) -> None:
         served.want(champion=served.version("a"))
         wait_for(lambda: "already in use" in served.status.trouble, json.dumps(served.status.model_dump(), default=str))
     wait_for(lambda: served.ask() == "a None", "the port is free")
+
+
+def test_serve_status_and_stop_tell_what_is(served: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody could say what was served, whether it answered, or how often it had ended."""
+    monkeypatch.setattr(endpoint, "_version", lambda reference, runs, name: served.version(reference))
+    assert endpoint.look(served.runs) == {"serving": False, "endpoint": None, "left": [], "last_decision": None}
+    address = ("127.0.0.1", served.port, served.runs, None)
+    first = endpoint.serve("a", *address, options=["max_body_mib=1"])
+    again = endpoint.serve("a", *address)
+    assert first and again and again.versions == first.versions, "it runs already, with the settings that it has"
+    with pytest.raises(PreflightError, match=r"small version a is being served at .*nvila stop"):
+        endpoint.serve("b", *address)
+    with pytest.raises(PreflightError, match="being served"):
+        endpoint.serve("a", *address, options=["max_body_mib=2"])
+    assert served.ask(b"x" * 2**21) == 413
+    told = endpoint.look(served.runs)
+    (one,) = told["endpoint"]["versions"]
+    assert told["serving"] and (one["role"], one["version"], one["weight"], one["restarts"]) == (
+        "champion",
+        "a",
+        100,
+        0,
+    )
+    said = "\n".join(endpoint.lines(told))
+    assert f"http://127.0.0.1:{served.port}  answers since" in said and "small version a" in said
+    assert endpoint.stop(served.runs) == [f"small version a at http://127.0.0.1:{served.port}"]
+    assert not endpoint.look(served.runs)["serving"] and endpoint.stop(served.runs) == []
+
+
+def test_a_model_that_does_not_start_is_told_of_and_leaves_nothing(
+    served: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason must be the server's own last words, and it must not be tried for ever after `nvila serve` gave up."""
+    monkeypatch.setattr(endpoint, "_version", lambda reference, runs, name: served.version(reference))
+    Path(served.version("a").model_dir, "die").touch()
+    with pytest.raises(RolloutError, match="no such weights"):
+        endpoint.serve("a", "127.0.0.1", served.port, served.runs, None)
+    assert deployment.running(served.runs) is None and deployment.read(served.runs, Wanted) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("max_body", "written key=value"),
+        ("max_bodies=3", "Keys: max_body_mib"),
+        ("max_body_mib=0", "greater than or equal to 1"),
+        ("max_body_mib=much", "valid integer"),
+        ("media_domains=a.example,127.0.0.1", "media come from domains"),
+        ("certificate=/chain.pem", "come together"),
+    ],
+)
+def test_a_wrong_option_is_refused(option: str, said: str) -> None:
+    """An option that is not taken leaves the endpoint open to what its owner has forbidden."""
+    with pytest.raises(ConfigError, match=said):
+        endpoint.settings_of([option])
+
+
+def test_options_are_those_of_the_recipe() -> None:
+    """What a recipe may say of an endpoint, a person may."""
+    found = endpoint.settings_of(["media_domains=a.example,b.example", "request_seconds=5.5", "origins="])
+    assert (found.media_domains, found.request_seconds, found.origins) == (["a.example", "b.example"], 5.5, [])
+
+
+def test_in_the_foreground_it_ends_with_a_signal(served: Deployment) -> None:
+    """A pod's process must be the supervisor itself, and give its last answers within the grace period."""
+    code = "import sys; from nvila.components.contracts.environment import Environment, entered\n"
+    code += "from nvila.pipelines.commands import endpoint; from nvila.components.serve.deployment import Version\n"
+    code += "from pathlib import Path\nendpoint._version = lambda *_: Version.model_validate_json(sys.argv[1])\n"
+    code += (
+        "with entered(Environment.read()): endpoint.serve('a', '127.0.0.1', int(sys.argv[2]), Path(sys.argv[3]), None,"
+    )
+    code += " foreground=True)"
+    words = [sys.executable, "-c", code, served.version("a").model_dump_json(), str(served.port), str(served.runs)]
+    pod = subprocess.Popen(words)
+    wait_for(lambda: served.ask() == "a None", "it does not start")
+    answers = list[Any]()
+    stream = threading.Thread(target=lambda: answers.append(served.ask(b"stream")), daemon=True)
+    stream.start()
+    time.sleep(0.5)
+    pod.terminate()
+    assert pod.wait(60) == 0
+    stream.join(30)
+    assert answers == ["hello" * 15] and deployment.running(served.runs) is None
