@@ -37,13 +37,9 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 """What is served, and by which methods."""
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 """Need no key: probes, and the counters that a cluster's monitoring reads; no request's content is in them."""
-_OURS = frozenset(
-    {
-        *(b"authorization", b"x-api-key", b"origin", b"x-request-id"),
-        *(b"content-length", b"transfer-encoding", b"content-type"),
-    }
-)
-"""Headers that end here: vLLM would take two requests of one id for the same, and answer CORS for everyone."""
+PASSED_HEADERS = frozenset({b"host", b"user-agent", b"accept", b"traceparent", b"tracestate"})
+"""The others end here: vLLM takes request ids, priorities, sessions and ranks of engines from headers, and answers CORS
+for everyone."""
 MOST_BODIES = 8
 """Largest bodies that may be in work at a time, in sum; the next one is told to come again."""
 DRAINED, DRAIN_SECONDS = 4, 10
@@ -242,7 +238,7 @@ def _is_key(authorization: bytes, key: bytes) -> bool:
 
 def _inner(scope: Scope, key: bytes | None, length: int | None) -> Scope:
     """The scope as vLLM gets it; it checks the key once more, in one spelling."""
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _OURS]
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() in PASSED_HEADERS]
     if key is not None:
         headers.append((b"authorization", b"Bearer " + key))
     if length is not None:

@@ -179,9 +179,21 @@ def test_without_a_key_nothing_is_asked() -> None:
 
 
 def test_headers_of_clients_reach_no_cache_and_no_request_id() -> None:
-    """Two requests of one id were taken for one another, and vLLM's own CORS answers every site."""
+    """Two requests of one id were taken for one another, an engine that is not there was chosen, and vLLM's own CORS
+    answers every site."""
     inner = Inner()
-    asyncio.run(asked(made(inner), headers={**JSON, "x-request-id": "1", "origin": "http://evil", "user-agent": "u"}))
+    asyncio.run(
+        asked(
+            made(inner),
+            headers={
+                **JSON,
+                "x-request-id": "1",
+                "x-data-parallel-rank": "9",
+                "origin": "http://evil",
+                "user-agent": "u",
+            },
+        )
+    )
     names = {name for name, _ in inner.asked[0][0]["headers"]}
     assert names == {b"content-type", b"content-length", b"user-agent"}
     assert json.loads(inner.asked[0][1])["max_tokens"] == 64, "what goes on is the judged body"
