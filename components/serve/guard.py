@@ -94,16 +94,15 @@ class _Gate:
             self._require_key(scope)
             if path not in JUDGES:
                 return await self.app(_inner(scope, self._key, None), receive, answer)
-            if self._running >= self._settings.max_requests:
-                raise Refusal(
-                    f"{self._running} requests are being answered, the most on this server; come again",
-                    status=429,
-                    code="too_many_requests",
-                )
+            self._require_place()
+            content = await self._read(scope, body)
+            self._require_place()  # who sends slowly takes none
             self._running, counted = self._running + 1, True
-            judged = await self._judged(path, await self._read(scope, body))
+            judged = await self._judged(path, content)
             begin(Allowance(self._settings, judged.sampling))
-            await self.app(_inner(scope, self._key, len(judged.body)), _again(judged.body, receive), answer)
+            inner, again = _inner(scope, self._key, len(judged.body)), _again(judged.body, receive)
+            del content, judged  # not held while it is answered
+            await self.app(inner, again, answer)
         except Refusal as refusal:
             if not any(name.lower() == b"expect" for name, _ in scope["headers"]):  # that client waits for our word
                 await body.drain(DRAINED * self._most)
@@ -115,7 +114,15 @@ class _Gate:
                 raise
         finally:
             self._running -= counted
-            self._held -= body.size if counted else 0
+            self._held -= body.size
+
+    def _require_place(self) -> None:
+        if self._running >= self._settings.max_requests:
+            raise Refusal(
+                f"{self._running} requests are being answered, the most on this server; come again",
+                status=429,
+                code="too_many_requests",
+            )
 
     async def _judged(self, path: str, body: bytes) -> Judged:
         if self._bounds is None:

@@ -268,6 +268,22 @@ def test_one_request_too_many_is_told_to_come_again() -> None:
     assert status(second) == 429 and header(second, "retry-after")
 
 
+def test_what_was_held_and_counted_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is refused, too large or broken off must not take the place of a later one for good."""
+    monkeypatch.setattr(guard_module, "MOST_BODIES", 1)
+    gate = made(Inner(), max_requests=1, max_body_mib=1)
+    large = b'{"messages": [{"role": "user", "content": "a"}], "user": "' + b"x" * 2**19
+
+    async def go() -> list[int]:
+        got = []
+        for pieces in ((large, b'"}'), (large, b"{"), (large * 3,), (large, b'"}')) * 2:
+            got.append(status(await asked(gate, pieces=pieces)))
+        assert await asked(gate, pieces=()) == []  # gone before its first byte
+        return [*got, status(await asked(gate, pieces=(large, b'"}')))]
+
+    assert asyncio.run(go()) == [200, 400, 413, 200] * 2 + [200]
+
+
 def test_nothing_goes_out_before_the_first_byte_of_an_answer() -> None:
     """Headers that are out early forbid a proxy to ask another server when this one dies."""
     gone: list[str] = []
