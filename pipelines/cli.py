@@ -395,8 +395,19 @@ def inspect(
 def serve(
     context: typer.Context,
     model: Model = "champion",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8321,
+    host: Annotated[str, typer.Option(help="Address to listen on; `::1` and `0.0.0.0` are some.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8321,
+    name: Annotated[str | None, typer.Option(help="What requests call the model; its own name by default.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            help="key=value of the recipe's section rollout.endpoint, such as media_domains=a,b; repeatable.",
+        ),
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, as in a container; SIGTERM gives the last answers and ends it.")
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -406,11 +417,37 @@ def serve(
     """
     from nvila.pipelines.commands.endpoint import serve as start
 
-    served = start(model, host, port, runs, context.obj.api_key)
+    key = context.obj.api_key
+    served = start(model, host, port, runs, key, name=name, options=option or [], foreground=foreground)
+    if served is None:
+        return
+    one = served.of("champion")
     if as_json:
-        put(served.model_dump(include={"url", "model", "version", "pid", "log"}))
+        told = (
+            {"model": one.version.name, "version": one.version.version, "pid": one.pid, "log": one.log} if one else {}
+        )
+        put({"url": served.url} | told)
     else:
-        typer.echo(tell(f"serving at {served.url}; `nvila stop` ends it"))
+        typer.echo(tell(f"serving at {served.url}; `nvila status` tells of it, `nvila stop` ends it"))
+
+
+@app.command()
+def status(as_json: Json = False, runs: Runs = Path("runs")) -> None:
+    """Tell what is served: address, versions, health, restarts, and what the last rollout decided.
+
+    Exit code: 0 where users are answered, 1 where they are not.
+
+    Example: nvila status --json
+    """
+    from nvila.pipelines.commands.endpoint import lines, look
+
+    told = look(runs)
+    if as_json:
+        put(told)
+    else:
+        for line in lines(told):
+            typer.echo(tell(line))
+    raise typer.Exit(Exit.DONE if told["serving"] else Exit.FAULT)
 
 
 ablations = typer.Typer(help="Find out what pays, by leaving it out.", no_args_is_help=True, rich_markup_mode=None)
@@ -461,7 +498,7 @@ def ablate_prune(
 
 @app.command()
 def stop(as_json: Json = False, runs: Runs = Path("runs")) -> None:
-    """Stop the endpoint that a run or `nvila serve` has started.
+    """Stop the endpoint that a run or `nvila serve` has started, and what is left of one that was killed.
 
     Example: nvila stop
     """

@@ -42,17 +42,17 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> Non
         os.kill(os.getpid(), number)
 
 
-def leashed(command: Sequence[str], *, kept: str | os.PathLike[str] = "", **options: Any) -> subprocess.Popen[bytes]:
+def leashed(command: Sequence[str], *, heirs: str | os.PathLike[str] = "", **options: Any) -> subprocess.Popen[bytes]:
     """Start a command, in a session of its own, of which nothing is left when it ends, when this process does, even by
     SIGKILL, or when a signal tells what is returned to end: the process between the two.
 
     Args:
         command: program and arguments.
-        kept: a JSON file. The command goes on without this process while the file's `pid` is that of the process
-            between.
+        heirs: a JSON file. When this process ends, the command goes on with one that the file's `guards` name by its
+            id and `processes.birth`, and when that one ends, with another.
         options: of `subprocess.Popen`.
     """
-    words = [sys.executable, "-IS", __file__, str(os.getpid()), os.fspath(kept), *command]
+    words = [sys.executable, "-IS", __file__, str(os.getpid()), os.fspath(heirs), *command]
     return subprocess.Popen(words, start_new_session=True, **options)
 
 
@@ -103,7 +103,7 @@ def forking() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _leash(parent: int, kept: str, command: list[str]) -> int:
+def _leash(parent: int, heirs: str, command: list[str]) -> int:
     """In the process between: the command's exit code."""
     woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(waker)
@@ -116,21 +116,27 @@ def _leash(parent: int, kept: str, command: list[str]) -> int:
         command, start_new_session=True, preexec_fn=lambda: die_with_parent(between, signal.SIGKILL)
     )
     ended = os.pidfd_open(child.pid)
-    tied = [os.pidfd_open(parent)] if os.getppid() == parent else []
-    while tied and select.select([woken, ended, *tied], [], [])[0] == tied:
-        if not _is_kept(kept):
-            break
-        tied = []
-        select.select([woken, ended], [], [])
+    tied = os.pidfd_open(parent) if os.getppid() == parent else _heir(heirs)
+    while tied is not None and select.select([woken, ended, tied], [], [])[0] == [tied]:
+        os.close(tied)
+        tied = _heir(heirs)
     return _end(child.pid)
 
 
-def _is_kept(kept: str) -> bool:
-    try:
-        with open(kept, "rb") as file:  # noqa: PTH123 (pathlib takes longer to import than all else here)
-            return bool(json.load(file)["pid"] == os.getpid())
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+def _heir(heirs: str) -> int | None:
+    """A descriptor of a process that lives; None where the file names none."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        with open(heirs, "rb") as file:  # noqa: PTH123 (pathlib takes longer to import than all else here)
+            guards = json.load(file)["guards"]
+        for pid, born in guards:
+            with suppress(OSError, IndexError):
+                descriptor = os.pidfd_open(pid)
+                with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+                    words = file.read().rpartition(b")")[2].split()
+                if words[0] not in (b"Z", b"X") and int(words[19]) / os.sysconf("SC_CLK_TCK") == born:
+                    return descriptor
+                os.close(descriptor)
+    return None
 
 
 def _end(leader: int) -> int:

@@ -122,7 +122,7 @@ def start(runs: Path, wanted: Wanted, port: int, deadline_seconds: float) -> tup
         served_name=wanted.model,
         log_path=log,
         api_key=None if wanted.key is None else wanted.key.get_secret_value(),  # an empty key is one
-        kept=records.path(runs),
+        heirs=records.path(runs),
     )
     with _stopped_on_failure(runs, started.pid):
         endpoint = Endpoint(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,8 +75,6 @@ class Wanted(_Record):
     """The champion that was stopped to make room for the challenger; it comes back where that is dropped."""
     tried_by: Process | None = None
     """Who tries the challenger: it is dropped where that process is gone. None: nobody does."""
-    one_at_a_time: bool = False
-    """Memory does not hold two: a server that is no longer wanted ends before another one starts."""
     stopped: bool = False
     """Everything is to end."""
 
@@ -101,6 +100,8 @@ class VersionStatus(Program):
     ended: str = ""
     """How it did so the last time, with the last lines of its log."""
     log: str
+    settings: str = ""
+    """The endpoint's settings that it was started with, as JSON."""
 
 
 class Status(_Record):
@@ -366,6 +367,14 @@ def end(runs: Path) -> list[str]:
     return ended
 
 
+def leftovers(runs: Path) -> list[str]:
+    """What still runs of a supervisor that is gone."""
+    status, here = read(runs, Status), Process.this()
+    if status is None or running(runs) or (status.supervisor.host, status.supervisor.boot) != (here.host, here.boot):
+        return []
+    return [_left(one, status) for one in status.programs if not one.gone]
+
+
 def end_leftovers(runs: Path) -> list[str]:
     """End what is left of a supervisor that is gone, and servers that earlier versions of this program have started."""
     ended = _end_earlier(runs)
@@ -373,10 +382,8 @@ def end_leftovers(runs: Path) -> list[str]:
     if status is None or running(runs):
         return ended
     left = end_all(status.programs, status.supervisor, STOP_SECONDS)
-    return ended + [
-        f"left of a dead supervisor: {_words(one, status) if isinstance(one, VersionStatus) else 'Envoy'}"
-        for one in left
-    ]
+    discard(place(runs, Status))
+    return ended + [_left(one, status) for one in left]
 
 
 def tail(log: Path, lines: int = 8) -> str:
@@ -398,10 +405,12 @@ def _words(one: VersionStatus, status: Status) -> str:
     return f"{one.version.name} version {one.version.version} at {status.url}"
 
 
+def _left(one: Program, status: Status) -> str:
+    return f"left of a dead supervisor: {_words(one, status) if isinstance(one, VersionStatus) else 'Envoy'}"
+
+
 def _end_supervisor(runs: Path) -> None:
     """Tell it to end, with its servers; where it does not, they end by themselves once it is killed."""
-    import signal
-
     guards = read(runs, Guards) or Guards()
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5.0)):
         for pid, born in guards.guards:
@@ -418,8 +427,6 @@ def _end_earlier(runs: Path) -> list[str]:
     """Earlier versions kept one server's process in `endpoint.json` and one that was tried in `challenger.json`."""
     import psutil
 
-    from nvila.components.serve.server import stop
-
     ended = []
     for name in ("endpoint", "challenger"):
         old = runs / SERVING / f"{name}.json"
@@ -427,7 +434,7 @@ def _end_earlier(runs: Path) -> list[str]:
         pid, born = record.get("pid"), record.get("born")
         since_boot = birth(pid) if isinstance(pid, int) and pid > 1 else None
         if since_boot and born in (since_boot, psutil.Process(pid).create_time()):  # the second in records of old
-            stop(int(str(pid)))
+            server.stop(int(str(pid)))
             ended.append(f"{record.get('model')} version {record.get('version')} at {record.get('url')}")
         discard(old)
     return ended

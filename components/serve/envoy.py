@@ -11,7 +11,8 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ RETRY_AFTER_SECONDS = 5
 _MEMORY_BYTES = 2**31
 """Most that bodies in hand may take; the largest requests are ended on the way there."""
 _DRAIN_SECONDS = 600
+
+_TRIED = "tried "
+"""Before the names of a challenger and a champion: the two together."""
 
 _HTTP = "type.googleapis.com/envoy.extensions"
 _FORGED = (
@@ -83,10 +87,10 @@ def files(
         challenger: the one that is tried.
         weight: per cent of the requests that it gets.
     """
-    trying = f"tried {challenger} {champion}" if challenger and champion else challenger
+    trying = f"{_TRIED}{challenger} {champion}" if challenger and champion else challenger
     clusters = [_cluster(server, settings) for server in sorted(set(servers))]
     if challenger and champion:
-        clusters.append(_either(f"tried {challenger} {champion}", challenger, champion, settings))
+        clusters.append(_either(f"{_TRIED}{challenger} {champion}", challenger, champion, settings))
     made = {
         "bootstrap.json": _bootstrap(folder, settings),
         "certificate.json": _resources("tls.Secret", [_certificate(folder)]) if settings.certificate else {},
@@ -97,14 +101,47 @@ def files(
     return {name: content for name, content in made.items() if content}
 
 
-def put(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
-    """Have the files say this, each by rename and only where it says something else; Envoy takes notice of it."""
-    for name, content in contents.items():
-        text, path = json.dumps(content), folder / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            partial = folder / f".{name}"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+def apply(folder: Path, contents: dict[str, dict[str, Any]], admin: Admin | None, seconds: float = 5.0) -> bool:
+    """Have the files say this, and Envoy, where it runs, do it; no request meets a route to a server that it does not
+    know. Returns whether it has done so within these seconds.
+
+    Raises:
+        OSError: it does not answer.
+    """
+    known = {one["name"]: one for one in _read(folder / "clusters.json").get("resources", [])}
+    wanted = {one["name"]: one for one in contents["clusters.json"]["resources"]}
+    # A request that is still being received holds on to its route: a pair stays as long as both of it run.
+    pairs = {name: one for name, one in known.items() if name.startswith(_TRIED) and set(name.split()[1:]) <= {*wanted}}
+    first, last = {**known, **wanted}, {**pairs, **wanted}
+    for clusters in (first, last):
+        # In one order: Envoy does not note the version of a change that changes nothing.
+        ordered = [clusters[name] for name in sorted(clusters)]
+        contents = contents | {"clusters.json": _resources("cluster.Cluster", ordered, "config")}
+        for names in (["clusters.json"], [*contents]):
+            for name in names:
+                _write(folder / name, contents[name])
+            if admin and not _within(seconds, lambda: _holds(admin, contents, names)):  # noqa: B023
+                return False
+    return True
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """By rename, and only where it says something else; Envoy takes notice of it."""
+    if _read(path) != content:
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def _within(seconds: float, there: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := there()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return done
 
 
 def link_certificate(folder: Path, settings: EndpointSettings) -> None:
@@ -124,12 +161,8 @@ def link_certificate(folder: Path, settings: EndpointSettings) -> None:
     noted.write_text(known, encoding="utf-8")
 
 
-def holds(admin: Admin, contents: dict[str, dict[str, Any]]) -> bool:
-    """Whether an Envoy has taken up these servers, routes and limits, and listens.
-
-    Raises:
-        OSError: it does not answer.
-    """
+def _holds(admin: Admin, contents: dict[str, dict[str, Any]], names: Iterable[str]) -> bool:
+    """Whether Envoy has taken up what these files say, and listens where they say so."""
     dump = {one["@type"].rpartition(".")[2]: one for one in admin.get("/config_dump")["configs"]}
     listeners = dump["ListenersConfigDump"].get("dynamic_listeners", [])
     held = {
@@ -137,7 +170,7 @@ def holds(admin: Admin, contents: dict[str, dict[str, Any]]) -> bool:
         "routes.json": [one.get("version_info") for one in dump["RoutesConfigDump"].get("dynamic_route_configs", [])],
         "listeners.json": [one.get("active_state", {}).get("version_info") for one in listeners],
     }
-    return all(held[name] == [contents[name]["version_info"]] for name in held)
+    return all(held[name] == [contents[name]["version_info"]] for name in names if name in held)
 
 
 def _bootstrap(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
@@ -286,7 +319,7 @@ def _routes(settings: EndpointSettings, champion: str | None, trying: str | None
     away: dict[str, Any] = {"direct_response": {"status": 503}}
     rest = {"route": _to(champion, settings, ["connect-failure", "refused-stream", "reset-before-request"])}
     rest = rest if champion else away
-    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/metrics")]
+    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/ping", "/metrics")]
     if trying and weight:
         share = {"default_value": {"numerator": weight, "denominator": "HUNDRED"}, "runtime_key": "challenger"}
         again = ["connect-failure", "refused-stream", "reset", "reset-before-request", "retriable-status-codes"]
@@ -468,6 +501,16 @@ class Admin:
                     active=counted["rq_active"],
                 )
         return found
+
+    def receiving(self, counted: dict[str, Counters]) -> int:
+        """About how many requests have come in part, and are with no server yet.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        found = self.get("/stats?format=json&filter=^http%5C.endpoint%5C.downstream_rq_active$")["stats"]
+        here = sum(one.get("value", 0) for one in found)
+        return max(0, here - sum(one.active for one in counted.values()))
 
     def _ask(self, method: str, path: str) -> bytes:
         connection = _UnixConnection(self._path)

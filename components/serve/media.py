@@ -249,9 +249,7 @@ class Media:
     ) -> Medium:
         loop = asyncio.get_running_loop()
         if url[:7].lower() in ("http://", "https:/"):
-            fetched = await self.remote.fetch(url)
-            allowance.take_bytes(len(fetched))
-            content = Content(kind, (fetched,), sampling=sampling)
+            content = Content(kind, (await self.remote.fetch(url, allowance.take_bytes),), sampling=sampling)
             await loop.run_in_executor(self._pool, lambda: content.key)
         else:
             content = await loop.run_in_executor(self._pool, self._content, url, kind, sampling, allowance)
@@ -277,12 +275,12 @@ class Media:
             elif len(parts) > 1:
                 raise ValueError("a picture has one part; frames of a clip belong into a video_url")
             read = tuple(from_base64(part, most) for part in parts)
+            allowance.take_bytes(sum(map(len, read)))
             content = Content(kind, read, given.is_frames and kind == "video", sampling)
         elif url[:5].lower() == "file:":
-            content = Content(kind, (from_file(url, self.folders, most),), sampling=sampling)
+            content = Content(kind, (from_file(url, self.folders, allowance.take_bytes),), sampling=sampling)
         else:
             raise ValueError("a media URL must be a data: URL, or of a kind that this server allows")
-        allowance.take_bytes(sum(map(len, content.parts)))
         content.key  # noqa: B018 - here, and not in the event loop
         return content
 

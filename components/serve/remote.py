@@ -74,8 +74,12 @@ class Remote:
     tls: ssl.SSLContext | None = None
     """None trusts the authorities of the system."""
 
-    async def fetch(self, text: str) -> bytes:
+    async def fetch(self, text: str, take: Callable[[int], None] = lambda _: None) -> bytes:
         """The content behind an http(s) address, at most three redirects on; each is judged from the start.
+
+        Args:
+            text: the address.
+            take: told the bytes of each piece as it comes; what it raises ends the fetching.
 
         Raises:
             ValueError: it may not be fetched, does not answer in time, answers with an error, or is too large.
@@ -90,7 +94,7 @@ class Remote:
                 for _ in range(MOST_REDIRECTS + 1):
                     async with session.get(url, allow_redirects=False) as response:
                         if response.status not in (301, 302, 303, 307, 308):
-                            return await self._content(response)
+                            return await self._content(response, take)
                         url = self.judge(response.headers.get("Location", ""), url)
                 raise ValueError(f"{url.raw_host} redirects more than {MOST_REDIRECTS} times")
         except TimeoutError as error:
@@ -148,7 +152,7 @@ class Remote:
             auto_decompress=False,
         )
 
-    async def _content(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _content(self, response: aiohttp.ClientResponse, take: Callable[[int], None]) -> bytes:
         host = response.url.raw_host
         if response.status != 200:
             raise ValueError(f"{host} answered {response.status}")
@@ -157,6 +161,7 @@ class Remote:
         content = bytearray()
         if (response.content_length or 0) <= self.max_bytes:
             async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                take(len(chunk))
                 content += chunk
                 if len(content) > self.max_bytes:
                     break

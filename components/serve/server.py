@@ -45,6 +45,10 @@ repetitions would give other answers than those that were evaluated. The tokens 
 Schemas are kept by the library that `infer` has: the middleware judges them by its rules.
 """
 
+KEEP_SECONDS = 75
+"""How long a connection without requests stays open: longer than who stands in front keeps it, so that no request of
+theirs meets its end."""
+
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The server is on this machine, whatever its address is called: no proxy that is set for all else leads there."""
 
@@ -72,9 +76,9 @@ def start(
     api_key: str | None = None,
     settings: EndpointSettings | None = None,
     threads: int = 1,
-    kept: Path | None = None,
+    heirs: Path | None = None,
 ) -> Server:
-    """Start a server. It ends with this process, even where that is killed, unless it is `kept` by then.
+    """Start a server. It ends with this process, even where that is killed, unless it has `heirs`.
 
     Args:
         model_dir: serving folder.
@@ -85,7 +89,7 @@ def start(
         api_key: required as a bearer token of every request but the probes when given.
         settings: limits and permissions of requests.
         threads: compute threads, see `serve_variables`.
-        kept: a record; the server whose process id it names outlives this process.
+        heirs: a record of the processes that it goes on with, as of `leashed`.
 
     Raises:
         PreflightError: nothing can listen there, or there is no serving environment.
@@ -100,13 +104,13 @@ def start(
         sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     told = Told(model_dir=model_dir.absolute(), settings=settings or EndpointSettings())
-    variables = serve_variables(threads) | told.variables()
+    variables = serve_variables(threads) | told.variables() | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_SECONDS)}
     variables.pop(name_of("vllm_key"), None)
     if api_key is not None:
         variables |= named(vllm_key=api_key)  # not on the command line, which every user of the machine can read
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as sink:
-        child = leashed(command, kept=kept or "", env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+        child = leashed(command, heirs=heirs or "", env=variables, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
     return Server(child.pid, http_url(host, port))
 
 

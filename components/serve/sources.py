@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes
@@ -63,14 +63,19 @@ def from_base64(text: str, max_bytes: int) -> bytes:
         raise ValueError("the bytes of a data: URL are not base64") from error
 
 
-def from_file(url: str, folders: Sequence[Path], max_bytes: int) -> bytes:
+def from_file(url: str, folders: Sequence[Path], take: Callable[[int], None]) -> bytes:
     """The content of the file that a `file://` URL names, where it lies in one of the folders.
 
     The path is opened once and without touching what it leads to; what was opened is judged, and that is read: neither
     a symbolic link nor an exchange in between leads out, and no pipe or device is waited for.
 
+    Args:
+        url: of the file.
+        folders: that the operator names.
+        take: told the file's bytes before it is read; what it raises is raised.
+
     Raises:
-        ValueError: there is no such file there, which says nothing about files elsewhere; or it is too large.
+        ValueError: there is no such file there, which says nothing about files elsewhere.
     """
     if not folders:
         raise ValueError("file:// URLs are switched off on this server; send the bytes as a data: URL")
@@ -88,17 +93,16 @@ def from_file(url: str, folders: Sequence[Path], max_bytes: int) -> bytes:
     try:
         itself = Path(f"/proc/self/fd/{seen}")
         lies = itself.readlink()
-        if not any(_inside(lies, folder.resolve()) for folder in folders) or not stat.S_ISREG(os.fstat(seen).st_mode):
+        found = os.fstat(seen)
+        if not any(_inside(lies, folder.resolve()) for folder in folders) or not stat.S_ISREG(found.st_mode):
             raise refusal
+        take(found.st_size)
         with itself.open("rb") as file:
-            content = file.read(max_bytes + 1)
+            return file.read(found.st_size)
     except OSError:
         raise refusal from None
     finally:
         os.close(seen)
-    if len(content) > max_bytes:
-        raise ValueError(f"a media file may have at most {max_bytes} bytes")
-    return content
 
 
 def _inside(path: str | Path, folder: Path) -> bool:

@@ -36,9 +36,10 @@ class MemorySampler(threading.Thread):
         self.join()
 
     def _servers(self) -> list[int]:
-        from nvila.components.serve.endpoint import alive
+        from nvila.components.serve.deployment import running
 
-        return [server.pid for server in alive(self._runs)]
+        status = running(self._runs)
+        return [status.supervisor.pid, *(program.pid for program in status.programs)] if status else []
 
 
 def pss_bytes(pid: int) -> int:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from nvila.components.contracts.children import first_to_end, how_ended, leashed
+from nvila.components.contracts.processes import birth
 
 NESTED = """
 import gc, os, sys
@@ -57,7 +58,7 @@ time.sleep(float(sys.argv[2]))
 STEP = """
 import os, sys, time
 from nvila.components.contracts import children
-print(children.leashed(sys.argv[2:], kept=sys.argv[1]).pid, flush=True)
+print(children.leashed(sys.argv[2:], heirs=sys.argv[1]).pid, flush=True)
 time.sleep(300)
 """
 
@@ -109,21 +110,26 @@ def test_a_command_that_ends_leaves_nothing_and_its_code(tmp_path: Path) -> None
     assert between.wait(20) == 7
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_command_ends_with_a_step_that_is_killed_unless_it_is_kept(tmp_path: Path, kept: bool) -> None:
-    """A server that was being tried stayed for ever; one that users talk to must."""
-    record = tmp_path / "endpoint.json"
+@pytest.mark.parametrize("heir", [None, "alive", "of another birth"])
+def test_a_command_ends_with_a_step_that_is_killed_unless_it_has_an_heir(tmp_path: Path, heir: str | None) -> None:
+    """A server that was being tried stayed for ever; one that users talk to must, and end with the heir."""
+    record = tmp_path / "guards.json"
     command = [sys.executable, "-c", COMMAND, str(tmp_path / "pids"), "300"]
     step = subprocess.Popen([sys.executable, "-c", STEP, str(record), *command], stdout=subprocess.PIPE, text=True)
     assert step.stdout
     between, both = psutil.Process(int(step.stdout.readline())), started(tmp_path / "pids")
-    record.write_text(json.dumps({"pid": between.pid if kept else both[0].pid}))
+    guard = subprocess.Popen(["sleep", "300"])
+    born = birth(guard.pid) if heir == "alive" else 1.0
+    record.write_text(json.dumps({"guards": [[step.pid, birth(step.pid)], *([[guard.pid, born]] if heir else [])]}))
     step.kill()
     step.wait()
-    if kept:
+    if heir == "alive":
         time.sleep(0.5)
         assert all(process.is_running() for process in [between, *both])
-        between.terminate()
+    else:
+        assert gone([between, *both])
+    guard.kill()
+    guard.wait()
     assert gone([between, *both])
 
 

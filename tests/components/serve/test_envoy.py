@@ -104,10 +104,8 @@ class Front:
             self.folder, self.address, self.port, self.settings, [self.new.address, self.old.address], **options
         )
         envoy.link_certificate(self.folder, self.settings)
-        envoy.put(self.folder, made)
-        if (self.folder / "admin").exists():
-            log = (self.folder / "log").read_text
-            wait_for(lambda: envoy.holds(self.admin, made), log)
+        admin = self.admin if (self.folder / "admin").exists() else None
+        assert envoy.apply(self.folder, made, admin, 5), (self.folder / "log").read_text()
 
     def tried(self, weight: int = 100) -> None:
         self.route(champion=self.old.address, challenger=self.new.address, weight=weight)
@@ -203,7 +201,7 @@ def test_a_steady_client_loses_nothing_while_weights_move(endpoint: Front) -> No
             body = answer.read()
             (answers if answer.status == 200 else failed).append(body.decode())
 
-    threads = [threading.Thread(target=client) for _ in range(4)]
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for weight in (0, 10, 50, 100):

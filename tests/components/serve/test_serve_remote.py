@@ -312,6 +312,20 @@ def test_bad_servers_are_the_askers_error(server: ThreadingHTTPServer, route: st
     assert "secret" not in str(error.value)
 
 
+def test_bytes_are_counted_as_they_come(server: ThreadingHTTPServer) -> None:
+    """All media of a request together have so many bytes: they must not be in memory before they are counted."""
+    taken: list[int] = []
+
+    def take(count: int) -> None:
+        taken.append(count)
+        if sum(taken) > 100_000:
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        asyncio.run(_remote(server).fetch(f"http://{HOST}/endless", take))
+    assert 100_000 < sum(taken) < 10**6
+
+
 def test_nobody_listens(server: ThreadingHTTPServer) -> None:
     """A refused connection is no fault of ours: 400 and not 500."""
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvila.components.contracts.errors import PreflightError, RolloutError
-from nvila.components.contracts.processes import birth
 from nvila.components.serve import server
-from nvila.components.serve.endpoint import Endpoint
 from nvila.components.serve.ports import free_port
 
 
@@ -80,21 +78,3 @@ def test_key_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monk
         time.sleep(0.05)
     assert "--served-model-name=m" in log.read_text()
     assert "sesame" not in log.read_text()
-
-
-def test_a_server_is_known_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the clock was set, a running endpoint was nobody's: it could not be stopped, and kept the port."""
-    import psutil
-
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    said = {"url": "u", "host": "h", "port": 1, "model": "m", "version": "1", "digest": "d", "model_dir": "", "log": ""}
-    born = birth(child.pid)
-    assert born is not None
-    now, before = (Endpoint(pid=child.pid, born=b, **said) for b in (born, psutil.Process(child.pid).create_time()))
-    assert now.alive and before.alive, "records of earlier versions count from the epoch"
-    earlier = psutil.boot_time() - 3600
-    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: earlier)
-    assert now.alive and not before.alive
-    child.kill()
-    child.wait()
-    assert not now.alive and birth(child.pid) is None
