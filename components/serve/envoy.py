@@ -319,7 +319,7 @@ def _routes(settings: EndpointSettings, champion: str | None, trying: str | None
     away: dict[str, Any] = {"direct_response": {"status": 503}}
     rest = {"route": _to(champion, settings, ["connect-failure", "refused-stream", "reset-before-request"])}
     rest = rest if champion else away
-    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/metrics")]
+    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/ping", "/metrics")]
     if trying and weight:
         share = {"default_value": {"numerator": weight, "denominator": "HUNDRED"}, "runtime_key": "challenger"}
         again = ["connect-failure", "refused-stream", "reset", "reset-before-request", "retriable-status-codes"]

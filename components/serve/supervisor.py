@@ -335,7 +335,7 @@ class Supervisor:
             if not self._envoy.alive:
                 self._end_envoy()
                 self._envoy_restarts += 1
-        if not self._place.is_dir():
+        if not self._place.name or not self._place.is_dir():
             self._place = Path(tempfile.mkdtemp(prefix="nvila-envoy-"))
         contents = self._contents(wanted)
         if self._envoy and self._applied and self._applied["bootstrap.json"] != contents["bootstrap.json"]:
@@ -479,7 +479,7 @@ class Supervisor:
             thread.start()
         for thread in threads:
             thread.join()
-        if self._place.name.startswith("nvila-envoy-"):
+        if self._place.name:
             shutil.rmtree(self._place, ignore_errors=True)
         for record in (Status, Guards, *([Wanted] if not self._roles() else [])):
             discard(deployment.place(self._runs, record))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from nvila.pipelines.commands import ask, recipes
 from nvila.pipelines.local import run as local_run
 
 Nvila = Callable[..., subprocess.CompletedProcess[str]]
-COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "stop", "trace")
+COMMANDS = ("run", "compile", "plan", "submit", "infer", "convert", "inspect", "serve", "status", "stop", "trace")
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "recipe list", "recipe show", "recipe schema"])

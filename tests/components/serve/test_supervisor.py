@@ -19,7 +19,7 @@ import pytest
 from pydantic import SecretStr
 
 from nvila.components.contracts.processes import Process
-from nvila.components.serve import deployment, interpreter
+from nvila.components.serve import deployment, envoy, interpreter
 from nvila.components.serve.deployment import Guards, Status, Version, Wanted
 from nvila.components.serve.ports import free_port
 
@@ -221,6 +221,8 @@ def test_a_rollout_loses_no_request_and_no_stream(served: Deployment) -> None:
 
     steady = threading.Thread(target=client, daemon=True)
     steady.start()
+    place = Path(served.status.admin).parent
+    assert place.stat().st_mode & 0o077 == 0 and envoy.counters(served.status, "champion")
     served.serve(champion=a, challenger=b, weight=50, tried_by=Process.this())
     stream = threading.Thread(target=lambda: streams.append(served.ask(b"stream")), daemon=True)
     stream.start()
