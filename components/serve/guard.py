@@ -37,13 +37,9 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 """What is served, and by which methods."""
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 """Need no key: probes, and the counters that a cluster's monitoring reads; no request's content is in them."""
-_OURS = frozenset(
-    {
-        *(b"authorization", b"x-api-key", b"origin", b"x-request-id"),
-        *(b"content-length", b"transfer-encoding", b"content-type"),
-    }
-)
-"""Headers that end here: vLLM would take two requests of one id for the same, and answer CORS for everyone."""
+PASSED_HEADERS = frozenset({b"host", b"user-agent", b"accept", b"traceparent", b"tracestate"})
+"""The others end here: vLLM takes request ids, priorities, sessions and ranks of engines from headers, and answers CORS
+for everyone."""
 MOST_BODIES = 8
 """Largest bodies that may be in work at a time, in sum; the next one is told to come again."""
 DRAINED, DRAIN_SECONDS = 4, 10
@@ -98,16 +94,15 @@ class _Gate:
             self._require_key(scope)
             if path not in JUDGES:
                 return await self.app(_inner(scope, self._key, None), receive, answer)
-            if self._running >= self._settings.max_requests:
-                raise Refusal(
-                    f"{self._running} requests are being answered, the most on this server; come again",
-                    status=429,
-                    code="too_many_requests",
-                )
+            self._require_place()
+            content = await self._read(scope, body)
+            self._require_place()  # who sends slowly takes none
             self._running, counted = self._running + 1, True
-            judged = await self._judged(path, await self._read(scope, body))
+            judged = await self._judged(path, content)
             begin(Allowance(self._settings, judged.sampling))
-            await self.app(_inner(scope, self._key, len(judged.body)), _again(judged.body, receive), answer)
+            inner, again = _inner(scope, self._key, len(judged.body)), _again(judged.body, receive)
+            del content, judged  # not held while it is answered
+            await self.app(inner, again, answer)
         except Refusal as refusal:
             if not any(name.lower() == b"expect" for name, _ in scope["headers"]):  # that client waits for our word
                 await body.drain(DRAINED * self._most)
@@ -119,7 +114,15 @@ class _Gate:
                 raise
         finally:
             self._running -= counted
-            self._held -= body.size if counted else 0
+            self._held -= body.size
+
+    def _require_place(self) -> None:
+        if self._running >= self._settings.max_requests:
+            raise Refusal(
+                f"{self._running} requests are being answered, the most on this server; come again",
+                status=429,
+                code="too_many_requests",
+            )
 
     async def _judged(self, path: str, body: bytes) -> Judged:
         if self._bounds is None:
@@ -242,7 +245,7 @@ def _is_key(authorization: bytes, key: bytes) -> bool:
 
 def _inner(scope: Scope, key: bytes | None, length: int | None) -> Scope:
     """The scope as vLLM gets it; it checks the key once more, in one spelling."""
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _OURS]
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() in PASSED_HEADERS]
     if key is not None:
         headers.append((b"authorization", b"Bearer " + key))
     if length is not None:

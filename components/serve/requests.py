@@ -85,7 +85,7 @@ def _known(given: dict[str, Any], fields: type[BaseModel], bounds: Bounds) -> An
             why, neutral = parameters.REFUSED[name]
             if not any(value == one and type(value) is type(one) for one in (*parameters.NEUTRAL, *neutral)):
                 raise Refusal(f"{name} is not offered: {why}", name, code="unsupported_parameter")
-        elif name not in parameters.DROPPED:
+        elif name not in parameters.DROPPED and value is not None:
             near = nearest(name, fields.model_fields)
             raise Refusal(f"{name[:100]!r} is not a parameter here{near}", name[:100], code="unknown_parameter")
     try:

@@ -77,12 +77,22 @@ def test_every_conforming_text_is_allowed(tokenizer: Any, numbers: list[int], te
         {"$ref": "https://example.org/schema.json"},
         {"enum": []},
         ["no", "object"],
+        {"$ref": "#"},
+        {"type": "array", "minItems": 10**9},
     ],
 )
 def test_what_cannot_be_kept_is_refused(tokenizer: Any, schema: Any) -> None:
-    """Prevents a keyword that is ignored without a word, and a schema that fetches another document."""
+    """Prevents a keyword that is ignored without a word, a schema that fetches another document, an empty answer to one
+    that has no end, and all memory for one that counts too far."""
     with pytest.raises(ConfigError, match="JSON schema"):
         JsonSchema(tokenizer, schema)
+
+
+def test_answers_may_speak_of_control_strings(model: NVILA, tokenizer: Any, prompt: Prompt) -> None:
+    """Prevents a schema that names one from stopping the answer at its beginning."""
+    named = {"enum": ["<image>", "<|im_end|>"]}
+    (answer,) = generate(model, tokenizer, [prompt], 60, schema=JsonSchema(tokenizer, named))
+    assert json.loads(answer) in named["enum"]
 
 
 def test_files_that_are_no_schema(tokenizer: Any, tmp_path: Path) -> None:

@@ -179,9 +179,21 @@ def test_without_a_key_nothing_is_asked() -> None:
 
 
 def test_headers_of_clients_reach_no_cache_and_no_request_id() -> None:
-    """Two requests of one id were taken for one another, and vLLM's own CORS answers every site."""
+    """Two requests of one id were taken for one another, an engine that is not there was chosen, and vLLM's own CORS
+    answers every site."""
     inner = Inner()
-    asyncio.run(asked(made(inner), headers={**JSON, "x-request-id": "1", "origin": "http://evil", "user-agent": "u"}))
+    asyncio.run(
+        asked(
+            made(inner),
+            headers={
+                **JSON,
+                "x-request-id": "1",
+                "x-data-parallel-rank": "9",
+                "origin": "http://evil",
+                "user-agent": "u",
+            },
+        )
+    )
     names = {name for name, _ in inner.asked[0][0]["headers"]}
     assert names == {b"content-type", b"content-length", b"user-agent"}
     assert json.loads(inner.asked[0][1])["max_tokens"] == 64, "what goes on is the judged body"
@@ -254,6 +266,22 @@ def test_one_request_too_many_is_told_to_come_again() -> None:
     first, second, probe = asyncio.run(both())
     assert status(first) == status(probe) == 200
     assert status(second) == 429 and header(second, "retry-after")
+
+
+def test_what_was_held_and_counted_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is refused, too large or broken off must not take the place of a later one for good."""
+    monkeypatch.setattr(guard_module, "MOST_BODIES", 1)
+    gate = made(Inner(), max_requests=1, max_body_mib=1)
+    large = b'{"messages": [{"role": "user", "content": "a"}], "user": "' + b"x" * 2**19
+
+    async def go() -> list[int]:
+        got = []
+        for pieces in ((large, b'"}'), (large, b"{"), (large * 3,), (large, b'"}')) * 2:
+            got.append(status(await asked(gate, pieces=pieces)))
+        assert await asked(gate, pieces=()) == []  # gone before its first byte
+        return [*got, status(await asked(gate, pieces=(large, b'"}')))]
+
+    assert asyncio.run(go()) == [200, 400, 413, 200] * 2 + [200]
 
 
 def test_nothing_goes_out_before_the_first_byte_of_an_answer() -> None:

@@ -157,7 +157,11 @@ def test_an_answer_that_was_given_can_be_sent_back(judged: Judging) -> None:
 def test_what_changes_no_answer_is_dropped(judged: Judging) -> None:
     """Clients send these always, and null where they mean nothing."""
     nothing = dict.fromkeys(parameters.DROPPED, "x") | dict.fromkeys(parameters.REFUSED)
-    asked = HI | nothing | {"tools": [], "tool_choice": "none", "priority": 0, "best_of": 1, "temperature": None}
+    asked = (
+        HI
+        | nothing
+        | {"unheard_of": None, "tools": [], "tool_choice": "none", "priority": 0, "best_of": 1, "temperature": None}
+    )
     assert judged(CHAT, asked) == HI | {"max_tokens": 64}
 
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from servable import WITH_VLLM, clip, manifest, picture, sample_row, servable_model
 
 from nvila.components.contracts.errors import RolloutError
+from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.data.media import load_image, load_video_frames
 from nvila.components.metrics.answers import answers
 from nvila.components.model.nvila import NVILA
@@ -108,6 +111,8 @@ class Running:
     url: str
     model: NVILA
     tokenizer: Any
+    files: Path
+    """The folder that `file://` URLs may name files of."""
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +124,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     write_serving(model, tokenizer, root / "model", dtype=torch.float32)
     port = free_port("127.0.0.1")
     log = root / "log"
-    started = server.start(root / "model", port=port, served_name="tiny", log_path=log, api_key="sesame")
+    (files := root / "files").mkdir()
+    told = EndpointSettings(max_body_mib=8, media_folders=[str(files)])
+    started = server.start(root / "model", port=port, served_name="tiny", log_path=log, api_key="sesame", settings=told)
     try:
         server.wait_ready(started.url, 240, started.pid, log)
-        yield Running(started.url, model, tokenizer)
+        yield Running(started.url, model, tokenizer, files)
     finally:
         server.stop(started.pid)
     assert not server.is_alive(started.pid)
@@ -174,7 +181,7 @@ def test_server_wants_its_key(running: Running) -> None:
     ("url", "reason"),
     [
         ("http://127.0.0.1:1/x.png", "remote media URLs are switched off"),
-        ("file:///etc/hostname", "file:// URLs are switched off"),
+        ("file:///etc/hostname", "no such file in the folders"),
         ("data:image/png;base64,####", "not base64"),
         ("data:image/png;base64," + base64.b64encode(b"no picture").decode(), "decoded"),
     ],
@@ -183,15 +190,8 @@ def test_server_wants_its_key(running: Running) -> None:
 def test_media_from_elsewhere_are_refused(running: Running, kind: str, url: str, reason: str) -> None:
     """A server that fetches any URL is a way into the network it runs in; bad media must be the asker's error."""
     message = {"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": "What?"}]}
-    request = urllib.request.Request(
-        f"{running.url}/v1/chat/completions",
-        data=json.dumps({"model": "tiny", "messages": [message], "max_tokens": 2}).encode(),
-        headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
-    )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=30)
-    assert error.value.code == 400
-    assert reason in error.value.read().decode()
+    code, said = _status(running, {"model": "tiny", "messages": [message], "max_tokens": 2})
+    assert code == 400 and reason in said
 
 
 def test_frames_as_a_clip_are_answered_as_the_clip(running: Running, media: Media) -> None:
@@ -206,31 +206,50 @@ def test_frames_as_a_clip_are_answered_as_the_clip(running: Running, media: Medi
             body = server.chat_request("tiny", "Which digit?", video=path, max_tokens=4) | {"logprobs": True}
             if url:
                 body["messages"][0]["content"][0]["video_url"]["url"] = url
-            request = urllib.request.Request(
-                f"{running.url}/v1/chat/completions",
-                data=json.dumps(body).encode(),
-                headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
-            )
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                tokens = json.load(answer)["choices"][0]["logprobs"]["content"]
+            code, answer = _status(running, body)
+            assert code == 200
+            tokens = json.loads(answer)["choices"][0]["logprobs"]["content"]
             said[form].append([token["token"] for token in tokens])
     assert len({*map(str, said["file"])}) > 1
     assert said["frames"] == said["file"]
 
 
-def test_request_cannot_choose_the_number_of_frames(running: Running, media: Media) -> None:
+def test_request_cannot_choose_another_number_of_frames(running: Running, media: Media) -> None:
     """Frames that no temporal pool divides would end the engine, and with it everybody's answers."""
     body = server.chat_request("tiny", "Which digit?", video=media.clips[0], max_tokens=2)
-    body["media_io_kwargs"] = {"video": {"num_frames": 3}}
+    assert _status(running, body | {"media_io_kwargs": {"video": {"num_frames": 4}}})[0] == 200
+    code, said = _status(running, body | {"media_io_kwargs": {"video": {"num_frames": 3}}})
+    assert code == 400 and "takes 4 frames" in said
+    assert server.is_ready(running.url)
+
+
+def test_media_of_a_request_share_its_limits(running: Running) -> None:
+    """What guards memory and threads must count for the whole request, and not for each of sixty-four pictures."""
+    for name in ("a.png", "b.png"):
+        pixels = np.random.default_rng(ord(name[0])).integers(0, 256, (1150, 1150, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(running.files / name)
+    urls = [f"file://{running.files}/{name}" for name in ("a.png", "b.png", "a.png")]
+    answered = []
+    for asked in (urls[:1], urls[1:2], urls[:2], urls[::2], urls[:1]):
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in asked]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": "Which digit?"}]}
+        answered.append(_status(running, {"model": "tiny", "messages": [message], "max_tokens": 2}))
+    assert [code for code, _ in answered] == [200, 200, 400, 400, 200]
+    assert "too many bytes together" in answered[2][1]
+
+
+def _status(running: Running, body: dict[str, Any]) -> tuple[int, str]:
+    """Status and body of the answer to a chat request."""
     request = urllib.request.Request(
         f"{running.url}/v1/chat/completions",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
     )
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=30)
-    assert error.value.code == 400
-    assert server.is_ready(running.url)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def test_requests_that_look_up_the_prompt_do_not_end_the_engine(running: Running, media: Media) -> None:
