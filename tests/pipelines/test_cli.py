@@ -130,6 +130,10 @@ def test_a_port_in_use_by_someone_else(nvila: Nvila, tmp_path: Path) -> None:
         ("run", "micro", "--override", "seed"),
         ("infer", "no-such-model", "What is this?"),
         ("serve", "champion"),
+        ("serve", "--port", "0"),
+        ("serve", "--port", "70000"),
+        ("serve", "--host", "nowhere.invalid"),
+        ("serve", "--option", "max_bodies=3"),
         ("trace", "champion"),
         ("compile", "out.yaml", "--image", "two words"),
     ],
@@ -182,6 +186,13 @@ def test_developers_can_ask_for_the_traceback(nvila: Nvila) -> None:
     """One line is too little to mend the platform itself."""
     ended = nvila("--traceback", "run", "no-such-recipe")
     assert "Traceback" in ended.stderr and "ConfigError" in ended.stderr
+
+
+def test_status_tells_a_script_that_nobody_is_answered(nvila: Nvila, tmp_path: Path) -> None:
+    """A script that waits for the endpoint has the exit code, and looking must not leave folders behind."""
+    ended = nvila("status")
+    assert (ended.returncode, ended.stdout.strip()) == (1, "nothing is served")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stop_without_an_endpoint_is_no_error(nvila: Nvila, tmp_path: Path) -> None:
