@@ -60,7 +60,14 @@ def arguments(binary: Path, folder: Path) -> list[str]:
     """The command line; `folder` has the files of `files`."""
     return [
         *(str(binary), "--config-path", str(folder / "bootstrap.json"), "--disable-hot-restart"),
-        *("--concurrency", str(min(4, os.cpu_count() or 1)), "--log-level", "warning", "--drain-strategy", "immediate"),
+        *(
+            "--concurrency",
+            str(min(4, max(1, (os.cpu_count() or 1) // 4))),
+            "--log-level",
+            "warning",
+            "--drain-strategy",
+            "immediate",
+        ),
         *("--drain-time-s", str(_DRAIN_SECONDS)),
     ]
 
