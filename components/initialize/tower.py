@@ -26,6 +26,7 @@ from nvila.components.data.media import Limits, load_image, load_video_frame
 from nvila.components.data.samples import Label
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.schedule import one_cycle
 from nvila.components.model.vision.preprocess import normalise
 
 HELD_BACK = 0.05
@@ -110,7 +111,7 @@ def train_tower(
     parameters = [*model.vision_tower.parameters(), *head.parameters()]
     total = max(1, math.ceil(epochs * len(train) / batch))
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.1)
+    schedule = one_cycle(optimizer, learning_rate, total)
     progress = Progress("vision tower on labels", total)
     model.train()
     for step in range(total):

@@ -25,6 +25,7 @@ from nvila.components.model.checkpoint.native import load_native, save_native
 from nvila.components.model.feed import Feed, Item
 from nvila.components.model.fresh import resized_decoder
 from nvila.components.model.nvila import NVILA
+from nvila.components.model.schedule import one_cycle
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.prune.scoring import look
 
@@ -38,11 +39,11 @@ KEPT_BYTES = 2**30
 
 def fold_of(sample: Sample) -> int:
     """Fold of a sample: by its first medium, by its bytes where their digest is known, so that all questions about one
-    picture, and its captions, are in one, whatever source or folder they come from."""
+    picture, and its captions, are in one, whatever source or folder they come from; else by its name."""
     digest = next(iter(sample.media_sha256), None)
     if is_sha256(digest):
         return int(str(digest)[:8], 16) % FOLDS
-    return crc32("/".join((str(sample.root), *(sample.media[:1] or (sample.id,)))).encode()) % FOLDS
+    return crc32(next(iter(sample.media), sample.id).encode()) % FOLDS
 
 
 def trained(name: str, reference: Reference, fold: int, job: Job, device: str) -> Path:
@@ -125,7 +126,7 @@ def _train(name: str, reference: Reference, model: NVILA, lesson: Lesson, fold: 
     model.vision_tower.requires_grad_(False)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=reference.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, reference.learning_rate, total_steps=total, pct_start=0.1)
+    schedule = one_cycle(optimizer, reference.learning_rate, total)
     progress = Progress(what, total)
     model.prepare_for_training()
     for step, batch in enumerate(lesson.batches(order, reference.batch)):
