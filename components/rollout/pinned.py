@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -14,7 +14,7 @@ from nvila.components.contracts.progress import track
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import is_correct
 from nvila.components.model.text.conversation import Part, messages_of
-from nvila.components.rollout.policy import Observation
+from nvila.components.rollout.policy import Asked
 from nvila.components.serve import server
 
 
@@ -51,20 +51,26 @@ def choose(metrics: Manifest, samples: Manifest, count: int) -> list[Pinned]:
     return [_pinned(row, by_id[row["id"]]) for row in chosen]
 
 
-def observe(url: str, model: str, prompts: list[Pinned], max_tokens: int, api_key: str) -> tuple[Observation, float]:
-    """Ask a running server every prompt; returns what it did and the mean seconds of an answer."""
-    errors = agreed = right = 0
-    began = time.monotonic()
+def observe(url: str, model: str, prompts: Sequence[Pinned], max_tokens: int, api_key: str) -> Asked:
+    """Ask a running server every prompt."""
+    seen = Asked()
     for prompt in track(prompts, f"pinned prompts to {url}"):
-        try:
-            said = server.ask(url, model, prompt.question, max_tokens=max_tokens, api_key=api_key)
-        except RolloutError:
-            errors += 1
-            continue
-        agreed += is_correct(said, prompt.expected)
-        right += is_correct(said, prompt.answer)
-    seconds = (time.monotonic() - began) / max(len(prompts), 1)
-    return Observation(asked=len(prompts), errors=errors, agreed=agreed, right=right), seconds
+        seen += ask(url, model, prompt, max_tokens, api_key)
+    return seen
+
+
+def ask(url: str, model: str, prompt: Pinned, max_tokens: int, api_key: str) -> Asked:
+    """Ask it one."""
+    try:
+        said = server.ask(url, model, prompt.question, max_tokens=max_tokens, api_key=api_key)
+    except RolloutError:
+        return Asked(asked=1, errors=1)
+    return Asked(
+        asked=1,
+        agreed=is_correct(said.text, prompt.expected),
+        right=is_correct(said.text, prompt.answer),
+        without_value=not said.finite,
+    )
 
 
 def _order(name: str) -> str:

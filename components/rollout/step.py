@@ -1,4 +1,5 @@
-"""Step `rollout`: the registered version becomes the served one and gets the alias `champion`, or is refused.
+"""Step `rollout`: the registered version becomes the served one and gets the alias `champion`, or is refused and loses
+the alias that asks for it.
 
 It reconciles: when the version is served already, nothing happens; a dead endpoint is started again.
 """
@@ -16,12 +17,12 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.step import Outcome
-from nvila.components.rollout.local import Wanted, reconcile
+from nvila.components.rollout.local import Candidate, Served, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
-from nvila.components.serve.endpoint import Endpoint, exclusive
+from nvila.components.serve.deployment import Version
 from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
-from nvila.components.tracking.registry import DIGEST_TAG, find, promote
+from nvila.components.tracking.registry import DIGEST_TAG, decided, find, promote, refuse
 
 
 class Settings(Section):
@@ -56,25 +57,24 @@ def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Envir
     version, runs = inputs["version"].told(Registration), Place.of(here).run_dir.parent
     wait_for(runs, NEEDED_SECONDS)
     _agree(runs, version.name, version.version, inputs["model"])
-    wanted = Wanted(
-        model=version.name,
+    served = Version(
+        name=version.name,
         version=version.version,
         digest=inputs["model"].digest,
-        model_dir=inputs["model"].dir("model", fresh=True),
-        host=rollout.host,
-        port=rollout.port,
-        key=here.api_key,
+        model_dir=str(inputs["model"].dir("model", fresh=True)),
+        settings=rollout.endpoint,
     )
+    candidate = Candidate(served, rollout.host, rollout.port, here.api_key)
     prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
     longest = inputs["metrics"].told(QuantizedEvaluation).max_new_tokens
-    with exclusive(runs):
-        served = reconcile(runs, wanted, prompts, rollout.policy, longest)
-        promote(runs, wanted.model, wanted.version)
-    return Outcome(
-        kind="endpoint",
-        result=_told(version, "promoted", served.endpoint),
-        measured=served.measured,
-    )
+    try:
+        made = reconcile(runs, candidate, prompts, rollout.policy, rollout.strategy, longest)
+    except Rejected as refused:
+        refuse(runs, version.name, version.version, f"rolled back: {refused.what}")
+        raise
+    promote(runs, version.name, version.version)
+    decided(runs, version.name, version.version, "promoted: " + "; ".join(made.reasons))
+    return Outcome(kind="endpoint", result=_told(version, "promoted", made), measured=made.measured)
 
 
 ACTS: dict[Target, Callable[[RolloutSettings, Mapping[str, Manifest], Environment], Outcome]] = {
@@ -84,13 +84,14 @@ ACTS: dict[Target, Callable[[RolloutSettings, Mapping[str, Manifest], Environmen
 """What each target does with the version. What it needs for that stands in `contracts/recipe/rollout.py`."""
 
 
-def _told(version: Registration, decision: str, endpoint: Endpoint | None = None) -> Rollout:
+def _told(version: Registration, decision: str, made: Served | None = None) -> Rollout:
     return Rollout(
         model=version.name,
         version=version.version,
-        endpoint=endpoint.url if endpoint else None,
+        endpoint=made.url if made else None,
         decision=decision,
-        pinned=endpoint.pinned if endpoint else {},
+        pinned=made.pinned if made else {},
+        reasons=made.reasons if made else [],
     )
 
 

@@ -15,7 +15,7 @@ from nvila.components.contracts.addresses import below
 from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
-from nvila.components.tracking.columns import DESCRIPTION, fitted
+from nvila.components.tracking.columns import DESCRIPTION, TAG, fitted
 from nvila.components.tracking.connect import answered, connected, pages
 from nvila.components.tracking.redact import redact, redact_text
 
@@ -28,6 +28,8 @@ DIGEST_TAG = "nvila.digest"
 """Tag of a version: digest of the model's manifest. Two versions never share it."""
 INPUT_TAG = "nvila.input."
 """Prefix of a version's tags that hold its lineage: an `InputRef` as JSON for each manifest it was registered from."""
+DECISION_TAG = "nvila.rollout"
+"""Tag of a version: what the last rollout decided of it, and why."""
 LOGGED_MODEL_TAG = "nvila.logged_model"
 """Tag of a version: the id of its logged model, which MLflow's SQL registry does not keep."""
 
@@ -133,6 +135,21 @@ def promote(runs: Path, name: str, version: str) -> str | None:
             _point(client, name, PREVIOUS, old.version)
         _point(client, name, CHAMPION, version)
         return old.version if old and old.version != version else None
+
+
+def decided(runs: Path, name: str, version: str, text: str) -> None:
+    """Keep with a version, for who looks at it in the registry, what a rollout decided of it and why."""
+    with connected(runs) as client:
+        client.set_model_version_tag(name, version, DECISION_TAG, fitted(redact_text(text), TAG))
+
+
+def refuse(runs: Path, name: str, version: str, text: str) -> None:
+    """`decided`, and no alias of ours names the version any more."""
+    decided(runs, name, version, text)
+    with connected(runs) as client:
+        for alias in (CHALLENGER, CHAMPION):
+            if (found := _find(client, name, alias)) and found.version == version:
+                client.delete_registered_model_alias(name, alias)
 
 
 def find(runs: Path, name: str, reference: str) -> Version | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from nvila.components.contracts.recipe.endpoint import EndpointSettings, host_name
-from nvila.components.contracts.recipe.section import Section, Share
+from nvila.components.contracts.recipe.section import Disagreement, Section, Share
 
 Target = Literal["local", "none"]
+Strategy = Literal["side-by-side", "replace"]
+Seconds = Annotated[float, Field(ge=1, le=86_400)]
+Ratio = Annotated[float, Field(ge=1, le=1000)]
+MOST_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,39 @@ class RegisterSettings(Section):
 
 
 class Policy(Section):
-    """When a new version becomes champion."""
+    """When a new version becomes champion; `rollout/policy.py` has the table."""
 
     pinned_prompts: int = Field(default=12, ge=1, le=10_000)
-    """Held-out questions asked of the new endpoint before the alias moves."""
+    """Held-out questions asked of the new version before a user's request reaches it."""
     min_agreement: Share = 0.75
     """Least share of pinned prompts whose answer equals the evaluated model's."""
     max_error_rate: Share = 0.0
-    """Largest share of pinned prompts that end in an error."""
-    deadline_seconds: float = Field(default=300.0, ge=1, le=86_400)
+    """Largest share of pinned prompts, and at each step of requests, that end in an error of the server."""
+    deadline_seconds: Seconds = 300.0
     """Longest wait for the server to get ready."""
+    steps: list[Annotated[int, Field(ge=1, le=100)]] = Field(default=[10, 50], max_length=MOST_STEPS)
+    """Per cent of the requests that the new version gets beside the champion, one step after the other; none: it takes
+    over once the pinned prompts are answered."""
+    min_requests: int = Field(default=12, ge=0, le=10**7)
+    """Requests that the new version has to have answered at each step; where users ask fewer, pinned prompts are asked
+    of both versions."""
+    min_seconds: Annotated[float, Field(ge=0, le=86_400)] = 5.0
+    """Least time of a step."""
+    step_deadline_seconds: Seconds = 600.0
+    """Longest time of a step."""
+    max_first_token_ratio: Ratio = 2.0
+    """Longest mean time to the first token, as a multiple of the champion's in the same step."""
+    max_token_ratio: Ratio = 2.0
+    """The same from token to token."""
+    max_restarts: int = Field(default=0, ge=0, le=1000)
+    """How often the new version may end by itself."""
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Steps go up."""
+        if any(after <= before for before, after in pairwise(self.steps)):
+            yield Disagreement("steps", "each step gives the new version more requests than the one before", self.steps)
+        if self.min_seconds > self.step_deadline_seconds:
+            yield Disagreement("min_seconds", "a step ends before its least time is over", self.min_seconds)
 
 
 class RolloutSettings(Section):
@@ -57,6 +86,10 @@ class RolloutSettings(Section):
     """Address to listen on, or a name of this machine."""
     port: int = Field(default=8321, ge=1, le=65535)
     """Port to listen on."""
+    strategy: Strategy = "side-by-side"
+    """`side-by-side`: the new version runs beside the champion, no request is lost, and memory has to hold both.
+    `replace`: the champion is stopped before the new version starts, nothing is served meanwhile, and the champion is
+    started again where the new version is refused."""
     policy: Policy = Policy()
     """When the version becomes champion."""
 

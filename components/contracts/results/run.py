@@ -45,3 +45,5 @@ class Rollout(Result):
     decision: str
     pinned: dict[str, int]
     """What the version did with the pinned prompts."""
+    reasons: list[str] = []
+    """Why it was decided so, step by step."""

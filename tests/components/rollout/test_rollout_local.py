@@ -1,11 +1,16 @@
+"""Rollouts on this machine: the real supervisor and the real Envoy, servers that behave as a test wants."""
+
 from __future__ import annotations
 
+import itertools
 import json
-import shlex
+import math
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,60 +18,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from load import Request, Steady, chat, send
 from pydantic import SecretStr
+from servable import WITH_VLLM
+from stand_in import write_folder, write_interpreter
 
 from nvila.components.contracts.errors import DamagedError, PreflightError, Rejected, RolloutError
 from nvila.components.contracts.manifest import Manifest, describe_files
-from nvila.components.contracts.recipe.rollout import Policy
+from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.contracts.recipe.rollout import Policy, Strategy
 from nvila.components.rollout import local
-from nvila.components.rollout.local import Served, Wanted, reconcile
+from nvila.components.rollout.local import Candidate, Served, reconcile
 from nvila.components.rollout.pinned import Pinned
-from nvila.components.serve import endpoint as records
-from nvila.components.serve import server
-from nvila.components.serve.endpoint import Endpoint, exclusive
+from nvila.components.serve import deployment, interpreter, server
+from nvila.components.serve.deployment import Decision, Status, Version, Wanted
 from nvila.components.serve.ports import free_port
 
-FAKE = """
-import json, sys, pathlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
-answers = json.loads(pathlib.Path(sys.argv[1], "answers.json").read_text())
-if answers.get("die"): sys.exit("no such weights")
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-    def do_GET(self):
-        hangs = pathlib.Path(sys.argv[1], "hang").exists() or answers.get("hang")
-        self.send_response(503 if hangs else 200); self.end_headers()
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][0]["content"][-1]["text"]
-        self.send_response(200 if question in answers else 500); self.end_headers()
-        said = {"choices": [{"message": {"content": answers.get(question)}}]}
-        self.wfile.write(json.dumps(said).encode())
-HTTPServer((sys.argv[2], int(sys.argv[3])), Handler).serve_forever()
-"""
+pytestmark = WITH_VLLM[1:]  # Envoy lies in the serving environment
+
 PROMPTS = [Pinned(f"d/heldout/{i}", (f"question {i}",), "7", "7") for i in range(4)]
-POLICY = Policy(pinned_prompts=4, deadline_seconds=10)
 GOOD = {f"question {i}": "7" for i in range(4)}
-BAD = {f"question {i}": "9" for i in range(4)}
+POLICY = Policy(
+    pinned_prompts=4, deadline_seconds=20, steps=[50], min_requests=8, min_seconds=1, step_deadline_seconds=30
+)
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runs folder; servers are small real processes in place of vLLM and end with the test."""
-    started: list[int] = []
-
-    def start(model_dir: Path, *, host: str, port: int, log_path: Path, **_: Any) -> server.Server:
-        server.require_address(host, port)
-        with log_path.open("ab") as log:
-            command = [sys.executable, "-c", FAKE, str(model_dir), host, str(port)]
-            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        started.append(child.pid)
-        return server.Server(child.pid, f"http://{host}:{port}")
-
-    monkeypatch.setattr(server, "start", start)
+    """A runs folder whose servers are stand-ins; everything ends with the test."""
+    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(write_interpreter(tmp_path / "bin", interpreter.envoy())))
     yield tmp_path / "runs"
-    for pid in started:
-        server.stop(pid)
+    with deployment.exclusive(tmp_path / "runs"):
+        deployment.end(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -74,292 +57,298 @@ def port() -> int:
     return free_port("127.0.0.1")
 
 
-def wanted(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wanted:
-    folder = runs.parent / f"model-{version}"
-    folder.mkdir(exist_ok=True)
-    (folder / "answers.json").write_text(json.dumps(answers))
-    return Wanted("small", version, f"digest-{version}", folder, "127.0.0.1", port, None)
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A runs folder and the address of its version 1, which serves on whatever is tried beside it."""
+    runs = tmp_path_factory.mktemp("endpoint") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVILA_SERVE_PYTHON", str(write_interpreter(runs.parent / "bin", interpreter.envoy())))
+        yield runs, roll(runs, candidate(runs, free_port("127.0.0.1"), "1")).url
+        with deployment.exclusive(runs):
+            deployment.end(runs)
 
 
-def roll(runs: Path, target: Wanted, policy: Policy = POLICY) -> Served:
-    with exclusive(runs):
-        return reconcile(runs, target, PROMPTS, policy, 8)
+def candidate(runs: Path, port: int, version: str, key: str | None = None, **behaviour: Any) -> Candidate:
+    folder = write_folder(runs.parent / f"model-{version}", default=version, **{"answers": GOOD, **behaviour})
+    made = Version(name="small", version=version, digest=f"digest-{version}", model_dir=str(folder))
+    return Candidate(made, "127.0.0.1", port, None if key is None else SecretStr(key))
 
 
-def serving(runs: Path) -> Endpoint:
-    found = records.read(runs)
-    assert found is not None and found.alive and server.is_ready(found.url)
+def roll(
+    runs: Path, target: Candidate, policy: Policy = POLICY, strategy: Strategy = "side-by-side", asked: int = 4
+) -> Served:
+    return reconcile(runs, target, PROMPTS[:asked], policy, strategy, 8)
+
+
+def status(runs: Path) -> Status:
+    found = deployment.running(runs)
+    assert found is not None
     return found
+
+
+def answered_by(port: int, key: str = "") -> str:
+    """The version that answers a user."""
+    reply = send(f"http://127.0.0.1:{port}", chat("small", "who?"), key=key)
+    assert reply.answered, reply
+    return str(json.loads(reply.body)["choices"][0]["message"]["content"])
+
+
+def users() -> Iterator[Request]:
+    for number in itertools.count():
+        yield chat("small", "who?", stream=number % 2 == 1)
 
 
 def test_first_version_is_served_and_a_second_run_leaves_it_alone(runs: Path, port: int) -> None:
     """Running again must not restart a healthy endpoint under its users."""
-    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    assert first.pinned == {"asked": 4, "agreed": 4, "right": 4, "errors": 0}
-    again = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    assert again == first == serving(runs)
-    assert first.url == f"http://127.0.0.1:{port}"
-    assert records.read(runs, records.CHALLENGER) is None
+    first = roll(runs, candidate(runs, port, "1"))
+    assert first.url == f"http://127.0.0.1:{port}" and answered_by(port) == "1"
+    assert first.pinned == {"asked": 4, "errors": 0, "agreed": 4, "right": 4, "without_value": 0}
+    before = status(runs)
+    again = roll(runs, candidate(runs, port, "1"))
+    assert (again.url, again.pinned) == (first.url, first.pinned) and "already" in again.reasons[0]
+    assert [one.pid for one in status(runs).versions] == [one.pid for one in before.versions]
+    moved = replace(candidate(runs, port, "1"), port=free_port("127.0.0.1"))
+    assert roll(runs, moved).url.endswith(str(moved.port)) and answered_by(moved.port) == "1"
+    assert [one.pid for one in status(runs).versions] == [one.pid for one in before.versions]
 
 
-def test_dead_endpoint_is_started_again(runs: Path, port: int) -> None:
-    """After a reboot the next run must bring the endpoint back, at the same address."""
-    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    server.stop(first.pid)
-    second = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    assert second.pid != first.pid
-    assert serving(runs).url == first.url
+def test_what_is_served_and_answers_otherwise_is_not_promoted(runs: Path, port: int) -> None:
+    """A model that answered `!!!!` was promoted, with none of the prompts asked, since it was served already."""
+    changed = GOOD | {"question 3": "!!!!"}
+    three, most = (POLICY.model_copy(update={"pinned_prompts": n, "min_agreement": 0.9}) for n in (3, 4))
+    roll(runs, candidate(runs, port, "1", answers=changed), three, asked=3)
+    with pytest.raises(Rejected, match="is served does not answer as it was evaluated: 3 of 4"):
+        roll(runs, candidate(runs, port, "1", answers=changed), most)
 
 
-def test_hanging_endpoint_is_replaced(runs: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that lives but does not answer is not an endpoint."""
-    first = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    hang = Path(first.model_dir, "hang")
-    hang.touch()
-    monkeypatch.setattr(local, "HEALTH_SECONDS", 1.0)
-    monkeypatch.setattr(server, "stop", lambda pid, stop=server.stop: (stop(pid), hang.unlink(missing_ok=True)))
-    second = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    assert second.pid != first.pid
-    assert not first.alive
+def test_no_request_is_lost_to_a_good_version(runs: Path, port: int) -> None:
+    """A rollout took the endpoint down for 58 seconds: 197 of 409 requests of a steady client failed."""
+    url = roll(runs, candidate(runs, port, "1", token=0.05)).url
+    with Steady(url, users()) as client:
+        made = roll(runs, candidate(runs, port, "2"))
+        time.sleep(0.5)
+    assert client.lost == [] and len(client.replies) > 20
+    assert answered_by(port) == "2" and made.url == url and "at 50 per cent" in made.reasons[-1]
+    by = [json.loads(r.body)["choices"][0]["message"]["content"] for r in client.replies if b"DONE" not in r.body]
+    assert by[0] == "1" and by[-1] == "2" and "1" in by[by.index("2") :], "both have answered, side by side"
+    decision = deployment.read(runs, Decision)
+    assert decision is not None and (decision.version.version, decision.decision) == ("2", "promoted")
+    deadline = time.monotonic() + 30
+    while [one.version.version for one in status(runs).versions] != ["2"]:
+        assert time.monotonic() < deadline, "the old server stays and eats memory"
+        time.sleep(0.1)
 
 
-def test_better_version_takes_the_address_over(runs: Path, port: int) -> None:
-    """Users keep their URL, and the old server does not stay behind and eat memory."""
-    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    new = roll(runs, wanted(runs, port, "2", GOOD)).endpoint
-    assert (new.url, new.version) == (old.url, "2")
-    assert serving(runs) == new
-    assert not old.alive
-    assert records.read(runs, records.CHALLENGER) is None
-
-
-def test_rejected_version_leaves_the_old_one_untouched(runs: Path, port: int) -> None:
-    """A bad model must never reach the address."""
-    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    with pytest.raises(Rejected, match="0 of 4 answers equal") as refusal:
-        roll(runs, wanted(runs, port, "2", BAD))
+@pytest.mark.parametrize(
+    ("behaviour", "reason", "lost"),
+    [
+        ({"answers": dict.fromkeys(GOOD, "9")}, "0 of 4 answers equal", 0),
+        ({"answers": {"question 0": "7"}, "fails": True}, "3 of 4 requests failed", 0),
+        ({"logprob": math.nan}, "4 of 4 answers have logits that are infinite or not numbers", 0),
+        ({"logprob": -9999.0}, "4 of 4 answers have logits", 0),
+        ({"dies": "no such weights"}, "ended by itself, once: .*no such weights", 0),
+        ({"hangs": True}, "not ready after", 0),
+        ({"fails": True}, "requests failed at 50 per cent", 0),
+        ({"resets": True}, "requests failed at 50 per cent", 0),
+        ({"slow": 0.5}, "s to the first token, more than 2 times the champion's", 0),
+        ({"ends": True}, "ended by itself, once|requests failed", None),
+        ({"breaks": True}, "requests failed at 50 per cent", None),
+    ],
+)
+def test_a_bad_version_is_rolled_back(
+    endpoint: tuple[Path, str], behaviour: dict[str, Any], reason: str, lost: int | None
+) -> None:
+    """A bad version reached the address, or its trial cost users their answers."""
+    (runs, url), number = endpoint, str(abs(hash(reason)) % 10**6)
+    port = int(url.rpartition(":")[2])
+    policy = POLICY.model_copy(update={"deadline_seconds": 2.0 if "hangs" in behaviour else 20.0})
+    with Steady(url, users(), clients=4) as client, pytest.raises(Rejected, match=reason) as refusal:
+        roll(runs, candidate(runs, port, number, **behaviour), policy)
     assert refusal.value.exit_code == 3
-    assert serving(runs) == old
-    assert records.read(runs, records.CHALLENGER) is None
+    # What cannot be helped is a stream whose first byte came from the new version.
+    begun = [reply for reply in client.lost if reply.status == 200 and b"data:" in reply.body]
+    assert len(client.lost) == (len(begun) if lost is None else lost), client.lost
+    assert answered_by(port) == "1"
+    decision = deployment.read(runs, Decision)
+    assert decision is not None and decision.decision == "rolled back" and decision.reasons
 
 
-def test_rejected_version_brings_a_dead_predecessor_back(runs: Path, port: int) -> None:
-    """With the champion down and the challenger refused, serving the champion is right; serving nothing is not."""
-    old = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    server.stop(old.pid)
+def test_refused_first_version_leaves_nothing_that_answers(runs: Path, port: int) -> None:
+    """A refused model must not be served because there is no other."""
+    with pytest.raises(Rejected, match="0 of 4 answers equal"):
+        roll(runs, candidate(runs, port, "1", answers=dict.fromkeys(GOOD, "9")))
+    assert send(f"http://127.0.0.1:{port}", chat("small", "who?")).status in (0, 503)
+    assert roll(runs, candidate(runs, port, "2")).url and answered_by(port) == "2"
+
+
+def test_dead_champion_comes_back_when_the_new_version_is_refused(runs: Path, port: int) -> None:
+    """After a reboot nothing runs: with the challenger refused, the champion is to serve, not nobody."""
+    roll(runs, candidate(runs, port, "1"))
+    wanted = deployment.read(runs, Wanted)
+    assert wanted is not None
+    with deployment.exclusive(runs):
+        deployment.end(runs)
+    deployment.write(runs, wanted)
     with pytest.raises(Rejected):
-        roll(runs, wanted(runs, port, "2", BAD))
-    assert serving(runs).version == "1"
+        roll(runs, candidate(runs, port, "2", answers=dict.fromkeys(GOOD, "9")))
+    deadline = time.monotonic() + 20
+    while send(f"http://127.0.0.1:{port}", chat("small", "who?")).status != 200:
+        assert time.monotonic() < deadline
+    assert answered_by(port) == "1"
 
 
-def test_rejected_first_version_leaves_nothing_running(runs: Path, port: int) -> None:
-    """A refused server must not hold the port."""
-    with pytest.raises(Rejected, match="4 of 4 requests failed"):
-        roll(runs, wanted(runs, port, "1", {}))
-    server.require_address("127.0.0.1", port)
-    assert records.read(runs) is None
+@pytest.mark.parametrize("good", [True, False])
+def test_replace_stops_the_old_version_first(runs: Path, port: int, good: bool) -> None:
+    """Where memory holds one model only, a second one beside it would end both."""
+    roll(runs, candidate(runs, port, "1"))
+    seen: list[int] = []
+    done = threading.Event()
 
+    def watch() -> None:
+        while not done.wait(0.02):
+            now = deployment.running(runs)
+            seen.append(sum(one.alive for one in now.versions) if now else 0)
 
-@pytest.mark.parametrize(("answers", "reason"), [({"die": 1}, "no such weights"), ({"hang": 1}, "not ready within")])
-def test_version_that_never_gets_ready_is_refused(runs: Path, port: int, answers: dict[str, Any], reason: str) -> None:
-    """The reason must be the server's own last words, and no process may stay behind."""
-    with pytest.raises(Rejected, match=reason):
-        roll(runs, wanted(runs, port, "1", answers), POLICY.model_copy(update={"deadline_seconds": 2.0}))
-    server.require_address("127.0.0.1", port)
-
-
-def test_too_few_prompts_promote_nothing(runs: Path, port: int) -> None:
-    """Four answers cannot satisfy a policy that asks for twelve."""
-    with pytest.raises(Rejected, match="too few"):
-        roll(runs, wanted(runs, port, "1", GOOD), Policy(pinned_prompts=12))
-
-
-def test_port_of_another_program_is_refused(runs: Path, port: int) -> None:
-    """Exit code 2 and the other program keeps running; nothing is started on some other port instead."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", port))
-        other.listen()
-        with pytest.raises(PreflightError, match=str(port)):
-            roll(runs, wanted(runs, port, "1", GOOD))
-
-
-def test_a_port_that_was_taken_meanwhile_rejects_no_version(
-    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM binds its port seconds after it was found free: exit code 3 would blame the model for another program."""
-    roll(runs, wanted(runs, port, "1", GOOD))
-    with socket.socket() as other:
-
-        def take(url: str, deadline_seconds: float, pid: int, log_path: Path | None = None) -> float:
-            server.stop(pid)
-            other.bind(("127.0.0.1", int(url.rpartition(":")[2])))
-            other.listen()
-            raise RolloutError("the server ended while starting: address already in use")
-
-        monkeypatch.setattr(server, "wait_ready", take)
-        with pytest.raises(PreflightError, match="in use"):
-            roll(runs, wanted(runs, port, "2", GOOD))
-    assert serving(runs).version == "1"
-
-
-@pytest.mark.parametrize(("key", "given"), [(None, None), (SecretStr(""), ""), (SecretStr("k"), "k")])
-def test_a_key_that_is_set_and_empty_is_a_key(
-    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch, key: SecretStr | None, given: str | None
-) -> None:
-    """`NVILA_API_KEY=` of a script whose secret is missing opened the endpoint to everyone."""
-    keys: list[str | None] = []
-    start = server.start
-    monkeypatch.setattr(
-        server, "start", lambda *a, **options: (keys.append(options["api_key"]), start(*a, **options))[1]
-    )
-    roll(runs, replace(wanted(runs, port, "1", GOOD), key=key))
-    assert keys == [given]
-
-
-def test_record_of_a_reused_process_id_is_not_ours(runs: Path, port: int) -> None:
-    """After a reboot the recorded id may be any program: it must be neither trusted nor killed."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    watching = threading.Thread(target=watch)
+    watching.start()
     try:
-        stale = Endpoint(
-            url=f"http://127.0.0.1:{port}", pid=child.pid, born=1.0, host="127.0.0.1", port=port, model="small",
-            version="1", digest="digest-1", model_dir="/gone", log="",
-        )  # fmt: skip
-        records.write(runs, stale)
-        records.write(runs, stale, records.CHALLENGER)
-        assert roll(runs, wanted(runs, port, "1", GOOD)).endpoint.pid != child.pid
-        assert child.poll() is None
+        if good:
+            roll(runs, candidate(runs, port, "2"), strategy="replace")
+        else:
+            with pytest.raises(Rejected):
+                roll(runs, candidate(runs, port, "2", answers={}), strategy="replace")
+            deployment.wait_for(runs, 0, local._champion_is_ready, 20)
     finally:
-        child.kill()
-        child.wait()
+        done.set()
+        watching.join()
+    assert max(seen) == 1
+    assert answered_by(port) == ("2" if good else "1")
 
 
-def test_orphan_of_a_killed_run_is_cleared(runs: Path, port: int) -> None:
-    """A run killed while it tried a version leaves a server that nobody else would stop."""
-    orphan = roll(runs, wanted(runs, port, "1", GOOD)).endpoint
-    records.write(runs, orphan, records.CHALLENGER)
-    records.forget(runs)
-    assert roll(runs, wanted(runs, port, "1", GOOD)).endpoint.pid != orphan.pid
-    assert not orphan.alive
+def test_memory_that_does_not_hold_both_is_told_before(runs: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system would end one of the two, likely the one that serves."""
+    roll(runs, candidate(runs, port, "1"))
+    monkeypatch.setattr(local.memory, "available_bytes", lambda: 2**30)
+    with pytest.raises(PreflightError, match=r"rollout\.strategy: .* 1\.0 GiB are available.*`replace`"):
+        roll(runs, candidate(runs, port, "2"))
+    assert answered_by(port) == "1"
 
 
-def test_old_version_returns_when_the_new_one_fails_at_the_address(
-    runs: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between stopping the old and starting the new something may break; users must not be left without a server."""
-    roll(runs, wanted(runs, port, "1", GOOD))
-    start = server.start
-
-    def refuse_second(model_dir: Path, *, port: int, **rest: Any) -> server.Server:
-        if model_dir.name == "model-2" and port == serve_at:
-            raise RolloutError("no memory left")
-        return start(model_dir, port=port, **rest)
-
-    serve_at = port
-    monkeypatch.setattr(server, "start", refuse_second)
-    with pytest.raises(RolloutError, match="no memory left"):
-        roll(runs, wanted(runs, port, "2", GOOD))
-    assert serving(runs).version == "1"
+def test_port_of_another_program(runs: Path, port: int) -> None:
+    """The program that holds the port is not ours to stop, and the version is not to blame."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(PreflightError, match="in use"):
+            roll(runs, candidate(runs, port, "1"))
+    assert deployment.running(runs) is None
 
 
-def written(runs: Path, port: int, version: str, answers: dict[str, Any]) -> Wanted:
+def test_another_key_is_another_endpoint(runs: Path, port: int) -> None:
+    """A key that was set later was ignored: the endpoint stayed open to everyone."""
+    roll(runs, candidate(runs, port, "1"))
+    before = status(runs).versions[0].pid
+    roll(runs, candidate(runs, port, "1", key="sesame"))
+    assert status(runs).versions[0].pid != before and answered_by(port, "sesame") == "1"
+    assert "sesame" not in "".join(p.read_text() for p in (runs / "serving").glob("*.json"))
+    roll(runs, candidate(runs, port, "1", key="sesame"))
+
+
+def test_other_settings_are_another_server(runs: Path, port: int) -> None:
+    """Limits that were changed in the recipe did not reach the endpoint that was running."""
+    roll(runs, candidate(runs, port, "1"))
+    changed = candidate(runs, port, "1")
+    changed = replace(changed, version=changed.version.model_copy(update={"settings": EndpointSettings(max_media=1)}))
+    before = status(runs).versions[0].pid
+    roll(runs, changed)
+    assert status(runs).versions[-1].pid != before
+
+
+def written(runs: Path, port: int, version: str) -> Candidate:
     """A version whose folder a step wrote: its manifest lies beside it."""
     folder = runs.parent / "store" / "quantize" / version
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "answers.json").write_text(json.dumps(answers))
+    write_folder(folder / "model", answers=GOOD)
     made = Manifest(step="quantize", key=version * 64, kind="model", files=describe_files(folder))
     made.save(folder / "manifest.json")
-    return Wanted("small", version, made.digest, folder / "model", "127.0.0.1", port, None)
+    served = Version(name="small", version=version, digest=made.digest, model_dir=str(folder / "model"))
+    return Candidate(served, "127.0.0.1", port)
 
 
 @pytest.mark.parametrize("harm", ["a byte", "a file more", "the manifest", "another model"])
 def test_what_is_started_is_what_was_written(runs: Path, port: int, harm: str) -> None:
     """A weight changed in place was served with exit code 0."""
-    target = written(runs, port, "1", GOOD)
+    target = written(runs, port, "1")
+    folder = Path(target.version.model_dir)
     if harm == "a byte":
-        path = target.model_dir / "answers.json"
+        path = folder / "behaviour.json"
         path.write_text(path.read_text().replace("7", "8"))
     elif harm == "a file more":
-        (target.model_dir / "model-00002.safetensors").touch()
+        (folder / "model-00002.safetensors").touch()
     elif harm == "the manifest":
-        (target.model_dir.parent / "manifest.json").write_text("")
+        (folder.parent / "manifest.json").write_text("")
     else:
-        target = replace(target, digest="d" * 64)
+        target = replace(target, version=target.version.model_copy(update={"digest": "d" * 64}))
     with pytest.raises(DamagedError, match="quantize/1"):
         roll(runs, target)
-    assert records.read(runs) is None
+    assert deployment.running(runs) is None
 
 
-def test_an_old_version_that_was_changed_does_not_come_back(runs: Path, port: int) -> None:
-    """The rollback is the one start that nobody watches: it must not bring back other weights."""
-    old = written(runs, port, "1", GOOD)
-    server.stop(roll(runs, old).endpoint.pid)
-    (old.model_dir / "answers.json").write_text(json.dumps(BAD))
-    with pytest.raises(DamagedError, match="quantize/1"):
-        roll(runs, written(runs, port, "2", BAD), POLICY.model_copy(update={"min_agreement": 0.9}))
-    recorded = records.read(runs)
-    assert recorded is None or not recorded.alive
-
-
-NO_PROCESS = json.dumps(
-    dict.fromkeys(("url", "host", "model", "version", "digest", "model_dir", "log"), "x")
-    | {"pid": -1, "born": 1.0, "port": 1}
-).encode()
-
-
-@pytest.mark.parametrize("content", [b"", b"{", bytes(30), b"\xff", b"[]", NO_PROCESS, None])
-def test_a_torn_record_is_no_endpoint(runs: Path, content: bytes | None) -> None:
-    """A record that a crash left half ended every further rollout, `serve` and `stop`."""
-    path = runs / "serving" / "endpoint.json"
-    path.parent.mkdir(parents=True)
-    path.mkdir() if content is None else path.write_bytes(content)
-    assert records.read(runs) is None
-    records.forget(runs)
-    assert not path.exists()
+def test_a_champion_that_was_changed_is_not_started_again(runs: Path, port: int) -> None:
+    """A restart is the one start that nobody watches: it must not bring back other weights."""
+    target = written(runs, port, "1")
+    roll(runs, target)
+    path = Path(target.version.model_dir) / "behaviour.json"
+    path.write_text(path.read_text().replace("7", "8"))
+    server.stop(status(runs).versions[0].pid)
+    deadline = time.monotonic() + 20
+    while "quantize/1" not in status(runs).versions[0].ended:
+        assert time.monotonic() < deadline, status(runs)
+        time.sleep(0.1)
+    assert status(runs).versions[0].state == "waiting"
 
 
 STEP = """
-import os, signal, sys
+import sys
 from pathlib import Path
+sys.path[:0] = sys.argv[3:]
 from nvila.components.contracts.environment import Environment, entered
-from nvila.components.rollout.local import Wanted, start
-from nvila.components.serve import endpoint as records
+from test_rollout_local import candidate, roll
 
-runs, model, port, promoted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
 with entered(Environment.read()):
-    tried, _ = start(runs, Wanted("small", "1", "d", model, "127.0.0.1", port, None), port, 60)
-    print(tried.model_dump_json(), flush=True)
-    if promoted:
-        records.keep(runs, tried)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-VLLM = """#!/bin/sh
-sleep 300 &  # the engine
-exec {python} -c {code} "$4" "$7" "$9"
+    print("begun", flush=True)
+    roll(Path(sys.argv[1]), candidate(Path(sys.argv[1]), int(sys.argv[2]), "2", hangs=True))
 """
 
 
-@pytest.mark.parametrize("promoted", [False, True])
-def test_a_rollout_that_is_killed_leaves_what_users_talk_to_and_nothing_else(
-    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch, promoted: bool
-) -> None:
-    """A version that was being tried stayed, with its memory and the port, until a next rollout, if there was one."""
-    python, model, runs = tmp_path / "python", tmp_path / "model", tmp_path / "runs"
-    python.write_text(VLLM.format(python=sys.executable, code=shlex.quote(FAKE)))
-    python.chmod(0o755)
-    model.mkdir()
-    (model / "answers.json").write_text("{}")
-    (model / "config.json").write_text('{"nvila": {"num_video_frames": 4}}')
-    monkeypatch.setenv("NVILA_SERVE_PYTHON", str(python))
-    command = [sys.executable, "-c", STEP, str(runs), str(model), str(port), str(promoted)]
-    step = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    assert step.returncode == -signal.SIGKILL
-    tried = Endpoint.model_validate_json(step.stdout)
-    if promoted:
-        time.sleep(0.5)
-        assert serving(runs) == tried and records.alive(runs) == [tried]
-        server.stop(tried.pid)
-    deadline = time.monotonic() + 30
-    while tried.alive:
-        assert time.monotonic() < deadline, "the server lives on"
-        time.sleep(0.05)
-    server.require_address("127.0.0.1", port)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_rollout_that_is_ended_leaves_the_champion_alone(runs: Path, port: int, number: signal.Signals) -> None:
+    """A version that was being tried stayed, with its memory, until a next rollout, if there was one."""
+    roll(runs, candidate(runs, port, "1"))
+    command = [sys.executable, "-c", STEP, str(runs), str(port), *sys.path]
+    step = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"NVILA_PROGRESS": ""})
+    deployment.wait_for(runs, 0, lambda now: now.of("challenger") is not None, 30)
+    step.send_signal(number)
+    step.wait()
+    deployment.wait_for(runs, 0, lambda now: [one.version.version for one in now.versions] == ["1"], 30)
+    assert answered_by(port) == "1"
+
+
+def test_a_stop_ends_the_rollout_too(runs: Path, port: int) -> None:
+    """`nvila stop` waited for the rollout, or was undone by it."""
+    roll(runs, candidate(runs, port, "1"))
+    ended: list[BaseException] = []
+
+    def try_it() -> None:
+        try:
+            roll(runs, candidate(runs, port, "2", hangs=True))
+        except BaseException as error:
+            ended.append(error)
+
+    trial = threading.Thread(target=try_it)
+    trial.start()
+    deployment.wait_for(runs, 0, lambda now: now.of("challenger") is not None, 30)
+    with deployment.exclusive(runs):
+        deployment.end(runs)
+    trial.join(30)
+    assert isinstance(ended[0], RolloutError) and "somebody else" in str(ended[0])
+    assert deployment.running(runs) is None

@@ -13,13 +13,11 @@ from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.model.text.conversation import Place
-from nvila.components.rollout import local
 from nvila.components.rollout import step as rollout
-from nvila.components.rollout.local import Served, Wanted
+from nvila.components.rollout.local import Candidate, Served
 from nvila.components.rollout.pinned import Pinned, choose
-from nvila.components.serve.endpoint import Endpoint
 from nvila.components.tracking.connect import connected
-from nvila.components.tracking.registry import find
+from nvila.components.tracking.registry import DECISION_TAG, find
 
 
 def manifest(
@@ -89,15 +87,13 @@ def test_promotion_moves_the_aliases(
         for _ in range(2):
             client.create_model_version("small", source="file:///nowhere")
         client.set_registered_model_alias("small", "champion", "1")
-    asked: list[tuple[Wanted, list[Pinned], int]] = []
+    asked: list[tuple[Candidate, list[Pinned], int]] = []
 
-    def reconcile(runs: Path, wanted: Wanted, prompts: list[Pinned], policy: object, longest: int) -> Served:
-        asked.append((wanted, prompts, longest))
-        made = Endpoint(
-            url="http://127.0.0.1:1", pid=1, born=0, host="127.0.0.1", port=1, model="small", version="2",
-            digest="d", model_dir="m", log="l", pinned={"asked": 3},
-        )  # fmt: skip
-        return Served(made, {"seconds_until_ready": 1.0})
+    def reconcile(
+        runs: Path, candidate: Candidate, prompts: list[Pinned], policy: object, strategy: str, longest: int
+    ) -> Served:
+        asked.append((candidate, prompts, longest))
+        return Served("http://127.0.0.1:1", {"asked": 3}, ["3 of 3"], {"seconds_until_asked": 1.0})
 
     monkeypatch.setattr(rollout, "reconcile", reconcile)
     for _ in range(2):
@@ -105,32 +101,48 @@ def test_promotion_moves_the_aliases(
         champion, previous = find(runs, "small", "champion"), find(runs, "small", "previous")
         assert champion is not None and champion.version == "2"
         assert previous is not None and previous.version == "1"
+        assert champion.tags[DECISION_TAG] == "promoted: 3 of 3"
     assert outcome.result == Rollout(
-        model="small", version="2", endpoint="http://127.0.0.1:1", decision="promoted", pinned={"asked": 3}
-    )
-    wanted, prompts, longest = asked[0]
-    assert (wanted.digest, len(prompts), longest) == (inputs["model"].digest, 3, 5)
+        model="small", version="2", endpoint="http://127.0.0.1:1", decision="promoted", pinned={"asked": 3},
+        reasons=["3 of 3"],
+    )  # fmt: skip
+    candidate, prompts, longest = asked[0]
+    assert (candidate.version.digest, len(prompts), longest) == (inputs["model"].digest, 3, 5)
 
 
-def test_refused_version_moves_no_alias(
+def test_refused_version_loses_its_aliases(
     tracked_run: Path, inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The alias is what other tools deploy: it must not name a version that was refused."""
+    """The alias is what other tools deploy: it must not name a version that was refused, and the registry says why."""
+    runs = tracked_run.parent
+    with connected(runs) as client:
+        client.create_registered_model("small")
+        for _ in range(2):
+            client.create_model_version("small", source="file:///nowhere")
+        client.set_registered_model_alias("small", "champion", "1")
+        client.set_registered_model_alias("small", "challenger", "2")
 
     def refuse(*_: object) -> Served:
-        raise Rejected("rollout refuses the new version")
+        raise Rejected("rollout refuses the new version: 3 of 4 requests failed")
 
     monkeypatch.setattr(rollout, "reconcile", refuse)
     with pytest.raises(Rejected):
         rollout.run(settings(), inputs, tmp_path, Environment.read())
-    assert find(tracked_run.parent, "small", "champion") is None
+    champion, version = find(runs, "small", "champion"), find(runs, "small", "2")
+    assert champion is not None and champion.version == "1" and find(runs, "small", "challenger") is None
+    assert version is not None and version.aliases == () and "3 of 4 requests failed" in version.tags[DECISION_TAG]
+    with connected(runs) as client:
+        client.set_registered_model_alias("small", "champion", "2")  # it is served, and answers otherwise by now
+    with pytest.raises(Rejected):
+        rollout.run(settings(), inputs, tmp_path, Environment.read())
+    assert find(runs, "small", "champion") is None
 
 
 def test_target_none_starts_nothing(
     inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A recipe that registers only must not need a serving environment."""
-    monkeypatch.setattr(local.server, "start", lambda *a, **k: pytest.fail("a server was started"))
+    monkeypatch.setattr(rollout, "reconcile", lambda *_: pytest.fail("a server was started"))
     told = rollout.run(settings(target="none"), inputs, tmp_path, Environment.read()).result
     assert isinstance(told, Rollout) and (told.endpoint, told.decision) == (None, "registered, not rolled out")
 
