@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
-import psutil
-
 from nvila.components.contracts.errors import DataError, NvilaError, Unreachable
+from nvila.components.contracts.memory import available_bytes, gib
 from nvila.components.contracts.places import is_version, standing
 from nvila.components.contracts.recipe.data import LABELS, SPLITS, SUFFIXES, Source
 from nvila.components.data.layouts import read
@@ -20,8 +19,6 @@ from nvila.components.preflight.enough import Held
 from nvila.components.tracking import connect
 from nvila.components.tracking.checkpoints import identity
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 LOCK = Path(__file__).parents[2] / "requirements" / "main.lock"
 """Lies in the checkout; an image is built from it and does not carry it."""
 
@@ -36,22 +33,12 @@ def python_problems() -> list[str]:
     return [] if found >= (3, 11) else [f"Python 3.11 or newer is needed, this is {found[0]}.{found[1]}"]
 
 
-def memory_available_bytes() -> int:
-    """What the machine or our cgroup still gives, whichever is less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = int(CGROUP_LIMIT.read_text())
-        return min(available, limit - int(CGROUP_USED.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or its limit is "max"
-        return available
-
-
 def memory_problems(needed_bytes: int) -> list[str]:
     """Enough memory is available now."""
-    available = memory_available_bytes()
+    available = available_bytes()
     if available >= needed_bytes:
         return []
-    return [f"needs.memory_bytes: {_gib(needed_bytes)} of memory are needed, {_gib(available)} are available"]
+    return [f"needs.memory_bytes: {gib(needed_bytes)} of memory are needed, {gib(available)} are available"]
 
 
 def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
@@ -62,7 +49,7 @@ def disk_problems(needed_bytes: int, folders: Iterable[Path]) -> list[str]:
         if not _writable(there):
             problems.append(f"{there} cannot be written")
         elif free < needed_bytes:
-            problems.append(f"needs.disk_bytes: {_gib(needed_bytes)} are needed at {there}, {_gib(free)} are free")
+            problems.append(f"needs.disk_bytes: {gib(needed_bytes)} are needed at {there}, {gib(free)} are free")
     return problems
 
 
@@ -184,7 +171,3 @@ def tracking_problems(runs: Path) -> list[str]:
 
 def _writable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -11,12 +11,13 @@ from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError, PreflightError, Unreachable
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.memory import available_bytes, gib
 from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.recipe import Needs
-from nvila.components.contracts.recipe.rollout import TARGETS, RolloutSettings
+from nvila.components.contracts.recipe.rollout import TARGETS, RolloutSettings, Strategy
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import TrainSettings
 from nvila.components.contracts.results.run import Preflight
@@ -26,9 +27,8 @@ from nvila.components.data.layouts import read
 from nvila.components.preflight import checks, enough
 from nvila.components.preflight.enough import Held
 from nvila.components.runner.execute import Place
-from nvila.components.serve.endpoint import alive
-from nvila.components.serve.interpreter import serve_python
-from nvila.components.serve.ports import why_not
+from nvila.components.serve import deployment
+from nvila.components.serve.interpreter import memory_bytes, serve_python
 from nvila.components.tracking.connect import is_shared
 
 
@@ -72,7 +72,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     return Outcome(
         kind="report",
         result=Preflight(annotations=_annotation_digests(settings.data)),
-        measured={"memory_available_bytes": float(checks.memory_available_bytes())},
+        measured={"memory_available_bytes": float(available_bytes())},
     )
 
 
@@ -129,6 +129,7 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
     found += checks.package_problems()
     if TARGETS[settings.rollout.target].serves_here:
         found += port_problems(settings.rollout.host, settings.rollout.port, runs)
+        found += room_problems(settings.rollout.strategy, runs)
     if settings.vllm:
         found += _serving_problems()
     return found
@@ -136,10 +137,26 @@ def _machine_problems(settings: Settings, runs: Path) -> list[str]:
 
 def port_problems(host: str, port: int, runs: Path) -> list[str]:
     """Whether no server can listen where the endpoint is wanted; our own endpoint of an earlier run may do so now."""
-    reason = why_not(host, port)
-    if reason is None or any((server.host, server.port) == (host, port) for server in alive(runs)):
+    reason = deployment.why_not(runs, host, port)
+    said = f"rollout.host and rollout.port: {host}:{port} cannot be had ({reason}); choose another address"
+    return [said] if reason else []
+
+
+def room_problems(strategy: Strategy, runs: Path) -> list[str]:
+    """Whether memory does not hold a new version beside the one that is served, which is taken to be as large."""
+    status = deployment.running(runs)
+    champion = status.of("champion") if status else None
+    if strategy == "replace" or champion is None:
         return []
-    return [f"rollout.host and rollout.port: {host}:{port} cannot be had ({reason}); choose another address"]
+    served = champion.version
+    needed, available = memory_bytes(Path(served.model_dir)), available_bytes()
+    if needed <= available:
+        return []
+    return [
+        f"rollout.strategy: a new version beside {served.name} version {served.version}, which is served, takes about "
+        f"{gib(needed)} of memory, and {gib(available)} are available; free memory, or say `replace`: the old version "
+        "is then stopped first, and nothing is served while the new one starts"
+    ]
 
 
 def _pod_problems(settings: Settings) -> list[str]:

@@ -8,6 +8,9 @@ from pathlib import Path
 from nvila.components.contracts.environment import current, for_child, name_of, named
 from nvila.components.contracts.errors import PreflightError
 
+PROCESSES_BYTES = 2 * 2**30
+"""Of a server with hardly any weights and an empty cache, see docs/serving.md."""
+
 
 def serve_python() -> Path:
     """The interpreter that has vLLM.
@@ -70,3 +73,9 @@ def serve_variables(threads: int = 1) -> dict[str, str]:
     }
     # PYTHONPATH and the like of the calling environment must not leak into another set of libraries.
     return for_child(variables, without=("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"))
+
+
+def memory_bytes(model_dir: Path) -> int:
+    """About how much memory a server of this folder takes on a CPU: its processes, vLLM's cache, and the weights."""
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    return PROCESSES_BYTES + int(float(current().vllm_cache_gib) * 2**30) + weights * 3 // 2

@@ -2,8 +2,6 @@
 
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +12,12 @@ from buckets import Bucket
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.processes import Process
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.preflight import checks, step
 from nvila.components.preflight.checks import weights_problems
-from nvila.components.serve import endpoint
-from nvila.components.serve.endpoint import Endpoint
+from nvila.components.serve import deployment
+from nvila.components.serve.deployment import Guards, Status, Version, VersionStatus, Wanted
 from nvila.components.serve.ports import free_port
 from nvila.components.tracking import connect
 
@@ -147,26 +146,46 @@ def test_a_port_used_by_someone_else_is_refused(settings: dict, listener: int, t
     assert str(listener) in str(caught.value) and "already in use" in str(caught.value)
 
 
-def test_a_port_held_by_our_own_endpoint_is_fine(tmp_path: Path) -> None:
-    """The second run finds the endpoint of the first: that is no reason to refuse, nor to repeat preflight."""
-    code = (
-        "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
-        "print(s.getsockname()[1], flush=True); time.sleep(60)"
+def _serve(runs: Path, model_dir: Path, port: int, born: float) -> None:
+    """Records of an endpoint that this process looks after."""
+    this = Process.this()
+    version = Version(name="m", version="1", digest="d", model_dir=str(model_dir))
+    server = VersionStatus(
+        pid=this.pid,
+        born=born,
+        version=version,
+        role="champion",
+        state="ready",
+        url="http://127.0.0.1:1",
+        since=0,
+        log="",
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline())
-            assert step.port_problems("127.0.0.1", port, tmp_path)
-            born = endpoint.birth(server.pid)
-            names = {"host": "127.0.0.1", "model": "m", "version": "1", "digest": "d", "model_dir": "/m", "log": "/l"}
-            record = Endpoint(pid=server.pid, url=f"http://127.0.0.1:{port}", born=born, port=port, **names)
-            endpoint.write(tmp_path, record)
-            assert step.port_problems("127.0.0.1", port, tmp_path) == []
-            endpoint.write(tmp_path, record.model_copy(update={"born": 1.0}))
-            assert step.port_problems("127.0.0.1", port, tmp_path), "the pid was given to another program"
-        finally:
-            server.kill()
+    deployment.write(runs, Wanted(generation=1, host="127.0.0.1", port=port, champion=version))
+    deployment.write(runs, Guards(guards=[(this.pid, born)]))
+    deployment.write(runs, Status(generation=1, supervisor=this, url="u", admin="a", since=0, versions=[server]))
+
+
+def test_a_port_held_by_our_own_endpoint_is_fine(listener: int, tmp_path: Path) -> None:
+    """The second run finds the endpoint of the first: that is no reason to refuse, nor to repeat preflight."""
+    assert step.port_problems("127.0.0.1", listener, tmp_path)
+    _serve(tmp_path, tmp_path, listener, Process.this().born)
+    assert step.port_problems("127.0.0.1", listener, tmp_path) == []
+    _serve(tmp_path, tmp_path, listener, 1.0)
+    assert step.port_problems("127.0.0.1", listener, tmp_path), "the pid was given to another program"
+
+
+def test_memory_for_two_versions_is_asked_for_where_one_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an hour of training the system ended the new server, or the one that served."""
+    monkeypatch.setattr(step, "available_bytes", lambda: 4 * 2**30)
+    assert step.room_problems("side-by-side", tmp_path) == []
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(2 * 2**30)
+    _serve(tmp_path, tmp_path, 1, Process.this().born)
+    (said,) = step.room_problems("side-by-side", tmp_path)
+    assert "6.0 GiB" in said and "4.0 GiB are available" in said and "`replace`" in said
+    assert step.room_problems("replace", tmp_path) == []
 
 
 def test_a_missing_serving_environment_is_told_early(
