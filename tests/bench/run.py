@@ -72,7 +72,7 @@ def _gpu() -> str | None:
 
 def main() -> None:
     """Measure the areas named on the command line, or all."""
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = map(str, (HERE, HERE.parent, HERE.parent / "components"))
     OUT.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
     where = machine()

@@ -122,6 +122,8 @@ def test_every_parameter_of_vllm_is_decided() -> None:
 
 def test_a_stream_whose_engine_dies_is_broken_and_others_may_come_again(server: Server) -> None:
     """vLLM ends it with [DONE], and answers 500 to who waits. The last test: the engine is gone."""
+    processes = psutil.Process(server.pid).children(recursive=True)
+    engine = next(process for process in processes if process.name() == "VLLM::EngineCore")
     address = urlsplit(server.url)
     connections = [http.client.HTTPConnection(address.netloc, timeout=120) for _ in range(2)]
     asked = {"model": NAME, "messages": _hi(), "max_tokens": 480, "ignore_eos": True}
@@ -129,8 +131,7 @@ def test_a_stream_whose_engine_dies_is_broken_and_others_may_come_again(server: 
         connection.request("POST", CHAT, json.dumps(asked | {"stream": stream}), {"Content-Type": "application/json"})
     streamed = connections[0].getresponse()
     first = streamed.readline()
-    processes = psutil.Process(server.pid).children(recursive=True)
-    next(process for process in processes if process.name() == "VLLM::EngineCore").kill()
+    engine.kill()
     with pytest.raises(http.client.IncompleteRead) as broken:
         streamed.read()
     assert first.startswith(b"data: {") and b'"error"' in broken.value.partial and b"[DONE]" not in broken.value.partial

@@ -143,7 +143,7 @@ def test_server_answers_as_the_torch_model_does(running: Running, media: Media) 
     for request in requests:
         files = [(request.kind, Path(path)) for path in request.media]
         (message,) = messages_of([Turn("human", request.question)], files)
-        served.append(server.ask(running.url, "tiny", message.parts, max_tokens=6, api_key="sesame"))
+        served.append(server.ask(running.url, "tiny", message.parts, max_tokens=6, api_key="sesame").text)
     # vLLM's detokenizer leaves out bytes that make no character; the torch side shows them as U+FFFD.
     plain = [_characters(text) for text in expected]
     assert len(set(plain)) > 5

@@ -124,6 +124,9 @@ class Deployment:
         api, engine = map(int, Path(champion.version.model_dir, "pids").read_text().split())
         found = {"supervisor": guards.guards[0][0], "standby": guards.guards[1][0], "server": api, "engine": engine}
         found |= {"between": champion.pid, "envoy": status.envoy.session, "between Envoy": status.envoy.pid}
+        if not all(found.values()):  # a session is known a moment after its first process has started
+            time.sleep(0.1)
+            return self.processes()
         return {name: psutil.Process(pid) for name, pid in found.items()}
 
 
