@@ -440,7 +440,8 @@ def _serve(place: Path, runs: Path) -> str:
 
     os.environ["NVILA_SERVE_PYTHON"] = "/bin/sh"  # which everybody may run
     started = InterruptedError("started")
-    with patch("subprocess.Popen", side_effect=started):
+    envoy = patch("nvila.components.serve.interpreter.envoy", return_value=Path("/bin/sh"))
+    with envoy, patch("subprocess.Popen", side_effect=started):
         try:
             serve(str(place), "127.0.0.1", free_port("127.0.0.1"), runs, None)
         except InterruptedError as error:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.children import leashed
@@ -36,7 +36,6 @@ ENGINE_OPTIONS = (
     *("--enforce-eager", "--max-num-seqs", "32", "--skip-mm-profiling", "--disable-uvicorn-access-log"),
     *("--generation-config", "vllm"),
     *("--structured-outputs-config", '{"backend": "guidance"}'),
-    *("--middleware", "nvila.components.serve.guard.Guard"),
 )
 """Small and quick to start; compiling pays only for larger models than a CPU serves.
 
@@ -52,8 +51,19 @@ theirs meets its end."""
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The server is on this machine, whatever its address is called: no proxy that is set for all else leads there."""
 
+NO_LOGPROB = -9999.0
+"""What vLLM says in place of a logarithm of nothing; `nan` compares as smaller than nothing."""
+
 File = tuple[Literal["image", "video"], Path]
 """A picture or a clip."""
+
+
+class Answer(NamedTuple):
+    """Of a model."""
+
+    text: str
+    finite: bool
+    """Whether each of its tokens has a probability: logits that are infinite or not numbers give none."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,8 @@ def start(
         sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     told = Told(model_dir=model_dir.absolute(), settings=settings or EndpointSettings())
+    command += ["--middleware", "nvila.components.serve.guard.Guard"]
+    command += ["--mm-processor-cache-gb", str(told.settings.media_cache_mib / 1024)]
     variables = serve_variables(threads) | told.variables() | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_SECONDS)}
     variables.pop(name_of("vllm_key"), None)
     if api_key is not None:
@@ -148,11 +160,16 @@ def wait_ready(url: str, deadline_seconds: float, pid: int, log_path: Path | Non
 
 def is_ready(url: str) -> bool:
     """Whether `/health` says yes."""
+    return get(f"{url}/health") is not None
+
+
+def get(url: str, timeout_seconds: float = 5.0) -> str | None:
+    """The text at a path of a server of this machine; None where it gives none."""
     try:
-        with _DIRECTLY.open(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
+        with _DIRECTLY.open(url, timeout=timeout_seconds) as answer:
+            return answer.read().decode(errors="replace") if answer.status == 200 else None
     except (OSError, HTTPException):
-        return False
+        return None
 
 
 def is_alive(pid: int) -> bool:
@@ -200,7 +217,7 @@ def ask(
     max_tokens: int = 32,
     api_key: str | None = None,
     timeout_seconds: float = 120.0,
-) -> str:
+) -> Answer:
     """The answer to one question about pictures, clips, or nothing; arguments as of `chat_request`.
 
     Control strings that the answer speaks of are whole again.
@@ -208,19 +225,22 @@ def ask(
     Raises:
         RolloutError: the server refused or did not answer.
     """
+    body = chat_request(model, question, image=image, video=video, max_tokens=max_tokens) | {"logprobs": True}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",
-        data=json.dumps(chat_request(model, question, image=image, video=video, max_tokens=max_tokens)).encode(),
+        data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     )
     try:
         with _DIRECTLY.open(request, timeout=timeout_seconds) as answer:
-            content = json.load(answer)["choices"][0]["message"]["content"]
-            return mend(str(content or "").strip())
+            choice = json.load(answer)["choices"][0]
+            told = ((choice.get("logprobs") or {}).get("content")) or []
+            finite = all(isinstance(token["logprob"], float | int) and token["logprob"] > NO_LOGPROB for token in told)
+            return Answer(mend(str(choice["message"]["content"] or "").strip()), finite)
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
         raise RolloutError(f"the server answered {error.code}: {detail}", where=url) from None
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
         raise RolloutError(f"the server did not answer: {error}", where=url) from None
 
 

@@ -162,6 +162,7 @@ class Supervisor:
         self._trouble = ""
         self._written: Status | None = None
         self._print = deployment.fingerprint(self._key)
+        self._known: tuple[str | None, bool] | None = None
         self._told = threading.Event()
         self._take_over()
 
@@ -202,7 +203,7 @@ class Supervisor:
         assert self._wanted
         wanted, trouble = self._wanted, ""
         self._guard()
-        if not deployment.matches(wanted.key, self._key):
+        if not self._fits(wanted.key):
             trouble = (
                 "the endpoint is to have another key than this supervisor knows; `nvila serve` starts it with that"
             )
@@ -215,6 +216,12 @@ class Supervisor:
             self._generation = wanted.generation
             if not self._since and any(one.takes_requests and one.role == "champion" for one in self._servers):
                 self._since = time.time()
+
+    def _fits(self, known: str | None) -> bool:
+        """Whether the key is the one that is wanted. Finding out takes long on purpose, and is done once."""
+        if self._known is None or self._known[0] != known:
+            self._known = known, deployment.matches(known, self._key)
+        return self._known[1]
 
     def _assign(self) -> None:
         """Give the servers their roles; those without one are drained, those that are missing are to be started."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from nvila.components.contracts.environment import current, named
+from nvila.components.contracts.environment import Environment, named
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 
 
@@ -26,4 +26,4 @@ class Told(BaseModel):
     @classmethod
     def read(cls) -> Told:
         """In the server's process; the defaults where nothing was said."""
-        return cls.model_validate_json(text) if (text := current().endpoint) else cls()
+        return cls.model_validate_json(text) if (text := Environment.read().endpoint) else cls()

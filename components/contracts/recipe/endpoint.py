@@ -42,7 +42,7 @@ class EndpointSettings(Section):
 
     max_body_mib: int = Field(default=96, ge=1, le=1024)
     """Largest body of a request; media in it are a third larger than their files."""
-    max_media: int = Field(default=64, ge=0, le=1024)
+    max_media: int = Field(default=256, ge=0, le=1024)
     """Most pictures and clips of a request; the frames of a clip that comes as frames count one by one."""
     max_answers: int = Field(default=16, ge=1, le=1024)
     """Most answers of a request: `n`, times its prompts."""
@@ -61,7 +61,8 @@ class EndpointSettings(Section):
     media_folders: list[Folder] = Field(default=[], max_length=MOST_ENTRIES)
     """Folders whose files `file://` addresses may name; none may without."""
     media_cache_mib: int = Field(default=256, ge=0, le=2**20)
-    """Memory for pictures and clips that were decoded, so that the same one is not decoded again."""
+    """Memory for pictures and clips that were decoded, so that the same one is not decoded again, and as much once more
+    for what was made of them for the model."""
     origins: list[Origin] = Field(default=[], max_length=MOST_ENTRIES)
     """Web sites whose pages may ask the endpoint (CORS), as browsers name them; `*` for any."""
     certificate: Folder | None = None
