@@ -103,7 +103,8 @@ def _served_already(
     status = deployment.wait_for(runs, wanted.generation, _champion_is_ready, policy.deadline_seconds)
     champion = _server(status, "champion")
     asked = pinned.observe(champion.url, candidate.version.name, prompts, max_tokens, revealed(candidate.key))
-    if reasons := tuple(against(asked, None, policy)):
+    if reasons := list(against(asked, None, policy)):
+        _decided(runs, candidate.version, "rolled back", reasons)
         raise Rejected(
             "the version that is served does not answer as it was evaluated: " + "; ".join(reasons),
             where=status.url,
@@ -158,7 +159,7 @@ class _Rollout:
                     ready = time.monotonic() - began
             wanted = self._change(wanted, champion=self.candidate.version, **NOBODY_TRIED, **self.candidate.address)
         status = deployment.wait_for(self.runs, wanted.generation, _champion_is_ready, self.policy.deadline_seconds)
-        self._decided("promoted")
+        _decided(self.runs, self.candidate.version, "promoted", self.reasons)
         return Served(status.url, vars(self.pinned["challenger"]), self.reasons, {"seconds_until_asked": ready})
 
     @contextmanager
@@ -199,7 +200,7 @@ class _Rollout:
             progress.update(0, "; ".join(verdict.reasons))
             if verdict.decision == "roll back":
                 self.reasons += verdict.reasons
-                self._decided("rolled back")
+                _decided(self.runs, self.candidate.version, "rolled back", self.reasons)
                 raise Rejected(
                     "rollout refuses the new version: " + "; ".join(verdict.reasons),
                     where=at,
@@ -261,10 +262,10 @@ class _Rollout:
             self._status(before)
             return deployment.change(self.runs, **fields)
 
-    def _decided(self, decision: Literal["promoted", "rolled back"]) -> None:
-        version = self.candidate.version
-        made = Decision(at=time.time(), version=version, decision=decision, reasons=self.reasons)
-        deployment.write(self.runs, made)
+
+def _decided(runs: Path, version: Version, decision: Literal["promoted", "rolled back"], reasons: list[str]) -> None:
+    """Keep it for `nvila status`."""
+    deployment.write(runs, Decision(at=time.time(), version=version, decision=decision, reasons=reasons))
 
 
 def _begin(runs: Path, candidate: Candidate, **fields: object) -> Wanted:

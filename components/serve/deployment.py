@@ -140,7 +140,7 @@ class Decision(_Record):
     at: float
     """In seconds since the epoch."""
     version: Version
-    decision: Literal["promoted", "rolled back", "held"]
+    decision: Literal["promoted", "rolled back"]
     reasons: list[str]
 
 

@@ -9,7 +9,7 @@ from nvila.components.contracts.environment import current, for_child, name_of, 
 from nvila.components.contracts.errors import PreflightError
 
 PROCESSES_BYTES = 2 * 2**30
-"""Of a server with hardly any weights and an empty cache, see docs/serving.md."""
+"""Of a server with hardly any weights, beside its cache; `tests/bench/endpoint.py` measures what all processes take."""
 
 
 def serve_python() -> Path:

@@ -36,6 +36,8 @@ from nvila.components.serve.ports import free_port
 
 pytestmark = WITH_VLLM[1:]  # Envoy lies in the serving environment
 
+NUMBERS = itertools.count(2)
+"""Of versions beside one endpoint: another behaviour is another version."""
 PROMPTS = [Pinned(f"d/heldout/{i}", (f"question {i}",), "7", "7") for i in range(4)]
 GOOD = {f"question {i}": "7" for i in range(4)}
 POLICY = Policy(
@@ -119,6 +121,8 @@ def test_what_is_served_and_answers_otherwise_is_not_promoted(runs: Path, port: 
     roll(runs, candidate(runs, port, "1", answers=changed), three, asked=3)
     with pytest.raises(Rejected, match="is served does not answer as it was evaluated: 3 of 4"):
         roll(runs, candidate(runs, port, "1", answers=changed), most)
+    decision = deployment.read(runs, Decision)
+    assert decision is not None and decision.decision == "rolled back" and "3 of 4" in decision.reasons[0]
 
 
 def test_no_request_is_lost_to_a_good_version(runs: Path, port: int) -> None:
@@ -159,7 +163,7 @@ def test_a_bad_version_is_rolled_back(
     endpoint: tuple[Path, str], behaviour: dict[str, Any], reason: str, lost: int | None
 ) -> None:
     """A bad version reached the address, or its trial cost users their answers."""
-    (runs, url), number = endpoint, str(abs(hash(reason)) % 10**6)
+    (runs, url), number = endpoint, str(next(NUMBERS))
     port = int(url.rpartition(":")[2])
     policy = POLICY.model_copy(update={"deadline_seconds": 2.0 if "hangs" in behaviour else 20.0})
     with Steady(url, users(), clients=4) as client, pytest.raises(Rejected, match=reason) as refusal:
