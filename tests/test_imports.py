@@ -152,3 +152,9 @@ def test_wrappers_are_imports_and_calls(path: Path) -> None:
         assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant), (
             "the docstring comes first"
         )
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by their bare name: of two with one name, the second was not run at all."""
+    names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()

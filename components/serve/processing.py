@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import BatchFeature
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.inputs import MultiModalDataDict, MultiModalInput
+from vllm.multimodal.cache.base import MultiModalCache, MultiModalProcessorCacheItem, MultiModalProcessorOnlyCache
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import (
@@ -35,6 +36,7 @@ from nvila.components.model.text.controls import IMAGE_TOKEN, VIDEO_TOKEN
 from nvila.components.model.vision.preprocess import Kind, Visual, blank, preprocess_image, preprocess_video
 from nvila.components.model.vision.visual import token_count
 from nvila.components.serve.config import NVILAServingConfig
+from nvila.components.serve.told import Told
 
 MODALITIES: tuple[Kind, ...] = ("image", "video")
 
@@ -78,8 +80,23 @@ class NVILADummyInputs(BaseDummyInputsBuilder[NVILAProcessingInfo]):
         return {"image": [wide] * mm_counts.get("image", 0), "video": [clip] * mm_counts.get("video", 0)}
 
 
+class Kept(MultiModalProcessorOnlyCache):
+    """Tiles by digest, in this process alone.
+
+    vLLM's own cache does not send what it believes the engine to have. A request that overtakes the one that brings a
+    picture, or comes behind one that was given up in between, then fails with 500.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._cache = MultiModalCache.get_lru_cache(size_bytes / 2**30, MultiModalProcessorCacheItem)
+
+
 class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
     """Cuts pictures and frames into tiles and expands the markers."""
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return Kept(Told.read().settings.media_cache_mib * 2**20)
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """A picture is tiled only when it is the prompt's only one, or where the request says `tile_all`, as training
@@ -91,7 +108,8 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
         asked = inputs.hf_processor_mm_kwargs
         alone = bool(asked.get("tile_all")) or inputs.mm_data_items.get_all_counts().get("image", 0) == 1
         options = {**asked, "images_kwargs": {"alone": alone}}
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
+        cache = self._kept if inputs.cache is None else inputs.cache
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=options, cache=cache), timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         config = self.info.nvila

@@ -115,7 +115,7 @@ def start(
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     told = Told(model_dir=model_dir.absolute(), settings=settings or EndpointSettings())
     command += ["--middleware", "nvila.components.serve.guard.Guard"]
-    command += ["--mm-processor-cache-gb", str(told.settings.media_cache_mib / 1024)]
+    command += ["--mm-processor-cache-gb", "0"]  # `processing.Kept` stands for it
     variables = serve_variables(threads) | told.variables() | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_SECONDS)}
     variables.pop(name_of("vllm_key"), None)
     if api_key is not None:
