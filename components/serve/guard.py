@@ -19,7 +19,7 @@ from nvila.components.serve.facts import Facts
 from nvila.components.serve.media import Allowance, begin
 from nvila.components.serve.parameters import Bounds
 from nvila.components.serve.refusal import ANTHROPIC, Refusal
-from nvila.components.serve.requests import JUDGES, Judged, judge
+from nvila.components.serve.requests import JUDGES, Judged, is_quick, judge
 from nvila.components.serve.told import Told
 
 Scope = Message
@@ -127,6 +127,8 @@ class _Gate:
     async def _judged(self, path: str, body: bytes) -> Judged:
         if self._bounds is None:
             raise Refusal("the server was not told which model it serves", status=503, code="unavailable")
+        if is_quick(body):  # a thread would take longer to begin than this to end
+            return judge(path, body, self._bounds)
         return await asyncio.get_running_loop().run_in_executor(self._judges, judge, path, body, self._bounds)
 
     def _require_key(self, scope: Scope) -> None:

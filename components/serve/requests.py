@@ -26,6 +26,10 @@ from nvila.components.serve.structured import judged_schema, structured_outputs
 DEFAULT_MAX_TOKENS = 16
 """Of `/v1/completions`, as OpenAI has it."""
 
+QUICK_BYTES = 4096
+GRAMMARS = (b"structured_outputs", b"response_format", b"output_config")
+"""Fields whose judgement may take long."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -59,6 +63,11 @@ def judge(path: str, body: bytes, bounds: Bounds) -> Judged:
         return Judged(to_json(content), sampling)
     except PydanticSerializationError:
         raise Refusal("a text has half a character in it (a lone surrogate)", code="invalid_text") from None
+
+
+def is_quick(body: bytes) -> bool:
+    """Whether judging it takes no time to speak of: small, and without a grammar, however the name of that is spelt."""
+    return len(body) <= QUICK_BYTES and not any(word in body for word in (b"\\", *GRAMMARS))
 
 
 def _object(body: bytes) -> dict[str, Any]:

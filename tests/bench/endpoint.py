@@ -34,7 +34,7 @@ from nvila.components.serve.ports import free_port
 Measured = tuple[str, str, float, float, str]
 NAME = "small"
 CLIENTS = 16
-ROUNDS = 5
+ROUNDS, ANSWERS = 5, 1280
 REQUESTS = 1000
 
 
@@ -60,13 +60,13 @@ def _overhead(url: str, model: Version, folder: Path) -> Iterator[Measured]:
         places = {"alone": bare, "ours": url}
         took: dict[str, list[float]] = {name: [] for name in places}
         for place in places.values():
-            _seconds(place, 160)
+            _seconds(place, 320)
         for turn in range(ROUNDS):
             for name in sorted(places, reverse=turn % 2 == 1):
-                took[name].append(_seconds(places[name], 640))
+                took[name].append(_seconds(places[name], ANSWERS))
     alone, ours = (statistics.median(took[name]) for name in ("alone", "ours"))
-    print({name: [round(640 / one) for one in took[name]] for name in places}, "requests/s")
-    yield "Envoy and middleware, 16 clients, 640 answers of 1 token", "s", alone, ours, "vLLM alone"
+    print({name: [round(ANSWERS / one) for one in took[name]] for name in places}, "requests/s")
+    yield f"Envoy and middleware, 16 clients, {ANSWERS} answers of 1 token", "s", alone, ours, "vLLM alone"
 
 
 def _seconds(url: str, count: int) -> float:
