@@ -13,7 +13,7 @@ champion. `decide` is asked again and again; all that it knows is in its argumen
 | 0 | no champion answers | promote |
 | 0 | all well | advance |
 | 1 on | more errors than allowed, and more than the champion's share | roll back |
-| 1 on | first token or later tokens too slow against the champion | roll back |
+| 1 on | first token or later tokens too slow against the champion, over a whole step | roll back |
 | 1 on | too few requests or seconds | hold, after `step_deadline_seconds` roll back |
 | 1 on | errors beyond what is allowed on both sides | hold, after `step_deadline_seconds` roll back |
 | 1 on | all well | advance, after the last step promote |
@@ -192,7 +192,7 @@ def _at_step(step: int, seconds: float, challenger: Observation, champion: Obser
     failing = f"{mine.errors} of {mine.requests} requests failed {at}"
     if mine.errors > allowed and mine.error_rate > theirs.error_rate:
         return Verdict("roll back", (f"{failing}, more than {policy.max_error_rate:.0%}",))
-    if slow := tuple(_slow(mine, theirs, policy)):
+    if seconds >= policy.min_seconds and (slow := tuple(_slow(mine, theirs, policy))):
         return Verdict("roll back", slow)
     wants = []
     if mine.errors > allowed:
@@ -210,14 +210,16 @@ def _at_step(step: int, seconds: float, challenger: Observation, champion: Obser
 
 
 def _slow(mine: Counters, theirs: Counters, policy: Policy) -> Iterator[str]:
-    """What takes too long, once both have answered as much as the policy asks for."""
+    """What takes too long, once both have answered as many requests as the policy asks for."""
+    if min(mine.first_tokens, theirs.first_tokens) < policy.min_requests:
+        return
     rows = (
         ("to the first token", "first_token", policy.max_first_token_ratio, LEAST_FIRST_TOKEN_SECONDS),
         ("from token to token", "token", policy.max_token_ratio, LEAST_TOKEN_SECONDS),
     )
     for what, name, most, least in rows:
         counts = [getattr(of, f"{name}s") for of in (mine, theirs)]
-        if min(counts) < max(policy.min_requests, 1):
+        if min(counts) < 1:
             continue
         new, old = (getattr(of, f"{name}_seconds") / n for of, n in zip((mine, theirs), counts, strict=True))
         if new > old * most and new - old > least:

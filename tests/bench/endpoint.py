@@ -136,7 +136,7 @@ def _kills(runs: Path, url: str) -> Iterator[Measured]:
 
 
 def _rollouts(runs: Path, url: str, models: list[Version]) -> Iterator[Measured]:
-    policy = Policy(pinned_prompts=4, min_requests=12, min_seconds=2, steps=[10, 50], min_agreement=1.0)
+    policy = Policy(pinned_prompts=4, min_requests=40, min_seconds=5, steps=[10, 50], min_agreement=1.0)
     port = int(url.rpartition(":")[2])
     for what, version, answer in (("good", models[1], ""), ("worse", models[0], "no answer of it")):
         with Steady(url, _streams(), clients=4) as client:
@@ -163,9 +163,9 @@ def _rollouts(runs: Path, url: str, models: list[Version]) -> Iterator[Measured]
 
 def _parameters() -> Measured:
     """Every documented parameter with each kind of content."""
-    with tempfile.TemporaryDirectory() as name, served(Path(name)) as url:
+    with tempfile.TemporaryDirectory() as name, served(Path(name)) as started:
         every = list(cases(contents(Path(name))))
-        found = [said for case in every if (said := wrong(url, case))]
+        found = [said for case in every if (said := wrong(started.url, case))]
     print("\n".join(found))
     return "requests that end the server or get no proper answer", "requests", len(every), len(found), "all of them"
 

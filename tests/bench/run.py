@@ -7,6 +7,7 @@ a row says how many times better ours has to be, the table shows it beside how m
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -78,11 +79,19 @@ def main() -> None:
     where = machine()
     console.print(where)
     for area in sys.argv[1:] or areas():
-        rows = [Row(*row) for row in importlib.import_module(area).rows()]
+        rows = []
+        for row in itertools.starmap(Row, importlib.import_module(area).rows()):
+            rows.append(row)
+            print(f"{area}: {row.work}: {row.ours:.3g} {row.unit}, {row.baseline_is}: {row.baseline:.3g}", flush=True)
         names = ("work", "unit", "baseline", "ours", "ratio", "better", "at least", "baseline is")
         table = Table(*names, title=area, title_justify="left")
         for row in rows:
-            numbers = (f"{row.baseline:.3g}", f"{row.ours:.3g}", f"{row.ratio:.2f}", f"{1 / row.ratio:.2f}x")
+            numbers = (
+                f"{row.baseline:.3g}",
+                f"{row.ours:.3g}",
+                f"{row.ratio:.2f}",
+                f"{1 / row.ratio:.2f}x" if row.ratio else "none",
+            )
             wanted = f"{row.at_least:.3g}x" if row.at_least else ""
             table.add_row(row.work, row.unit, *numbers, wanted, row.baseline_is)
         console.print(table)

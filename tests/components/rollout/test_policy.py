@@ -80,6 +80,8 @@ def saw(**changed: float) -> Observation:
         (1, 9, saw(first_token_seconds=0.9), saw(first_token_seconds=0.2), "advance", ""),  # 35 ms are no difference
         (1, 9, saw(token_seconds=9.0), saw(), "roll back", "0.045 s from token to token"),
         (1, 9, saw(first_tokens=19, first_token_seconds=99.0), saw(), "advance", ""),
+        (1, 9, saw(requests=99, first_tokens=2, token_seconds=99.0), saw(), "advance", ""),  # two long answers
+        (1, 4, saw(first_token_seconds=99.0), saw(), "hold", "4 of 5 seconds"),  # the first ones are slow
         (1, 9, saw(first_token_seconds=99.0), saw(first_tokens=3), "advance", ""),
         (1, 9, Observation(seen=FINE, ended=2), saw(), "roll back", "2 times"),
     ],
