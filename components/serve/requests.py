@@ -27,6 +27,7 @@ DEFAULT_MAX_TOKENS = 16
 """Of `/v1/completions`, as OpenAI has it."""
 
 QUICK_BYTES = 4096
+"""Most of a body that is judged in the event loop."""
 GRAMMARS = (b"structured_outputs", b"response_format", b"output_config")
 """Fields whose judgement may take long."""
 
