@@ -89,6 +89,23 @@ class Kept(MultiModalProcessorOnlyCache):
 
     def __init__(self, size_bytes: int) -> None:
         self._cache = MultiModalCache.get_lru_cache(size_bytes / 2**30, MultiModalProcessorCacheItem)
+        self._found: dict[str, MultiModalProcessorCacheItem] = {}
+
+    def is_cached_item(self, mm_hash: str) -> bool:
+        """Whether it is there, and stays so until `release`: a large one of the same prompt may push it out."""
+        if (item := self._cache.get(mm_hash)) is not None:
+            self._found[mm_hash] = item
+        return item is not None
+
+    def get_and_update_item(self, mm_item: Any, mm_hash: str) -> Any:
+        """The tiles, and what they are in a prompt; `mm_item` is None where they were found."""
+        if (found := self._found.get(mm_hash)) is not None:
+            return found.item, found.prompt_updates
+        return super().get_and_update_item(mm_item, mm_hash)
+
+    def release(self) -> None:
+        """Let go of what was found for a prompt."""
+        self._found.clear()
 
 
 class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
@@ -109,7 +126,10 @@ class NVILAProcessor(BaseMultiModalProcessor[NVILAProcessingInfo]):
         alone = bool(asked.get("tile_all")) or inputs.mm_data_items.get_all_counts().get("image", 0) == 1
         options = {**asked, "images_kwargs": {"alone": alone}}
         cache = self._kept if inputs.cache is None else inputs.cache
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=options, cache=cache), timing_ctx)
+        try:
+            return super().apply(replace(inputs, hf_processor_mm_kwargs=options, cache=cache), timing_ctx)
+        finally:
+            self._kept.release()
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         config = self.info.nvila
