@@ -18,7 +18,7 @@ from nvila.components.serve import parameters
 from nvila.components.serve.facts import Facts, tokens_of
 from nvila.components.serve.parameters import Bounds
 from nvila.components.serve.refusal import Refusal
-from nvila.components.serve.requests import judge
+from nvila.components.serve.requests import is_quick, judge
 
 CHAT, TEXT, ANTHROPIC = malformed.CHAT, malformed.TEXT, malformed.ANTHROPIC
 HI = {"messages": [{"role": "user", "content": "hi"}]}
@@ -224,3 +224,10 @@ def test_the_facts_of_a_serving_folder(tmp_path: Path) -> None:
     assert facts.vocabulary == model.config.llm["vocab_size"] == min(facts.markers)
     assert (facts.context, facts.sampling) == (256, Sampling(4))
     assert facts.tokens().vocab_size >= facts.vocabulary and facts.tokens() is facts.tokens()
+
+
+def test_a_grammar_is_never_judged_in_the_event_loop() -> None:
+    """However its name is spelt: everybody waits while one request's schema is compiled."""
+    assert is_quick(b'{"prompt": "Why?"}') and not is_quick(b'"' + b"a" * 4096)
+    for name in ("structured_outputs", "response_format", "output_config", "\\u0072esponse_format"):
+        assert not is_quick(f'{{"{name}": {{}}}}'.encode())
