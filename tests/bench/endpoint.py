@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import psutil
 from load import JSON, Reply, Request, Steady, chat, mixed, run, send, told
@@ -48,25 +50,56 @@ def rows() -> Iterator[Measured]:
             *(clip(folder / f"{i}.mp4", i) for i in range(3)),
         ]
         with _endpoint(folder / "runs", models[0]) as (runs, url):
-            yield from _overhead(url, models[0], folder)
+            yield from _overhead(runs, url, models[0], folder)
             yield from _mix(runs, url, media)
             yield from _kills(runs, url)
             yield from _rollouts(runs, url, models)
     yield _parameters()
 
 
-def _overhead(url: str, model: Version, folder: Path) -> Iterator[Measured]:
-    with _bare(model, folder) as bare:
-        places = {"alone": bare, "ours": url}
-        took: dict[str, list[float]] = {name: [] for name in places}
-        for place in places.values():
+def _overhead(runs: Path, url: str, model: Version, folder: Path) -> Iterator[Measured]:
+    """Requests a second, and why: the clients wait for each other's steps, so what counts is also how many share one."""
+    engine = _status(runs).of("champion")
+    assert engine is not None
+    with _bare(model, folder) as (bare, alone_pid):
+        asked = {"alone": (bare, bare, [alone_pid]), "ours": (url, engine.url, [])}
+        took: dict[str, list[float]] = {name: [] for name in asked}
+        steps, front, every = (dict.fromkeys(asked, 0.0) for _ in range(3))
+        for place, _, _ in asked.values():
             _seconds(place, 320)
         for turn in range(ROUNDS):
-            for name in sorted(places, reverse=turn % 2 == 1):
-                took[name].append(_seconds(places[name], ANSWERS))
+            for name in sorted(asked, reverse=turn % 2 == 1):
+                place, metrics, pids = asked[name]
+                processes = [psutil.Process(pid) for pid in pids] or _processes(runs)
+                processes += [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
+                before, counted = _cpu(processes), _steps(metrics)
+                took[name].append(_seconds(place, ANSWERS))
+                steps[name] += _steps(metrics) - counted
+                front[name] += sum(s - before[p] for p, s in _cpu(processes).items() if not _is_engine(p))
+                every[name] += sum(s - before[p] for p, s in _cpu(processes).items())
+    count = ROUNDS * ANSWERS
+    print({name: [round(ANSWERS / one) for one in took[name]] for name in asked}, "requests/s")
+    print({name: round(count / steps[name], 2) for name in asked}, "requests a step of the engine")
+    print({name: round(1000 * sum(took[name]) / steps[name], 1) for name in asked}, "ms a step")
     alone, ours = (statistics.median(took[name]) for name in ("alone", "ours"))
-    print({name: [round(ANSWERS / one) for one in took[name]] for name in places}, "requests/s")
     yield f"Envoy and middleware, 16 clients, {ANSWERS} answers of 1 token", "s", alone, ours, "vLLM alone"
+    alone, added = (1000 * seconds / count for seconds in (every["alone"], front["ours"] - front["alone"]))
+    yield "CPU a request, with what Envoy, middleware and supervisor add", "ms", alone, alone + added, "vLLM alone"
+
+
+def _steps(url: str) -> float:
+    """That the engine of this server has taken."""
+    with urlopen(f"{url}/metrics") as answer:
+        found = re.findall(r"^vllm:iteration_tokens_total_count\S* (\S+)$", answer.read().decode(), re.MULTILINE)
+    return sum(map(float, found))
+
+
+def _cpu(processes: list[psutil.Process]) -> dict[psutil.Process, float]:
+    return {one: sum(one.cpu_times()[:2]) for one in processes}
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    return process.cmdline()[0].startswith("VLLM::")
 
 
 def _seconds(url: str, count: int) -> float:
@@ -208,8 +241,8 @@ def _ready(status: Status) -> bool:
 
 
 @contextmanager
-def _bare(model: Version, folder: Path) -> Iterator[str]:
-    """vLLM alone, with the same engine."""
+def _bare(model: Version, folder: Path) -> Iterator[tuple[str, int]]:
+    """vLLM alone, with the same engine: its URL, and its process."""
     port = free_port("127.0.0.1")
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", model.model_dir]
     command += [f"--served-model-name={NAME}", "--host", "127.0.0.1", "--port", str(port), *server.ENGINE_OPTIONS]
@@ -217,7 +250,7 @@ def _bare(model: Version, folder: Path) -> Iterator[str]:
         child = subprocess.Popen(command, env=serve_variables(), stdout=log, stderr=log, start_new_session=True)
     try:
         server.wait_ready(f"http://127.0.0.1:{port}", 300, child.pid, folder / "bare.log")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", child.pid
     finally:
         server.stop(child.pid)
 
