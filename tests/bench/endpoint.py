@@ -58,7 +58,7 @@ def rows() -> Iterator[Measured]:
 
 
 def _overhead(runs: Path, url: str, model: Version, folder: Path) -> Iterator[Measured]:
-    """Requests a second, and why: the clients wait for each other's steps, so what counts is also how many share one."""
+    """Requests a second, and why: clients wait for the engine's steps, so it counts how many share one."""
     engine = _status(runs).of("champion")
     assert engine is not None
     with _bare(model, folder) as (bare, alone_pid):
