@@ -89,6 +89,20 @@ def test_vllm_makes_our_prompts_of_chat_requests_and_of_batches(tmp_path: Path) 
             assert ours.count(tokenizer.eos_token_id) == 2, question
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(_missing(), reason="needs the serving environment")
+def test_tiles_that_were_found_stay_until_their_prompt_is_made() -> None:
+    """A picture that a larger one of the same prompt pushed out in between was a 500."""
+    command = [str(serve_python()), str(Path(__file__).with_name("keeping.py"))]
+    said = subprocess.run(command, env=serve_variables(), check=True, capture_output=True, text=True).stdout
+    assert json.loads(said.splitlines()[-1]) == {
+        "before": [True, False],
+        "within the prompt": [True],
+        "after it": [False, True],
+        "of no room": [True, False],
+    }
+
+
 def _one_each(ids: list[int], placeholder: int) -> list[int]:
     """vLLM has as many placeholders as embeddings, and we have one for each tile or clip."""
     return [token for i, token in enumerate(ids) if token != placeholder or ids[i - 1] != token]
