@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def spark(values: Sequence[float | None], width: int = 24) -> str:
     known = [[value for value in part if value is not None] for part in parts]
     means = [sum(part) / len(part) if part else None for part in known]
     most = max((mean for mean in means if mean is not None), default=0) or 1
-    return "".join(" " if mean is None else _BLOCKS[min(7, max(0, int(8 * mean / most)))] for mean in means)
+    return "".join(" " if mean is None else _BLOCKS[max(0, math.ceil(8 * mean / most) - 1)] for mean in means)
 
 
 def _stage_table(stages: Mapping[str, Mapping[str, Measured]]) -> Table:
