@@ -112,7 +112,7 @@ class Account:
     def _own_rates(self, rate: float) -> dict[str, dict[str, float]]:
         """Rates of the parts that have one of their own, where the stage's is at `rate`: one schedule moves all."""
         stage = self._stage
-        of = {part: peak * rate / stage.learning_rate for part, peak in stage.learning_rates.items()}
+        of = {str(part): peak * rate / stage.learning_rate for part, peak in stage.learning_rates.items()}
         return {"lr_of": of} if of else {}
 
     def _skip(self, skipped: list[Skipped]) -> None:

@@ -53,7 +53,8 @@ def main() -> None:
     os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "DS_LOG_LEVEL": "warning"}
     for precision in ("fp32", "bf16"):
         for zero in range(4):
-            print(f"{precision} zero {zero}: ", *(f"{clip}: {moved(precision, zero, clip):.4f}" for clip in (None, 1e-6)))
+            found = [f"clip_norm {clip}: {moved(precision, zero, clip):.4f}" for clip in (None, 1e-6)]
+            print(f"{precision} zero {zero}:", *found)
 
 
 if __name__ == "__main__":
