@@ -273,4 +273,3 @@ def _without_shared_memory() -> None:
             return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
 
     set_accelerator(Plain())
-
