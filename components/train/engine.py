@@ -215,7 +215,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     config = {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
-        "managed_gradient_accumulation": False,  # `step` says when a global batch is whole, however many passes it takes
+        "managed_gradient_accumulation": False,  # a global batch is whole when `step` is called
         "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
         "zero_optimization": {"stage": run.zero},
         "bf16": {"enabled": half},
