@@ -213,6 +213,9 @@ def plan(
         bool | None, typer.Option(help="Look at the cluster of KUBECONFIG; by default where there is one.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace there; the context's by default.")] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Show the table of the training stages instead, and what follows from it.")
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -228,6 +231,15 @@ def plan(
     from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import configured
 
+    if stages:
+        from nvila.pipelines.planning import stages as staging
+
+        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []))
+        if as_json:
+            put(staging.as_json(rows))
+        else:
+            staging.show(recipe, rows, Console(width=140))
+        return
     found = None if cluster is False else configured(context.obj.kubeconfig, namespace)
     if cluster and found is None:
         raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")

@@ -85,10 +85,10 @@ def train(job: Job, stop: StopRequest) -> None:
     """
     import torch
 
-    from nvila.components.model.checkpoint.native import load_native, read_config
+    from nvila.components.model.checkpoint.changes import changed
+    from nvila.components.model.checkpoint.native import load_opened, open_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
-    from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.train.account import Account
     from nvila.components.train.data import stage_samples
     from nvila.components.train.loader import Loader
@@ -101,15 +101,16 @@ def train(job: Job, stop: StopRequest) -> None:
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
     total = len(samples) // stage.batch
     samples = samples[: total * stage.batch]
-    config = read_config(folder)
+    given = changed(open_native(folder), stage.model)
+    config = given.config
     limit = min(config.max_length_tokens, stage.max_length_tokens)
     mine = _share_of(samples, stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
-    feed = Feed(load_tokenizer(folder / "llm", folder), replace(config, max_length_tokens=limit))
+    feed = Feed(given.load_tokenizer(), replace(config, max_length_tokens=limit))
     with Loader(feed, mine, stage.samples_at_once(here.world)) as loader:
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
         dtype = PRECISIONS[job.run.precision].weights
-        model, tokenizer = load_native(folder, dtype=dtype, device=default_device(here.local_rank))
+        model, tokenizer = load_opened(given, dtype, default_device(here.local_rank))
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
         set_trainable(model, stage.trainable)
         model.prepare_for_training()

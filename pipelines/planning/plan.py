@@ -36,7 +36,7 @@ from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
-from nvila.pipelines.planning.shape import shape_of
+from nvila.pipelines.planning.shape import shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line
@@ -158,8 +158,8 @@ def make_plan(
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
         stages=[
-            _stage(step, stage, checked, shape, known, rates, done)
-            for step, stage in zip(STAGES, checked.train.stages, strict=False)
+            _stage(step, stage, checked, shaped, known, rates, done)
+            for step, stage, shaped in zip(STAGES, checked.train.stages, stage_shapes(checked), strict=False)
             if stage
         ],
         pruning=pruning,
