@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.components.contracts.errors import TrainingError
+from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.train.job import Job
@@ -56,7 +56,8 @@ class Account:
         """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
-        self._engine, self._keeper, self._samples, self._batch = engine, keeper, samples, job.stage.batch
+        self._engine, self._keeper, self._samples = engine, keeper, samples
+        self._stage, self._batch = job.stage, job.stage.batch
         behind = engine.gather(read_losses(out / LOSSES) if first else [])
         self._skips = job.run.bad_steps == "skip"
         self._watch = Watch(job.run.spike_factor, (row["loss"] for row in behind))
@@ -105,7 +106,8 @@ class Account:
             self._since_saved = (self._since_saved[0] + loss, self._since_saved[1] + int(supervised))
         self.done += 1
         if self._logs:
-            self._logs[0].write(step=self.done, loss=mean, lr=rate, tokens=int(tokens))
+            record = {"loss": mean, "lr": rate} | self._own_rates(rate)
+            self._logs[0].write(step=self.done, **record, tokens=int(tokens))
         self._show(1, fault or ("no usable sample" if mean is None else f"loss {mean:.3f}"))
         return [flag > 0 for flag in joint]
 
@@ -140,10 +142,20 @@ class Account:
         if names := self._engine.not_finite():
             raise self._stopped("weights are not finite", names[:3], [])
 
+    def _own_rates(self, rate: float) -> dict[str, dict[str, float]]:
+        """Rates of the parts that have one of their own, where the stage's is at `rate`: one schedule moves all."""
+        stage = self._stage
+        of = {str(part): peak * rate / stage.learning_rate for part, peak in stage.learning_rates.items()}
+        return {"lr_of": of} if of else {}
+
     def _skip(self, skipped: list[Skipped]) -> None:
         for one in skipped if self._logs else ():
             self._logs[1].write(step=self.done + 1, **asdict(one))
-        self._tally.add(skipped)
+        try:
+            self._tally.add(skipped)
+        except DataError:
+            self._keeper.settle()
+            raise
 
     def _drawn(self) -> list[str]:
         """Samples of the step under way."""
