@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -64,11 +64,25 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A tensor of which only shape and dtype are known until it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    whole: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Target:
-    """A tensor of a file to be written: the first rows of a stored one, in some dtype."""
+    """A tensor of a file to be written: the first rows of a stored one, in some dtype, or one of memory as it is."""
 
     name: str
-    source: Stored
+    source: Stored | torch.Tensor | Later
     code: str
     shape: tuple[int, ...]
 
@@ -174,7 +188,7 @@ def put(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
 
 
 def write_file(path: Path, targets: Iterable[Target]) -> None:
-    """Write one file, copying each tensor in pieces; it appears under its name when it is whole.
+    """Write one file, one tensor after the other; it appears under its name when it is whole.
 
     Raises:
         DataError: a source ends early, or holds a value that is not finite or does not fit the new dtype.
@@ -185,9 +199,21 @@ def write_file(path: Path, targets: Iterable[Target]) -> None:
         header = _header(targets)
         out.write(len(header).to_bytes(8, "little") + header)
         for target in targets:
-            for piece in values(target.source, target.name, math.prod(target.shape), DTYPES[target.code]):
+            for piece in _written(target, path):
                 out.write(piece.view(torch.uint8).numpy().data)
     partial.rename(path)
+
+
+def _written(target: Target, path: Path) -> Iterator[torch.Tensor]:
+    """Values of a target, flat: a stored one's in pieces."""
+    source = target.source
+    if isinstance(source, Stored):
+        yield from values(source, target.name, math.prod(target.shape), DTYPES[target.code])
+        return
+    whole = source.whole() if isinstance(source, Later) else source
+    if target.code in FLOATING and not is_finite(whole):
+        raise DataError(f"{target.name} has values that are NaN or infinite", where=str(path.parent))
+    yield whole.detach().cpu().contiguous().view(-1)
 
 
 def file_bytes(targets: Iterable[Target]) -> int:

@@ -7,22 +7,25 @@ over; so nothing ever stays as it was initialised. Names here are those of the f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.text import say
-from nvila.components.model.checkpoint.tensorfile import DTYPES, FLOATING, Stored, is_finite, put, values
+from nvila.components.model.checkpoint.tensorfile import DTYPES, FLOATING, Later, Stored, is_finite, put, values
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import NVILA
 
 TOWER = "vision_tower.vision_model."
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-Source = Stored | torch.Tensor
+Source = Stored | torch.Tensor | Later
 """Where a tensor comes from: a file, or memory."""
+Receive = Callable[[torch.Tensor, Callable[[], None]], None]
+"""Takes a tensor of a model and what reads its values into it; the tensor may be another's share when it returns."""
 S = TypeVar("S", bound=Source)
 
 _NEVER_COMPUTED = re.compile(
@@ -94,7 +97,7 @@ def settle_head(config: ModelConfig, found: Mapping[str, S], rows: int, where: s
 
 def wanted(model: NVILA) -> dict[str, torch.Tensor]:
     """Each parameter and saved buffer of a model by its `canonical` name, a tied output layer left out."""
-    named = canonical(model.state_dict(), "", "")
+    named = canonical(model.state_dict(keep_vars=True), "", "")  # a copy's storage would outlive the parameter's
     return {name: tensor for name, tensor in named.items() if name != HEAD or not tied(model.config)}
 
 
@@ -134,19 +137,24 @@ def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | 
 
 
 @torch.no_grad()
-def fill(model: NVILA, found: Mapping[str, Source], where: str) -> None:
-    """Give a model its weights, in the dtype it has; `check` comes first.
+def fill(
+    model: NVILA, found: Mapping[str, Stored | torch.Tensor], where: str, receive: Receive = lambda _, read: read()
+) -> None:
+    """Give a model its weights one by one, in the dtype it has; `check` comes first.
 
     Raises:
         DataError: a value is not finite, or too large for the model's dtype.
     """
     for name, tensor in wanted(model).items():
-        source = found[name]
-        if isinstance(source, Stored):
-            put(tensor.view(-1), values(source, name, tensor.numel(), tensor.dtype))
-        else:
-            tensor.copy_(source[: len(tensor)] if tensor.dim() else source)
-            require_finite(tensor, name, where)
+        receive(tensor, partial(_read, tensor, found[name], name, where))
+
+
+def _read(tensor: torch.Tensor, source: Stored | torch.Tensor, name: str, where: str) -> None:
+    if isinstance(source, Stored):
+        put(tensor.view(-1), values(source, name, tensor.numel(), tensor.dtype))
+    else:
+        tensor.copy_(source[: len(tensor)] if tensor.dim() else source)
+        require_finite(tensor, name, where)
 
 
 def require_finite(tensor: torch.Tensor, name: str, where: str) -> None:
