@@ -254,6 +254,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     optimizer = torch.optim.AdamW(
         _decay_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=BETAS, eps=1e-8
     )
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, whatever the log's level
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
