@@ -181,7 +181,7 @@ def on_ranks(jobs: list[Job], world: int) -> None:
     assert [rank.wait() for rank in ranks] == [0] * world
 
 
-def _small(folder: Path) -> tuple[str, str]:
+def small(folder: Path) -> tuple[str, str]:
     """The model and the pictures of the tests, and the answers' table."""
     file = Path(__file__).parents[1] / "conftest.py"
     sys.path[:0] = [str(file.parent), str(file.parents[1])]
@@ -206,7 +206,7 @@ def main() -> int:
 
     known, far = Known(), []
     with tempfile.TemporaryDirectory() as folder:
-        model, samples = _small(Path(folder))
+        model, samples = small(Path(folder))
         chosen = list(ways(options.world, options.zero, options.micro, options.precision))
         for world in options.world:
             jobs = {
