@@ -81,8 +81,6 @@ class Engine:
         if self.weighting == "device_batch":
             loss, weight = loss / max(1, weight), min(1, weight)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()
         return loss.detach(), weight
 
     def step(self, weight: int) -> bool:
@@ -112,9 +110,10 @@ class Engine:
         return self.deepspeed.optimizer is self.deepspeed.basic_optimizer
 
     def _divide(self, divisor: float) -> bool:
-        """Divide and clip the gradients of the parameters; whether they are finite."""
+        """Take the mean of the processes' gradients, divide and clip them; whether they are finite."""
         import torch
 
+        self.deepspeed.buffered_allreduce_fallback()  # what has no gradient gets one of zero, and decays
         parameters = [p for group in self.deepspeed.optimizer.param_groups for p in group["params"]]
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
@@ -223,16 +222,21 @@ def join() -> None:
 def settings(stage: Stage, run: Run, world: int, weights: int = 0) -> dict[str, Any]:
     """DeepSpeed's configuration for a model of so many weights."""
     half = PRECISIONS[run.precision].weights == "bfloat16"
-    plain = not half and run.zero == 0
     return {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
-        "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
+        "managed_gradient_accumulation": False,  # a global batch is whole when `step` is called
+        "gradient_clipping": 0.0 if _left_to_us(run) else stage.clip_norm or 0.0,
         # At once, or ZeRO 1 would count the gradients of all but the last micro batch of a step several times.
         "bf16": {"enabled": half, "immediate_grad_update": True},
         "steps_per_print": 1 << 30,
         **zero_settings(run, weights),
     }
+
+
+def _left_to_us(run: Run) -> bool:
+    """Whether DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
+    return run.zero == 0 and PRECISIONS[run.precision].weights == "float32"
 
 
 def receive(stage: Stage, run: Run, world: int) -> Receive | None:
@@ -268,6 +272,8 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         # DeepSpeed has made AdamW's moments by a step on gradients of zero, which counts as one, and decays.
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
+    # Where the gradients are left to us, they are reduced before they are clipped: see `Engine._divide`.
+    engine.enable_backward_allreduce = not _left_to_us(run)
     return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm, run.loss_weighting)
 
 

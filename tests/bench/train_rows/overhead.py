@@ -1,7 +1,7 @@
 """What DeepSpeed costs beside a bare PyTorch loop that does the same: one process, CPU seconds of an optimizer step.
 
-A decoder of 100 million parameters (Qwen2's blocks: 12 of width 768, MLP 2048, 20,000 tokens tied), one row of 512 tokens,
-AdamW with gradients clipped. In bfloat16 both keep fp32 masters. By hand, with the time of each part:
+A decoder of 100 million parameters (Qwen2's blocks: 12 of width 768, MLP 2048, 20,000 tokens tied), one row of 512
+tokens, AdamW with gradients clipped. In bfloat16 both keep fp32 masters. By hand, with the time of each part:
 
     .venv/bin/python tests/bench/train_rows/overhead.py
 """
