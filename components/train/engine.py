@@ -22,8 +22,9 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
+from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
-from nvila.components.train.zero import divide_by, receiver, shape, size, whole, zero_settings
+from nvila.components.train.zero import divide_by, receiver, size, whole, zero_settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from nvila.components.model.checkpoint.tensorfile import Later
     from nvila.components.model.checkpoint.weights import Receive
 
-BETAS = (0.9, 0.999)
 PEER_SECONDS = 1800
 """How long a process waits in a collective for one that is silent; one that ends is missed at once."""
 T = TypeVar("T")
@@ -255,9 +255,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     import deepspeed
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        _decay_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=BETAS, eps=1e-8
-    )
+    optimizer = adamw(model, stage)
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, whatever the log's level
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -310,14 +308,3 @@ def _without_shared_memory() -> None:
             return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
 
     set_accelerator(Plain())
-
-
-def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: LayerNorm weights and biases do not decay, as in the reference."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if len(shape(parameter)) > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
