@@ -20,7 +20,7 @@ from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_native
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
 from nvila.components.model.checkpoint.shards import INDEX, SINGLE
-from nvila.components.model.checkpoint.tensorfile import CODES, Later, Stored, Target, write_file
+from nvila.components.model.checkpoint.tensorfile import Later, Stored, Whole, write_file
 from nvila.components.model.checkpoint.weights import Receive, canonical, check, fill, settle_head
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
@@ -205,7 +205,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor | Later], folder: Path) -> 
 def _write_shard(path: Path, shard: Mapping[str, torch.Tensor | Later]) -> None:
     """One file, as the safetensors library orders it: widest values first, then by name."""
     order = sorted(shard.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
-    write_file(path, [Target(name, tensor, CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in order])
+    write_file(path, [Whole(name, tensor) for name, tensor in order])
 
 
 def _vision_config(config: ModelConfig) -> dict[str, Any]:

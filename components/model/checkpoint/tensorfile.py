@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -79,10 +79,10 @@ class Later:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of a file to be written: the first rows of a stored one, in some dtype, or one of memory as it is."""
+    """A tensor of a file to be written: the first rows of a stored one, in some dtype."""
 
     name: str
-    source: Stored | torch.Tensor | Later
+    source: Stored
     code: str
     shape: tuple[int, ...]
 
@@ -90,6 +90,29 @@ class Target:
     def bytes(self) -> int:
         """Size in the file."""
         return math.prod(self.shape) * width(self.code)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor of a file to be written: one of memory, as it is."""
+
+    name: str
+    source: torch.Tensor | Later
+
+    @property
+    def code(self) -> str:
+        """Dtype, as safetensors writes it."""
+        return CODES[self.source.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        return tuple(self.source.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return self.source.nbytes
 
 
 def width(code: str) -> int:
@@ -187,7 +210,7 @@ def put(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
         at += len(piece)
 
 
-def write_file(path: Path, targets: Iterable[Target]) -> None:
+def write_file(path: Path, targets: Iterable[Target | Whole]) -> None:
     """Write one file, one tensor after the other; it appears under its name when it is whole.
 
     Raises:
@@ -204,12 +227,12 @@ def write_file(path: Path, targets: Iterable[Target]) -> None:
     partial.rename(path)
 
 
-def _written(target: Target, path: Path) -> Iterator[torch.Tensor]:
+def _written(target: Target | Whole, path: Path) -> Iterator[torch.Tensor]:
     """Values of a target, flat: a stored one's in pieces."""
-    source = target.source
-    if isinstance(source, Stored):
-        yield from values(source, target.name, math.prod(target.shape), DTYPES[target.code])
+    if isinstance(target, Target):
+        yield from values(target.source, target.name, math.prod(target.shape), DTYPES[target.code])
         return
+    source = target.source
     whole = source.whole() if isinstance(source, Later) else source
     if target.code in FLOATING and not is_finite(whole):
         raise DataError(f"{target.name} has values that are NaN or infinite", where=str(path.parent))
@@ -222,7 +245,7 @@ def file_bytes(targets: Iterable[Target]) -> int:
     return 8 + len(_header(targets)) + sum(target.bytes for target in targets)
 
 
-def _header(targets: list[Target]) -> bytes:
+def _header(targets: Sequence[Target | Whole]) -> bytes:
     content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for target in targets:

@@ -22,11 +22,12 @@ from nvila.components.model.nvila import NVILA
 
 TOWER = "vision_tower.vision_model."
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
-Source = Stored | torch.Tensor | Later
+Source = Stored | torch.Tensor
 """Where a tensor comes from: a file, or memory."""
 Receive = Callable[[torch.Tensor, Callable[[], None]], None]
 """Takes a tensor of a model and what reads its values into it; the tensor may be another's share when it returns."""
-S = TypeVar("S", bound=Source)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+S = TypeVar("S", bound=Source | Later)
 
 _NEVER_COMPUTED = re.compile(
     r"llm\.(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older transformers saved what they computed
@@ -101,7 +102,7 @@ def wanted(model: NVILA) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named.items() if name != HEAD or not tied(model.config)}
 
 
-def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | None = None) -> None:
+def check(found: Mapping[str, Source | Later], model: NVILA, where: str, *, says: str | None = None) -> None:
     """Whether tensors are exactly those of a model, in shape and kind; no value is looked at.
 
     Args:
@@ -127,7 +128,7 @@ def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | 
                 f"{name} has another shape than the configuration says", where=place, value=f"{has} instead of {shape}"
             )
         kind = source.code if isinstance(source, Stored) else str(source.dtype)
-        if not (kind in FLOATING if isinstance(source, Stored) else _is_float(source)):
+        if not (kind in FLOATING if isinstance(source, Stored) else source.dtype in _FLOATS):
             raise DataError(
                 f"{name} does not hold floating-point weights",
                 where=place,
@@ -137,9 +138,7 @@ def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | 
 
 
 @torch.no_grad()
-def fill(
-    model: NVILA, found: Mapping[str, Stored | torch.Tensor], where: str, receive: Receive = lambda _, read: read()
-) -> None:
+def fill(model: NVILA, found: Mapping[str, Source], where: str, receive: Receive = lambda _, read: read()) -> None:
     """Give a model its weights one by one, in the dtype it has; `check` comes first.
 
     Raises:
@@ -149,7 +148,7 @@ def fill(
         receive(tensor, partial(_read, tensor, found[name], name, where))
 
 
-def _read(tensor: torch.Tensor, source: Stored | torch.Tensor, name: str, where: str) -> None:
+def _read(tensor: torch.Tensor, source: Source, name: str, where: str) -> None:
     if isinstance(source, Stored):
         put(tensor.view(-1), values(source, name, tensor.numel(), tensor.dtype))
     else:
@@ -161,15 +160,11 @@ def require_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raises:
     DataError: a tensor of floats has a value that is NaN or infinite.
     """
-    if _is_float(tensor) and not is_finite(tensor):
+    if tensor.dtype in _FLOATS and not is_finite(tensor):
         raise DataError(f"{name} has values that are NaN or infinite", where=where)
 
 
-def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _same_rows(head: Source, embeddings: Source, rows: int) -> bool:
+def _same_rows(head: Source | Later, embeddings: Source | Later, rows: int) -> bool:
     """Whether the first rows hold the same values; in small memory."""
     if head.shape[1:] != embeddings.shape[1:] or min(head.shape[0], embeddings.shape[0]) < rows:
         return False
