@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nvila.components.model.batch import Batch
     from nvila.components.train.engine import Engine
     from nvila.components.train.keeper import Keeper
+    from nvila.components.train.meter import Meter
 
 SUSPECTS = 10
 """Samples that an error names."""
@@ -52,12 +53,12 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, keeper: Keeper, job: Job, samples: list[str], done: int) -> None:
+    def __init__(self, engine: Engine, keeper: Keeper, job: Job, samples: list[str], done: int, meter: Meter) -> None:
         """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
         self._engine, self._keeper, self._samples = engine, keeper, samples
-        self._stage, self._batch = job.stage, job.stage.batch
+        self._stage, self._batch, self._meter = job.stage, job.stage.batch, meter
         behind = engine.gather(read_losses(out / LOSSES) if first else [])
         self._skips = job.run.bad_steps == "skip"
         self._watch = Watch(job.run.spike_factor, (row["loss"] for row in behind))
@@ -82,7 +83,8 @@ class Account:
         engine, rate = self._engine, self._engine.learning_rate
         own = sum(loss.item() for loss in share.losses)
         seen = (own, share.supervised, share.tokens, len(share.skipped))
-        loss, supervised, tokens, skipped, writing, *joint = engine.total(*seen, self._keeper.writing, *flags)
+        counts = self._meter.counts()
+        loss, supervised, tokens, skipped, writing, *joint = engine.total(*seen, self._keeper.writing, *flags, *counts)
         if not writing:
             self._keeper.publish()
         gone = engine.gather(share.skipped) if skipped else []
@@ -108,8 +110,11 @@ class Account:
         if self._logs:
             record = {"loss": mean, "lr": rate} | self._own_rates(rate)
             self._logs[0].write(step=self.done, **record, tokens=int(tokens))
-        self._show(1, fault or ("no usable sample" if mean is None else f"loss {mean:.3f}"))
-        return [flag > 0 for flag in joint]
+        flags_of_all, counts = joint[: len(flags)], joint[len(flags) :]
+        seen_of_all = (loss, supervised) if mean is not None else (0.0, 0)
+        said = self._meter.step(self.done, self.total - self.done, *seen_of_all, rate, counts)
+        self._show(1, f"{fault}, {said}" if fault else said)
+        return [flag > 0 for flag in flags_of_all]
 
     def save(self) -> None:
         """Begin to write a checkpoint.
