@@ -111,8 +111,9 @@ class Account:
             record = {"loss": mean, "lr": rate} | self._own_rates(rate)
             self._logs[0].write(step=self.done, **record, tokens=int(tokens))
         flags_of_all, counts = joint[: len(flags)], joint[len(flags) :]
-        seen_of_all = (loss, supervised) if mean is not None else (0.0, 0)
-        said = self._meter.step(self.done, self.total - self.done, *seen_of_all, rate, counts)
+        if fault:
+            loss = supervised = 0.0
+        said = self._meter.step(self.done, self.total - self.done, loss, supervised, rate, counts)
         self._show(1, f"{fault}, {said}" if fault else said)
         return [flag > 0 for flag in flags_of_all]
 
