@@ -102,10 +102,25 @@ class Run(Section):
     """Of weights and products of matrices."""
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where the optimizer keeps its states and takes its step: beside the weights, or, with ZeRO 2 and 3, in the memory
+    of the machine. Under ZeRO 3 the weights that no layer needs right now lie there too."""
+    loss_weighting: Literal["token", "device_batch"] = "token"
+    """What the loss of a global batch is the mean of: its supervised tokens, or the means of its micro batches, in
+    which a token of a short answer weighs more (as in the reference)."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
     """Longest time between two checkpoints of an unfinished stage; a week at most, or none would be written."""
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
+    """Newest checkpoints of an unfinished stage that stay; where the last is damaged, the one before it serves."""
+    keep_best: bool = True
+    """Keep besides the checkpoint before which the loss was lowest."""
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """What becomes of an optimizer step whose loss or gradient is not finite, or whose loss is a spike: it ends the
+    stage, or it changes no weight and its samples are named and count for `max_skipped_share`."""
+    spike_factor: float | None = Field(default=None, gt=1, le=1e6)
+    """A loss is a spike above so many times the median of the 100 steps before; null: none is."""
     max_skipped_share: Share = 0.01
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""
@@ -128,7 +143,9 @@ class TrainSettings(Run):
         return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Processes share each stage's batch evenly."""
+        """Processes share each stage's batch evenly, and what is offloaded is shared."""
+        if self.offload != "none" and self.zero < 2:
+            yield Disagreement("offload", f"offload: {self.offload} needs zero: 2 or 3, not {self.zero}")
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):
