@@ -79,6 +79,9 @@ def run(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="STAGE", help="Profile a few optimizer steps of this stage (train-4), or of all.")
+    ] = "",
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -92,7 +95,7 @@ def run(
     """
     from nvila.pipelines.local.run import run as run_locally
 
-    summary = run_locally(recipe, override or [], runs=runs, store=store)
+    summary = run_locally(recipe, override or [], runs=runs, store=store, profile=profile)
     if as_json:
         put(summary.model_dump(mode="json"))
     raise typer.Exit(int(summary.exit_code))
