@@ -116,7 +116,7 @@ def train(job: Job, stop: StopRequest) -> None:
         engine = start(model, stage, job.run, total, here.world)
         use_flash_attention(model)  # now that the weights have the precision of the stage
         done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
-        meter = Meter(job, model, engine, began, total - done)
+        meter = Meter(job, model, engine, began, total - done, here)
         account = Account(engine, job, [sample.id for sample in samples], done, meter)
         _take_steps(job, engine, account, meter.fed(loader.batches(done * engine.micro_batches)), stop)
     account.check_weights()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nvila.components.contracts.environment import current
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.gpus import gpu_of
 from nvila.components.contracts.meter import METER, Attempt, Rates, Reading, rates
 from nvila.components.contracts.precisions import PRECISIONS
@@ -69,7 +69,7 @@ class Counted:
 class Meter:
     """The measures of one attempt at a stage."""
 
-    def __init__(self, job: Job, model: NVILA, engine: Engine, began: float, left: int) -> None:
+    def __init__(self, job: Job, model: NVILA, engine: Engine, began: float, left: int, here: Environment) -> None:
         """`began` is when the process did, by `time.monotonic`; `left` optimizer steps are to come."""
         self._shape, self._parts = count(model.config), list(job.stage.trainable)
         self._tokens, self._engine, self._began = model.tokens, engine, began
@@ -80,7 +80,6 @@ class Meter:
         self._loss = self._supervised = 0.0
         self._steps = 0
         self._last: Rates | None = None
-        here = current()
         self._status = TrainerStatus(here) if self._file and here.trainer_status_url else None
         profiled = left and self._file and here.profile in ("all", self._file.parent.parent.name)  # store/STEP/KEY/
         self._profile = Profile(Path(job.out), left) if profiled else None
