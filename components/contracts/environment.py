@@ -149,7 +149,7 @@ class Environment(BaseModel):
     trainer_status_token: Path | None = _variable("KUBEFLOW_TRAINER_SERVER_TOKEN", "kubernetes")
     """File with the token for it, which Trainer renews."""
     profile: str = _variable("NVILA_PROFILE", "platform", default="")
-    """Training step of which a few optimizer steps are profiled (`nvila run --profile`); `all` of them."""
+    """Training step of which a few optimizer steps are profiled (the option `--profile`), or `all`."""
     vllm_key: Annotated[SecretStr, _token("VLLM_API_KEY")] | None = _variable("VLLM_API_KEY", "platform")
     """`NVILA_API_KEY` for the server's process: on its command line every user of the machine could read it."""
     endpoint: str = _variable("NVILA_ENDPOINT", "platform", default="")
