@@ -216,6 +216,10 @@ def plan(
         bool | None, typer.Option(help="Look at the cluster of KUBECONFIG; by default where there is one.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace there; the context's by default.")] = None,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Tell the largest micro batch of each stage; measured where a GPU is here."),
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -237,7 +241,9 @@ def plan(
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
     places = {"runs": runs.absolute(), "store": store.absolute()}
     sizes = planning.parse_samples(samples or [])
-    made = planning.make_plan(recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster))
+    made = planning.make_plan(
+        recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster), fit=fit
+    )
     if as_json:
         put(planning.as_json(made))
     else:
