@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.gpus import Gpu
@@ -82,7 +83,7 @@ def _not_measured(recipe: Recipe) -> str | None:
     return None
 
 
-def _measured(step: str, recipe: Recipe) -> dict[str, object]:
+def _measured(step: str, recipe: Recipe) -> dict[str, Any]:
     """What `planning.measured` prints last.
 
     Raises:
