@@ -79,6 +79,9 @@ def run(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="STAGE", help="Profile a few optimizer steps of this stage (train-4), or of all.")
+    ] = "",
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -92,7 +95,7 @@ def run(
     """
     from nvila.pipelines.local.run import run as run_locally
 
-    summary = run_locally(recipe, override or [], runs=runs, store=store)
+    summary = run_locally(recipe, override or [], runs=runs, store=store, profile=profile)
     if as_json:
         put(summary.model_dump(mode="json"))
     raise typer.Exit(int(summary.exit_code))
@@ -216,6 +219,10 @@ def plan(
     stages: Annotated[
         bool, typer.Option("--stages", help="Show the table of the training stages instead, and what follows from it.")
     ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Tell the largest micro batch of each stage; measured where a GPU is here."),
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -246,7 +253,9 @@ def plan(
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
     places = {"runs": runs.absolute(), "store": store.absolute()}
     sizes = planning.parse_samples(samples or [])
-    made = planning.make_plan(recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster))
+    made = planning.make_plan(
+        recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster), fit=fit
+    )
     if as_json:
         put(planning.as_json(made))
     else:

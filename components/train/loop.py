@@ -119,7 +119,7 @@ def train(job: Job, stop: StopRequest) -> None:
         use_flash_attention(model)  # now that the weights have the precision of the stage
         keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
         done = keeper.resume()
-        meter = Meter(job, model, engine, began)
+        meter = Meter(job, model, engine, began, total - done, here)
         account = Account(engine, keeper, job, [sample.id for sample in samples], done, meter)
         _take_steps(job, engine, account, meter.fed(loader.batches(done * engine.micro_batches)), stop)
     account.finish()
