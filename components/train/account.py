@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from nvila.components.model.batch import Batch
+    from nvila.components.train.data import StageSamples
     from nvila.components.train.engine import Engine
 
 SUSPECTS = 10
@@ -51,12 +52,12 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, job: Job, samples: list[str], done: int) -> None:
-        """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
+    def __init__(self, engine: Engine, job: Job, samples: StageSamples, done: int) -> None:
+        """`samples` are those of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
         self._engine, self._samples, self._batch = engine, samples, job.stage.batch
-        self._tally = Tally(what, len(set(samples)), job.run.max_skipped_share, quiet=not first)
+        self._tally = Tally(what, samples.distinct, job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
         self._progress = Progress(what, self.total) if first else None
@@ -81,7 +82,7 @@ class Account:
         if not math.isfinite(loss):
             raise self._not_finite("the loss is not finite", loss, engine.gather(share.suspects()))
         if not engine.step(int(supervised)):
-            batch = self._samples[self.done * self._batch : (self.done + 1) * self._batch]
+            batch = self._samples[self.done * self._batch : (self.done + 1) * self._batch].ids
             raise self._not_finite("the gradients are not finite", None, batch)
         self.done += 1
         mean = loss / supervised if supervised else None

@@ -90,6 +90,14 @@ class Run(Section):
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
     """Longest time between two checkpoints of an unfinished stage; a week at most, or none would be written."""
+    packing: Literal["auto", "padded", "grouped", "packed"] = "auto"
+    """How the samples of a global batch share forward passes: rows of one sample in their order, or those of like
+    length together, or rows of several samples, which do not see each other; auto takes the cheapest for their lengths.
+    """
+    loader_processes: int = Field(default=1, ge=1, le=256)
+    """Processes that make samples ready for each training process."""
+    loader_seconds: float = Field(default=1200.0, ge=1, le=1500)
+    """How long 16 samples may take such a process; more is an error that names the one in hand."""
     max_skipped_share: Share = 0.01
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""

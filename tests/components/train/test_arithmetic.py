@@ -90,29 +90,38 @@ def check(job: Job, wanted: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
-    ("precision", "zero", "micro"),
-    [("fp32", 0, 8), ("fp32", 0, 1), ("fp32", 1, 2), ("fp32", 3, 4), ("bf16", 0, 8), ("bf16", 0, 2), ("bf16", 2, 4)],
+    ("precision", "zero", "micro", "packing"),
+    [
+        ("fp32", 0, 8, "auto"),
+        ("fp32", 0, 1, "packed"),
+        ("fp32", 1, 2, "packed"),
+        ("fp32", 3, 4, "grouped"),
+        ("bf16", 0, 8, "grouped"),
+        ("bf16", 0, 2, "padded"),
+        ("bf16", 2, 4, "packed"),
+    ],
 )
 def test_weights_are_those_of_plain_torch(
-    make_job: MakeJob, samples: str, wanted: dict[str, Any], precision: str, zero: int, micro: int
+    make_job: MakeJob, samples: str, wanted: dict[str, Any], precision: str, zero: int, micro: int, packing: str
 ) -> None:
     """A mean of micro batches' means gives the tokens of short answers many times the weight of those of long ones."""
     from nvila.components.train.loop import train
 
-    job = make_job(
-        "a", stage=STAGE | {"micro_batch": micro}, run={"precision": precision, "zero": zero}, samples=samples
-    )
+    run = {"precision": precision, "zero": zero, "packing": packing}
+    job = make_job("a", stage=STAGE | {"micro_batch": micro}, run=run, samples=samples)
     train(job, Never())  # type: ignore[arg-type]
     check(job, wanted)
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights(make_job: MakeJob, samples: str, wanted: dict[str, Any]) -> None:
-    """Ranks whose answers differ in length would each weigh their own; and the log would hold the first one's alone."""
+    """Ranks whose answers differ in length would each weigh their own; and the log would hold the first one's alone.
+    Packed, the rank with the long answer has two passes, and the other one."""
+    matrix = (("fp32", 0, 2, "packed"), ("fp32", 3, 1, "packed"), ("bf16", 0, 4, "auto"), ("bf16", 2, 1, "packed"))
     jobs = [
         make_job(f"{precision}-{zero}", stage=STAGE | {"micro_batch": micro}, samples=samples, run=run)
-        for precision, zero, micro in (("fp32", 0, 2), ("fp32", 3, 4), ("bf16", 0, 4), ("bf16", 2, 1))
-        for run in [{"precision": precision, "zero": zero, "gpus": 2}]
+        for precision, zero, micro, packing in matrix
+        for run in [{"precision": precision, "zero": zero, "gpus": 2, "packing": packing}]
     ]
     two_ranks(jobs)
     for job in jobs:
