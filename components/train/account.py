@@ -56,7 +56,7 @@ class Account:
         """`samples` are those of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
-        self._engine, self._samples, self._batch = engine, samples, job.stage.batch
+        self._engine, self._samples, self._batch, self._stage = engine, samples, job.stage.batch, job.stage
         self._tally = Tally(what, samples.distinct, job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
@@ -87,9 +87,8 @@ class Account:
         self.done += 1
         mean = loss / supervised if supervised else None
         if self._logs:
-            self._logs[0].write(
-                step=self.done, loss=None if mean is None else round(mean, 6), lr=rate, tokens=int(tokens)
-            )
+            record = {"loss": None if mean is None else round(mean, 6), "lr": rate} | self._own_rates(rate)
+            self._logs[0].write(step=self.done, **record, tokens=int(tokens))
         self._show(1, "no usable sample" if mean is None else f"loss {mean:.3f}")
         return [flag > 0 for flag in joint]
 
@@ -110,6 +109,12 @@ class Account:
         """
         if names := self._engine.not_finite():
             raise self._not_finite("weights are not finite", names[:3], [])
+
+    def _own_rates(self, rate: float) -> dict[str, dict[str, float]]:
+        """Rates of the parts that have one of their own, where the stage's is at `rate`: one schedule moves all."""
+        stage = self._stage
+        of = {str(part): peak * rate / stage.learning_rate for part, peak in stage.learning_rates.items()}
+        return {"lr_of": of} if of else {}
 
     def _skip(self, skipped: list[Skipped]) -> None:
         for one in skipped if self._logs else ():

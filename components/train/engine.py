@@ -22,12 +22,12 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
+from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     import torch
 
-BETAS = (0.9, 0.999)
 PEER_SECONDS = 1800
 """How long a process waits in a collective for one that is silent; one that ends is missed at once."""
 T = TypeVar("T")
@@ -233,9 +233,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         "zero_allow_untested_optimizer": True,
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        _decay_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=BETAS, eps=1e-8
-    )
+    optimizer = adamw(model, stage)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -287,14 +285,3 @@ def _without_shared_memory() -> None:
             return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
 
     set_accelerator(Plain())
-
-
-def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: LayerNorm weights and biases do not decay, as in the reference."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
