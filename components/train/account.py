@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nvila.components.model.batch import Batch
     from nvila.components.train.data import StageSamples
     from nvila.components.train.engine import Engine
+    from nvila.components.train.meter import Meter
 
 SUSPECTS = 10
 """Samples that an error names."""
@@ -52,11 +53,12 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, job: Job, samples: StageSamples, done: int) -> None:
+    def __init__(self, engine: Engine, job: Job, samples: StageSamples, done: int, meter: Meter) -> None:
         """`samples` are those of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
         self._engine, self._samples, self._batch, self._stage = engine, samples, job.stage.batch, job.stage
+        self._meter = meter
         self._tally = Tally(what, samples.distinct, job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
@@ -76,7 +78,8 @@ class Account:
         engine, rate = self._engine, self._engine.learning_rate
         own = sum(loss.item() for loss in share.losses)
         seen = (own, share.supervised, share.tokens, len(share.skipped))
-        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags)
+        counts = self._meter.counts()
+        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags, *counts)
         if skipped:
             self._skip(engine.gather(share.skipped))
         if not math.isfinite(loss):
@@ -89,8 +92,9 @@ class Account:
         if self._logs:
             record = {"loss": None if mean is None else round(mean, 6), "lr": rate} | self._own_rates(rate)
             self._logs[0].write(step=self.done, **record, tokens=int(tokens))
-        self._show(1, "no usable sample" if mean is None else f"loss {mean:.3f}")
-        return [flag > 0 for flag in joint]
+        flags_of_all, counts = joint[: len(flags)], joint[len(flags) :]
+        self._show(1, self._meter.step(self.done, self.total - self.done, loss, supervised, rate, counts))
+        return [flag > 0 for flag in flags_of_all]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, the logs in it.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.files import sync_tree
@@ -24,9 +24,13 @@ from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
 from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
+from nvila.components.train.zero import divide_by, receiver, size, whole, zero_settings
 
 if TYPE_CHECKING:
     import torch
+
+    from nvila.components.model.checkpoint.tensorfile import Later
+    from nvila.components.model.checkpoint.weights import Receive
 
 PEER_SECONDS = 1800
 """How long a process waits in a collective for one that is silent; one that ends is missed at once."""
@@ -40,6 +44,8 @@ class Engine:
     deepspeed: Any
     clip_norm: float | None = None
     """For the one case in which DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
+    weighting: Literal["token", "device_batch"] = "token"
+    """What the loss of a global batch is the mean of."""
 
     @property
     def rank(self) -> int:
@@ -65,30 +71,34 @@ class Engine:
         """Add the gradients of one micro batch to those of the global batch.
 
         Returns:
-            The loss summed over the micro batch's supervised tokens, and their number.
+            The micro batch's share of the sum that `step` divides, and how much it counts there: by tokens, the loss
+            summed over them, and their number; by device batches, their mean, and 1, or 0 where nothing is supervised.
         """
         output = self.deepspeed(**batch, reduction="sum")
-        self.deepspeed.backward(output.loss, scale_wrt_gas=False)
-        return output.loss.detach(), output.supervised
+        loss, weight = output.loss, output.supervised
+        if self.weighting == "device_batch":
+            loss, weight = loss / max(1, weight), min(1, weight)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        return loss.detach(), weight
 
-    def step(self, supervised: int) -> bool:
-        """Divide the gradients of the global batch by its number of supervised tokens, and take the optimizer's step.
+    def step(self, weight: int) -> bool:
+        """Divide the gradients of the global batch by what it counts in all, and take the optimizer's step.
 
-        A batch without any moves the schedule on, and nothing else.
+        A batch without anything supervised moves the schedule on, and nothing else.
 
         Returns:
             Whether the gradients are finite; if not, the weights are as before.
         """
         # DeepSpeed has taken the mean over processes of what is a sum over them.
-        tokens = supervised / self.world if supervised else 1.0
+        divisor = weight / self.world if weight else 1.0
         optimizer, plain = self.deepspeed.optimizer, self._plain
-        finite = self._divide(tokens) if plain else True
+        finite = self._divide(divisor) if plain else True
         if not plain:
-            optimizer.loss_scale = tokens
-        with self._update(finite and supervised > 0):
+            divide_by(optimizer, divisor)
+        with self._update(finite and weight > 0):
             self.deepspeed.step()
         if not plain:
-            optimizer.loss_scale = 1.0
+            divide_by(optimizer, 1.0)
             finite = not optimizer.overflow
         return finite
 
@@ -97,13 +107,13 @@ class Engine:
         """Whether torch's own optimizer steps on the gradients of the parameters."""
         return self.deepspeed.optimizer is self.deepspeed.basic_optimizer
 
-    def _divide(self, tokens: float) -> bool:
+    def _divide(self, divisor: float) -> bool:
         """Take the mean of the processes' gradients, divide and clip them; whether they are finite."""
         import torch
 
         self.deepspeed.buffered_allreduce_fallback()  # what has no gradient gets one of zero, and decays
         parameters = [p for group in self.deepspeed.optimizer.param_groups for p in group["params"]]
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
         return bool(norm.isfinite())
 
@@ -192,23 +202,20 @@ class Engine:
         ]
         return sorted(set(self.gather(bad[:3])))
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The model's tensors by name, whole. Under ZeRO-3 every process must call this; only rank 0 gets them."""
+    @contextmanager
+    def weights(self) -> Iterator[Mapping[str, torch.Tensor | Later]]:
+        """The model's tensors by name for rank 0, and for the others what they are there for. Every process must call
+        this; under ZeRO 3 the others wait until rank 0 leaves the context."""
         model = self.deepspeed.module
         if self.deepspeed.zero_optimization_stage() < 3:
-            return dict(model.state_dict())
-        import deepspeed
-
-        found = {}
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter]):  # one at a time: the whole may not fit one GPU
-                if self.rank == 0:
-                    found[name] = parameter.detach().cpu().clone()
-        return found
+            yield dict(model.state_dict())
+            return
+        with whole(model, self.rank) as tensors:
+            yield tensors
 
 
-def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, world: int) -> Engine:
-    """Put `model` under DeepSpeed in `world` processes; parameters with `requires_grad` are trained."""
+def join() -> None:
+    """Have this process meet the others; the second time it does nothing."""
     import torch
 
     before_importing("deepspeed")
@@ -220,20 +227,46 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         _without_shared_memory()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, verbose=False, timeout=timedelta(seconds=PEER_SECONDS))
+
+
+def settings(stage: Stage, run: Run, world: int, weights: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration for a model of so many weights."""
     half = PRECISIONS[run.precision].weights == "bfloat16"
-    plain = not half and run.zero == 0
-    config = {
+    return {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
         "managed_gradient_accumulation": False,  # a global batch is whole when `step` is called
-        "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
-        "zero_optimization": {"stage": run.zero},
-        "bf16": {"enabled": half},
+        "gradient_clipping": 0.0 if _left_to_us(run) else stage.clip_norm or 0.0,
+        # At once, or ZeRO 1 would count the gradients of all but the last micro batch of a step several times.
+        "bf16": {"enabled": half, "immediate_grad_update": True},
         "steps_per_print": 1 << 30,
-        "zero_allow_untested_optimizer": True,
+        **zero_settings(run, weights),
     }
+
+
+def _left_to_us(run: Run) -> bool:
+    """Whether DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
+    return run.zero == 0 and PRECISIONS[run.precision].weights == "float32"
+
+
+def receive(stage: Stage, run: Run, world: int) -> Receive | None:
+    """How the weights of a model are taken over while it is loaded; None where each process keeps all of them."""
+    if run.zero < 3:
+        return None
+    join()
+    return receiver(settings(stage, run, world))
+
+
+def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, world: int) -> Engine:
+    """Put `model` under DeepSpeed in `world` processes; parameters with `requires_grad` are trained."""
+    import torch
+
+    join()
+    import deepspeed
+
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, stage)
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, whatever the log's level
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -241,15 +274,15 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
             opt, lambda step: warmup_cosine(step, total_steps, stage.warmup_ratio)
         ),
-        config=config,
+        config=settings(stage, run, world, sum(map(size, model.parameters()))),
     )
-    if half and run.zero == 0:
+    if PRECISIONS[run.precision].weights == "bfloat16" and run.zero == 0:
         # DeepSpeed has made AdamW's moments by a step on gradients of zero, which counts as one, and decays.
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     # Where the gradients are left to us, they are reduced before they are clipped: see `Engine._divide`.
-    engine.enable_backward_allreduce = not plain
-    return Engine(engine, stage.clip_norm)
+    engine.enable_backward_allreduce = not _left_to_us(run)
+    return Engine(engine, stage.clip_norm, run.loss_weighting)
 
 
 def leave() -> None:

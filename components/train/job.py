@@ -5,9 +5,6 @@ from __future__ import annotations
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Run, Stage
 
-VERDICT = "verdict.json"
-"""Why the worker of rank 0 failed, for the process that launched it."""
-
 TRAINED = ("model/**/*", "loss.jsonl", "skipped.jsonl")
 """Files of a trained stage."""
 RECORD = "trained.json"

@@ -5,7 +5,6 @@ On a cluster every node of the job does so; who they are stands in the variables
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.children import die_with_parent, forking, how_ended
 from nvila.components.contracts.environment import current
-from nvila.components.contracts.errors import ConfigError, NvilaError, Preempted, TrainingError, from_record
+from nvila.components.contracts.errors import ConfigError, Preempted, TrainingError
 from nvila.components.contracts.manifest import write_atomic
-from nvila.components.train.job import VERDICT, Job
+from nvila.components.train import verdict
+from nvila.components.train.job import Job
 from nvila.components.train.loop import main
 from nvila.components.train.meeting import meet
 
@@ -50,8 +50,8 @@ def launch(job: Job) -> None:
     description = out / (f"job-{node}.json" if node else "job.json")
     write_atomic(description, job.model_dump_json(indent=1))
     if node == 0:
-        (out / VERDICT).unlink(missing_ok=True)
-    stale = _written(out / VERDICT)
+        (out / verdict.VERDICT).unlink(missing_ok=True)
+    stale = verdict.stamp(out)
     logs = out / f"torchrun-{node}"
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}  # the agent puts its own in their place
@@ -74,12 +74,15 @@ def launch(job: Job) -> None:
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         # Of one that was killed the others say only that they have lost it.
-        told = None if first.exitcode == -signal.SIGKILL else _reported(out / VERDICT, stale)
-        raise told or TrainingError(
+        told = None if first.exitcode == -signal.SIGKILL else verdict.read(out, stale)
+        error = told or TrainingError(
             f"stage {job.stage.name}: a training process {how_ended(first.exitcode)}, and left no message",
             where=str(out),
             do="Look above in the log. Run again and it resumes.",
-        ) from None
+        )
+        if nodes > 1:  # processes of other nodes wait for those of this one
+            verdict.give(out, error, stale)
+        raise error from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -114,15 +117,3 @@ def _torchrun(processes: int, there: Mapping[str, Any], logs: Path) -> LaunchCon
     }
     config, _, _ = config_from_args(parse_args([*(f"--{name}={value}" for name, value in options.items()), "worker"]))
     return config
-
-
-def _written(path: Path) -> int | None:
-    """When the file was last written; None where there is none."""
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _reported(path: Path, stale: int | None) -> NvilaError | None:
-    """What the first worker that failed has written; a further node may still find an earlier attempt's words."""
-    if _written(path) in (None, stale):
-        return None
-    return from_record(json.loads(path.read_text()))

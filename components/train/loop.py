@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.environment import Environment, current, entered
-from nvila.components.contracts.errors import NvilaError, Preempted, to_record
+from nvila.components.contracts.errors import Preempted
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import tell
+from nvila.components.train import verdict
 from nvila.components.train.checkpoints import clear, probably_at
-from nvila.components.train.engine import Engine, leave, start
-from nvila.components.train.job import RECORD, TRAINED, VERDICT, Job
+from nvila.components.train.engine import Engine, leave, receive, start
+from nvila.components.train.job import RECORD, TRAINED, Job
 
 if TYPE_CHECKING:
+    import torch
+
     from nvila.components.model.batch import Batch
+    from nvila.components.model.checkpoint.tensorfile import Later
     from nvila.components.model.nvila import NVILA
     from nvila.components.train.account import Account
     from nvila.components.train.windows import Windows
@@ -41,39 +43,33 @@ LOST_SECONDS = 1.0
 
 def main(job_path: str) -> None:
     """Train the stage that the job file describes, from its last checkpoint if there is one."""
-    job = Job.model_validate_json(Path(job_path).read_bytes())
-    stop = StopRequest()
+    out = Path(job_path).parent
     try:
+        stop = StopRequest()
         with entered(Environment.read()):
-            train(job, stop)
+            train(Job.model_validate_json(Path(job_path).read_bytes()), stop)
             leave()
-    except Exception as caught:
-        if isinstance(caught, NvilaError):
-            error = caught
-        else:
-            print(tell(traceback.format_exc()), file=sys.stderr, flush=True)
-            left = f"The disk had {shutil.disk_usage(job.out).free >> 20} MiB left"  # torch's own words do not say it
-            error = NvilaError(f"{type(caught).__name__}: {caught}", where=job.out, do=left)
-            _make_room(caught, Path(job.out))
+    except BaseException as caught:
+        error = verdict.named(caught, out)
+        if error is not caught:
+            _make_room(caught, out)
         print(tell(str(error)), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        verdict = Path(job.out, VERDICT)
-        with suppress(OSError):  # a disk that is full has been named above
-            if not verdict.exists():  # the first process to fail knows why; the others only lost it
-                write_atomic(verdict, json.dumps(to_record(error)))
+        verdict.give(out, error)
         # Perhaps another was killed: the agent, which names the first, is to see that one first.
         if error is not caught:
             time.sleep(LOST_SECONDS)
         os._exit(int(error.exit_code))  # other ranks may wait in a collective: do not join them
 
 
-def _make_room(error: Exception, out: Path) -> None:
+def _make_room(error: BaseException, out: Path) -> None:
     """Remove what was half written: where the disk is full, the verdict needs room."""
     caused: BaseException | None = error
     while caused:
         traceback.clear_frames(caused.__traceback__)  # a file that is still open keeps its room
         caused = caused.__context__
-    clear(out / CHECKPOINTS)
+    with suppress(OSError):
+        clear(out / CHECKPOINTS)
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
@@ -95,7 +91,9 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.train.data import INDEX, stage_samples
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
+    from nvila.components.train.meter import Meter
 
+    began = time.monotonic()
     torch.manual_seed(job.seed)
     out, stage, folder, here = Path(job.out), job.stage, Path(job.model), current()
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed, out / INDEX)
@@ -109,9 +107,11 @@ def train(job: Job, stop: StopRequest) -> None:
     per_step = stage.batch // here.world
     with Loader(feed, mine, per_step, job.run.loader_processes, job.run.loader_seconds) as loader:
         loader.begin(probably_at(out / CHECKPOINTS))
+        verdict.obey(out)
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
         dtype = PRECISIONS[job.run.precision].weights
-        model, tokenizer = load_native(folder, dtype=dtype, device=default_device(here.local_rank))
+        taken = receive(stage, job.run, here.world)
+        model, tokenizer = load_native(folder, dtype=dtype, device=default_device(here.local_rank), receive=taken)
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
         set_trainable(model, stage.trainable)
         model.prepare_for_training()
@@ -121,13 +121,14 @@ def train(job: Job, stop: StopRequest) -> None:
         use_flash_attention(model)  # now that the weights have the precision of the stage
         windows = _windows(job, model, tokenizer.pad_token_id, limit)
         done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
-        account = Account(engine, job, samples, done)
-        _take_steps(job, engine, account, map(windows.passes, loader.steps(done)), stop, windows)
+        meter = Meter(job, model, engine, began)
+        account = Account(engine, job, samples, done, meter)
+        _take_steps(job, engine, account, meter.fed(map(windows.passes, loader.steps(done))), stop, windows)
     account.check_weights()
-    weights = engine.weights()
-    if engine.rank == 0:
-        model.config = config
-        _save(model, tokenizer, weights, out)
+    with engine.weights() as weights:
+        if engine.rank == 0:
+            model.config = config
+            _save(model, tokenizer, weights, out)
 
 
 def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
@@ -137,6 +138,8 @@ def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
     from nvila.components.train.windows import Windows
 
     packing, most = job.run.packing, job.stage.samples_at_once(current().world)
+    if job.run.loss_weighting == "device_batch":  # which these are is part of what is learnt
+        packing = "padded"
     flat = packing in ("auto", "packed") and use_packed_attention(model)
     cost = Cost.of(model.config.llm, gpu=model.device.type == "cuda", kernel=flat)
     return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat)
@@ -166,7 +169,7 @@ def _take_steps(
             )
 
 
-def _save(model: NVILA, tokenizer: Any, weights: dict[str, Any], out: Path) -> None:
+def _save(model: NVILA, tokenizer: Any, weights: Mapping[str, torch.Tensor | Later], out: Path) -> None:
     """Write `out/model`, and last the record without which the next attempt does not believe it."""
     from nvila.components.model.checkpoint.native import save_native
 

@@ -97,6 +97,12 @@ class Run(Section):
     """Of weights and products of matrices."""
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where the optimizer keeps its states and takes its step: beside the weights, or, with ZeRO 2 and 3, in the memory
+    of the machine. Under ZeRO 3 the weights that no layer needs right now lie there too."""
+    loss_weighting: Literal["token", "device_batch"] = "token"
+    """What the loss of a global batch is the mean of: its supervised tokens, or the means of its micro batches, in
+    which a token of a short answer weighs more (as in the reference)."""
     gpus: int = Field(default=1, ge=1, le=65_536)
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
@@ -131,7 +137,14 @@ class TrainSettings(Run):
         return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Processes share each stage's batch evenly."""
+        """Processes share each stage's batch evenly, and what is offloaded is shared."""
+        if self.offload != "none" and self.zero < 2:
+            yield Disagreement("offload", f"offload: {self.offload} needs zero: 2 or 3, not {self.zero}")
+        if self.loss_weighting == "device_batch" and self.packing not in ("auto", "padded"):
+            yield Disagreement(
+                "packing",
+                f"loss_weighting: device_batch keeps micro batches as they are: {self.packing} would have no effect",
+            )
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):

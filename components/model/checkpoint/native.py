@@ -20,8 +20,8 @@ from nvila.components.contracts.foreign import reading
 from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_native
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
 from nvila.components.model.checkpoint.shards import INDEX, SINGLE
-from nvila.components.model.checkpoint.tensorfile import Stored
-from nvila.components.model.checkpoint.weights import canonical, check, fill, require_finite, settle_head
+from nvila.components.model.checkpoint.tensorfile import Later, Stored, Whole, write_file
+from nvila.components.model.checkpoint.weights import Receive, canonical, check, fill, settle_head
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
 from nvila.components.model.device import use_flash_attention, use_float32_products
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def save_native(
-    model: NVILA, tokenizer: Any, folder: Path | str, *, state_dict: Mapping[str, torch.Tensor] | None = None
+    model: NVILA, tokenizer: Any, folder: Path | str, *, state_dict: Mapping[str, torch.Tensor | Later] | None = None
 ) -> None:
     """Write config.json, llm/ (with the tokenizer), vision_tower/ and mm_projector/.
 
@@ -45,7 +45,8 @@ def save_native(
         model: whose weights and configuration are saved, in the dtype they have.
         tokenizer: the model's; saved without the media markers.
         folder: made if missing.
-        state_dict: whole tensors by the model's names, where the model itself holds only parts of them (ZeRO-3).
+        state_dict: whole tensors by the model's names, where the model itself holds only parts of them (ZeRO-3); each
+            is asked for when it is written.
 
     Raises:
         DataError: a tensor is missing, superfluous, of another shape, or not finite.
@@ -81,19 +82,22 @@ def write_native_files(config: ModelConfig, tokenizer: Any, folder: Path, dtype:
     save_tokenizer(tokenizer, folder / "llm", config.max_length_tokens)
 
 
-def load_native(folder: Path | str, *, dtype: str = "float32", device: str = "cpu") -> tuple[NVILA, Any]:
+def load_native(
+    folder: Path | str, *, dtype: str = "float32", device: str = "cpu", receive: Receive | None = None
+) -> tuple[NVILA, Any]:
     """Read a checkpoint of the native layout, in evaluation mode, with its tokenizer.
 
     Rows of the decoder's embeddings behind the tokenizer's vocabulary are dropped, as the reference does on loading.
+    `receive` gets each tensor when its turn has come: a process may keep only a share of it.
 
     Raises:
         ConfigError: unknown dtype, or a configuration that cannot be built.
         DataError: a folder, file or tensor is missing, or a shape does not match.
     """
-    return load_opened(open_native(folder), dtype, device)
+    return load_opened(open_native(folder), dtype, device, receive)
 
 
-def load_opened(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA, Any]:
+def load_opened(checkpoint: Checkpoint, dtype: str, device: str, receive: Receive | None = None) -> tuple[NVILA, Any]:
     """Read the weights of a checkpoint of any layout; as `load_native`."""
     wanted, where = _dtype(dtype), str(checkpoint.folder)
     with reading(checkpoint.folder):
@@ -102,7 +106,7 @@ def load_opened(checkpoint: Checkpoint, dtype: str, device: str) -> tuple[NVILA,
         config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
         check(tensors, buildable(config, tokens), where)
     model = unfilled_model(config, tokens, wanted)
-    fill(model, tensors, where)
+    fill(model, tensors, where, *[receive] if receive else [])
     model = model.to(device).eval()
     use_flash_attention(model)
     use_float32_products(model)
@@ -173,32 +177,35 @@ def _require_vocabulary(config: ModelConfig, tokens: TokenIds) -> None:
         )
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+def write_tensors(tensors: Mapping[str, torch.Tensor | Later], folder: Path) -> None:
     """One `model.safetensors`, or shards of at most `SHARD_BYTES` and their index.
 
     Raises:
         DataError: a value is not finite.
     """
-    from safetensors.torch import save_file
-
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shards: list[dict[str, torch.Tensor | Later]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        require_finite(tensor, name, str(folder))
         if size and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        _write_shard(folder / SINGLE, shards[0])
         return
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        _write_shard(folder / name, shard)
     total = sum(tensor.nbytes for tensor in tensors.values())
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, shard: Mapping[str, torch.Tensor | Later]) -> None:
+    """One file, as the safetensors library orders it: widest values first, then by name."""
+    order = sorted(shard.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
+    write_file(path, [Whole(name, tensor) for name, tensor in order])
 
 
 def _vision_config(config: ModelConfig) -> dict[str, Any]:

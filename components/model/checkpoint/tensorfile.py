@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -64,6 +64,20 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A tensor of which only shape and dtype are known until it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    whole: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Target:
     """A tensor of a file to be written: the first rows of a stored one, in some dtype."""
 
@@ -76,6 +90,29 @@ class Target:
     def bytes(self) -> int:
         """Size in the file."""
         return math.prod(self.shape) * width(self.code)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A tensor of a file to be written: one of memory, as it is."""
+
+    name: str
+    source: torch.Tensor | Later
+
+    @property
+    def code(self) -> str:
+        """Dtype, as safetensors writes it."""
+        return CODES[self.source.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape."""
+        return tuple(self.source.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return self.source.nbytes
 
 
 def width(code: str) -> int:
@@ -173,8 +210,8 @@ def put(flat: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
         at += len(piece)
 
 
-def write_file(path: Path, targets: Iterable[Target]) -> None:
-    """Write one file, copying each tensor in pieces; it appears under its name when it is whole.
+def write_file(path: Path, targets: Iterable[Target | Whole]) -> None:
+    """Write one file, one tensor after the other; it appears under its name when it is whole.
 
     Raises:
         DataError: a source ends early, or holds a value that is not finite or does not fit the new dtype.
@@ -185,9 +222,21 @@ def write_file(path: Path, targets: Iterable[Target]) -> None:
         header = _header(targets)
         out.write(len(header).to_bytes(8, "little") + header)
         for target in targets:
-            for piece in values(target.source, target.name, math.prod(target.shape), DTYPES[target.code]):
+            for piece in _written(target, path):
                 out.write(piece.view(torch.uint8).numpy().data)
     partial.rename(path)
+
+
+def _written(target: Target | Whole, path: Path) -> Iterator[torch.Tensor]:
+    """Values of a target, flat: a stored one's in pieces."""
+    if isinstance(target, Target):
+        yield from values(target.source, target.name, math.prod(target.shape), DTYPES[target.code])
+        return
+    source = target.source
+    whole = source.whole() if isinstance(source, Later) else source
+    if target.code in FLOATING and not is_finite(whole):
+        raise DataError(f"{target.name} has values that are NaN or infinite", where=str(path.parent))
+    yield whole.detach().cpu().contiguous().view(-1)
 
 
 def file_bytes(targets: Iterable[Target]) -> int:
@@ -196,7 +245,7 @@ def file_bytes(targets: Iterable[Target]) -> int:
     return 8 + len(_header(targets)) + sum(target.bytes for target in targets)
 
 
-def _header(targets: list[Target]) -> bytes:
+def _header(targets: Sequence[Target | Whole]) -> bytes:
     content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for target in targets:

@@ -7,15 +7,16 @@ over; so nothing ever stays as it was initialised. Names here are those of the f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.text import say
-from nvila.components.model.checkpoint.tensorfile import DTYPES, FLOATING, Stored, is_finite, put, values
+from nvila.components.model.checkpoint.tensorfile import DTYPES, FLOATING, Later, Stored, is_finite, put, values
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.nvila import NVILA
 
@@ -23,7 +24,10 @@ TOWER = "vision_tower.vision_model."
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 Source = Stored | torch.Tensor
 """Where a tensor comes from: a file, or memory."""
-S = TypeVar("S", bound=Source)
+Receive = Callable[[torch.Tensor, Callable[[], None]], None]
+"""Takes a tensor of a model and what reads its values into it; the tensor may be another's share when it returns."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+S = TypeVar("S", bound=Source | Later)
 
 _NEVER_COMPUTED = re.compile(
     r"llm\.(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older transformers saved what they computed
@@ -94,11 +98,11 @@ def settle_head(config: ModelConfig, found: Mapping[str, S], rows: int, where: s
 
 def wanted(model: NVILA) -> dict[str, torch.Tensor]:
     """Each parameter and saved buffer of a model by its `canonical` name, a tied output layer left out."""
-    named = canonical(model.state_dict(), "", "")
+    named = canonical(model.state_dict(keep_vars=True), "", "")  # a copy's storage would outlive the parameter's
     return {name: tensor for name, tensor in named.items() if name != HEAD or not tied(model.config)}
 
 
-def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | None = None) -> None:
+def check(found: Mapping[str, Source | Later], model: NVILA, where: str, *, says: str | None = None) -> None:
     """Whether tensors are exactly those of a model, in shape and kind; no value is looked at.
 
     Args:
@@ -124,7 +128,7 @@ def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | 
                 f"{name} has another shape than the configuration says", where=place, value=f"{has} instead of {shape}"
             )
         kind = source.code if isinstance(source, Stored) else str(source.dtype)
-        if not (kind in FLOATING if isinstance(source, Stored) else _is_float(source)):
+        if not (kind in FLOATING if isinstance(source, Stored) else source.dtype in _FLOATS):
             raise DataError(
                 f"{name} does not hold floating-point weights",
                 where=place,
@@ -134,34 +138,33 @@ def check(found: Mapping[str, Source], model: NVILA, where: str, *, says: str | 
 
 
 @torch.no_grad()
-def fill(model: NVILA, found: Mapping[str, Source], where: str) -> None:
-    """Give a model its weights, in the dtype it has; `check` comes first.
+def fill(model: NVILA, found: Mapping[str, Source], where: str, receive: Receive = lambda _, read: read()) -> None:
+    """Give a model its weights one by one, in the dtype it has; `check` comes first.
 
     Raises:
         DataError: a value is not finite, or too large for the model's dtype.
     """
     for name, tensor in wanted(model).items():
-        source = found[name]
-        if isinstance(source, Stored):
-            put(tensor.view(-1), values(source, name, tensor.numel(), tensor.dtype))
-        else:
-            tensor.copy_(source[: len(tensor)] if tensor.dim() else source)
-            require_finite(tensor, name, where)
+        receive(tensor, partial(_read, tensor, found[name], name, where))
+
+
+def _read(tensor: torch.Tensor, source: Source, name: str, where: str) -> None:
+    if isinstance(source, Stored):
+        put(tensor.view(-1), values(source, name, tensor.numel(), tensor.dtype))
+    else:
+        tensor.copy_(source[: len(tensor)] if tensor.dim() else source)
+        require_finite(tensor, name, where)
 
 
 def require_finite(tensor: torch.Tensor, name: str, where: str) -> None:
     """Raises:
     DataError: a tensor of floats has a value that is NaN or infinite.
     """
-    if _is_float(tensor) and not is_finite(tensor):
+    if tensor.dtype in _FLOATS and not is_finite(tensor):
         raise DataError(f"{name} has values that are NaN or infinite", where=where)
 
 
-def _is_float(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _same_rows(head: Source, embeddings: Source, rows: int) -> bool:
+def _same_rows(head: Source | Later, embeddings: Source | Later, rows: int) -> bool:
     """Whether the first rows hold the same values; in small memory."""
     if head.shape[1:] != embeddings.shape[1:] or min(head.shape[0], embeddings.shape[0]) < rows:
         return False

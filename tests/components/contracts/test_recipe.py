@@ -124,6 +124,7 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("train.stages.0.learning_rate", float("inf"), "finite number"),
         ("needs", {"memory_bytes": -1}, "greater than or equal to 0"),
         ("train.zero", 4, r"train\.zero"),
+        ("train.offload", "cpu", r"train\.offload: offload: cpu needs zero: 2 or 3, not 0"),
         ("train.precision", "fp8-current", r"train\.precision: Input should be .fp32. or .bf16."),
         ("evaluate.sources", ["nothing"], r"evaluate\.sources: no source is called 'nothing'"),
         ("evaluate.limit", 0, r"evaluate\.limit"),

@@ -12,8 +12,11 @@ from typing import Any
 from nvila.components.train.job import Job
 
 
-def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
-    """Weights (fp32 masters), and loss and tokens of each step: AdamW on the mean over a batch's supervised tokens."""
+def plain(job: Job, device_batch: int | None = None) -> tuple[dict[str, Any], list[float], list[int]]:
+    """Weights (fp32 masters), and loss and tokens of each step: AdamW on the mean over a batch's supervised tokens.
+
+    With `device_batch`, on the mean of the means over the supervised tokens of so many rows each.
+    """
     import torch
 
     from nvila.components.model.checkpoint.native import load_native
@@ -43,28 +46,33 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
             group["lr"] = peak * warmup_cosine(step, total, stage.warmup_ratio)
         rows = samples[step * stage.batch : (step + 1) * stage.batch]
         sums = {name: torch.zeros_like(m) for name, m in masters.items()}
-        loss, tokens, length = 0.0, 0, 0
-        for sample in rows:  # one by one, so that no padding and no order can matter
-            batch = Feed(tokenizer, model.config).batch([sample])
-            if not batch.samples:
+        loss, length = 0.0, 0
+        batches = [Feed(tokenizer, model.config).batch([sample]) for sample in rows]
+        counts = [int((batch.labels[:, 1:] != -100).sum()) if batch.samples else 0 for batch in batches]
+        size = device_batch or len(rows)
+        for i, (batch, n) in enumerate(zip(batches, counts, strict=True)):
+            # One by one, so that no padding and no order can matter.
+            if not n:
                 continue
-            n = int((batch.labels[:, 1:] != -100).sum())
-            out = model(**batch.forward_arguments()).loss * n
+            first = i - i % size
+            share = n / sum(counts[first : first + size]) if device_batch else n
+            out = model(**batch.forward_arguments()).loss * share
             out.backward()
-            loss, tokens, length = loss + float(out.detach()), tokens + n, length + batch.input_ids.numel()
+            loss, length = loss + float(out.detach()), length + batch.input_ids.numel()
             for name, parameter in learning.items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad.float()
                     parameter.grad = None
+        divisor = sum(any(counts[i : i + size]) for i in range(0, len(rows), size)) if device_batch else sum(counts)
         for name, master in masters.items():
-            master.grad = sums[name] / tokens
+            master.grad = sums[name] / divisor
         if stage.clip_norm:
             torch.nn.utils.clip_grad_norm_(masters.values(), stage.clip_norm)
         adam.step()
         with torch.no_grad():
             for name, parameter in learning.items():
                 parameter.copy_(masters[name])
-        losses.append(loss / tokens)
+        losses.append(loss / divisor)
         lengths.append(length)
     return masters, losses, lengths
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import sys
-import time
+import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import plain_torch
-import psutil
+import matrix
 import pytest
+from matrix import Way
 
 from nvila.components.contracts.errors import TrainingError
 from nvila.components.train.job import Job
@@ -23,12 +20,8 @@ MakeJob = Callable[..., Job]
 STAGE = {"data": {"s.sft": 4}, "learning_rate": 1e-3, "warmup_ratio": 0.0, "clip_norm": 0.5, "weight_decay": 0.1}
 STAGE |= {"learning_rates": {"vision_tower": 2e-4}}
 """Four steps over the same eight questions. Two gradients in three are clipped."""
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.04}
-"""Of the distance that the weights moved. In bf16 the rounding of activations and of single gradients leaves 0.026; one
-step of AdamW on nothing before the first leaves 0.3."""
-
-PATIENCE_SECONDS = 900
-"""For what takes half a minute on two idle cores; a rank that is still there by then shows where it waits."""
+TODAY = datetime.now(UTC).toordinal()
+"""Chooses the ways that are tried today; a failure names them, and matrix.py tries them again."""
 
 
 class Never:
@@ -40,93 +33,71 @@ class Never:
 @pytest.fixture(scope="module")
 def samples(small: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Seven answers of a word, and one of a hundred tokens and more."""
-    from nvila.components.data.samples import write_samples
-
-    answers = ["red", "no", "yes", "blue", "green", "no", "yes", "red green blue " * 12]
-    rows = []
-    for i, answer in enumerate(answers):
-        turns = [{"from": "human", "value": "<image>\nWhich colour is it?"}, {"from": "gpt", "value": answer}]
-        row = {"id": f"s/sft/{i}", "source": "s", "kind": "image", "split": "sft", "root": str(small.root), "line": i}
-        row |= {"media": [f"sft-{i}.png"], "media_sha256": [""], "conversations": json.dumps(turns)}
-        rows.append(row | {"question": "Which colour is it?", "answer": answer})
-    path = tmp_path_factory.mktemp("lengths") / "samples.parquet"
-    write_samples(path, rows)
-    return str(path)
+    return matrix.write_answers(small.root, tmp_path_factory.mktemp("lengths") / "samples.parquet")
 
 
 @pytest.fixture(scope="module")
-def wanted() -> dict[str, Any]:
-    """What plain torch made, by precision."""
-    return {}
+def known() -> matrix.Known:
+    """What plain torch made."""
+    return matrix.Known()
 
 
-def check(job: Job, wanted: dict[str, Any]) -> None:
-    import torch
-    from safetensors.torch import load_file
+@pytest.fixture
+def job_of(small: Any, tmp_path: Path, samples: str) -> Callable[[Way], Job]:
+    """The job of a way, over four steps."""
+    return lambda way: way.job(str(small.model.dir("model")), samples, tmp_path / str(way), data={"s.sft": 4})
 
-    precision = job.run.precision
-    if precision not in wanted:
-        wanted[precision] = plain_torch.plain(job)
-    masters, losses, tokens = wanted[precision]
 
-    def weights(folder: str | Path) -> dict[str, Any]:
-        named = {}
-        for part in ("vision_tower", "mm_projector", "llm"):
-            for name, tensor in load_file(Path(folder, part, "model.safetensors")).items():
-                named[f"{part}.{name.removeprefix('vision_model.')}"] = tensor.float()
-        return named
-
-    def low(tensor: Any) -> Any:
-        return tensor.bfloat16().float() if precision == "bf16" else tensor
-
-    before, after = weights(job.model), weights(Path(job.out, "model"))
-    assert after.keys() == masters.keys()
-    moved = torch.cat([(low(master) - low(before[name])).flatten() for name, master in masters.items()])
-    apart = torch.cat([(low(master) - after[name]).flatten() for name, master in masters.items()])
-    assert float(apart.norm() / moved.norm()) < TOLERANCE[precision]
+def check(way: Way, job: Job, known: matrix.Known) -> None:
+    masters, losses, tokens = known.of(job)
+    assert matrix.apart(job, masters) < matrix.TOLERANCE[way.precision], way
     records = read_losses(Path(job.out, "loss.jsonl"))
     assert [r["tokens"] for r in records] == tokens
-    assert [r["loss"] for r in records] == pytest.approx(losses, abs=1e-5 if precision == "fp32" else 1e-3)
+    assert [r["loss"] for r in records] == pytest.approx(losses, abs=1e-5 if way.precision == "fp32" else 1e-3)
+
+
+def some(world: int, always: list[Way], further: int) -> list[Way]:
+    """Ways that are always tried, and a few of the others, which change from day to day."""
+    others = [way for way in matrix.ways([world]) if way not in always]
+    return always + random.Random(TODAY).sample(others, further)
+
+
+ALONE = [
+    Way(1, 0, 1, "fp32"),
+    Way(1, 3, 4, "fp32", checkpointing=True),
+    Way(1, 0, 2, "bf16"),
+    Way(1, 1, 4, "bf16", weighting="device_batch"),
+    Way(1, 2, 4, "bf16", offload="cpu"),
+]
+TOGETHER = [Way(2, 0, 2, "fp32"), Way(2, 3, 1, "fp32"), Way(2, 2, 1, "bf16")]
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(
-    ("precision", "zero", "micro", "packing"),
-    [
-        ("fp32", 0, 8, "auto"),
-        ("fp32", 0, 1, "packed"),
-        ("fp32", 1, 2, "packed"),
-        ("fp32", 3, 4, "grouped"),
-        ("bf16", 0, 8, "grouped"),
-        ("bf16", 0, 2, "padded"),
-        ("bf16", 2, 4, "packed"),
-    ],
-)
-def test_weights_are_those_of_plain_torch(
-    make_job: MakeJob, samples: str, wanted: dict[str, Any], precision: str, zero: int, micro: int, packing: str
-) -> None:
-    """A mean of micro batches' means gives the tokens of short answers many times the weight of those of long ones."""
+@pytest.mark.parametrize("way", some(1, ALONE, 2), ids=str)
+def test_weights_are_those_of_plain_torch(job_of: Callable[[Way], Job], known: matrix.Known, way: Way) -> None:
+    """A mean of micro batches' means gives the tokens of short answers many times the weight of those of long ones,
+    where it is not asked for; and gradients of micro batches were counted twice."""
     from nvila.components.train.loop import train
 
-    run = {"precision": precision, "zero": zero, "packing": packing}
-    job = make_job("a", stage=STAGE | {"micro_batch": micro}, run=run, samples=samples)
+    job = job_of(way)
     train(job, Never())  # type: ignore[arg-type]
-    check(job, wanted)
+    check(way, job, known)
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_weights(make_job: MakeJob, samples: str, wanted: dict[str, Any]) -> None:
+def test_two_processes_train_the_same_weights(
+    job_of: Callable[[Way], Job], known: matrix.Known, small: Any, tmp_path: Path
+) -> None:
     """Ranks whose answers differ in length would each weigh their own; and the log would hold the first one's alone.
-    Packed, the rank with the long answer has two passes, and the other one."""
-    matrix = (("fp32", 0, 2, "packed"), ("fp32", 3, 1, "packed"), ("bf16", 0, 4, "auto"), ("bf16", 2, 1, "packed"))
-    jobs = [
-        make_job(f"{precision}-{zero}", stage=STAGE | {"micro_batch": micro}, samples=samples, run=run)
-        for precision, zero, micro, packing in matrix
-        for run in [{"precision": precision, "zero": zero, "gpus": 2, "packing": packing}]
-    ]
-    two_ranks(jobs)
-    for job in jobs:
-        check(job, wanted)
+
+    Where one has no picture and the other has, either would wait for the other in a collective of the tower.
+    """
+    jobs = {way: job_of(way) for way in some(2, TOGETHER, 1)}
+    blind = matrix.write_answers(small.root, tmp_path / "blind.parquet", blind=4)
+    jobs = {way: job.model_copy(update={"samples": blind}) if way.zero >= 2 else job for way, job in jobs.items()}
+    matrix.on_ranks(list(jobs.values()), 2)
+    for way, job in jobs.items():
+        check(way, job, known)
 
 
 @pytest.mark.slow
@@ -136,36 +107,13 @@ def test_processes_end_together(make_job: MakeJob, samples: str) -> None:
     first = make_job("skipped", stage=STAGE | {"max_length_tokens": 60}, samples=samples, run=run)
     second = make_job("nan", stage=STAGE | {"name": "nan", "micro_batch": 1}, samples=samples, run=run | {"zero": 3})
     none = make_job("none", stage=STAGE | {"max_length_tokens": 8}, samples=samples, run=run)
-    two_ranks([none, second, first])
+    matrix.on_ranks([none, second, first], 2)
     words = {job.out: [Path(job.out, f"error-{rank}") for rank in (0, 1)] for job in (none, second, first)}
     said = {out: [path.read_text() for path in paths if path.exists()] for out, paths in words.items()}
     assert said[first.out] == [] and len(read_losses(Path(first.out, "loss.jsonl"))) == 4
     assert said[none.out][0] == said[none.out][1] and "of 8 records cannot be used, 1 may" in said[none.out][0]
     assert said[second.out][0] == said[second.out][1] and said[second.out][0].count("s/sft/") == 4
     assert "optimizer step 0: the loss is not finite" in said[second.out][0]
-
-
-def two_ranks(jobs: list[Job]) -> None:
-    """Train jobs one after the other by two processes, which meet as under torchrun: at a store that is kept here."""
-    from torch.distributed import TCPStore
-
-    listing = Path(jobs[0].out).parent / "jobs.jsonl"
-    listing.write_text("\n".join(job.model_dump_json() for job in jobs))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "DS_LOG_LEVEL": "warning"}
-    command = [sys.executable, plain_torch.__file__, str(listing)]
-    ranks = [
-        psutil.Popen(command, env=os.environ | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    _, alive = psutil.wait_procs(ranks, timeout=PATIENCE_SECONDS)
-    for process in [one for rank in alive for one in (rank, *rank.children())]:
-        process.send_signal(signal.SIGUSR1)  # the stacks of all its threads on stderr
-        time.sleep(1)
-        process.kill()
-    assert not alive, "a rank did not end: the stacks of the ranks, each with its loader, are on stderr"
-    assert [rank.wait() for rank in ranks] == [0, 0]
 
 
 @pytest.mark.usefixtures("one_rank")

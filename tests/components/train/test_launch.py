@@ -19,7 +19,7 @@ from nvila.components.contracts.errors import DataError, NvilaError, Preempted, 
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.processes import birth
 from nvila.components.train import launch as launching
-from nvila.components.train import loop
+from nvila.components.train import loop, verdict
 from nvila.components.train.job import Job
 from nvila.components.train.loop import StopRequest
 
@@ -124,6 +124,50 @@ def test_a_killed_process_is_named_before_those_that_lost_it(
     stand_in(loop.main)
     with pytest.raises(TrainingError, match=r"killed by signal 9 \(SIGKILL\)"):
         launching.launch(job)
+
+
+def test_a_process_that_waits_for_one_that_failed_ends_too(
+    make_job: MakeJob, stand_in: Callable[[Work], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits in a collective hears no signal: the agent kills it after half a minute, torch after half an hour.
+    And what ends a process in Python without an exception was "code 1 and no message"."""
+    job = make_job("a", run={"gpus": 2})
+    out = Path(job.out)
+    monkeypatch.setattr(verdict, "GRACE_SECONDS", 0.5)
+
+    def train(job: Job, stop: StopRequest) -> None:
+        verdict.obey(out)
+        if os.environ["RANK"] == "1":
+            raise SystemExit("before there is a group")
+        time.sleep(25)
+        (out / "waited").touch()
+
+    monkeypatch.setattr(loop, "train", train)
+    stand_in(loop.main)
+    with pytest.raises(NvilaError, match="SystemExit: before there is a group"):
+        launching.launch(job)
+    assert not (out / "waited").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_in_a_step_is_the_jobs(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others lose it in a collective, and "Connection closed by peer" is not what has happened."""
+    from nvila.components.model.nvila import NVILA
+
+    forward = NVILA.forward
+
+    def fall(self: NVILA, *args: object, **options: object) -> object:
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("out of memory in the second process")
+        return forward(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.delenv("DS_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(NVILA, "forward", fall)
+    with pytest.raises(NvilaError, match="RuntimeError: out of memory in the second process"):
+        launching.launch(make_job("a", run={"gpus": 2, "zero": 3}))
+    assert "in fall" in capfd.readouterr().err  # where, in the log
 
 
 def test_an_old_verdict_is_not_believed(make_job: MakeJob, stand_in: Callable[[Work], None]) -> None:

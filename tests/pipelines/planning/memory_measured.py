@@ -19,10 +19,11 @@ from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.config.variants import SIGLIP, VARIANTS
 from nvila.components.model.nvila import NVILA, build_model
+from nvila.components.model.shape import PARTS, Seen, Shape, count
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
 from nvila.pipelines.planning.memory import MicroBatch, activations, largest, memory
-from nvila.pipelines.planning.shape import PARTS, Seen, Shape, count, shape_of
+from nvila.pipelines.planning.shape import shape_of
 
 SIZE = 1000
 TOKENS = TokenIds(SIZE, SIZE + 1, SIZE + 2, newline=198, end=SIZE - 3, pad=SIZE - 1)

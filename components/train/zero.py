@@ -1,0 +1,123 @@
+"""DeepSpeed's ZeRO: what it is told, how its optimizers divide gradients, and weights that no process holds whole.
+
+Under ZeRO 3 a tensor goes from the checkpoint to the processes' shares, and back, before the next one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nvila.components.contracts.recipe.train import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from nvila.components.model.checkpoint.tensorfile import Later
+    from nvila.components.model.checkpoint.weights import Receive
+
+GATHERED_SHARE, MOST_GATHERED = 4, 10**9
+"""Weights that may be whole at one time under ZeRO 3: a quarter of the model's, at most DeepSpeed's own number."""
+
+
+def zero_settings(run: Run, weights: int) -> dict[str, Any]:
+    """Entries of DeepSpeed's configuration that say what processes share out of so many weights, and where it lies."""
+    zero: dict[str, Any] = {"stage": run.zero}
+    if run.zero == 3:
+        live = max(1, min(MOST_GATHERED, weights // GATHERED_SHARE))
+        zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
+    if run.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if run.zero == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    settings = {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, so that offloading changes no result
+    }
+    if run.zero:
+        # Sums of many gradients in bfloat16 would lose those of single micro batches.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def divide_by(optimizer: Any, divisor: float) -> None:
+    """Have the next step of a DeepSpeed optimizer divide its gradients, before they are clipped."""
+    if hasattr(type(optimizer), "loss_scale"):
+        optimizer.loss_scale = divisor
+        return
+    # That of ZeRO 1 with bfloat16 weights has no loss scale: its sums are divided where they lie.
+    if divisor != 1.0:
+        for gradients in optimizer.fp32_groups_gradients_flat:
+            gradients.div_(divisor)
+
+
+def size(parameter: torch.nn.Parameter) -> int:
+    """Weights of a parameter, wherever they lie."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Shape of a parameter, wherever its weights lie."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def receiver(config: dict[str, Any]) -> Receive:
+    """Has rank 0 read each tensor of a model and every process keep its share; all must load the same model.
+
+    `config` is what DeepSpeed is told; the process group must be there.
+    """
+    import deepspeed
+    import torch
+
+    shared: list[Any] = []
+
+    def receive(tensor: torch.Tensor, read: Any) -> None:
+        if deepspeed.comm.get_rank() == 0:
+            read()
+        if shared:
+            shared[0].convert_to_zero_parameters(param_list=[tensor])
+            return
+        first = torch.nn.Module()
+        first.register_parameter("first", tensor)  # type: ignore[arg-type]
+        deepspeed.zero.Init(module=first, config_dict_or_path=config)
+        shared.append(tensor)
+
+    return receive
+
+
+@contextmanager
+def whole(model: torch.nn.Module, rank: int) -> Iterator[dict[str, Later]]:
+    """The parameters by name of a model that processes share, for rank 0, which has one whole while it looks at it.
+
+    Every process must enter; the others get none, and lend their shares until rank 0 leaves.
+    """
+    import deepspeed
+    import torch
+
+    from nvila.components.model.checkpoint.tensorfile import Later
+
+    named = dict(model.named_parameters())
+
+    def asked(name: str | None) -> str | None:
+        said = [name]
+        torch.distributed.broadcast_object_list(said, 0)
+        return said[0]
+
+    def gather(name: str) -> torch.Tensor:
+        with deepspeed.zero.GatheredParameters([named[name]]):
+            return named[name].detach().cpu() if rank == 0 else torch.empty(0)
+
+    def ask(name: str) -> torch.Tensor:
+        asked(name)
+        return gather(name)
+
+    if rank == 0:
+        yield {name: Later(shape(one), one.dtype, partial(ask, name)) for name, one in named.items()}
+        asked(None)
+        return
+    while name := asked(None):
+        gather(name)
+    yield {}
