@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvila.components.contracts.errors import TrainingError
+from nvila.components.contracts.errors import DataError, TrainingError
 from nvila.components.contracts.progress import Progress
 from nvila.components.data.skipped import Skipped, Tally
 from nvila.components.train.job import Job
-from nvila.components.train.losses import LOSSES, SKIPPED, StepLog, read_log
+from nvila.components.train.losses import LOSSES, SKIPPED, StepLog, read_log, read_losses
+from nvila.components.train.watch import Watch
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nvila.components.model.batch import Batch
     from nvila.components.train.data import StageSamples
     from nvila.components.train.engine import Engine
+    from nvila.components.train.keeper import Keeper
     from nvila.components.train.meter import Meter
 
 SUSPECTS = 10
@@ -53,12 +54,18 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, job: Job, samples: StageSamples, done: int, meter: Meter) -> None:
+    def __init__(
+        self, engine: Engine, keeper: Keeper, job: Job, samples: StageSamples, done: int, meter: Meter
+    ) -> None:
         """`samples` are those of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
-        self._engine, self._samples, self._batch, self._stage = engine, samples, job.stage.batch, job.stage
-        self._meter = meter
+        self._engine, self._keeper, self._samples = engine, keeper, samples
+        self._stage, self._batch, self._meter = job.stage, job.stage.batch, meter
+        behind = engine.gather(read_losses(out / LOSSES) if first else [])
+        self._skips = job.run.bad_steps == "skip"
+        self._watch = Watch(job.run.spike_factor, (row["loss"] for row in behind))
+        self._since_saved = (0.0, 0)
         self._tally = Tally(what, samples.distinct, job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
@@ -72,38 +79,68 @@ class Account:
             Each flag as any process has it: what all must do together (save, stop) is decided by all together.
 
         Raises:
-            TrainingError: the loss or a gradient is not finite; no weight has changed.
+            TrainingError: the loss or a gradient is not as it should be, and is not passed over; no weight has changed.
             DataError: too many samples cannot be used.
+            NvilaError: a checkpoint could not be written.
         """
         engine, rate = self._engine, self._engine.learning_rate
         own = sum(loss.item() for loss in share.losses)
         seen = (own, share.supervised, share.tokens, len(share.skipped))
         counts = self._meter.counts()
-        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags, *counts)
-        if skipped:
-            self._skip(engine.gather(share.skipped))
-        if not math.isfinite(loss):
-            raise self._not_finite("the loss is not finite", loss, engine.gather(share.suspects()))
-        if not engine.step(int(supervised)):
-            batch = self._samples[self.done * self._batch : (self.done + 1) * self._batch].ids
-            raise self._not_finite("the gradients are not finite", None, batch)
+        loss, supervised, tokens, skipped, writing, *joint = engine.total(*seen, self._keeper.writing, *flags, *counts)
+        if not writing:
+            self._keeper.publish()
+        gone = engine.gather(share.skipped) if skipped else []
+        if gone:
+            self._skip(gone)
+        mean = round(loss / supervised, 6) if supervised else None
+        fault = self._watch.fault(mean)
+        suspects = engine.gather(share.suspects()) if fault else []
+        if fault and not self._skips:
+            raise self._stopped(fault, mean, suspects or self._drawn())
+        self._keeper.before_update()
+        if not engine.step(int(supervised), wanted=fault is None):
+            fault = fault or "the gradients are not finite"
+            if not self._skips:
+                raise self._stopped(fault, None, self._drawn())
+        if fault:
+            used = [name for name in self._drawn() if name not in {one.id for one in gone}]
+            self._skip([Skipped(name, fault if name in suspects else f"with its batch: {fault}") for name in used])
+            mean = None
+        elif mean is not None:
+            self._since_saved = (self._since_saved[0] + loss, self._since_saved[1] + int(supervised))
         self.done += 1
-        mean = loss / supervised if supervised else None
         if self._logs:
-            record = {"loss": None if mean is None else round(mean, 6), "lr": rate} | self._own_rates(rate)
+            record = {"loss": mean, "lr": rate} | self._own_rates(rate)
             self._logs[0].write(step=self.done, **record, tokens=int(tokens))
         flags_of_all, counts = joint[: len(flags)], joint[len(flags) :]
-        self._show(1, self._meter.step(self.done, self.total - self.done, loss, supervised, rate, counts))
+        if fault:
+            loss = supervised = 0.0
+        said = self._meter.step(self.done, self.total - self.done, loss, supervised, rate, counts)
+        self._show(1, f"{fault}, {said}" if fault else said)
         return [flag > 0 for flag in flags_of_all]
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint, the logs in it.
+    def save(self) -> None:
+        """Begin to write a checkpoint.
 
         Raises:
             TrainingError: a weight is not finite.
+            NvilaError: the checkpoint before could not be written.
         """
         self.check_weights()
-        self._engine.save(folder, self.done, [log.path for log in self._logs])
+        loss, supervised = self._since_saved
+        self._keeper.save(self.done, loss / supervised if supervised else None)
+        self._since_saved = (0.0, 0)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and look at the weights a last time.
+
+        Raises:
+            TrainingError: a weight is not finite.
+            NvilaError: the checkpoint could not be written.
+        """
+        self._keeper.settle()
+        self.check_weights()
 
     def check_weights(self) -> None:
         """What is not finite must not be written.
@@ -112,7 +149,7 @@ class Account:
             TrainingError: a weight is not finite.
         """
         if names := self._engine.not_finite():
-            raise self._not_finite("weights are not finite", names[:3], [])
+            raise self._stopped("weights are not finite", names[:3], [])
 
     def _own_rates(self, rate: float) -> dict[str, dict[str, float]]:
         """Rates of the parts that have one of their own, where the stage's is at `rate`: one schedule moves all."""
@@ -123,19 +160,28 @@ class Account:
     def _skip(self, skipped: list[Skipped]) -> None:
         for one in skipped if self._logs else ():
             self._logs[1].write(step=self.done + 1, **asdict(one))
-        self._tally.add(skipped)
+        try:
+            self._tally.add(skipped)
+        except DataError:
+            self._keeper.settle()
+            raise
+
+    def _drawn(self) -> list[str]:
+        """Samples of the step under way."""
+        return self._samples[self.done * self._batch : (self.done + 1) * self._batch].ids
 
     def _show(self, steps: int, note: str = "") -> None:
         if self._progress:
             self._progress.update(steps, note)
 
-    def _not_finite(self, what: str, value: object, suspects: list[str]) -> TrainingError:
+    def _stopped(self, what: str, value: object, suspects: list[str]) -> TrainingError:
+        self._keeper.settle()
         named = ", ".join(suspects[:SUSPECTS]) + (", ..." if len(suspects) > SUSPECTS else "")
         return TrainingError(
             what,
             where=f"optimizer step {self.done}",
             value=value,
-            do="Lower the stage's learning_rate or set clip_norm; the last checkpoint is kept"
+            do="Lower the stage's learning_rate, set clip_norm, or bad_steps: skip; the last checkpoint is kept"
             + (f". Look at these samples: {named}" if named else ""),
         )
 

@@ -1,25 +1,31 @@
-"""The checkpoints of an unfinished stage: which are kept, and which are sound. Writing and loading is DeepSpeed's.
+"""The checkpoints of an unfinished stage: which are kept, and which are sound. Writing and loading is `keeper`'s.
 
 `step-N/` is there only whole: written under another name, brought to the disk with a record of its files, renamed.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from nvila.components.contracts.files import discard, sync, write_atomic
+from nvila.components.contracts.files import discard, read_json, sync, write_atomic
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.text import say
 
-LATEST = "latest"
-"""File that names the newest checkpoint, for DeepSpeed's own tools. A resume looks at the checkpoints themselves."""
+LATEST, BEST = "latest", "best"
+"""Files that name the newest checkpoint and the one before which the loss was lowest, for people and for DeepSpeed's
+own tools. A resume looks at the checkpoints themselves."""
 RECORD = "files.json"
 """In each checkpoint: sizes and digests of its files."""
-KEPT = 2
+ABOUT = "checkpoint.json"
+"""In each checkpoint: its `step`, the `world` and `zero` that its files are divided for, and the mean `loss` of the
+steps since the checkpoint before."""
+UNIVERSAL = "universal"
+"""Folder that a resume makes for itself, where the processes are others than those that saved."""
 _WHOLE = re.compile(r"step-(\d+)")
-_OWNER = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 def partial(step: int | str) -> str:
@@ -27,28 +33,26 @@ def partial(step: int | str) -> str:
     return f"partial-step-{step}"
 
 
-def written_by(folder: Path, rank: int) -> list[str]:
-    """Names of a checkpoint's files that this process has written; what belongs to no process is rank 0's."""
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    owners = [_OWNER.search(name) for name in names]
-    return [name for name, owner in zip(names, owners, strict=True) if (int(owner[1]) if owner else 0) == rank]
-
-
-def publish(folder: Path, step: int) -> None:
-    """Give a checkpoint that is on the disk its name, then drop all but the newest."""
+def publish(folder: Path, step: int, keep: int, keep_best: bool) -> None:
+    """Give a checkpoint that is on the disk its name, then drop all but the newest `keep` and, if wanted, the best."""
     whole = folder / f"step-{step}"
     discard(whole)
     (folder / partial(step)).rename(whole)
     sync(folder)
     write_atomic(folder / LATEST, whole.name)
-    newest = _by_step(folder)
-    for old in [path for path in folder.iterdir() if path.is_dir() and path not in newest[:KEPT]]:
-        discard(old)
+    known = _by_step(folder)
+    kept = known[:keep]
+    if keep_best and (best := _best(known)):
+        write_atomic(folder / BEST, best.name)
+        kept.append(best)
+    for old in known:
+        if old not in kept:
+            discard(old)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a save that failed or was cut off has left."""
-    for cut_off in folder.glob(partial("*")):
+    """Remove what a save, or a resume, that failed or was cut off has left."""
+    for cut_off in (*folder.glob(partial("*")), folder / UNIVERSAL):
         discard(cut_off)
 
 
@@ -71,9 +75,12 @@ def newest_sound(folder: Path) -> str | None:
     """
     clear(folder)
     broken: list[str] = []
-    for path in _by_step(folder):
+    known = _by_step(folder)
+    for path in known:
         if (why := fault(path, path / RECORD)) is None:
-            _say(f"goes on from checkpoint {path.name}", broken)
+            lost = _step(known[0]) - _step(path)
+            again = f", {lost} step{'s' if lost > 1 else ''} before the newest" if lost else ""
+            _say(f"goes on from checkpoint {path.name}{again}", broken)
             return path.name
         broken.append(f"{path.name} is not sound: {why}")
         discard(path)
@@ -82,10 +89,37 @@ def newest_sound(folder: Path) -> str | None:
     return None
 
 
+def outlook(folder: Path) -> str:
+    """What another attempt will do, in one sentence."""
+    if known := _by_step(folder):
+        return f"Run again and it goes on from checkpoint {known[0].name}."
+    return "No checkpoint was written yet: run again and the stage begins anew."
+
+
+@contextmanager
+def plainly_named(folder: Path) -> Iterator[str]:
+    """A path of the folder without `[`, `*` or `?`: DeepSpeed looks for its files by patterns."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{opened}"
+    finally:
+        os.close(opened)
+
+
+def _best(known: Iterable[Path]) -> Path | None:
+    """Of some checkpoints the one with the lowest loss."""
+    losses = {path: read_json(path / ABOUT).get("loss") for path in known}
+    told = {path: loss for path, loss in losses.items() if isinstance(loss, int | float)}
+    return min(told, key=lambda path: (told[path], -_step(path)), default=None)
+
+
 def _by_step(folder: Path) -> list[Path]:
     """Checkpoints that have their name, the newest first."""
-    found = [(match, path) for path in folder.glob("step-*") if (match := _WHOLE.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: -int(pair[0][1]))]
+    return sorted((path for path in folder.glob("step-*") if _WHOLE.fullmatch(path.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _say(what: str, broken: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed behind one file: start, step, save and resume. Nothing else of ours imports it.
+"""DeepSpeed behind one file: start and step. Saving and resuming, which need more than DeepSpeed, are `keeper`'s.
 
 The loss of a global batch is over its supervised tokens, wherever they lie. Their number is known when the last of them
 has been through the model, so gradients of sums are gathered and divided then, as DeepSpeed divides by a loss scale.
@@ -6,22 +6,15 @@ has been through the model, so gradients of sums are gathered and divided then, 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nvila.components.contracts.environment import before_importing
-from nvila.components.contracts.files import sync_tree
-from nvila.components.contracts.manifest import describe_files
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
-from nvila.components.contracts.sealed import write_record
-from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
 from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
 from nvila.components.train.zero import divide_by, receiver, size, whole, zero_settings
@@ -81,10 +74,10 @@ class Engine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         return loss.detach(), weight
 
-    def step(self, weight: int) -> bool:
+    def step(self, weight: int, wanted: bool = True) -> bool:
         """Divide the gradients of the global batch by what it counts in all, and take the optimizer's step.
 
-        A batch without anything supervised moves the schedule on, and nothing else.
+        A batch without anything supervised, or one that is not wanted, moves the schedule on, and nothing else.
 
         Returns:
             Whether the gradients are finite; if not, the weights are as before.
@@ -95,11 +88,13 @@ class Engine:
         finite = self._divide(divisor) if plain else True
         if not plain:
             divide_by(optimizer, divisor)
-        with self._update(finite and weight > 0):
+        with self._update(wanted and finite and weight > 0):
             self.deepspeed.step()
         if not plain:
             divide_by(optimizer, 1.0)
             finite = not optimizer.overflow
+            if not finite:
+                self.deepspeed.lr_scheduler.step()  # DeepSpeed leaves it where it was
         return finite
 
     @property
@@ -162,36 +157,6 @@ class Engine:
         found: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(found, items)
         return [item for some in found for item in some]
-
-    def save(self, folder: Path, step: int, logs: Iterable[Path] = ()) -> None:
-        """Write a checkpoint that `resume` reads, and keep the one before it. Every process must call this.
-
-        `logs` are copied into it: what they say of its steps is as sound as its weights.
-        """
-        at = folder / partial(step)
-        self.deepspeed.save_checkpoint(str(folder), tag=at.name, client_state={"step": step}, save_latest=False)
-        for log in logs if self.rank == 0 else ():
-            shutil.copyfile(log, at / log.name)
-        sync_tree(at)
-        files = self.gather(list(describe_files(at, written_by(at, self.rank)).items()))
-        if self.rank == 0:
-            write_record(at / RECORD, dict(files))
-            publish(folder, step)
-        self.total(0)  # nobody goes on, or ends, before it has its name
-
-    def resume(self, folder: Path, logs: Iterable[Path] = ()) -> int:
-        """Load the newest sound checkpoint and return its step, or 0 where there is none; `logs` are then as it has
-        them, or empty."""
-        # As rank 0 sees it: another machine's view of a shared file system may be older.
-        name = newest_sound(folder) if self.rank == 0 else None
-        if self.rank == 0:
-            bring_back(folder / name if name else None, logs)
-        name = self.gather([name])[0]
-        if name is None:
-            return 0
-        with _plainly_named(folder) as place:
-            _, state = self.deepspeed.load_checkpoint(place, tag=name)
-        return int(state["step"])
 
     def not_finite(self) -> list[str]:
         """Names of some weights that are not finite, on any process. Every process must call this."""
@@ -296,16 +261,6 @@ def leave() -> None:
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
-
-
-@contextmanager
-def _plainly_named(folder: Path) -> Iterator[str]:
-    """A path of the folder without `[`, `*` or `?`: DeepSpeed looks for its files by patterns."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{opened}"
-    finally:
-        os.close(opened)
 
 
 def _without_shared_memory() -> None:

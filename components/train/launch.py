@@ -17,8 +17,9 @@ from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import ConfigError, Preempted, TrainingError
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.train import verdict
+from nvila.components.train.checkpoints import outlook
 from nvila.components.train.job import Job
-from nvila.components.train.loop import main
+from nvila.components.train.loop import CHECKPOINTS, main
 from nvila.components.train.meeting import meet
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def launch(job: Job) -> None:
         error = told or TrainingError(
             f"stage {job.stage.name}: a training process {how_ended(first.exitcode)}, and left no message",
             where=str(out),
-            do="Look above in the log. Run again and it resumes.",
+            do=f"Look above in the log. {outlook(out / CHECKPOINTS)}",
         )
         if nodes > 1:  # processes of other nodes wait for those of this one
             verdict.give(out, error, stale)

@@ -89,6 +89,7 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.train.account import Account
     from nvila.components.train.data import INDEX, stage_samples
+    from nvila.components.train.keeper import Keeper
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
     from nvila.components.train.meter import Meter
@@ -120,11 +121,12 @@ def train(job: Job, stop: StopRequest) -> None:
         engine = start(model, stage, job.run, total, here.world)
         use_flash_attention(model)  # now that the weights have the precision of the stage
         windows = _windows(job, model, tokenizer.pad_token_id, limit)
-        done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
+        keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
+        done = keeper.resume()
         meter = Meter(job, model, engine, began)
-        account = Account(engine, job, samples, done, meter)
+        account = Account(engine, keeper, job, samples, done, meter)
         _take_steps(job, engine, account, meter.fed(map(windows.passes, loader.steps(done))), stop, windows)
-    account.check_weights()
+    account.finish()
     with engine.weights() as weights:
         if engine.rank == 0:
             model.config = config
@@ -161,9 +163,10 @@ def _take_steps(
         if account.done == account.total:
             break
         if stopping or due:
-            account.save(Path(job.out, CHECKPOINTS))
+            account.save()
             saved = time.monotonic()
         if stopping:
+            account.finish()
             raise Preempted(
                 f"stage {job.stage.name} stopped after {account.done} of {account.total} steps; its checkpoint is kept"
             )

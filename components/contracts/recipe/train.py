@@ -115,6 +115,15 @@ class Run(Section):
     """Processes that make samples ready for each training process."""
     loader_seconds: float = Field(default=1200.0, ge=1, le=1500)
     """How long 16 samples may take such a process; more is an error that names the one in hand."""
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
+    """Newest checkpoints of an unfinished stage that stay; where the last is damaged, the one before it serves."""
+    keep_best: bool = True
+    """Keep besides the checkpoint before which the loss was lowest."""
+    bad_steps: Literal["stop", "skip"] = "stop"
+    """What becomes of an optimizer step whose loss or gradient is not finite, or whose loss is a spike: it ends the
+    stage, or it changes no weight and its samples are named and count for `max_skipped_share`."""
+    spike_factor: float | None = Field(default=None, gt=1, le=1e6)
+    """A loss is a spike above so many times the median of the 100 steps before; null: none is."""
     max_skipped_share: Share = 0.01
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""

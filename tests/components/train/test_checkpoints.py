@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from test_worker import Stop, changed_parts, losses, weights
 
 from nvila.components.contracts.errors import Preempted
-from nvila.components.train.checkpoints import RECORD
+from nvila.components.train.checkpoints import ABOUT, BEST, RECORD, partial, publish
 from nvila.components.train.job import Job
 from nvila.components.train.loop import train
 from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
 
 MakeJob = Callable[..., Job]
+Made = Callable[[str, Callable[[], Job]], Path]
 
 
 def _largest(checkpoint: Path) -> Path:
@@ -57,30 +59,40 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def straight() -> dict[str, Any]:
-    """The stage without an interruption, made once."""
-    return {}
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Job]], Path]:
+    """`made("name", make)`: a copy's source, the folder that a job was trained in, once for all tests here."""
+    folder, known = tmp_path_factory.mktemp("made"), set[str]()
+
+    def once(name: str, make: Callable[[], Job]) -> Path:
+        if name not in known:
+            shutil.copytree(make().out, folder / name)
+            known.add(name)
+        return folder / name
+
+    return once
 
 
-@pytest.fixture(scope="module")
-def whole_logs() -> dict[str, bytes]:
-    """Logs of a stage without an interruption, made once."""
-    return {}
+def _straight(job: Job) -> Job:
+    train(job, Stop())
+    return job
+
+
+def _interrupted(job: Job) -> Job:
+    with pytest.raises(Preempted):
+        train(job, Stop(after=4))
+    return job
 
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("damage", [*DAMAGE, "latest is empty", "latest is noise", "both"])
 def test_a_damaged_checkpoint_is_not_gone_on_from(
-    make_job: MakeJob, straight: dict[str, Any], capsys: pytest.CaptureFixture[str], damage: str
+    make_job: MakeJob, made: Made, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     """A stage that fails at every start, or goes on from zeros, because of the last thing before a power cut."""
-    if not straight:
-        whole = make_job("straight")
-        train(whole, Stop())
-        straight.update(losses=losses(whole), weights=weights(whole.out))
-    job = make_job("damaged", run={"checkpoint_seconds": 0.0})
-    with pytest.raises(Preempted):
-        train(job, Stop(after=4))
+    how = {"checkpoint_seconds": 0.0, "keep_best": False}
+    straight = made("straight", lambda: _straight(make_job("straight")))
+    job = make_job("damaged", run=how)
+    shutil.copytree(made("stopped", lambda: _interrupted(make_job("stopped", run=how))), job.out, dirs_exist_ok=True)
     at = Path(job.out, "checkpoints")
     said = {"latest is empty": "step-4\n", "latest is noise": "step-4\n", "both": "training starts anew"}
     if damage == "both":
@@ -93,15 +105,17 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(
     capsys.readouterr()
     train(job, Stop())
     lines = [line for line in capsys.readouterr().err.splitlines() if "checkpoint" in line]
-    assert len(lines) == 1 and said.get(damage, "from checkpoint step-3 (step-4 is not sound") in f"{lines[0]}\n"
-    assert losses(job) == straight["losses"]
-    assert not changed_parts(straight["weights"], weights(job.out))
+    assert (
+        len(lines) == 1 and said.get(damage, "step-3, 1 step before the newest (step-4 is not sound") in f"{lines[0]}\n"
+    )
+    assert Path(job.out, LOSSES).read_bytes() == (straight / LOSSES).read_bytes()
+    assert not changed_parts(weights(straight), weights(job.out))
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_save_that_was_cut_off_is_not_in_the_way(make_job: MakeJob) -> None:
     """Half a checkpoint under the name of a whole one is the one that would be loaded."""
-    job = make_job("a", run={"checkpoint_seconds": 0.0})
+    job = make_job("a", run={"checkpoint_seconds": 0.0, "keep_best": False})
     with pytest.raises(Preempted):
         train(job, Stop(after=2))
     at = Path(job.out, "checkpoints")
@@ -125,21 +139,28 @@ LOGS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("damage", LOGS)
-def test_a_damaged_log_is_as_the_checkpoint_has_it(
-    make_job: MakeJob, whole_logs: dict[str, bytes], damage: str
-) -> None:
+def test_a_damaged_log_is_as_the_checkpoint_has_it(make_job: MakeJob, made: Made, damage: str) -> None:
     """A curve with holes in a manifest that says nothing of them; and samples that were skipped, counted as used."""
+    straight = made("skipping", lambda: _straight(make_job("straight", **SKIPPING)))
+    whole = {name: (straight / name).read_bytes() for name in (LOSSES, SKIPPED)}
+    assert whole[SKIPPED]
     job = make_job("damaged", **SKIPPING)
-    if not whole_logs:
-        straight = make_job("straight", **SKIPPING)
-        train(straight, Stop())
-        whole_logs |= {name: Path(straight.out, name).read_bytes() for name in (LOSSES, SKIPPED)}
-    assert whole_logs[SKIPPED]
-    with pytest.raises(Preempted):
-        train(job, Stop(after=4))
+    stopped = made("skipping, stopped", lambda: _interrupted(make_job("stopped", **SKIPPING)))
+    shutil.copytree(stopped, job.out, dirs_exist_ok=True)
     LOGS[damage](Path(job.out, LOSSES), Path(job.out, SKIPPED))
     train(job, Stop())
-    assert {name: Path(job.out, name).read_bytes() for name in (LOSSES, SKIPPED)} == whole_logs
+    assert {name: Path(job.out, name).read_bytes() for name in (LOSSES, SKIPPED)} == whole
+
+
+def test_the_best_checkpoint_stays_besides_the_newest(tmp_path: Path) -> None:
+    """Weights from before a loss went up for good, thrown away with all that could have been gone back to."""
+    for step, loss in enumerate((3.0, 1.0, None, 2.0, 2.5), 1):
+        at = tmp_path / partial(step)
+        at.mkdir()
+        (at / ABOUT).write_text(json.dumps({"step": step, "loss": loss}))
+        publish(tmp_path, step, keep=2, keep_best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step-2", "step-4", "step-5"]
+    assert (tmp_path / BEST).read_text() == "step-2"
 
 
 def test_noise_in_a_log_takes_no_record_along(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+from nvila.components.contracts.recipe.train import Run
 from nvila.components.contracts.sealed import seal
 from nvila.components.train.checkpoints import RECORD
 from nvila.components.train.engine import Engine
+from nvila.components.train.keeper import Keeper
 
 
 class Loaded(SimpleNamespace):
@@ -22,7 +24,7 @@ def _resume(rank: int, folders: list[str], meeting: str, out: str) -> None:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     engine = Engine(Loaded(global_rank=rank, world_size=2, device="cpu"))
-    Path(out, str(rank)).write_text(str(engine.resume(Path(folders[rank]))))
+    Path(out, str(rank)).write_text(str(Keeper(engine, Path(folders[rank]), [], Run()).resume()))
     torch.distributed.destroy_process_group()
 
 

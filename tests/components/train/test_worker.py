@@ -110,7 +110,7 @@ def test_a_crash_behind_a_checkpoint_repeats_only_what_came_after(make_job: Make
 
 def test_the_newest_two_checkpoints_stay(make_job: MakeJob) -> None:
     """Optimizer states of every minute of an eight-billion-parameter stage fill any disk."""
-    job = make_job("a", run={"checkpoint_seconds": 0.0})
+    job = make_job("a", run={"checkpoint_seconds": 0.0, "keep_best": False})
     with pytest.raises(Preempted):
         train(job, Stop(after=4))
     folder = Path(job.out, "checkpoints")
