@@ -282,10 +282,10 @@ def test_a_batch_without_usable_samples_changes_nothing(
     seen: list[tuple[bool, float]] = []
     take = Engine.step
 
-    def step(engine: Engine, supervised: int) -> bool:
+    def step(engine: Engine, supervised: int, **wanted: bool) -> bool:
         before = [p.detach().clone() for p in _own(engine)]
         rate = engine.learning_rate
-        finite = take(engine, supervised)
+        finite = take(engine, supervised, **wanted)
         seen.append((all(p.equal(b) for p, b in zip(_own(engine), before, strict=True)), rate))
         return finite
 
