@@ -79,6 +79,9 @@ def run(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="STAGE", help="Profile a few optimizer steps of this stage (train-4), or of all.")
+    ] = "",
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -92,7 +95,7 @@ def run(
     """
     from nvila.pipelines.local.run import run as run_locally
 
-    summary = run_locally(recipe, override or [], runs=runs, store=store)
+    summary = run_locally(recipe, override or [], runs=runs, store=store, profile=profile)
     if as_json:
         put(summary.model_dump(mode="json"))
     raise typer.Exit(int(summary.exit_code))
@@ -213,6 +216,13 @@ def plan(
         bool | None, typer.Option(help="Look at the cluster of KUBECONFIG; by default where there is one.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Namespace there; the context's by default.")] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Show the table of the training stages instead, and what follows from it.")
+    ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Tell the largest micro batch of each stage; measured where a GPU is here."),
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -228,13 +238,24 @@ def plan(
     from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import configured
 
+    if stages:
+        from nvila.pipelines.planning import stages as staging
+
+        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []))
+        if as_json:
+            put(staging.as_json(rows))
+        else:
+            staging.show(recipe, rows, Console(width=140))
+        return
     found = None if cluster is False else configured(context.obj.kubeconfig, namespace)
     if cluster and found is None:
         raise ConfigError("no cluster is configured", where="--cluster", do="Set KUBECONFIG to a file that is there.")
     assumed = planning.assumptions_of(gpu, mfu, gpu_hour_price)
     places = {"runs": runs.absolute(), "store": store.absolute()}
     sizes = planning.parse_samples(samples or [])
-    made = planning.make_plan(recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster))
+    made = planning.make_plan(
+        recipe, override or [], assumed, sizes, **places, cluster=found, insist=bool(cluster), fit=fit
+    )
     if as_json:
         put(planning.as_json(made))
     else:

@@ -142,6 +142,14 @@ class Environment(BaseModel):
     """Where its nodes meet."""
     master_port: int = _variable("PET_MASTER_PORT", "launcher", default=0)
     """The port there."""
+    trainer_status_url: str = _variable("KUBEFLOW_TRAINER_SERVER_URL", "kubernetes", default="")
+    """Where Kubeflow Trainer is told how far a training job is; set where its feature `TrainJobStatus` is on."""
+    trainer_status_ca: Path | None = _variable("KUBEFLOW_TRAINER_SERVER_CA_CERT", "kubernetes")
+    """File with the certificate of who answers there."""
+    trainer_status_token: Path | None = _variable("KUBEFLOW_TRAINER_SERVER_TOKEN", "kubernetes")
+    """File with the token for it, which Trainer renews."""
+    profile: str = _variable("NVILA_PROFILE", "platform", default="")
+    """Training step of which a few optimizer steps are profiled (the option `--profile`), or `all`."""
     vllm_key: Annotated[SecretStr, _token("VLLM_API_KEY")] | None = _variable("VLLM_API_KEY", "platform")
     """`NVILA_API_KEY` for the server's process: on its command line every user of the machine could read it."""
     endpoint: str = _variable("NVILA_ENDPOINT", "platform", default="")

@@ -15,6 +15,8 @@ from nvila.components.contracts import jsonlines
 from nvila.components.contracts.results.result import Result
 
 METER = "meter.jsonl"
+PROFILE = "profile/trace.json"
+"""Of a stage that was profiled, beside it."""
 
 
 class Attempt(BaseModel):

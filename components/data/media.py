@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from nvila.components.data import animation, video
 from nvila.components.data.limits import Limits, MediaError, check_file, check_pixels, decoded, decoding
 from nvila.components.data.picture import Shrink, opaque, whole
-from nvila.components.data.sampling import Sampling
+from nvila.components.data.sampling import Sampling, Timeline
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,9 +90,14 @@ def load_image(path: Path, limits: Limits = Limits()) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image), path)
 
 
-def load_video_frames(
-    path: Path, sampling: Sampling, limits: Limits = Limits(), *, shrink: Shrink = whole
-) -> list[Image.Image]:
+class Frames(list["Image.Image"]):
+    """Frames of a clip, in order."""
+
+    seconds: float | None = None
+    """How long the whole clip is shown; None of a folder of frames, which have no times."""
+
+
+def load_video_frames(path: Path, sampling: Sampling, limits: Limits = Limits(), *, shrink: Shrink = whole) -> Frames:
     """The RGB frames that `sampling` names of those that a player shows, turned upright and of square pixels.
 
     `path` is a video file, an animation, or a folder of frames, which are taken in the order of their names
@@ -106,8 +111,16 @@ def load_video_frames(
     """
     if path.is_dir():
         names = _frame_files(path, limits)
-        return [shrink(load_image(names[index], limits)) for index in sampling.places(len(names))]
-    return _chosen_frames(path, sampling.of, limits, shrink)
+        return Frames(shrink(load_image(names[index], limits)) for index in sampling.places(len(names)))
+    seen: list[float] = []
+
+    def choose(timeline: Timeline) -> list[int]:
+        seen.append(timeline.seconds)
+        return sampling.of(timeline)
+
+    frames = Frames(_chosen_frames(path, choose, limits, shrink))
+    frames.seconds = seen[-1]
+    return frames
 
 
 def load_video_frame(path: Path, index: int, limits: Limits = Limits()) -> Image.Image:

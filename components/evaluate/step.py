@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.contracts.manifest import Manifest
@@ -18,6 +18,9 @@ from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
 from nvila.components.metrics.accuracy import QuestionOnly, is_correct, measured, scores
+
+if TYPE_CHECKING:
+    from nvila.components.model.config.config import ModelConfig
 
 
 class Settings(Section):
@@ -63,9 +66,14 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         scored[source] = _beside_baselines(tasks.metric(source), questions.samples, said, known)
         stages[last.step][source] = _measure(tasks.metric(source), said["own"][: tasks.stage_limit], questions.samples)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
+    shown = {_seen(feed.config): asked}
     for made in earlier:
         model, tokenizer = load_native(made.dir("model"), dtype="bfloat16", device=device)
-        for source, questions in asked.items():
+        if (seen := _seen(model.config)) not in shown:
+            feed = Feed(tokenizer, model.config)
+            some = {source: questions.samples[: tasks.stage_limit] for source, questions in asked.items()}
+            shown[seen] = {source: Questions.prepare(samples, feed) for source, samples in some.items()}
+        for source, questions in shown[seen].items():
             prompts = questions.prompts("own", tasks.stage_limit)
             predicted = answers(model, tokenizer, prompts, what=f"{made.step}: {source}", **how)
             stages[made.step][source] = _measure(tasks.metric(source), predicted, questions.samples)
@@ -83,6 +91,11 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 def _ancestry(model: Manifest) -> list[Manifest]:
     """The models that this one came from, the untrained one first, and itself."""
     return [*(_ancestry(model.origin("model")) if "model" in model.inputs else ()), model]
+
+
+def _seen(config: ModelConfig) -> tuple[Any, ...]:
+    """What a stage may change of how questions are put."""
+    return config.sampling, config.time_tokens
 
 
 def heldout(table: Path, source: str, tasks: Tasks, seed: int) -> list[Sample]:

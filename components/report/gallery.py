@@ -102,7 +102,7 @@ def picture(paths: Sequence[Path], limits: Limits) -> Picture:
     wide = clip or len(paths) > 1
     try:
         if clip:
-            images = load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)
+            images = [*load_video_frames(paths[0], Sampling(CLIP_FRAMES), limits)]
         else:
             images = [load_image(path, limits) for path in paths[:CLIP_FRAMES]]
     except (DataError, OSError):

@@ -24,6 +24,7 @@ from nvila.components.model.decode.generation import answer_text
 from nvila.components.model.decode.room import leaves_room
 from nvila.components.model.text.conversation import IGNORED, VIDEO_TOKEN, Encoded, Turn, encode
 from nvila.components.model.text.prompt import make_prompt, picture_marker
+from nvila.components.model.text.timetokens import Times, times_of
 from nvila.components.model.text.tokenizer import TokenIds, load_tokenizer
 from nvila.components.model.vision.media import load_medium
 from nvila.components.serve.batch import Score, answer_line, read_answers, served_config
@@ -105,6 +106,8 @@ class Asked:
     media: dict[str, list[Any]]
     options: dict[str, Any]
     """Of the plugin's processor."""
+    times: Times | None = None
+    """What times are in the clip."""
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -149,7 +152,8 @@ class Answers(_Asking):
 
     def read(self, asked: Asked, output: Any) -> str:
         """The answer's text."""
-        return answer_text(self.tokenizer, list(output.outputs[0].token_ids))
+        text = answer_text(self.tokenizer, list(output.outputs[0].token_ids))
+        return asked.times.said(text) if asked.times else text
 
 
 class Scores(_Asking):
@@ -210,10 +214,12 @@ def _prompt(tokenizer: Any, request: dict[str, Any], turns: list[Turn], config: 
     """The question as the torch model is given it, or with `score` the conversation as it is trained on."""
     kind, paths = request["kind"], [Path(path) for path in request["media"]]
     marker = VIDEO_TOKEN if kind == "video" else picture_marker(config, alone=score or len(paths) == 1)
-    encoded = encode(tokenizer, turns, generate=not score, markers=[marker] * len(paths))
     limits = Limits(**request["limits"])
     media = [load_medium(path, kind, config, limits) for path in paths]
-    return Asked(encoded, {kind: media}, {"tile_all": True, "blank": request["blank"]} if score else {})
+    times = times_of(config.time_tokens, [getattr(clip, "seconds", None) for clip in media])
+    told = times.in_turns(turns) if times else turns
+    encoded = encode(tokenizer, told, generate=not score, markers=[marker] * len(paths))
+    return Asked(encoded, {kind: media}, {"tile_all": True, "blank": request["blank"]} if score else {}, times)
 
 
 def _chunks(items: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:

@@ -83,10 +83,10 @@ def train(job: Job, stop: StopRequest) -> None:
     """
     import torch
 
-    from nvila.components.model.checkpoint.native import load_native, read_config
+    from nvila.components.model.checkpoint.changes import changed
+    from nvila.components.model.checkpoint.native import load_opened, open_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
-    from nvila.components.model.text.tokenizer import load_tokenizer
     from nvila.components.train.account import Account
     from nvila.components.train.data import INDEX, stage_samples
     from nvila.components.train.keeper import Keeper
@@ -100,11 +100,12 @@ def train(job: Job, stop: StopRequest) -> None:
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed, out / INDEX)
     total = len(samples) // stage.batch
     samples = samples[: total * stage.batch]
-    config = read_config(folder)
+    given = changed(open_native(folder), stage.model)
+    config = given.config
     limit = min(config.max_length_tokens, stage.max_length_tokens)
     mine = samples.share(stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
-    feed = Feed(load_tokenizer(folder / "llm", folder), replace(config, max_length_tokens=limit))
+    feed = Feed(given.load_tokenizer(), replace(config, max_length_tokens=limit))
     per_step = stage.batch // here.world
     with Loader(feed, mine, per_step, job.run.loader_processes, job.run.loader_seconds) as loader:
         loader.begin(probably_at(out / CHECKPOINTS))
@@ -112,7 +113,7 @@ def train(job: Job, stop: StopRequest) -> None:
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
         dtype = PRECISIONS[job.run.precision].weights
         taken = receive(stage, job.run, here.world)
-        model, tokenizer = load_native(folder, dtype=dtype, device=default_device(here.local_rank), receive=taken)
+        model, tokenizer = load_opened(given, dtype, default_device(here.local_rank), taken)
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
         set_trainable(model, stage.trainable)
         model.prepare_for_training()
@@ -123,7 +124,7 @@ def train(job: Job, stop: StopRequest) -> None:
         windows = _windows(job, model, tokenizer.pad_token_id, limit)
         keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
         done = keeper.resume()
-        meter = Meter(job, model, engine, began)
+        meter = Meter(job, model, engine, began, total - done, here)
         account = Account(engine, keeper, job, samples, done, meter)
         _take_steps(job, engine, account, meter.fed(map(windows.passes, loader.steps(done))), stop, windows)
     account.finish()

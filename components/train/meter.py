@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.gpus import gpu_of
 from nvila.components.contracts.meter import METER, Attempt, Rates, Reading, rates
 from nvila.components.contracts.precisions import PRECISIONS
@@ -27,6 +28,8 @@ from nvila.components.model.vision.visual import token_count
 from nvila.components.model.work import Load, operations
 from nvila.components.train.energy import Energy
 from nvila.components.train.job import Job
+from nvila.components.train.profiling import Profile
+from nvila.components.train.trainer_status import TrainerStatus
 
 if TYPE_CHECKING:
     from nvila.components.model.batch import Batch
@@ -66,8 +69,8 @@ class Counted:
 class Meter:
     """The measures of one attempt at a stage."""
 
-    def __init__(self, job: Job, model: NVILA, engine: Engine, began: float) -> None:
-        """`began` is when the process did, by `time.monotonic`."""
+    def __init__(self, job: Job, model: NVILA, engine: Engine, began: float, left: int, here: Environment) -> None:
+        """`began` is when the process did, by `time.monotonic`; `left` optimizer steps are to come."""
         self._shape, self._parts = count(model.config), list(job.stage.trainable)
         self._tokens, self._engine, self._began = model.tokens, engine, began
         self._energy = Energy(engine.device)
@@ -77,6 +80,9 @@ class Meter:
         self._loss = self._supervised = 0.0
         self._steps = 0
         self._last: Rates | None = None
+        self._status = TrainerStatus(here) if self._file and here.trainer_status_url else None
+        profiled = left and self._file and here.profile in ("all", self._file.parent.parent.name)  # store/STEP/KEY/
+        self._profile = Profile(Path(job.out), left) if profiled else None
 
     def fed(self, steps: Iterator[Iterator[Batch]]) -> Iterator[Iterator[Batch]]:
         """The passes of each step, counted, with the time that each is waited for."""
@@ -116,15 +122,28 @@ class Meter:
         self._supervised += supervised
         self._steps += 1
         now = time.monotonic()
+        seconds_left = (now - self._start) / self._steps * left
         if self._file and (not left or now - self._read > max(READING_SECONDS, (now - self._start) / 1000)):
             reading = self._reading(step, rate, now - self._read)
             self._last = rates([(self._attempt, reading)])
             _append(self._file, json.dumps(reading.model_dump() | self._last.model_dump()))
+            self._tell(reading, step / (step + left), seconds_left)
             self._all, self._loss, self._supervised, self._read = Counted(), 0.0, 0.0, now
+        if self._profile:
+            self._profile.step()
         said = [f"loss {loss / supervised:.3f}" if supervised else "no usable sample"]
         if left:
-            said.append(f"{duration((now - self._start) / self._steps * left)} left")
+            said.append(f"{duration(seconds_left)} left")
         return ", ".join([*said, *(self._last.words if self._last else []), f"lr {rate:.1e}"])
+
+    def _tell(self, reading: Reading, share: float, seconds_left: float) -> None:
+        """Kubeflow Trainer, where it asks."""
+        if self._status:
+            told = {"loss": reading.loss, "learning_rate": reading.lr, "step": reading.step}
+            every = told | (self._last.model_dump() if self._last else {})
+            self._status.tell(share, seconds_left, {n: value for n, value in every.items() if value is not None})
+            if share == 1:
+                self._status.close()
 
     def _open(self) -> Attempt:
         device = self._engine.device

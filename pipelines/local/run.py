@@ -23,12 +23,13 @@ from rich.console import Console
 from nvila.components.contracts import locks
 from nvila.components.contracts.children import how_ended
 from nvila.components.contracts.environment import for_child, named
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.processes import OWNER, Process
 from nvila.components.contracts.recipe.form import Form
 from nvila.components.contracts.recipe.recipe import slices
-from nvila.components.contracts.steps import PREFLIGHT, ROWS
+from nvila.components.contracts.steps import PREFLIGHT, ROWS, STAGES
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
@@ -39,13 +40,18 @@ from nvila.pipelines.commands.overrides import asked_for, remarks
 from nvila.pipelines.local.child import ARGUMENTS, GRACE_SECONDS
 from nvila.pipelines.local.forks import put_client
 from nvila.pipelines.local.peak_memory import MemorySampler
-from nvila.pipelines.show.results import short, show_closing
+from nvila.pipelines.show.results import profiles, short, show_closing
 from nvila.pipelines.show.summary import LOG, REPORT, Summary, write_summary
 from nvila.pipelines.show.watch import Watch, print_line, read_states
 
 
 def run(
-    recipe: str, overrides: Iterable[str] = (), *, runs: Path = Path("runs"), store: Path = Path("store")
+    recipe: str,
+    overrides: Iterable[str] = (),
+    *,
+    runs: Path = Path("runs"),
+    store: Path = Path("store"),
+    profile: str = "",
 ) -> Summary:
     """Run the lifecycle and return what came of it, the exit code among it.
 
@@ -54,22 +60,27 @@ def run(
         overrides: `dotted.key=value` pairs.
         runs: folder that gets a folder for this run.
         store: folder of finished work, shared between runs.
+        profile: training step of which a few optimizer steps are profiled, or `all`; empty for none.
 
     Raises:
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
         Unreachable: MLflow or the place of weights does not answer; nor has anything been written.
     """
     form, checked = asked_for(recipe, overrides)
+    if profile and profile not in (*STAGES, "all"):
+        raise ConfigError(
+            "no such stage", where="--profile", value=profile, do=f"Name one of {', '.join(STAGES)}, all."
+        )
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
     for line in remarks(recipe, checked) + preflight.remarks(needs):
         say(line)
     with _Stop() as stop:
-        return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop)
+        return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop, profile)
 
 
-def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary:
+def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop, profile: str) -> Summary:
     write_atomic(run_dir / OWNER, Process.this().model_dump_json())
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
@@ -80,13 +91,13 @@ def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary
     sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
     threading.Thread(target=copy_context().run, args=(_close_abandoned, run_dir.parent)).start()
-    code = _watched(run_dir, store, console, stop)
+    code = _watched(run_dir, store, console, stop, profile)
     met: set[str] = set()
     # A disk that damages it each time ends this.
     while not stop.asked and (damage := _damage_met(run_dir)) and damage not in met:
         met.add(damage)
         print_line(console, tell(f"{damage}\nthe damaged work is done again"))
-        code = _watched(run_dir, store, console, stop)
+        code = _watched(run_dir, store, console, stop, profile)
     sampler.stop()
     over = Run.read(run_dir)
     exit_code = _exit_code(over, code)
@@ -94,6 +105,8 @@ def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop) -> Summary
     summary = write_summary(over, time.monotonic() - began, sampler.peak_pss_bytes, exit_code)
     _close_tracking(run_dir, exit_code)
     show_closing(over, summary, console)
+    for line in profiles(over, profile):
+        print_line(console, line)
     return summary
 
 
@@ -102,11 +115,11 @@ def _damage_met(run_dir: Path) -> str | None:
     return next((step.message for step in statuses(run_dir) if step.damaged), None)
 
 
-def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop) -> int:
+def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop, profile: str) -> int:
     """Start the child, show its progress, pass signals on; return its exit code."""
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}
-    environment = for_child(named(store=store, run=run_dir), unless_set=alone)
+    environment = for_child(named(store=store, run=run_dir, profile=profile), unless_set=alone)
     with (
         tempfile.TemporaryDirectory(prefix="nvila-") as python,
         (run_dir / LOG).open("a+b") as log,

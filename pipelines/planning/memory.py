@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nvila.components.contracts.precisions import Kept
+from nvila.components.contracts.precisions import PRECISIONS, Kept
+from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.model.shape import PARTS, Seen, Shape
 
@@ -70,6 +71,26 @@ class MicroBatch:
     supervised: int
     """Positions with a loss, of all rows."""
     padded: bool
+
+
+def seen(recipe: Recipe, stage: Stage, shape: Shape) -> list[Seen]:
+    """What the samples of a stage show, by subset."""
+    kinds = {source.name: source.kind for source in recipe.data.sources}
+    return [shape.video if kinds[name.partition(".")[0]] == "video" else shape.image for name in stage.data]
+
+
+def need(recipe: Recipe, stage: Stage, shape: Shape) -> Memory:
+    """Memory of one GPU in a stage of a recipe."""
+    train = recipe.train
+    return memory(
+        shape,
+        largest(shape, stage, train.gpus, seen(recipe, stage, shape)),
+        stage.trainable,
+        kept=PRECISIONS[train.precision],
+        zero=train.zero,
+        processes=train.gpus,
+        recompute=stage.gradient_checkpointing,
+    )
 
 
 def largest(shape: Shape, stage: Stage, processes: int, seen: list[Seen]) -> MicroBatch:

@@ -32,11 +32,12 @@ from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
 from nvila.pipelines.planning.checks import Finding, Need, look
 from nvila.pipelines.planning.cost import Subset
+from nvila.pipelines.planning.fit import Fit, fits
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
-from nvila.pipelines.planning.shape import shape_of
+from nvila.pipelines.planning.shape import shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line
@@ -104,6 +105,8 @@ class Plan:
     """Which cluster was looked at, or why none was."""
     findings: list[Finding] | None
     """About the cluster; None where none was looked at."""
+    fits_at_most: list[Fit] | None = None
+    """The largest micro batch of each stage; None where nobody asked."""
 
     @property
     def refused(self) -> bool:
@@ -123,8 +126,11 @@ def make_plan(
     store: Path,
     cluster: Cluster | None = None,
     insist: bool = False,
+    fit: bool = False,
 ) -> Plan:
     """Work it all out; a cluster that does not answer is an error where one `insist`s on it, else a remark.
+
+    With `fit` also the largest micro batch of each stage, which takes minutes where a GPU is here to measure it.
 
     Raises:
         ConfigError: the recipe or an option is wrong.
@@ -158,8 +164,8 @@ def make_plan(
         places={row.name: work(row, checked, site) for row in STEPS},
         parameters=shape.parameters if shape else None,
         stages=[
-            _stage(step, stage, checked, shape, known, rates, done)
-            for step, stage in zip(STAGES, checked.train.stages, strict=False)
+            _stage(step, stage, checked, shaped, known, rates, done)
+            for step, stage, shaped in zip(STAGES, checked.train.stages, stage_shapes(checked), strict=False)
             if stage
         ],
         pruning=pruning,
@@ -171,6 +177,7 @@ def make_plan(
         not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
         looked=looked,
         findings=findings,
+        fits_at_most=fits(checked, shape, assumptions.gpu) if fit else None,
     )
 
 
@@ -218,17 +225,7 @@ def _stage(
     samples = sum(drawn.values()) if drawn is not None else None
     if shape is None:
         return StagePlan(step, train.gpus, None, samples, None, None, None, None)
-    kinds = {source.name: source.kind for source in recipe.data.sources}
-    seen = [shape.video if kinds[name.partition(".")[0]] == "video" else shape.image for name in stage.data]
-    need = states.memory(
-        shape,
-        states.largest(shape, stage, train.gpus, seen),
-        stage.trainable,
-        kept=PRECISIONS[train.precision],
-        zero=train.zero,
-        processes=train.gpus,
-        recompute=stage.gradient_checkpointing,
-    )
+    need = states.need(recipe, stage, shape)
     if drawn is None:
         return StagePlan(step, train.gpus, need, None, None, None, None, None)
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
@@ -261,7 +258,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def show(plan: Plan, console: Console) -> None:
     """For a person."""
-    console.print(_steps(plan), _pruning(plan), _memory(plan))
+    asked = [_fits(plan.fits_at_most)] if plan.fits_at_most else []
+    console.print(_steps(plan), _pruning(plan), _memory(plan), *asked)
     for line in (*_notes(plan), "", *_refusals(plan)):
         print_line(console, tell(line))
 
@@ -330,6 +328,19 @@ def _memory(plan: Plan) -> Table:
         else:
             sizes = [f"{getattr(stage.memory, name) / GB:.2f}" for name in parts]
             table.add_row(stage.step, *sizes, "fits" if stage.fits(gpu) else "does not fit")
+    return table
+
+
+def _fits(found: list[Fit]) -> Table:
+    title = "largest micro batch that fits one GPU, in samples of the largest kind"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column("stage")
+    for name in ("recipe", "at most", "GB"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for one in found:
+        peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GB:.2f}"
+        table.add_row(one.step, str(one.now), str(one.most or "none"), peak, one.how)
     return table
 
 

@@ -13,7 +13,7 @@ from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, STAGES
 from nvila.components.model.shape import Seen, Shape
 from nvila.components.model.work import forward, operations
 from nvila.pipelines.planning.cost import Subset, samples_of
-from nvila.pipelines.planning.shape import shape_at, shape_of
+from nvila.pipelines.planning.shape import shape_at, shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed
 
 FOLDS = 2
@@ -148,7 +148,7 @@ def _plan(
         todo = [] if step in done else sources
         work = sum((_work(source, recipe, whole, shapes, known) for source in todo), 0.0)
         costs = rates.effort(work, "bf16")  # references lie in bfloat16 on a GPU
-        saved = _saved(set(sources), recipe, whole, known, done)
+        saved = _saved(set(sources), recipe, known, done)
         saves = None if saved is None else rates.effort(saved, PRECISIONS[recipe.train.precision].products)
     return PrunePlan(
         step=step,
@@ -203,17 +203,15 @@ def _training(source: str, reference: Reference, shape: Shape, video: bool, know
     return work
 
 
-def _saved(
-    sources: set[str], recipe: Recipe, shape: Shape, known: Mapping[str, Subset], done: Collection[str]
-) -> float | None:
+def _saved(sources: set[str], recipe: Recipe, known: Mapping[str, Subset], done: Collection[str]) -> float | None:
     """Operations of the samples that stages do not see as pruning these sources takes them away."""
     work = 0.0
-    for step, stage in zip(STAGES, recipe.train.stages, strict=False):
+    for step, stage, shape in zip(STAGES, recipe.train.stages, stage_shapes(recipe), strict=False):
         if stage is None or step in done or not stage.pruned or not sources.intersection(stage.tuned_on):
             continue
         everything = samples_of(stage, known, recipe.prune.model_copy(update={"method": "none"}))
         rest = samples_of(stage, known, recipe.prune)
-        if everything is None or rest is None:
+        if everything is None or rest is None or shape is None:
             return None
         length = min(stage.max_length_tokens, shape.config.max_length_tokens)
         for name in everything:

@@ -8,17 +8,29 @@ from typing import Any
 
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings
+from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.model.shape import Shape, count
 
 
-def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None) -> Shape | None:
+def stage_shapes(recipe: Recipe) -> list[Shape | None]:
+    """Of the model in each stage of the recipe, after its changes; None where the sizes are not known."""
+    found: list[Shape | None] = []
+    last = None
+    for index in range(len(recipe.train.stages)):
+        now = (recipe.model_at(index), recipe.time_tokens_at(index))
+        found.append(found[-1] if now == last else shape_of(now[0], time_tokens=now[1]))
+        last = now
+    return found
+
+
+def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None, *, time_tokens: int = 0) -> Shape | None:
     """Counts of a recipe's model, from modules on the meta device; None where the sizes of its weights are not known.
 
-    With `decoder` it has one of these sizes in place of its own. Sizes come from the recipe, from a local folder's
-    `config.json`, or from the published models that the names of `hf://` weights say.
+    With `decoder` it has one of these sizes in place of its own, with `time_tokens` so many rows more. Sizes come from
+    the recipe, from a local folder's `config.json`, or from the published models that the names of `hf://` weights say.
     """
     from nvila.components.initialize.scratch import decoder_config, tower_config
-    from nvila.components.model.config.config import model_config
+    from nvila.components.model.config.config import model_config, with_vocabulary
     from nvila.components.model.fresh import with_decoder
 
     base = settings.base
@@ -29,6 +41,7 @@ def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None) -> Sh
     else:
         vision, llm = tower_config(base.tower, settings.tile_pixels), decoder_config(base.decoder, settings)
     config = model_config(settings, vision, llm)
+    config = with_vocabulary(config, int(config.llm["vocab_size"]) + time_tokens)
     return count(with_decoder(config, decoder.model_dump(exclude={"vocabulary"})) if decoder else config)
 
 

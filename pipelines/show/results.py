@@ -16,16 +16,17 @@ from rich.text import Text
 from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.meter import PROFILE
 from nvila.components.contracts.metrics import in_words, named
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
-from nvila.components.contracts.steps import ROWS, VALIDATE
+from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
 from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
-from nvila.components.runner.status import Run
+from nvila.components.runner.status import Run, Status
 from nvila.components.tracking.connect import has_store, tracking_uri
 from nvila.components.tracking.redact import redact_text
 from nvila.pipelines.show.summary import Summary, verdict
@@ -159,6 +160,22 @@ def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
             _interval(m.quantized),
         )
     return table
+
+
+def profiles(run: Run, wanted: str) -> list[str]:
+    """Where the profiles of these training steps (one, or `all`) lie; of a step that was not trained, that."""
+    lines = []
+    for step in STAGES if wanted == "all" else filter(None, [wanted]):
+        made = run.manifests.get(step)
+        trace = Path(made.folder, PROFILE) if made else None
+        if trace and trace.is_file():
+            where = short(trace)
+        elif run.step(step).status is Status.CACHED:
+            where = f"none: the store had {step}, so nothing was trained (a fresh --store trains it again)"
+        else:
+            where = f"none: {step} was not trained"
+        lines.append(f"{'profile':<12} {visible(where)}")
+    return lines
 
 
 def _training_table(run: Run, summary: Summary) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
@@ -90,6 +90,17 @@ class Recipe(Section):
             found.setdefault(source, {})["heldout"] = ["the evaluation"]
         return found
 
+    def model_at(self, stage: int) -> ModelSettings:
+        """The model as a stage has it, counted from 0: after its changes, and those of the stages before it."""
+        model = self.model
+        for row in self.train.stages[: stage + 1]:
+            model = row.model.of(model) if row else model
+        return model
+
+    def time_tokens_at(self, stage: int) -> int:
+        """Time tokens that the vocabulary has in a stage."""
+        return sum((row.model.time_tokens or 0) for row in self.train.stages[: stage + 1] if row)
+
     @property
     def vllm(self) -> bool:
         """Whether a step starts vLLM."""
@@ -124,6 +135,7 @@ class Recipe(Section):
                 if source not in names or split not in SPLITS or split == "heldout":
                     why = f"{subset!r} is not SOURCE.SPLIT with a source of {names} and a split sft or captions"
                     yield Disagreement(f"train.stages.{index}.data", why)
+        yield from self._disagreements_of_changes()
         for option, used, known in (
             ("evaluate.sources", self.evaluate.sources, names),
             ("evaluate.metrics", list(self.evaluate.metrics), self.evaluate.sources),
@@ -141,6 +153,28 @@ class Recipe(Section):
                 why = f"all of {name} stays: no stage with pruned: true draws its sft"
                 yield Disagreement("prune.keep_ratio_of", why)
         yield from self._disagreements_of_models()
+
+    def _disagreements_of_changes(self) -> Iterator[Disagreement]:
+        """Of what stages make of the model."""
+        model, timed = self.model, ""
+        for index, stage in enumerate(self.train.stages):
+            if stage is None:
+                continue
+            try:
+                model = stage.model.of(model)
+            except ValidationError as error:
+                first = error.errors()[0]
+                option = ".".join(map(str, ("model", *first["loc"])))
+                yield Disagreement(f"train.stages.{index}.{option}", first["msg"])
+                return
+            if stage.model.time_tokens is None:
+                continue
+            option = f"train.stages.{index}.model.time_tokens"
+            if timed:
+                yield Disagreement(option, f"stage {timed} has added time tokens already, which mean other times")
+            if not any(subset.partition(".")[0] in self.data.videos for subset in stage.data):
+                yield Disagreement(option, f"stage {stage.name} draws no clips, whose times they are")
+            timed = stage.name
 
     def _disagreements_of_models(self) -> Iterator[Disagreement]:
         """Of what is made here with what is asked of it; of published weights the steps find it out."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from nvila.components.contracts.precisions import Precision
+from nvila.components.contracts.recipe.changes import ModelChanges
 from nvila.components.contracts.recipe.section import (
     MOST_ENTRIES,
     Batch,
@@ -34,6 +35,8 @@ class Stage(Section):
     """Peak of the cosine schedule."""
     learning_rates: dict[Part, Rate] = {}
     """Peaks of trainable parts that have one of their own."""
+    model: ModelChanges = ModelChanges()
+    """What becomes of the model in this stage, for good."""
     data: dict[Name, Passes] = Field(min_length=1, max_length=MOST_ENTRIES)
     """`source.split` -> passes over it; 0.5 is half of it, 2 is twice."""
     pruned: bool = False
@@ -63,12 +66,14 @@ class Stage(Section):
         return self.learning_rates.get(part, self.learning_rate)
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Parts stand there once, rates are of parts that learn, and what is pruned is drawn."""
+        """Parts stand there once, rates and new tokens are of parts that learn, and what is pruned is drawn."""
         if len(set(self.trainable)) != len(self.trainable):
             yield Disagreement("trainable", "a part stands there twice")
         for part in self.learning_rates:
             if part not in self.trainable:
                 yield Disagreement(f"learning_rates.{part}", f"{part} is not trainable in this stage")
+        if self.model.time_tokens and "llm" not in self.trainable:
+            yield Disagreement("model.time_tokens", f"stage {self.name} does not train llm, which is to learn them")
         if set(self.trainable) <= set(self.learning_rates):
             yield Disagreement("learning_rates", "each trainable part has its own: learning_rate would have no effect")
         if self.pruned and not self.tuned_on:

@@ -42,6 +42,18 @@ class Checkpoint:
     tensors: dict[str, Stored]
     """By `llm.*`, `vision_tower.vision_model.*` and `mm_projector.layers.*`, whatever the files call them; what no
     NVILA computes is left out."""
+    new_tokens: int = 0
+    """Time tokens that neither its files nor its tensors have yet."""
+
+    def load_tokenizer(self) -> Any:
+        """Its tokenizer with the media markers, and with the new tokens in front of these.
+
+        Raises:
+            DataError, ConfigError: as of `text.tokenizer.load_tokenizer`.
+        """
+        from nvila.components.model.text.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.tokenizer, self.folder, self.new_tokens)
 
 
 def open_native(folder: Path | str) -> Checkpoint:

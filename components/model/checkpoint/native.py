@@ -17,6 +17,7 @@ import torch
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.foreign import reading
+from nvila.components.model.checkpoint.changes import with_new_rows
 from nvila.components.model.checkpoint.layouts import PARTS, Checkpoint, open_native
 from nvila.components.model.checkpoint.layouts import read_native_config as read_config
 from nvila.components.model.checkpoint.shards import INDEX, SINGLE
@@ -101,9 +102,10 @@ def load_opened(checkpoint: Checkpoint, dtype: str, device: str, receive: Receiv
     """Read the weights of a checkpoint of any layout; as `load_native`."""
     wanted, where = _dtype(dtype), str(checkpoint.folder)
     with reading(checkpoint.folder):
-        tokenizer = load_tokenizer(checkpoint.tokenizer, checkpoint.folder)
+        tokenizer = checkpoint.load_tokenizer()
         tokens = TokenIds.of(tokenizer, checkpoint.config.video_texts)
-        config, tensors = settle_head(checkpoint.config, checkpoint.tensors, tokens.vocabulary, where)
+        found = with_new_rows(checkpoint.tensors, tokens.vocabulary - checkpoint.new_tokens, checkpoint.new_tokens)
+        config, tensors = settle_head(checkpoint.config, found, tokens.vocabulary, where)
         check(tensors, buildable(config, tokens), where)
     model = unfilled_model(config, tokens, wanted)
     fill(model, tensors, where, *[receive] if receive else [])

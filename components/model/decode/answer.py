@@ -54,7 +54,8 @@ def generate(
         schema: what the answers have to be as JSON; one that ends by itself is complete, one that is cut is not.
 
     Returns:
-        The answers without special tokens, stripped; control strings in their text are whole again.
+        The answers without special tokens, stripped; control strings in their text are whole again, and times of a clip
+        are seconds.
 
     Raises:
         DataError: a prompt fills all positions of the decoder.
@@ -67,7 +68,8 @@ def generate(
     model.eval()
     tokens = decode_tokens(model.llm, _opening(model, tokenizer, prompts), sampling)
     model.train(was_training)
-    return [answer_text(tokenizer, row) for row in tokens]
+    texts = [answer_text(tokenizer, row) for row in tokens]
+    return [prompt.times.said(text) if prompt.times else text for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def stream(
@@ -90,7 +92,7 @@ def stream(
     sampling = Sampling(max_new_tokens, stop, temperature, seed, top_p, schema, model.config.positions)
     with torch.no_grad():
         opening = _opening(model, tokenizer, [prompt])
-    yield from text_pieces(tokenizer, until_stop(decode_steps(model.llm, opening, sampling), stop))
+    yield from text_pieces(tokenizer, until_stop(decode_steps(model.llm, opening, sampling), stop), prompt.times)
 
 
 def _opening(model: NVILA, tokenizer: Any, prompts: Sequence[Prompt]) -> Spliced:

@@ -11,6 +11,7 @@ import torch
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.model.splice import Spliced
 from nvila.components.model.text.controls import control_strings, mend, settled
+from nvila.components.model.text.timetokens import Times
 
 if TYPE_CHECKING:
     from nvila.components.model.decode.structured import JsonSchema
@@ -97,11 +98,11 @@ def answer_text(tokenizer: Any, tokens: list[int]) -> str:
     return mend(tokenizer.decode(tokens, skip_special_tokens=True).strip(), control_strings(tokenizer))
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """An answer's text as its tokens come; the pieces together are the `answer_text` of all tokens.
+def text_pieces(tokenizer: Any, tokens: Iterable[int], times: Times | None = None) -> Iterator[str]:
+    """An answer's text as its tokens come; the pieces together are the `answer_text` of all tokens, as `times` says it.
 
     Held back until more comes: white space, which may be the last, characters of which only a part is there, and what
-    may become a broken-up control string.
+    may become a broken-up control string or a time token.
     """
     controls = control_strings(tokenizer)
     ids: list[int] = []
@@ -110,10 +111,12 @@ def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True).lstrip().rstrip("\ufffd").rstrip()
         text = mend(settled(text, controls), controls)
+        text = times.said(text, whole=False) if times else text
         if len(text) > len(sent):
             yield text[len(sent) :]
             sent = text
-    if rest := answer_text(tokenizer, ids)[len(sent) :]:
+    text = answer_text(tokenizer, ids)
+    if rest := (times.said(text) if times else text)[len(sent) :]:
         yield rest
 
 

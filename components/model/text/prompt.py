@@ -14,6 +14,7 @@ from PIL import Image
 
 from nvila.components.model.config.config import ModelConfig
 from nvila.components.model.text.conversation import IMAGE_TOKEN, VIDEO_TOKEN, Encoded, TurnLike, encode
+from nvila.components.model.text.timetokens import Times, times_of
 from nvila.components.model.vision.preprocess import Medium, Visual, preprocess_image, preprocess_video
 
 
@@ -27,10 +28,18 @@ class Prompt:
     """Text for each medium; None takes each literal in a human turn for one medium."""
     system: str | None = None
     """System prompt; None takes the template's own, "" none."""
+    time_tokens: int = 0
+    """How many the model has."""
+
+    @property
+    def times(self) -> Times | None:
+        """What times are in it; as of `times_of`."""
+        return times_of(self.time_tokens, [visual.seconds for visual in self.visuals if visual.kind == "video"])
 
     def encode(self, tokenizer: Any, *, generate: bool = False) -> Encoded:
-        """Token ids and labels, as `conversation.encode`."""
-        return encode(tokenizer, self.turns, system=self.system, generate=generate, markers=self.markers)
+        """Token ids and labels, as `conversation.encode`; seconds in the turns are time tokens then."""
+        turns = self.times.in_turns(self.turns) if self.times else self.turns
+        return encode(tokenizer, turns, system=self.system, generate=generate, markers=self.markers)
 
 
 def make_prompt(
@@ -64,7 +73,7 @@ def make_prompt(
         tiles = preprocess_image(medium, config, alone=alone, pixels=pixels)
         visuals += tiles
         markers.append(picture_marker(config, alone, len(tiles)))
-    return Prompt(turns, visuals, markers, system)
+    return Prompt(turns, visuals, markers, system, config.time_tokens)
 
 
 def picture_marker(config: ModelConfig, alone: bool, tiles: int = 1) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.model.text.conversation import Turn, TurnLike
 
 TIME_FORMAT = "<t{t}>"
 _TOKEN = re.compile(r"<t(0|[1-9][0-9]{0,17})>")
 """As `TIME_FORMAT` writes it: `<t07>` is text."""
+_BEGUN = re.compile(r"<(t[0-9]*)?\Z")
 _SECONDS = re.compile(r"<(\d*\.\d+|\d+\.?)>")
 
 
@@ -107,6 +110,33 @@ def to_time_tokens(text: str, duration_seconds: float, number: int) -> str:
         return TIME_FORMAT.format(t=round(min(share, 1.0) * (number - 1)))
 
     return _SECONDS.sub(token, text)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What times are in a clip: `<1.5>` seconds to whoever asks, `<t3>` to the model."""
+
+    seconds: float
+    """Of the whole clip."""
+    number: int
+    """Of time tokens."""
+
+    def in_turns(self, turns: Sequence[TurnLike]) -> list[Turn]:
+        """The turns with time tokens in place of seconds."""
+        return [Turn(turn.role, to_time_tokens(turn.text, self.seconds, self.number)) for turn in turns]
+
+    def said(self, text: str, *, whole: bool = True) -> str:
+        """An answer with seconds in place of time tokens; of one that goes on, what may be the beginning of a token is
+        left out."""
+        return to_seconds(text if whole else _BEGUN.sub("", text), self.seconds, self.number)
+
+
+def times_of(number: int, clips: Sequence[float | None]) -> Times | None:
+    """What times are in a conversation about clips of these lengths, with so many time tokens.
+
+    None where there are no time tokens, and where not one clip is shown whose length is known: then seconds are text.
+    """
+    return Times(clips[0], number) if number and len(clips) == 1 and clips[0] else None
 
 
 def check_time_tokens(tokens: Sequence[int], number: int) -> None:

@@ -20,7 +20,7 @@ from nvila.components.model.config.config import LINE_BREAK_AFTER
 from nvila.components.model.text.controls import IMAGE_TOKEN, MARKERS, SPECIAL, VIDEO_TOKEN, control_strings
 from nvila.components.model.text.jinja import REFERENCE_NAME, chat_template, named_template
 from nvila.components.model.text.templates import QWEN2, SYSTEM, template_of
-from nvila.components.model.text.timetokens import time_token_ids
+from nvila.components.model.text.timetokens import add_time_tokens, time_token_ids
 
 FILES = (
     "tokenizer_config.json",
@@ -90,12 +90,13 @@ class TokenIds:
         )
 
 
-def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> Any:
+def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None, time_tokens: int = 0) -> Any:
     """A saved tokenizer with the media markers added behind its tokens. No code of the folder runs.
 
     Args:
         folder: where it lies.
         checkpoint: folder whose config.json may name another chat template than the tokenizer's own (`chat_template`).
+        time_tokens: how many to add behind its tokens.
 
     Raises:
         DataError: the folder holds no readable tokenizer.
@@ -111,6 +112,8 @@ def load_tokenizer(folder: Path | str, checkpoint: Path | str | None = None) -> 
             template_of(tokenizer)
         except ConfigError as error:  # now, not at the first question
             raise ConfigError(error.what, where=str(folder), value=error.value, do=error.do) from None
+        if time_tokens:
+            add_time_tokens(tokenizer, time_tokens)
         return with_markers(tokenizer)
 
 

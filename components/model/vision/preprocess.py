@@ -42,6 +42,8 @@ class Visual:
     """(rows, columns) of the largest scale; None is one tile per picture or frame."""
     features: torch.Tensor | None = None
     """(T, N, C) of the tiles, where the tower has seen them already: it is not asked again."""
+    seconds: float | None = None
+    """How long a clip is shown, where that is known; times in the conversation are shares of it."""
 
     def normalised(self) -> Visual:
         """The same with float tiles."""
@@ -92,7 +94,8 @@ def preprocess_video(frames: Sequence[Image.Image], config: ModelConfig, *, pixe
     if not frames:
         raise DataError("a video without frames", do="Check that the file can be decoded")
     each = [preprocess_image(frame, config, alone=False, pixels=True)[0] for frame in frames]
-    visual = Visual("video", torch.cat([frame.tiles for frame in each]), each[0].block_size)
+    tiles, seconds = torch.cat([frame.tiles for frame in each]), getattr(frames, "seconds", None)
+    visual = Visual("video", tiles, each[0].block_size, seconds=seconds)
     return visual if pixels else visual.normalised()
 
 

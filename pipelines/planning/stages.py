@@ -1,0 +1,143 @@
+"""`nvila plan --stages`: the table of the training stages, with what follows from each row and is not written in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.steps import STAGES
+from nvila.components.tracking.redact import tell
+from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.planning import cost
+from nvila.pipelines.planning.cost import Subset
+from nvila.pipelines.planning.shape import stage_shapes
+from nvila.pipelines.show.watch import print_line
+
+ESTIMATE = (
+    "samples: of data whose annotation files are here or whose size --samples gives; of what is pruned the recipe's "
+    "ratio. tokens: an estimate, in which every medium takes its most, "
+    f"and {cost.CHARACTERS_PER_TOKEN} characters are a token ({cost.TEXT_TOKENS} tokens of text a sample where only "
+    "its number is known). A stage is one pass over its samples, as many whole batches as they fill"
+)
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage; None is not known."""
+
+    step: str
+    name: str
+    trainable: dict[str, float]
+    """Peak learning rate of each part that learns."""
+    trained_parameters: int | None
+    """Of these parts, rows of new tokens included."""
+    batch: int
+    micro_batch: int
+    passes: int
+    """Forward passes of each GPU for an optimizer step."""
+    gpus: int
+    samples: int | None
+    tokens: float | None
+    """That the decoder sees: an estimate."""
+    steps: int | None
+    weight_decay: float
+    clip_norm: float | None
+    warmup_ratio: float
+    max_length_tokens: int
+    """Longest row: the stage's limit, or the model's where that is less."""
+    frames: int
+    """Of a clip, at most where the model has a rate."""
+    pool_sizes: list[tuple[int, int, int]]
+    time_tokens: int
+    """In the vocabulary."""
+
+
+def table(recipe: str, overrides: Iterable[str], samples: Mapping[str, int]) -> list[StageRow]:
+    """The rows of a recipe.
+
+    Raises:
+        ConfigError: the recipe or an option is wrong.
+    """
+    _, checked = asked_for(recipe, overrides)
+    return rows(checked, cost.subsets(checked.data, samples))
+
+
+def rows(recipe: Recipe, known: Mapping[str, Subset]) -> list[StageRow]:
+    """The rows of a recipe whose data are known so far."""
+    found = []
+    for index, (step, shape) in enumerate(zip(STAGES, stage_shapes(recipe), strict=False)):
+        if (stage := recipe.train.stages[index]) is None:
+            continue
+        model, gpus = recipe.model_at(index), recipe.train.gpus
+        drawn = cost.samples_of(stage, known, recipe.prune)
+        number, micro = None if drawn is None else sum(drawn.values()), stage.samples_at_once(gpus)
+        found.append(
+            StageRow(
+                step=step,
+                name=stage.name,
+                trainable={part: stage.rate(part) for part in stage.trainable},
+                trained_parameters=sum(shape.parameters[part] for part in stage.trainable) if shape else None,
+                batch=stage.batch,
+                micro_batch=micro,
+                passes=stage.batch // (micro * gpus),
+                gpus=gpus,
+                samples=number,
+                tokens=None if shape is None or drawn is None else cost.stage_work(shape, stage, drawn, known)[1],
+                steps=None if number is None else number // stage.batch,
+                weight_decay=stage.weight_decay,
+                clip_norm=stage.clip_norm,
+                warmup_ratio=stage.warmup_ratio,
+                max_length_tokens=min(stage.max_length_tokens, model.max_length_tokens),
+                frames=model.video.frames,
+                pool_sizes=list(model.video.pool_sizes),
+                time_tokens=recipe.time_tokens_at(index),
+            )
+        )
+    return found
+
+
+def as_json(found: Iterable[StageRow]) -> dict[str, Any]:
+    """For programs: null where not known."""
+    return {"stages": [asdict(row) for row in found], "remark": ESTIMATE}
+
+
+def show(recipe: str, found: Iterable[StageRow], console: Console) -> None:
+    """For a person: a column for each stage."""
+    found = list(found)
+    shown = Table(box=None, pad_edge=False, title=f"{recipe}: stages", title_justify="left")
+    for head in ("", *(row.step for row in found)):
+        shown.add_column(head, overflow="fold")
+    lines = [_words(row) for row in found]
+    for name in lines[0]:
+        shown.add_row(name, *(line[name] for line in lines))
+    console.print(shown)
+    print_line(console, "")
+    print_line(console, tell(ESTIMATE))
+
+
+def _words(row: StageRow) -> dict[str, str]:
+    return {
+        "name": row.name,
+        "learning rate": "\n".join(f"{part} {rate:g}" for part, rate in row.trainable.items()),
+        "trained parameters": _number(row.trained_parameters),
+        "batch": f"{row.batch:,}",
+        "micro batch x passes x gpus": f"{row.micro_batch} x {row.passes} x {row.gpus}",
+        "samples": _number(row.samples),
+        "tokens, estimated": _number(row.tokens),
+        "steps": _number(row.steps),
+        "weight decay": f"{row.weight_decay:g}",
+        "clip norm": "none" if row.clip_norm is None else f"{row.clip_norm:g}",
+        "warm-up": f"{row.warmup_ratio:g} of the steps",
+        "longest row": f"{row.max_length_tokens:,} tokens",
+        "frames, pooling": f"{row.frames}, {' and '.join('x'.join(map(str, pool)) for pool in row.pool_sizes)}",
+        "time tokens": str(row.time_tokens) if row.time_tokens else "none",
+    }
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.0f}"
