@@ -127,7 +127,7 @@ def test_it_is_there_before_anything_starts_threads(
     def load(*_: object, **__: object) -> None:
         raise Enough(child().name())
 
-    monkeypatch.setattr(native, "load_native", load)
+    monkeypatch.setattr(native, "load_opened", load)
     before = psutil.Process().children()
     with pytest.raises(Enough):
         train(make_job("a"), None)  # type: ignore[arg-type]
