@@ -25,10 +25,16 @@ class Batch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
     visuals: list[Visual]
+    rows: torch.Tensor | None = None
+    """(B,) for the decoder the row that each sample lies in, behind those before it; None is one of its own."""
     samples: tuple[str, ...] = ()
     """Ids of the samples, row by row, where a feed made the batch; none where all of them were skipped."""
     skipped: tuple[Skipped, ...] = ()
     """Samples that were to be in the batch and cannot be used."""
+    positions: int = 0
+    """Of the samples in the decoder, where a loader made the batch."""
+    computed: int = 0
+    """The same with the padding of its rows."""
 
     def forward_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `NVILA.forward`."""
@@ -37,21 +43,28 @@ class Batch:
             "attention_mask": self.attention_mask,
             "visuals": self.visuals,
             "labels": self.labels,
+            "rows": self.rows,
         }
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; tiles follow when they are encoded."""
         moved = {name: getattr(self, name).to(device) for name in ("input_ids", "attention_mask", "labels")}
-        return replace(self, **moved)
+        return replace(self, **moved, rows=None if self.rows is None else self.rows.to(device))
 
 
-def collate(items: Sequence[tuple[Encoded, Sequence[Visual]]], pad_id: int, side: Side = "right") -> Batch:
+def collate(
+    items: Sequence[tuple[Encoded, Sequence[Visual]]],
+    pad_id: int,
+    side: Side = "right",
+    rows: Sequence[int] | None = None,
+) -> Batch:
     """Pad samples to the longest; without any, one row of padding with nothing supervised.
 
     Args:
         items: each sample's tokens and its visuals.
         pad_id: token id under the padding; the mask hides it.
         side: where the padding goes.
+        rows: for the decoder the row of each sample, ascending; None is one of its own.
     """
     if not items:
         items = [(Encoded([pad_id], [IGNORED]), [])]
@@ -65,4 +78,5 @@ def collate(items: Sequence[tuple[Encoded, Sequence[Visual]]], pad_id: int, side
         ids[row, span] = torch.tensor(encoded.input_ids)
         labels[row, span] = torch.tensor(encoded.labels)
         mask[row, span] = True
-    return Batch(ids, mask, labels, [visual for _, visuals in items for visual in visuals])
+    lying = None if rows is None else torch.tensor(rows)
+    return Batch(ids, mask, labels, [visual for _, visuals in items for visual in visuals], lying)

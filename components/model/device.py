@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from nvila.components.model.nvila import NVILA
 
 
+VARLEN = "varlen"
+"""What `set_attn_implementation` calls torch's attention over samples of one row."""
+
+
 def default_device(rank: int = 0) -> str:
     """`cuda:N` with this process's number on its machine, or `cpu`."""
     return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
@@ -30,6 +34,68 @@ def use_flash_attention(model: NVILA) -> None:
     if weight.device.type == "cuda" and half and is_flash_attn_2_available():
         for part in (model.vision_tower, model.llm):
             part.set_attn_implementation("flash_attention_2")
+
+
+def use_packed_attention(model: NVILA) -> bool:
+    """Attention of the decoder by a kernel that knows where the samples of a row begin: flash-attn's, or torch's own on
+    CUDA in half precision.
+
+    Returns:
+        Whether there is one. All samples of a pass lie in one row then.
+    """
+    weight = model.llm.get_input_embeddings().weight
+    if weight.device.type != "cuda" or weight.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if model.llm.config._attn_implementation != "flash_attention_2":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(VARLEN, _varlen)
+        model.llm.set_attn_implementation(VARLEN)
+    return True
+
+
+def kernel_arguments(attention: str, lengths_S: torch.Tensor | None) -> dict[str, Any]:
+    """What such a kernel is told of a row with samples of these lengths; nothing where another attends."""
+    if lengths_S is None or attention not in (VARLEN, "flash_attention_2"):
+        return {}
+    begins = nn.functional.pad(lengths_S.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths_S.max())
+    return {
+        "cu_seq_lens_q": begins,
+        "cu_seq_lens_k": begins,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Of (1, heads, T, size) queries, and keys and values with as many heads or fewer: (1, T, heads, size)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended: Any = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None], None
 
 
 class _Linear(nn.Linear):

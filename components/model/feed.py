@@ -96,6 +96,12 @@ class Feed:
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """One batch. Samples that cannot be used are left out of it, and it names them."""
+        good, skipped = self.items(samples)
+        batch = collate([item for _, item in good], pad_id=self.tokenizer.pad_token_id)
+        return replace(batch, samples=tuple(name for name, _ in good), skipped=tuple(skipped))
+
+    def items(self, samples: Sequence[Sample]) -> tuple[list[tuple[str, Item]], list[Skipped]]:
+        """What can be used of the samples, by their ids, and what cannot."""
         good: list[tuple[str, Item]] = []
         skipped: list[Skipped] = []
         for sample in samples:
@@ -103,5 +109,10 @@ class Feed:
                 good.append((sample.id, self.item(sample)))
             except DataError as error:
                 skipped.append(Skipped.of(sample.id, error))
-        batch = collate([item for _, item in good], pad_id=self.tokenizer.pad_token_id)
-        return replace(batch, samples=tuple(name for name, _ in good), skipped=tuple(skipped))
+        return good, skipped
+
+    def length(self, item: Item) -> int:
+        """Positions of a training sample in the decoder."""
+        encoded, visuals = item
+        whole = positions(encoded.input_ids, visuals, self.config, self._tokens)
+        return min(whole, self.config.max_length_tokens)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.model.config.config import ModelConfig, with_vocabulary
 from nvila.components.model.config.rope import with_rope
-from nvila.components.model.device import plain_attention
+from nvila.components.model.device import kernel_arguments, plain_attention
 from nvila.components.model.splice import Spliced, splice
 from nvila.components.model.text.conversation import IGNORED
 from nvila.components.model.text.timetokens import soft_cross_entropy
@@ -74,6 +74,7 @@ class NVILA(nn.Module):
         attention_mask: torch.Tensor,
         visuals: Sequence[Visual],
         labels: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
         *,
         full_logits: bool | None = None,
         reduction: Literal["mean", "sum"] = "mean",
@@ -84,7 +85,9 @@ class NVILA(nn.Module):
             input_ids: (B, L) with one media token per visual.
             attention_mask: (B, L), zero on padding.
             visuals: in order of appearance across the batch.
-            labels: (B, L), -100 where unsupervised; with labels rows are cut to `max_length_tokens`.
+            labels: (B, L), -100 where unsupervised; with labels samples are cut to `max_length_tokens`.
+            rows: (B,) ascending, the decoder's row that each sample lies in; they do not see each other. None is a row
+                of its own.
             full_logits: compute logits at every position. By default only where there are no labels: training needs
                 them at supervised positions alone.
             reduction: of the loss. A sum may be of nothing: it is 0, and its gradients are.
@@ -92,7 +95,7 @@ class NVILA(nn.Module):
         Raises:
             DataError: media and markers do not match, or the mean is to be taken and nothing is supervised.
         """
-        spliced = self.prepare(input_ids, attention_mask, visuals, labels)
+        spliced = self.prepare(input_ids, attention_mask, visuals, labels, rows=rows)
         hidden = self.hidden_states(spliced)
         wanted = labels is None if full_logits is None else full_logits
         logits = self.llm.lm_head(hidden) if wanted else None
@@ -112,6 +115,7 @@ class NVILA(nn.Module):
         visuals: Sequence[Visual],
         labels: torch.Tensor | None = None,
         side: str = "right",
+        rows: torch.Tensor | None = None,
     ) -> Spliced:
         """Encode the visuals and splice them into the token embeddings, padded on `side`."""
         embed = self.llm.get_input_embeddings()
@@ -138,6 +142,7 @@ class NVILA(nn.Module):
             media,
             max_length=self.config.max_length_tokens if labels is not None else None,
             side="left" if side == "left" else "right",
+            rows=rows,
         )
         return spliced if touch is None else replace(spliced, embeds_BTH=spliced.embeds_BTH + touch)
 
@@ -152,12 +157,17 @@ class NVILA(nn.Module):
         return tower_features(self.vision_tower, tiles, self.config.select_layer)
 
     def hidden_states(self, spliced: Spliced) -> torch.Tensor:
-        """(B, T, H) last hidden states of the decoder."""
+        """(B, T, H) last hidden states of the decoder.
+
+        Where rows hold several samples no mask is given: transformers makes one of positions that begin anew.
+        """
+        packed = spliced.lengths_S is not None
         return self.llm.model(
             inputs_embeds=spliced.embeds_BTH,
-            attention_mask=spliced.attention_mask_BT,
+            attention_mask=None if packed else spliced.attention_mask_BT,
             position_ids=spliced.position_ids_BT,
             use_cache=False,
+            **kernel_arguments(self.llm.config._attn_implementation, spliced.lengths_S),
         ).last_hidden_state
 
     def token_losses(

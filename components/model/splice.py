@@ -23,6 +23,8 @@ class Spliced:
     attention_mask_BT: torch.Tensor
     position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor | None
+    lengths_S: torch.Tensor | None = None
+    """Positions of each sample, where rows hold several; None where a row is a sample."""
 
 
 def splice(
@@ -34,50 +36,61 @@ def splice(
     *,
     max_length: int | None = None,
     side: Literal["left", "right"] = "right",
+    rows: torch.Tensor | None = None,
 ) -> Spliced:
     """Replace each media token by the next embedding sequence of its type, in order of appearance across the batch.
 
     Args:
         embed_tokens: (n,) token ids to (n, H); it never sees a media token.
-        input_ids: (B, L), padded on either side.
-        attention_mask: (B, L), zero on padding.
-        labels: (B, L) with -100 where unsupervised, or None.
+        input_ids: (S, L), a sample each, padded on either side.
+        attention_mask: (S, L), zero on padding.
+        labels: (S, L) with -100 where unsupervised, or None.
         media: embedding sequences (n_i, H) by media token id.
-        max_length: cut each row after so many positions; None cuts nothing.
+        max_length: cut each sample after so many positions; None cuts nothing.
         side: where the result is padded, with zero embeddings.
+        rows: (S,) ascending, the row of the result that each sample lies in, behind those before it; positions begin
+            anew with each, and its first label is masked: nothing before it predicts it. None is a row of its own.
 
     Raises:
         DataError: more or fewer embedding sequences than media tokens.
     """
-    device, rows = input_ids.device, len(input_ids)
+    device, samples = input_ids.device, len(input_ids)
     keep = attention_mask.bool()
     ids = input_ids[keep]
-    row = torch.arange(rows, device=device)[:, None].expand_as(keep)[keep]
+    sample = torch.arange(samples, device=device)[:, None].expand_as(keep)[keep]
     lengths, source, table = _sources(embed_tokens, ids, media)
 
-    # Every kept token becomes `lengths` positions; expand row, source and label accordingly.
+    # Every kept token becomes `lengths` positions; expand sample, source and label accordingly.
     token = torch.repeat_interleave(torch.arange(len(ids), device=device), lengths)
     within = torch.arange(len(token), device=device) - (lengths.cumsum(0) - lengths)[token]
-    row = row[token]
-    per_row = torch.bincount(row, minlength=rows)
-    position = torch.arange(len(token), device=device) - (per_row.cumsum(0) - per_row)[row]
+    sample = sample[token]
+    per_sample = torch.bincount(sample, minlength=samples)
+    position = torch.arange(len(token), device=device) - (per_sample.cumsum(0) - per_sample)[sample]
     kept = position < max_length if max_length is not None else torch.ones_like(position, dtype=torch.bool)
-    token, within, row, position = token[kept], within[kept], row[kept], position[kept]
-    per_row = torch.bincount(row, minlength=rows)
+    token, within, sample, position = token[kept], within[kept], sample[kept], position[kept]
+    per_sample = torch.bincount(sample, minlength=samples)
 
+    row_of = torch.arange(samples, device=device) if rows is None else rows
+    before = per_sample.cumsum(0) - per_sample
+    before = before - before[torch.searchsorted(row_of, row_of)]  # in the same row
+    count = samples if rows is None else int(rows[-1]) + 1
+    per_row = per_sample.new_zeros(count).index_add(0, row_of, per_sample)
     width = int(per_row.max())
-    column = position + (width - per_row)[row] if side == "left" else position
-    place = row * width + column
-    embeds = table.new_zeros(rows * width, table.shape[-1]).index_copy(0, place, table[source[token] + within])
-    mask = torch.zeros(rows * width, dtype=torch.bool, device=device).index_fill(0, place, True)
-    positions = torch.zeros(rows * width, dtype=torch.long, device=device).index_copy(0, place, position)
+    column = position + before[sample] + ((width - per_row)[row_of[sample]] if side == "left" else 0)
+    place = row_of[sample] * width + column
+    embeds = table.new_zeros(count * width, table.shape[-1]).index_copy(0, place, table[source[token] + within])
+    mask = torch.zeros(count * width, dtype=torch.bool, device=device).index_fill(0, place, True)
+    positions = torch.zeros(count * width, dtype=torch.long, device=device).index_copy(0, place, position)
     spliced_labels = None
     if labels is not None:
         is_media = torch.isin(ids, torch.tensor(list(media), device=device, dtype=ids.dtype))
         token_labels = labels[keep].masked_fill(is_media, IGNORED)
-        spliced_labels = labels.new_full((rows * width,), IGNORED).index_copy(0, place, token_labels[token])
-        spliced_labels = spliced_labels.view(rows, width)
-    return Spliced(embeds.view(rows, width, -1), mask.view(rows, width), positions.view(rows, width), spliced_labels)
+        own = token_labels[token]
+        if rows is not None:
+            own = own.masked_fill(position == 0, IGNORED)
+        spliced_labels = labels.new_full((count * width,), IGNORED).index_copy(0, place, own).view(count, width)
+    shaped = (embeds.view(count, width, -1), mask.view(count, width), positions.view(count, width))
+    return Spliced(*shaped, spliced_labels, None if rows is None else per_sample)
 
 
 def _sources(

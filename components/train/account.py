@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from nvila.components.model.batch import Batch
+    from nvila.components.train.data import StageSamples
     from nvila.components.train.engine import Engine
     from nvila.components.train.keeper import Keeper
     from nvila.components.train.meter import Meter
@@ -53,8 +54,10 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, keeper: Keeper, job: Job, samples: list[str], done: int, meter: Meter) -> None:
-        """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
+    def __init__(
+        self, engine: Engine, keeper: Keeper, job: Job, samples: StageSamples, done: int, meter: Meter
+    ) -> None:
+        """`samples` are those of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
         self._engine, self._keeper, self._samples = engine, keeper, samples
@@ -63,7 +66,7 @@ class Account:
         self._skips = job.run.bad_steps == "skip"
         self._watch = Watch(job.run.spike_factor, (row["loss"] for row in behind))
         self._since_saved = (0.0, 0)
-        self._tally = Tally(what, len(set(samples)), job.run.max_skipped_share, quiet=not first)
+        self._tally = Tally(what, samples.distinct, job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
         self._progress = Progress(what, self.total) if first else None
@@ -165,7 +168,7 @@ class Account:
 
     def _drawn(self) -> list[str]:
         """Samples of the step under way."""
-        return self._samples[self.done * self._batch : (self.done + 1) * self._batch]
+        return self._samples[self.done * self._batch : (self.done + 1) * self._batch].ids
 
     def _show(self, steps: int, note: str = "") -> None:
         if self._progress:

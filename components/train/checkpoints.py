@@ -63,6 +63,11 @@ def bring_back(checkpoint: Path | None, logs: Iterable[Path]) -> None:
         write_atomic(log, "" if checkpoint is None else (checkpoint / log.name).read_text(encoding="utf-8"))
 
 
+def probably_at(folder: Path) -> int:
+    """Step of the newest checkpoint, sound or not; 0 where there is none."""
+    return max((int(path.name.removeprefix("step-")) for path in _by_step(folder)), default=0)
+
+
 def newest_sound(folder: Path) -> str | None:
     """Name of the newest checkpoint whose files are as they were written; says where the work goes on, and why there.
 

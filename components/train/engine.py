@@ -6,7 +6,7 @@ has been through the model, so gradients of sums are gathered and divided then, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,8 +35,6 @@ class Engine:
     """A model under DeepSpeed ZeRO with AdamW and the warm-up cosine schedule."""
 
     deepspeed: Any
-    micro_batches: int
-    """Forward passes per optimizer step and process."""
     clip_norm: float | None = None
     """For the one case in which DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
     weighting: Literal["token", "device_batch"] = "token"
@@ -127,6 +125,18 @@ class Engine:
             yield
         finally:
             optimizer.step = step
+
+    def together(self, passes: Iterable[T], nothing: T) -> Iterator[T]:
+        """The passes of a step. From ZeRO 2 on processes meet in each, so that who has fewer goes through `nothing`."""
+        if self.world == 1 or self.deepspeed.zero_optimization_stage() < 2:
+            yield from passes
+            return
+        own = iter(passes)
+        while True:
+            one = next(own, None)
+            if not self.total(one is not None)[0]:
+                return
+            yield nothing if one is None else one
 
     def total(self, *numbers: float) -> list[float]:
         """Each number summed over all processes, as every one of them must know it."""
@@ -237,7 +247,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         engine.optimizer.refresh_fp32_params()
     # Where the gradients are left to us, they are reduced before they are clipped: see `Engine._divide`.
     engine.enable_backward_allreduce = not _left_to_us(run)
-    return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm, run.loss_weighting)
+    return Engine(engine, stage.clip_norm, run.loss_weighting)
 
 
 def leave() -> None:

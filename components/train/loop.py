@@ -19,9 +19,10 @@ from nvila.components.contracts.errors import Preempted
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
+from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import tell
 from nvila.components.train import verdict
-from nvila.components.train.checkpoints import clear
+from nvila.components.train.checkpoints import clear, probably_at
 from nvila.components.train.engine import Engine, leave, receive, start
 from nvila.components.train.job import RECORD, TRAINED, Job
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from nvila.components.model.checkpoint.tensorfile import Later
     from nvila.components.model.nvila import NVILA
     from nvila.components.train.account import Account
+    from nvila.components.train.windows import Windows
 
 CHECKPOINTS, PARTIAL = "checkpoints", "model.partial"
 """Folders of an unfinished stage."""
@@ -86,7 +88,7 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
     from nvila.components.train.account import Account
-    from nvila.components.train.data import stage_samples
+    from nvila.components.train.data import INDEX, stage_samples
     from nvila.components.train.keeper import Keeper
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
@@ -95,16 +97,18 @@ def train(job: Job, stop: StopRequest) -> None:
     began = time.monotonic()
     torch.manual_seed(job.seed)
     out, stage, folder, here = Path(job.out), job.stage, Path(job.model), current()
-    samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
+    samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed, out / INDEX)
     total = len(samples) // stage.batch
     samples = samples[: total * stage.batch]
     given = changed(open_native(folder), stage.model)
     config = given.config
     limit = min(config.max_length_tokens, stage.max_length_tokens)
-    mine = _share_of(samples, stage.batch, here.rank, here.world)
+    mine = samples.share(stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
     feed = Feed(given.load_tokenizer(), replace(config, max_length_tokens=limit))
-    with Loader(feed, mine, stage.samples_at_once(here.world)) as loader:
+    per_step = stage.batch // here.world
+    with Loader(feed, mine, per_step, job.run.loader_processes, job.run.loader_seconds) as loader:
+        loader.begin(probably_at(out / CHECKPOINTS))
         verdict.obey(out)
         # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
         dtype = PRECISIONS[job.run.precision].weights
@@ -117,11 +121,12 @@ def train(job: Job, stop: StopRequest) -> None:
             model.gradient_checkpointing_enable()
         engine = start(model, stage, job.run, total, here.world)
         use_flash_attention(model)  # now that the weights have the precision of the stage
+        windows = _windows(job, model, tokenizer.pad_token_id, limit)
         keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
         done = keeper.resume()
         meter = Meter(job, model, engine, began, total - done, here)
-        account = Account(engine, keeper, job, [sample.id for sample in samples], done, meter)
-        _take_steps(job, engine, account, meter.fed(loader.batches(done * engine.micro_batches)), stop)
+        account = Account(engine, keeper, job, samples, done, meter)
+        _take_steps(job, engine, account, meter.fed(map(windows.passes, loader.steps(done))), stop, windows)
     account.finish()
     with engine.weights() as weights:
         if engine.rank == 0:
@@ -129,17 +134,33 @@ def train(job: Job, stop: StopRequest) -> None:
             _save(model, tokenizer, weights, out)
 
 
-def _take_steps(job: Job, engine: Engine, account: Account, batches: Iterator[Batch], stop: StopRequest) -> None:
+def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
+    """How global batches become passes of this model, where it is."""
+    from nvila.components.model.device import use_packed_attention
+    from nvila.components.train.packing import Cost, arrange
+    from nvila.components.train.windows import Windows
+
+    packing, most = job.run.packing, job.stage.samples_at_once(current().world)
+    if job.run.loss_weighting == "device_batch":  # which these are is part of what is learnt
+        packing = "padded"
+    flat = packing in ("auto", "packed") and use_packed_attention(model)
+    cost = Cost.of(model.config.llm, gpu=model.device.type == "cuda", kernel=flat)
+    return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat)
+
+
+def _take_steps(
+    job: Job, engine: Engine, account: Account, steps: Iterator[Iterator[Batch]], stop: StopRequest, windows: Windows
+) -> None:
     from nvila.components.train.account import Share
 
-    saved = time.monotonic()
-    share = Share()
-    for index, batch in enumerate(batches, 1):
-        share.add(batch, *engine.accumulate(**batch.to(engine.device).forward_arguments()))
-        if index % engine.micro_batches:
-            continue
-        stopping, due = account.step(share, stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
+    saved, first = time.monotonic(), account.done
+    for passes in steps:
         share = Share()
+        for batch in engine.together(passes, windows.nothing()):
+            share.add(batch, *engine.accumulate(**batch.to(engine.device).forward_arguments()))
+        if account.done == first and engine.rank == 0 and windows.last:
+            say(f"stage {job.stage.name} goes through the model {windows.last.words}")
+        stopping, due = account.step(share, stop.asked, time.monotonic() - saved > job.run.checkpoint_seconds)
         if account.done == account.total:
             break
         if stopping or due:
@@ -168,14 +189,6 @@ def set_trainable(model: NVILA, parts: list[Any]) -> None:
     """Freeze everything but `parts` (names of the model's three parts)."""
     for name in ("vision_tower", "mm_projector", "llm"):
         getattr(model, name).requires_grad_(name in parts)
-
-
-def _share_of(samples: list[Any], batch: int, rank: int, world: int) -> list[Any]:
-    """This process's samples: of each global batch its contiguous slice, so the batch does not depend on `world`."""
-    if world == 1:
-        return samples
-    per_rank = batch // world
-    return [s for i in range(0, len(samples), batch) for s in samples[i + rank * per_rank : i + (rank + 1) * per_rank]]
 
 
 class StopRequest:

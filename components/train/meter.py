@@ -84,11 +84,15 @@ class Meter:
         profiled = left and self._file and here.profile in ("all", self._file.parent.parent.name)  # store/STEP/KEY/
         self._profile = Profile(Path(job.out), left) if profiled else None
 
-    def fed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, counted, with the time that each is waited for."""
-        self._start = self._read = asked = time.monotonic()
+    def fed(self, steps: Iterator[Iterator[Batch]]) -> Iterator[Iterator[Batch]]:
+        """The passes of each step, counted, with the time that each is waited for."""
+        self._start = self._read = time.monotonic()
         self._attempt = self._open()
-        for batch in batches:
+        return map(self._counted, steps)
+
+    def _counted(self, passes: Iterator[Batch]) -> Iterator[Batch]:
+        asked = time.monotonic()
+        for batch in passes:
             self._mine.add(astuple(counted(batch, self._shape.config, self._tokens, time.monotonic() - asked)))
             yield batch
             asked = time.monotonic()
@@ -185,7 +189,7 @@ def counted(batch: Batch, config: ModelConfig, tokens: TokenIds, waited_seconds:
     units = [(v.block_size, len(v.tiles) // tiles_per_unit(v.block_size, config)) for v in batch.visuals]
     return Counted(
         samples=len(batch.samples),
-        places=len(lengths) * max(lengths),
+        places=batch.computed or len(lengths) * max(lengths),
         tiles=sum(len(visual.tiles) for visual in batch.visuals),
         projected=sum(number * (token_count("image", block, 1, config) - 1) for block, number in units),
         positions=sum(lengths),

@@ -19,6 +19,7 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import PRUNES
 from nvila.components.data.skipped import Tally
 from nvila.components.train.account import read_skipped
+from nvila.components.train.data import INDEX
 from nvila.components.train.job import RECORD, TRAINED, Job
 from nvila.components.train.launch import launch
 from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
@@ -52,7 +53,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     records, skipped = read_losses(out / LOSSES), read_skipped(out / SKIPPED)
     steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", INDEX):
+        shutil.rmtree(out / folder, ignore_errors=True)
     seconds, measured = time.monotonic() - began, measures(out / METER)
     samples = steps * settings.stage.batch - len(skipped)
     tally = Tally(f"stage {settings.stage.name}", len(skipped), 1, quiet=True)

@@ -112,6 +112,14 @@ class Run(Section):
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
     """Longest time between two checkpoints of an unfinished stage; a week at most, or none would be written."""
+    packing: Literal["auto", "padded", "grouped", "packed"] = "auto"
+    """How the samples of a global batch share forward passes: rows of one sample in their order, or those of like
+    length together, or rows of several samples, which do not see each other; auto takes the cheapest for their lengths.
+    """
+    loader_processes: int = Field(default=1, ge=1, le=256)
+    """Processes that make samples ready for each training process."""
+    loader_seconds: float = Field(default=1200.0, ge=1, le=1500)
+    """How long 16 samples may take such a process; more is an error that names the one in hand."""
     keep_checkpoints: int = Field(default=2, ge=1, le=1000)
     """Newest checkpoints of an unfinished stage that stay; where the last is damaged, the one before it serves."""
     keep_best: bool = True
@@ -146,6 +154,11 @@ class TrainSettings(Run):
         """Processes share each stage's batch evenly, and what is offloaded is shared."""
         if self.offload != "none" and self.zero < 2:
             yield Disagreement("offload", f"offload: {self.offload} needs zero: 2 or 3, not {self.zero}")
+        if self.loss_weighting == "device_batch" and self.packing not in ("auto", "padded"):
+            yield Disagreement(
+                "packing",
+                f"loss_weighting: device_batch keeps micro batches as they are: {self.packing} would have no effect",
+            )
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):

@@ -58,17 +58,19 @@ class Way:
     offload: str = "none"
     weighting: str = "token"
     checkpointing: bool = False
+    packing: str = "auto"
 
     def __str__(self) -> str:
         words = [f"{self.world} ranks", f"ZeRO {self.zero}", f"micro batch {self.micro}", self.precision]
         words += ["offload"] * (self.offload != "none") + ["by device batch"] * (self.weighting != "token")
+        words += [self.packing] * (self.packing != "auto")
         return ", ".join(words + ["checkpointing"] * self.checkpointing)
 
     def job(self, model: str, samples: str, out: Path, **stage: Any) -> Job:
         """The job of this way."""
         out.mkdir(parents=True)
         run = {"precision": self.precision, "zero": self.zero, "gpus": self.world, "offload": self.offload}
-        run |= {"loss_weighting": self.weighting, "checkpoint_seconds": 3600.0}
+        run |= {"loss_weighting": self.weighting, "checkpoint_seconds": 3600.0, "packing": self.packing}
         row = STAGE | {"micro_batch": self.micro, "gradient_checkpointing": self.checkpointing} | stage
         return Job(
             stage=Stage.model_validate(row),
@@ -95,6 +97,7 @@ def ways(
             yield Way(world, zero, micro, precision, offload="cpu")
         if micro == 4:
             yield Way(world, zero, micro, precision, weighting="device_batch")
+        yield Way(world, zero, micro, precision, packing="grouped" if micro == 8 else "packed")
         if zero in (0, 3) and micro == 4:
             yield Way(world, zero, micro, precision, checkpointing=True)
 

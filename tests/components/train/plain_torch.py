@@ -30,7 +30,7 @@ def plain(job: Job, device_batch: int | None = None) -> tuple[dict[str, Any], li
     model, tokenizer = load_native(Path(job.model), dtype="bfloat16" if low else "float32")
     set_trainable(model, stage.trainable)
     model.prepare_for_training()
-    samples = stage_samples(stage, Path(job.samples), [], job.seed)
+    samples = stage_samples(stage, Path(job.samples), [], job.seed, Path(job.out))
     total = len(samples) // stage.batch
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: p.detach().float().clone() for name, p in learning.items()}

@@ -23,7 +23,7 @@ def _resume(rank: int, folders: list[str], meeting: str, out: str) -> None:
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    engine = Engine(Loaded(global_rank=rank, world_size=2, device="cpu"), 1)
+    engine = Engine(Loaded(global_rank=rank, world_size=2, device="cpu"))
     Path(out, str(rank)).write_text(str(Keeper(engine, Path(folders[rank]), [], Run()).resume()))
     torch.distributed.destroy_process_group()
 

@@ -60,26 +60,28 @@ def test_many_pictures_fit_a_common_limit_of_open_files(feed: Feed, small: Any) 
     """Every tensor on its way between processes holds a descriptor: one a picture breaks Debian's limit of 1024."""
     pictures = read_samples(small.samples.path("samples.parquet"), split="sft", sources=["colours"]) * 40
     with Loader(feed, pictures, 64) as loader:
-        batches = loader.batches()
-        found = len(next(batches).visuals)
+        steps = loader.steps()
+        found = len([item for ready in next(steps) for item in ready.items])
         time.sleep(1.0)  # the other process is as far ahead as it may be
-        assert found + sum(len(batch.visuals) for batch in batches) == 960
+        assert found + sum(len(ready.items) for step in steps for ready in step) == 960
 
 
-def test_batches_are_those_that_the_feed_makes(feed: Feed, samples: list[Sample]) -> None:
-    """Tiles that end up at another sample's marker train the wrong answers without any error."""
-    here = list(feed.batches(samples[7:], 7))
-    with Loader(feed, samples, 7) as loader:
-        there = list(loader.batches(start=1))
-    assert len(here) == len(there) == -(-(len(samples) - 7) // 7)
-    items = iter([feed.item(sample) for sample in samples[7:]])
-    for ours, theirs in zip(here, there, strict=True):
-        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.labels, theirs.labels)
-        assert ours.samples == theirs.samples
-        wanted = [visual for _ in ours.input_ids for visual in next(items)[1]]
-        for batch in (ours, theirs):
-            assert [(v.kind, v.block_size) for v in batch.visuals] == [(v.kind, v.block_size) for v in wanted]
-            assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(batch.visuals, wanted, strict=True))
+@pytest.mark.parametrize("processes", [1, 3])
+def test_samples_are_those_that_the_feed_makes(feed: Feed, samples: list[Sample], processes: int) -> None:
+    """Tiles that end up at another sample's marker train the wrong answers without any error; and with another number
+    of processes a resumed stage must go on with the same bytes."""
+    wanted = feed.items(samples[20:])[0]
+    with Loader(feed, samples, 20, processes) as loader:
+        loader.begin(0)  # as where the newest checkpoint turns out to be spoilt
+        found = [ready for step in loader.steps(1) for ready in step]
+    assert [name for ready in found for name in ready.names] == [name for name, _ in wanted]
+    items = [item for ready in found for item in ready.items]
+    for (encoded, visuals), (_, (theirs, tiles)) in zip(items, wanted, strict=True):
+        assert encoded == theirs
+        assert [(v.kind, v.block_size) for v in visuals] == [(v.kind, v.block_size) for v in tiles]
+        assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(visuals, tiles, strict=True))
+    assert [length for ready in found for length in ready.lengths] == [feed.length(item) for _, item in wanted]
+    assert loader.waited_seconds > 0
 
 
 class Group:
@@ -98,13 +100,13 @@ def test_what_its_parent_has_dropped_is_not_taken_down_in_it(
 ) -> None:
     """A dropped process group that the collector of the loader's process meets waits there for threads that do not
     exist: for ever, or until it aborts."""
-    before = Feed.batch
-    monkeypatch.setattr(Feed, "batch", lambda *given: (gc.collect(), before(*given))[1])
+    before = Feed.items
+    monkeypatch.setattr(Feed, "items", lambda *given: (gc.collect(), before(*given))[1])
     gc.disable()
     try:
         Group()
         with Loader(feed, samples, 8) as loader:
-            assert next(loader.batches()).input_ids.shape[0] == 8
+            assert len(next(next(loader.steps())).items) == 8
     finally:
         gc.enable()
     assert gc.get_freeze_count() == 0
@@ -125,7 +127,7 @@ def test_it_is_there_before_anything_starts_threads(
     def load(*_: object, **__: object) -> None:
         raise Enough(child().name())
 
-    monkeypatch.setattr(native, "load_native", load)
+    monkeypatch.setattr(native, "load_opened", load)
     before = psutil.Process().children()
     with pytest.raises(Enough):
         train(make_job("a"), None)  # type: ignore[arg-type]
@@ -142,14 +144,13 @@ def test_a_process_that_is_silent_or_lost_is_named(
 ) -> None:
     """A GPU machine that waits for a batch for ever costs as much as one that trains."""
     monkeypatch.setattr(loading, "SAY_SECONDS", 0.3)
-    monkeypatch.setattr(loading, "STALL_SECONDS", 3.0)
-    words = r"no batch for \d+ s" if stop == signal.SIGSTOP else "killed by signal 9"
-    with Loader(feed, samples, 8) as loader:
+    words = r"nothing ready for \d+ s" if stop == signal.SIGSTOP else "killed by signal 9"
+    with Loader(feed, samples, 8, seconds=3.0) as loader:
         process = child()
         process.send_signal(stop)
         with pytest.raises(NvilaError, match=f"{samples[0].id}.*{words}"):
-            next(loader.batches())
-    assert ("waiting for the data loader" in capsys.readouterr().err) == (stop == signal.SIGSTOP)
+            next(next(loader.steps()))
+    assert ("waiting for a data loader" in capsys.readouterr().err) == (stop == signal.SIGSTOP)
     assert not process.is_running()
 
 
@@ -157,37 +158,38 @@ def test_a_process_that_was_lost_before_it_is_asked_is_named(feed: Feed, samples
     """It is lost while weights are loaded, too little memory being the usual reason: "Broken pipe" names neither."""
     with Loader(feed, samples, 8) as loader:
         child().kill()
-        loader._process.join(20)
+        loader._workers[0]._process.join(20)
         with pytest.raises(NvilaError, match=f"{samples[0].id}.*killed by signal 9"):
-            next(loader.batches())
+            next(next(loader.steps()))
 
 
-def test_a_slow_batch_shows_where_it_is(
+def test_a_slow_sample_is_named_and_shows_where_it_is(
     feed: Feed, samples: list[Sample], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of a file system that does not answer nobody sees anything but a run that stands still."""
     monkeypatch.setattr(loading, "SAY_SECONDS", 0.3)
-    monkeypatch.setattr(Feed, "batch", lambda *_: time.sleep(60))
-    monkeypatch.setattr(loading, "STALL_SECONDS", 3.0)
-    with Loader(feed, samples, 8) as loader:
+    items, slow = Feed.items, samples[5].id
+    monkeypatch.setattr(Feed, "items", lambda self, some: time.sleep(60) if some[0].id == slow else items(self, some))
+    with Loader(feed, samples, 8, processes=2, seconds=3.0) as loader:
         deadline = time.monotonic() + 60
         while not catches(child(), signal.SIGUSR1):
             assert time.monotonic() < deadline, "no handler that shows the stack"
             time.sleep(0.05)
-        with pytest.raises(NvilaError, match="Its stack is above"):
-            next(loader.batches())
+        with pytest.raises(NvilaError, match=f"{slow}.*Its stack is above"):
+            next(next(loader.steps()))
     assert "in _make" in capfd.readouterr().err
 
 
 def test_it_outlasts_a_stop_and_not_its_parent(feed: Feed, samples: list[Sample]) -> None:
-    """Ctrl-C reaches every process: the step under way still needs its batches. And an orphan would wait for ever."""
+    """Ctrl-C reaches every process: the step under way still needs its samples. And an orphan would wait for ever."""
     loader = Loader(feed, samples, 8)
     process = child()
-    batches = loader.batches()
-    next(batches)
+    steps = loader.steps()
+    list(next(steps))
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(process.pid, number)
-    assert len(list(batches)) == -(-len(samples) // 8) - 1
-    loader._pipe.close()
-    loader._process.join(20)
-    assert loader._process.exitcode == 0
+    assert len([list(step) for step in steps]) == -(-len(samples) // 8) - 1
+    worker = loader._workers[0]
+    worker._pipe.close()
+    worker._process.join(20)
+    assert worker._process.exitcode == 0

@@ -11,8 +11,9 @@ import pytest
 
 from nvila.components.contracts.errors import DataError, Preempted, TrainingError
 from nvila.components.contracts.exits import Exit
+from nvila.components.train.data import stage_samples
 from nvila.components.train.job import Job
-from nvila.components.train.loop import StopRequest, _share_of, train
+from nvila.components.train.loop import StopRequest, train
 from nvila.components.train.losses import read_losses
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -281,10 +282,10 @@ def test_a_batch_without_usable_samples_changes_nothing(
     seen: list[tuple[bool, float]] = []
     take = Engine.step
 
-    def step(engine: Engine, supervised: int) -> bool:
+    def step(engine: Engine, supervised: int, **wanted: bool) -> bool:
         before = [p.detach().clone() for p in _own(engine)]
         rate = engine.learning_rate
-        finite = take(engine, supervised)
+        finite = take(engine, supervised, **wanted)
         seen.append((all(p.equal(b) for p, b in zip(_own(engine), before, strict=True)), rate))
         return finite
 
@@ -303,11 +304,11 @@ def test_a_batch_without_usable_samples_changes_nothing(
     assert len({record["lr"] for record in records}) > 22
 
 
-def test_batches_do_not_depend_on_the_number_of_processes() -> None:
+def test_batches_do_not_depend_on_the_number_of_processes(make_job: MakeJob) -> None:
     """Two processes that together see other batches than one make a resumed or rescaled run another run."""
-    samples = list(range(24))
-    shares = [_share_of(samples, 8, rank, 2) for rank in (0, 1)]
-    for i in range(3):
-        seen = [s for share in shares for s in share[4 * i : 4 * i + 4]]
-        assert seen == samples[8 * i : 8 * i + 8]
-    assert _share_of(samples, 8, 0, 1) == samples
+    job = make_job("a")
+    samples = stage_samples(job.stage, Path(job.samples), [], 0, Path(job.out))
+    shares = [samples.share(8, rank, 2).ids for rank in (0, 1)]
+    for i in range(len(samples) // 8):
+        assert [name for share in shares for name in share[4 * i : 4 * i + 4]] == samples[8 * i : 8 * i + 8].ids
+    assert samples.share(8, 0, 1).ids == samples.ids
