@@ -67,13 +67,18 @@ class Arrangement:
     cost: float
     costs: Mapping[str, float]
     """Of every packing that was thought of."""
+    flat: bool = False
+    """Whether the rows of a pass lie in one, for the kernel."""
 
     @property
     def words(self) -> str:
         """Which, and why."""
         others = {name: cost / self.cost for name, cost in self.costs.items() if name != self.packing}
         why = ", ".join(f"{name} would cost {ratio:.2f} times as much" for name, ratio in others.items())
-        return f"{self.packing}: {WORDS[self.packing]}" + (f" ({why})" if why else "")
+        how = (
+            "one row of several samples, by a kernel that knows where each begins" if self.flat else WORDS[self.packing]
+        )
+        return f"{self.packing}: {how}" + (f" ({why})" if why else "")
 
 
 def arrange(lengths: Sequence[int], most: int, limit: int, cost: Cost, packing: str = "auto") -> Arrangement:
@@ -87,13 +92,13 @@ def arrange(lengths: Sequence[int], most: int, limit: int, cost: Cost, packing: 
         cost: of the decoder on this device.
         packing: one of them, or `auto` for the cheapest.
     """
-    wanted = ("packed",) if cost.kernel and packing == "auto" else _NAMES if packing == "auto" else (packing,)
+    wanted = _NAMES if packing == "auto" else (packing,)
     found = {name: _PACKINGS[name](lengths, most, limit, cost) for name in wanted}
     costs = {
         name: _cost(passes, lengths, cost, flat=cost.kernel and name == "packed") for name, passes in found.items()
     }
-    best: Any = min(costs, key=lambda name: costs[name])  # the first of equals
-    return Arrangement(best, found[best], costs[best], costs)
+    best: Any = "packed" if cost.kernel and "packed" in found else min(costs, key=lambda name: costs[name])
+    return Arrangement(best, found[best], costs[best], costs, flat=cost.kernel and best == "packed")
 
 
 def waste(passes: Sequence[Pass], lengths: Sequence[int], *, flat: bool = False) -> float:

@@ -21,6 +21,8 @@ WINDOW = 256
 """Samples whose media pruning holds at a time (`prune/scoring.py`)."""
 TEXT_TOKENS = 128
 """Of a sample whose annotation file is not here."""
+SOME = 1000
+"""Samples whose texts stand for those of all."""
 FORMULA = """\
 floating-point operations, n parameters in a part's matrices, t its tokens:
   forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
@@ -35,6 +37,8 @@ class Subset:
     samples: int
     text_tokens: float
     kind: str
+    texts: tuple[float, ...] = (TEXT_TOKENS,)
+    """Tokens of text of some of them."""
     looks: int | None = None
     """Media that a tower sees, each once among `WINDOW` samples, which are held together; None: as many as samples."""
 
@@ -97,10 +101,11 @@ def _read(file: Path, source: Source) -> Subset:
     records: list[Any] = []
     try:
         records = read(file, source.layout)
-        texts = [turn["value"] for record in records for turn in record["conversations"] if isinstance(record, dict)]
+        texts = [[turn["value"] for turn in record["conversations"]] for record in records]
     except (DataError, KeyError, TypeError):
         texts = []  # spoilt records are for `validate`; their number is known all the same where the file can be read
-    characters = sum(len(text) for text in texts if isinstance(text, str))
+    sizes = [sum(len(text) for text in one if isinstance(text, str)) / CHARACTERS_PER_TOKEN for one in texts]
     media = [str(record.get(source.kind)) if isinstance(record, dict) else "" for record in records]
     looks = sum(len(set(media[first : first + WINDOW])) for first in range(0, len(media), WINDOW))
-    return Subset(len(records), characters / CHARACTERS_PER_TOKEN / max(len(records), 1), source.kind, looks)
+    some = tuple(sizes[:: max(1, -(-len(sizes) // SOME))]) or (0.0,)
+    return Subset(len(records), sum(sizes) / max(len(records), 1), source.kind, some, looks)

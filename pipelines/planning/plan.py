@@ -36,6 +36,7 @@ from nvila.pipelines.planning.fit import Fit, fits
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
+from nvila.pipelines.planning.passes import passes
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
 from nvila.pipelines.planning.shape import shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
@@ -69,6 +70,8 @@ class StagePlan:
     cost: float | None
     minutes_here: float | None
     """On this machine, all cores together; None where the recipe wants a GPU."""
+    packing: str | None = None
+    """How samples share forward passes, and why."""
 
     def fits(self, gpu: Gpu) -> bool | None:
         """Whether its memory fits the GPU, beside what CUDA and NCCL take."""
@@ -231,7 +234,9 @@ def _stage(
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
     effort = rates.effort(0.0 if step in done else operations, PRECISIONS[train.precision].products)
     hours = effort.gpu_hours / train.gpus
-    return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here)
+    gpu = recipe.model.base.llm is not None
+    packing = passes(shape, stage, train.run, drawn, known, gpu=gpu)
+    return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here, packing)
 
 
 def _weights(weights: Iterable[str], runs: Path) -> list[str]:
@@ -368,6 +373,7 @@ def _notes(plan: Plan) -> list[str]:
         "not estimated; a step that the store has (hit) takes nothing"
     )
     lines += [f"assumed: {words}" for words in plan.assumed]
+    lines += [f"{stage.step} goes through the model {stage.packing}" for stage in plan.stages if stage.packing]
     if any(stage.samples is None for stage in plan.stages):
         lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")
     if plan.not_asked:
