@@ -9,7 +9,9 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from nvila.components.model.text.timetokens import Times
 from nvila.components.serve.refusal import Refusal, error_body
+from nvila.components.serve.times import Told
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -31,6 +33,9 @@ class Answer:
 
     def __init__(self, send: Send, path: str) -> None:
         self._send, self._path = send, path
+        self.times: Callable[[], Times | None] = lambda: None
+        """What times are in the answer, once its media are known."""
+        self._told: Told | None = None
         self._start: Message | None = None
         self._held = b""
         self._last = b"\n\n"
@@ -47,12 +52,18 @@ class Answer:
         """
         if message["type"] == "http.response.start":
             self._start = message
+            if self._start["status"] < 400 and (times := self.times()):
+                self._told = Told(times)
         elif message["type"] != "http.response.body":
             await self._send(message)
         elif self._start is not None and self._start["status"] >= 400:
             await self._error(message)
         elif self._is_stream():
+            if self._told and message.get("body"):
+                message = {**message, "body": self._told.events(bytes(message["body"]))}
             await self._event(message)
+        elif self._told:
+            await self._whole(message, self._told)
         elif message.get("body") or not message.get("more_body"):
             await self._pass(message)
 
@@ -70,6 +81,17 @@ class Answer:
         self.begun = True
         await self._send({"type": "http.response.body", "body": body})
         self.complete = True
+
+    async def _whole(self, message: Message, told: Told) -> None:
+        """Held until it is whole, and rewritten."""
+        assert self._start is not None
+        self._held += bytes(message.get("body", b""))
+        if message.get("more_body"):
+            return
+        body = told.whole(self._held)
+        kept = [header for header in self._start.get("headers", ()) if header[0].lower() != b"content-length"]
+        self._start = {**self._start, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+        await self._pass({"type": "http.response.body", "body": body})
 
     def _is_stream(self) -> bool:
         return b"text/event-stream" in _header((self._start or {}).get("headers", ()), b"content-type")

@@ -31,6 +31,8 @@ class Facts:
     """What is broken up in texts."""
     markers: frozenset[int] = frozenset()
     """Ids that stand for media; no prompt may name them itself."""
+    time_tokens: int = 0
+    """Tokens for times in a clip."""
     tokens: Callable[[], Any] = field(default=lambda: None, repr=False)
     """The vocabulary as llguidance takes it; made at the first call, which takes most of a second."""
 
@@ -42,12 +44,13 @@ class Facts:
             DataError: the folder is damaged.
         """
         config = read_object(model_dir / "config.json")
-        tokenizer = load_tokenizer(model_dir)
+        tokenizer, model = load_tokenizer(model_dir), ModelConfig.from_json(config["nvila"])
         return cls(
             vocabulary=config["text_config"]["vocab_size"],
             context=tokenizer.model_max_length,
             longest=max(map(len, tokenizer.get_vocab())),
-            sampling=ModelConfig.from_json(config["nvila"]).sampling,
+            sampling=model.sampling,
+            time_tokens=model.time_tokens,
             controls=control_strings(tokenizer),
             markers=frozenset(tokenizer.convert_tokens_to_ids(list(MARKERS))),
             tokens=tokens_of(tokenizer),

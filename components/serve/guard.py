@@ -11,9 +11,11 @@ import contextlib
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.model.text.timetokens import times_of
 from nvila.components.serve.answers import Answer, BrokenStreamError, Message, Send
 from nvila.components.serve.facts import Facts
 from nvila.components.serve.media import Allowance, begin
@@ -44,6 +46,10 @@ MOST_BODIES = 8
 """Largest bodies that may be in work at a time, in sum; the next one is told to come again."""
 DRAINED, DRAIN_SECONDS = 4, 10
 """Largest bodies, and time, for which what a refused client still sends is read and thrown away."""
+
+
+TIMED = frozenset({"/v1/chat/completions", "/v1/messages"})
+"""What is asked of clips, and says times."""
 
 
 class Guard:
@@ -99,7 +105,9 @@ class _Gate:
             self._require_place()  # who sends slowly takes none
             self._running, counted = self._running + 1, True
             judged = await self._judged(path, content)
-            begin(Allowance(self._settings, judged.sampling))
+            begin(allowance := Allowance(self._settings, judged.sampling))
+            if self._bounds and path in TIMED:
+                answer.times = partial(times_of, self._bounds.facts.time_tokens, allowance.clips)
             inner, again = _inner(scope, self._key, len(judged.body)), _again(judged.body, receive)
             del content, judged  # not held while it is answered
             await self.app(inner, again, answer)

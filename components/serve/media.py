@@ -64,6 +64,8 @@ class Allowance:
         self.pixels = self.seconds * PIXELS_PER_SECOND
         self.sampling = sampling
         """What the request asks for instead of the model's own."""
+        self.clips: list[float | None] = []
+        """Seconds of each clip so far; None of one without times."""
         self._lock = threading.Lock()
 
     def take_bytes(self, count: int) -> None:
@@ -134,6 +136,13 @@ class Turns:
         finally:
             for place in held:
                 place.release()
+
+
+class Clip(np.ndarray):
+    """Frames (F, H, W, 3) uint8."""
+
+    seconds: float | None = None
+    """How long the whole clip is shown, where it is known."""
 
 
 class Cache:
@@ -242,7 +251,9 @@ class Media:
         Raises:
             ValueError, BusyError: as of `picture`.
         """
-        return await self._medium(url, "video", allowance.sampling or sampling, allowance)
+        found = await self._medium(url, "video", allowance.sampling or sampling, allowance)
+        allowance.clips.append(getattr(found.pixels, "seconds", None))
+        return found
 
     async def _medium(
         self, url: str, kind: Literal["image", "video"], sampling: Sampling | None, allowance: Allowance
@@ -325,7 +336,8 @@ class Media:
                     frames = _by_path(content.parts[0], spread)
                 if len({frame.size for frame in frames}) > 1:
                     raise MediaError("undecodable", "the frames of a clip have different sizes", "media")
-                made = np.stack([np.asarray(frame) for frame in frames])
+                made = clip = np.stack([np.asarray(frame) for frame in frames]).view(Clip)
+                clip.seconds = getattr(frames, "seconds", None)
         self.cache.put(content.key, made)
         return made
 

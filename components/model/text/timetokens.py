@@ -128,7 +128,11 @@ class Times:
     def said(self, text: str, *, whole: bool = True) -> str:
         """An answer with seconds in place of time tokens; of one that goes on, what may be the beginning of a token is
         left out."""
-        return to_seconds(text if whole else _BEGUN.sub("", text), self.seconds, self.number)
+        return to_seconds(text if whole else self.open(text), self.seconds, self.number)
+
+    def open(self, text: str) -> str:
+        """A text that goes on, without what may be the beginning of a time token."""
+        return _BEGUN.sub("", text)
 
 
 def times_of(number: int, clips: Sequence[float | None]) -> Times | None:
