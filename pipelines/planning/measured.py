@@ -20,7 +20,7 @@ from nvila.components.contracts.steps import STAGES
 from nvila.components.model.shape import Shape
 from nvila.pipelines.planning.fit import sizes
 from nvila.pipelines.planning.memory import seen
-from nvila.pipelines.planning.shape import shape_of
+from nvila.pipelines.planning.shape import stage_shapes
 
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
@@ -34,7 +34,8 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     recipe = Recipe.model_validate(asked["recipe"])
-    stage, shape = recipe.train.stages[STAGES.index(asked["step"])], shape_of(recipe.model)
+    index = STAGES.index(asked["step"])
+    stage, shape = recipe.train.stages[index], stage_shapes(recipe)[index]
     assert stage and shape
     video = shape.video in seen(recipe, stage, shape)
     with entered(Environment.read()):

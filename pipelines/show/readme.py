@@ -14,7 +14,7 @@ from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped, shipped_document
 from nvila.components.contracts.site import Site
-from nvila.components.contracts.steps import INITIALIZE, STEPS, nearest
+from nvila.components.contracts.steps import INITIALIZE, STAGES, STEPS, nearest
 from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
 from nvila.pipelines.commands.schema import every_key
@@ -116,9 +116,28 @@ def keys_table() -> str:
     return _table(("key", "what it may be", "else", "what it is for"), rows)
 
 
+def values_table() -> str:
+    """What each stage is in the paper's recipe and in the reference's, a row for each of them."""
+    both = {recipe: fill_in(Form(recipe=recipe)) for recipe in ("nvila-8b", "nvila-8b-reference")}
+    rows = []
+    for index, step in enumerate(STAGES):
+        for name, recipe in both.items():
+            stage, model = recipe.train.stages[index], recipe.model_at(index)
+            assert stage is not None
+            pools = " and ".join(" x ".join(map(str, pool)) for pool in model.video.pool_sizes)
+            clip = "none" if stage.clip_norm is None else f"{stage.clip_norm:g}"
+            cells = (", ".join(stage.trainable), f"{stage.learning_rate:g}", f"{stage.batch:,}", clip)
+            limit = min(stage.max_length_tokens, model.max_length_tokens)
+            rest = (f"{limit:,}", f"{model.video.frames}, {pools}", str(recipe.time_tokens_at(index) or "none"))
+            rows.append((f"`{step}`", f"`{name}`", *cells, *rest))
+    head = ("stage", "recipe", "trained", "learning rate", "batch", "clip norm", "longest row", "frames, pooling")
+    return _table((*head, "time tokens"), rows)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table},
     "docs/recipe.md": {"keys": keys_table},
+    "docs/stages.md": {"values": values_table},
     "docs/environment.md": {"variables": variables_table, "site": site_table},
 }
 """By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
