@@ -96,6 +96,7 @@ def test_rows_are_as_large_as_they_can_be() -> None:
 
 class _Batch:
     samples = ("a", "b")
+    computed = 0
 
     def __init__(self, **arguments: Any) -> None:
         self.__dict__.update(arguments)
