@@ -33,6 +33,16 @@ def brief(text: str, most: int = 80) -> str:
     return visible(text)
 
 
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 07 s`, `2 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def as_many(lines: Sequence[str], room: int) -> list[str]:
     """The first of `lines` that together have at most `room` characters (one at least), and how many more there are."""
     shown, used = list[str](), 0

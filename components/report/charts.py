@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 WIDTH = 360
 
@@ -26,7 +27,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    """Points joined by a line."""
+    """Points joined by a line, with a gap where a value is NaN."""
 
     series: int
     label: str
@@ -82,7 +83,7 @@ def line_plot(
     if not shown:
         return ""
     every = [point for line in shown for point in line.points]
-    low, high = y_range or _padded([y for _, y in every])
+    low, high = y_range or _padded([y for _, y in every if not math.isnan(y)])
     x_low, x_high = min(p[0] for p in every), max(p[0] for p in every)
     left, right, top, bottom = 40, 24, 8, height - 24
     x, y = _scale(x_low, x_high, left, WIDTH - right), _scale(low, high, bottom, top)
@@ -94,9 +95,10 @@ def line_plot(
     for at, label in labels:
         body.append(f'<text class="tick" text-anchor="middle" x="{x(at):.1f}" y="{height - 8}">{escape(label)}</text>')
     for line in shown:
-        path = " ".join(f"{x(px):.1f},{y(min(max(py, low), high)):.1f}" for px, py in line.points)
         faint = " faint" if line.faint else ""
-        body.append(f'<polyline class="s{line.series} line{faint}" points="{path}"/>')
+        for known, part in groupby(line.points, lambda point: not math.isnan(point[1])):
+            path = " ".join(f"{x(px):.1f},{y(min(max(py, low), high)):.1f}" for px, py in part)
+            body += [f'<polyline class="s{line.series} line{faint}" points="{path}"/>'] if known else []
         for (px, py), reach in zip(line.points, line.spread, strict=False):
             ends = [y(min(max(py + sign * reach, low), high)) for sign in (-1, 1)]
             box = f'x1="{x(px):.1f}" x2="{x(px):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"'

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
+from nvila.components.contracts.text import duration
 from nvila.components.runner.status import Run
 
 ROW_PIXELS = 34
@@ -104,16 +105,6 @@ def lanes(steps: Sequence[Step]) -> dict[str, int]:
 def css(status: str) -> str:
     """CSS class of a status."""
     return escape(status.replace(" ", "-"))
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 07 s`, `2 h 05 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _point(lane: int, row: int) -> tuple[float, float]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import accumulate
 from typing import Any
 
 from nvila.components.contracts import jsonlines
+from nvila.components.contracts.meter import METER, measures
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.model import Quantization, Training, Validation
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS, STAGES
+from nvila.components.contracts.text import duration
 from nvila.components.metrics.standing import Compared, above, change, compared, headline, standing, what_was_measured
 from nvila.components.report import charts, flow
 from nvila.components.report.gallery import cards
@@ -33,7 +36,7 @@ def context(run: Run) -> dict[str, Any]:
         "run": run.name,
         "recipe": recipe.name if recipe else "",
         "verdict": verdict(run),
-        "total": flow.duration(ended - began),
+        "total": duration(ended - began),
         "rows": rows,
         "rail": flow.rail(run, len(rows)),
         "row_pixels": flow.ROW_PIXELS,
@@ -101,27 +104,31 @@ def accuracy_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def loss_curves(run: Run) -> list[dict[str, Any]]:
-    """Per training stage: its name, a chart of the loss (raw and smoothed), the first and last smoothed values."""
+    """Per training stage: its name, a chart of the loss (raw and smoothed, with gaps where a step had none), the first
+    and last smoothed values, and what it measured of itself in words."""
     found, trained = [], run.results(Training)
     for number, step in enumerate(STAGES):
         path = run.file(step, "loss.jsonl")
         if path is None:
             continue
-        points = [(float(r["step"]), float(r["loss"])) for r in jsonlines.whole(path) if r.get("loss") is not None]
+        losses = {float(r["step"]): r["loss"] for r in jsonlines.whole(path) if "loss" in r}
+        points = [(step, float(loss)) for step, loss in losses.items() if loss is not None]
         if not points:
             continue
-        smooth = _smoothed(points)
+        smooth, gaps = _smoothed(points), [(step, math.nan) for step, loss in losses.items() if loss is None]
+        measured = measures(path.with_name(METER))
         lines = [
-            charts.Line(number, "loss", _thinned(points), faint=True),
-            charts.Line(number, "smoothed loss", _thinned(smooth)),
+            charts.Line(number, "loss", sorted([*_thinned(points), *gaps]), faint=True),
+            charts.Line(number, "smoothed loss", sorted([*_thinned(smooth), *gaps])),
         ]
         found.append(
             {
                 "title": f"Stage {number + 1}",
                 "name": trained[step].name if step in trained else "",
-                "steps": len(points),
+                "steps": len(losses),
                 "first": smooth[0][1],
                 "last": smooth[-1][1],
+                "measured": ", ".join(measured.words) if measured else "",
                 "chart": charts.line_plot(lines, f"Loss of {step}", height=150),
             }
         )

@@ -11,7 +11,8 @@ from nvila.components.contracts.manifest import Manifest, write_atomic
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import REPORT
-from nvila.components.report.flow import css, duration
+from nvila.components.contracts.text import duration
+from nvila.components.report.flow import css
 from nvila.components.report.page import context
 from nvila.components.runner.execute import Place
 from nvila.components.runner.status import Run

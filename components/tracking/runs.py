@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.files import discard, read_json, write_atomic
 from nvila.components.contracts.manifest import MANIFEST, Manifest
+from nvila.components.contracts.meter import METER, rates, read_meter
 from nvila.components.contracts.processes import OWNER
 from nvila.components.contracts.text import say
 from nvila.components.tracking.columns import RUN_NAME, TAG, VALUE, fitted, key
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+T = TypeVar("T")
 PARENT_FILE = "mlflow.json"
 PROCESS_TAG = "nvila.process"
 """Which process runs the pipeline run: where it has ended, nobody else will end the run here."""
@@ -296,17 +298,22 @@ def _log_metrics(client: MlflowClient, run: str, rows: list[tuple[str, float, in
 
 
 def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
-    """Rows (name, value, ms, step) of `loss.jsonl`, where the step wrote one."""
-    path = folder / "loss.jsonl"
-    lines = [record for record in jsonlines.whole(path) if isinstance(record.get("step"), int)]
-    every = max(1, -(-len(lines) // CURVE_POINTS))
-    kept = lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
+    """Rows (name, value, ms, step) of `loss.jsonl` and of the rates of `meter.jsonl`, where the step wrote them."""
+    losses = [record for record in jsonlines.whole(folder / "loss.jsonl") if isinstance(record.get("step"), int)]
+    measured = [(reading, rates([(attempt, reading)]).model_dump()) for attempt, reading in read_meter(folder / METER)]
+    found = [(now, int(line["step"]), line) for line in _thinned(losses)]
+    found += [(_ms(reading.time), reading.step, told) for reading, told in _thinned(measured)]
     return [
-        (f"curve/{name}", value, now, int(line["step"]))
-        for line in kept
-        for name, value in line.items()
+        (f"curve/{name}", value, at, step)
+        for at, step, told in found
+        for name, value in told.items()
         if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
+
+
+def _thinned(lines: list[T]) -> list[T]:
+    every = max(1, -(-len(lines) // CURVE_POINTS))
+    return lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
 
 
 def _log_files(client: MlflowClient, run: str, manifest: Manifest) -> None:

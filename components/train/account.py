@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from nvila.components.model.batch import Batch
     from nvila.components.train.engine import Engine
+    from nvila.components.train.meter import Meter
 
 SUSPECTS = 10
 """Samples that an error names."""
@@ -51,11 +52,12 @@ class Share:
 class Account:
     """Takes the optimizer's steps of a stage and writes them down. Every process keeps one; rank 0 writes."""
 
-    def __init__(self, engine: Engine, job: Job, samples: list[str], done: int) -> None:
+    def __init__(self, engine: Engine, job: Job, samples: list[str], done: int, meter: Meter) -> None:
         """`samples` are the ids of the stage in its order, of which `done` optimizer steps lie behind."""
         out, first, what = Path(job.out), engine.rank == 0, f"stage {job.stage.name}"
         self.done, self.total = done, len(samples) // job.stage.batch
-        self._engine, self._samples, self._batch = engine, samples, job.stage.batch
+        self._engine, self._samples, self._batch, self._stage = engine, samples, job.stage.batch, job.stage
+        self._meter = meter
         self._tally = Tally(what, len(set(samples)), job.run.max_skipped_share, quiet=not first)
         self._tally.add(engine.gather(read_skipped(out / SKIPPED) if first else []))
         self._logs = [StepLog(out / name) for name in (LOSSES, SKIPPED)] if first else []
@@ -75,7 +77,8 @@ class Account:
         engine, rate = self._engine, self._engine.learning_rate
         own = sum(loss.item() for loss in share.losses)
         seen = (own, share.supervised, share.tokens, len(share.skipped))
-        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags)
+        counts = self._meter.counts()
+        loss, supervised, tokens, skipped, *joint = engine.total(*seen, *flags, *counts)
         if skipped:
             self._skip(engine.gather(share.skipped))
         if not math.isfinite(loss):
@@ -86,11 +89,11 @@ class Account:
         self.done += 1
         mean = loss / supervised if supervised else None
         if self._logs:
-            self._logs[0].write(
-                step=self.done, loss=None if mean is None else round(mean, 6), lr=rate, tokens=int(tokens)
-            )
-        self._show(1, "no usable sample" if mean is None else f"loss {mean:.3f}")
-        return [flag > 0 for flag in joint]
+            record = {"loss": None if mean is None else round(mean, 6), "lr": rate} | self._own_rates(rate)
+            self._logs[0].write(step=self.done, **record, tokens=int(tokens))
+        flags_of_all, counts = joint[: len(flags)], joint[len(flags) :]
+        self._show(1, self._meter.step(self.done, self.total - self.done, loss, supervised, rate, counts))
+        return [flag > 0 for flag in flags_of_all]
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, the logs in it.
@@ -109,6 +112,12 @@ class Account:
         """
         if names := self._engine.not_finite():
             raise self._not_finite("weights are not finite", names[:3], [])
+
+    def _own_rates(self, rate: float) -> dict[str, dict[str, float]]:
+        """Rates of the parts that have one of their own, where the stage's is at `rate`: one schedule moves all."""
+        stage = self._stage
+        of = {str(part): peak * rate / stage.learning_rate for part, peak in stage.learning_rates.items()}
+        return {"lr_of": of} if of else {}
 
     def _skip(self, skipped: list[Skipped]) -> None:
         for one in skipped if self._logs else ():

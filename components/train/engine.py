@@ -22,12 +22,12 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.sealed import write_record
 from nvila.components.train.checkpoints import RECORD, bring_back, newest_sound, partial, publish, written_by
+from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     import torch
 
-BETAS = (0.9, 0.999)
 PEER_SECONDS = 1800
 """How long a process waits in a collective for one that is silent; one that ends is missed at once."""
 T = TypeVar("T")
@@ -71,8 +71,6 @@ class Engine:
         """
         output = self.deepspeed(**batch, reduction="sum")
         self.deepspeed.backward(output.loss, scale_wrt_gas=False)
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()
         return output.loss.detach(), output.supervised
 
     def step(self, supervised: int) -> bool:
@@ -102,9 +100,10 @@ class Engine:
         return self.deepspeed.optimizer is self.deepspeed.basic_optimizer
 
     def _divide(self, tokens: float) -> bool:
-        """Divide and clip the gradients of the parameters; whether they are finite."""
+        """Take the mean of the processes' gradients, divide and clip them; whether they are finite."""
         import torch
 
+        self.deepspeed.buffered_allreduce_fallback()  # what has no gradient gets one of zero, and decays
         parameters = [p for group in self.deepspeed.optimizer.param_groups for p in group["params"]]
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], tokens)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
@@ -216,6 +215,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
     config = {
         "train_batch_size": stage.batch,
         "train_micro_batch_size_per_gpu": stage.samples_at_once(world),
+        "managed_gradient_accumulation": False,  # a global batch is whole when `step` is called
         "gradient_clipping": 0.0 if plain else stage.clip_norm or 0.0,
         "zero_optimization": {"stage": run.zero},
         "bf16": {"enabled": half},
@@ -223,9 +223,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         "zero_allow_untested_optimizer": True,
     }
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        _decay_groups(model, stage.weight_decay), lr=stage.learning_rate, betas=BETAS, eps=1e-8
-    )
+    optimizer = adamw(model, stage)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -239,6 +237,8 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         # DeepSpeed has made AdamW's moments by a step on gradients of zero, which counts as one, and decays.
         engine.optimizer.optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
+    # Where the gradients are left to us, they are reduced before they are clipped: see `Engine._divide`.
+    engine.enable_backward_allreduce = not plain
     return Engine(engine, engine.gradient_accumulation_steps(), stage.clip_norm)
 
 
@@ -275,14 +275,3 @@ def _without_shared_memory() -> None:
             return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
 
     set_accelerator(Plain())
-
-
-def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: LayerNorm weights and biases do not decay, as in the reference."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -93,7 +93,9 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.train.data import stage_samples
     from nvila.components.train.loader import Loader
     from nvila.components.train.losses import LOSSES, SKIPPED
+    from nvila.components.train.meter import Meter
 
+    began = time.monotonic()
     torch.manual_seed(job.seed)
     out, stage, folder, here = Path(job.out), job.stage, Path(job.model), current()
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed)
@@ -116,8 +118,9 @@ def train(job: Job, stop: StopRequest) -> None:
         engine = start(model, stage, job.run, total, here.world)
         use_flash_attention(model)  # now that the weights have the precision of the stage
         done = engine.resume(out / CHECKPOINTS, [out / LOSSES, out / SKIPPED])
-        account = Account(engine, job, [sample.id for sample in samples], done)
-        _take_steps(job, engine, account, loader.batches(done * engine.micro_batches), stop)
+        meter = Meter(job, model, engine, began)
+        account = Account(engine, job, [sample.id for sample in samples], done, meter)
+        _take_steps(job, engine, account, meter.fed(loader.batches(done * engine.micro_batches)), stop)
     account.check_weights()
     weights = engine.weights()
     if engine.rank == 0:

@@ -26,7 +26,10 @@ class StepLog:
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
-    """Records (step, loss, lr, tokens) of `loss.jsonl`; loss is None where a step had no usable sample."""
+    """Records (step, loss, lr, tokens) of `loss.jsonl`; loss is None where a step had no usable sample.
+
+    `lr` is the stage's own rate; parts with another have theirs in `lr_of`.
+    """
     return [record for record in read_log(path) if "loss" in record]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.meter import METER, measures
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.contracts.results.model import Training
@@ -37,7 +39,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         settings: the row, and how to run it.
         inputs: `model` (the one before this stage), `samples`, and for pruned rows `kept_*` (score tables; the samples
             stand in the place of one of a kind of which nothing is pruned).
-        out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`.
+        out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`; and `meter.jsonl`, which is no
+            part of the output.
 
     Raises:
         TrainingError: a loss that is not finite, a worker that died.
@@ -50,7 +53,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     steps = records[-1]["step"]
     _plot(records, settings.stage.name, out / "loss.png")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    seconds = time.monotonic() - began
+    seconds, measured = time.monotonic() - began, measures(out / METER)
     samples = steps * settings.stage.batch - len(skipped)
     tally = Tally(f"stage {settings.stage.name}", len(skipped), 1, quiet=True)
     tally.add(skipped)
@@ -66,7 +69,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             final_loss=round(sum(tail) / len(tail), 4) if tail else None,
         ),
         files=(*TRAINED, "loss.png"),
-        measured={"seconds": seconds, "samples_per_second": samples / seconds},
+        measured={"seconds": seconds} | (measured.model_dump(exclude_none=True) if measured else {}),
     )
 
 
@@ -96,7 +99,7 @@ def _plot(records: list[dict[str, Any]], name: str, path: Path) -> None:
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    known = [r for r in records if r["loss"] is not None]
-    axes.plot([r["step"] for r in known], [r["loss"] for r in known], linewidth=1)
+    losses = [math.nan if r["loss"] is None else r["loss"] for r in records]  # a gap where there is none
+    axes.plot([r["step"] for r in records], losses, linewidth=1)
     axes.set(title=f"Stage {name}", xlabel="optimizer step", ylabel="loss per supervised token")
     figure.savefig(path, dpi=100)

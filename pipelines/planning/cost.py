@@ -13,7 +13,8 @@ from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.data.layouts import read
 from nvila.components.data.mixture import drawn, kept
-from nvila.pipelines.planning.shape import Seen, Shape
+from nvila.components.model.shape import Shape
+from nvila.components.model.work import operations
 
 CHARACTERS_PER_TOKEN = 4
 WINDOW = 256
@@ -25,29 +26,6 @@ floating-point operations, n parameters in a part's matrices, t its tokens:
   forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
   backward     4 n t where the part learns, 2 n t where gradients pass through, none where nothing before it learns
   hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price"""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An accelerator as its maker states it."""
-
-    name: str
-    memory_bytes: int
-    bf16: float
-    """Operations a second, dense."""
-    fp32: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100", 80 * 10**9, 312e12, 19.5e12),
-        Gpu("l40s", 48 * 10**9, 362e12, 91.6e12),
-        Gpu("h100", 80 * 10**9, 989e12, 67e12),
-        Gpu("h200", 141 * 10**9, 989e12, 67e12),
-        Gpu("b200", 180 * 10**9, 2250e12, 75e12),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -101,30 +79,6 @@ def samples_of(stage: Stage, known: Mapping[str, Subset], prune: PruneSettings) 
     return found
 
 
-def forward(shape: Shape, seen: Seen, text_tokens: float, length: int) -> dict[str, float]:
-    """Floating-point operations of one sample through each part, forward only."""
-    llm, vision = shape.config.llm, shape.config.vision
-    positions = min(seen.tokens + text_tokens, length)
-    patches = seen.tiles * shape.tower_tokens
-    tower = 2 * shape.tower_matrices * patches
-    tower += shape.tower_blocks * 4 * patches * int(vision["hidden_size"]) * shape.tower_tokens
-    projector = 2 * shape.parameters["mm_projector"] * seen.projected
-    decoder = 2 * shape.decoder_matrices * positions
-    decoder += int(llm["num_hidden_layers"]) * 4 * positions * int(llm["hidden_size"]) * positions / 2
-    decoder += 2 * int(llm["vocab_size"]) * int(llm["hidden_size"]) * max(positions - seen.tokens, 0)
-    return {"vision_tower": tower, "mm_projector": projector, "llm": decoder}
-
-
-def operations(shape: Shape, trainable: list[Any], seen: Seen, text_tokens: float, length: int) -> float:
-    """Floating-point operations of one sample, forward and backward."""
-    work, before = 0.0, False
-    for part, through in forward(shape, seen, text_tokens, length).items():
-        learns = part in trainable
-        work += through * (3 if learns else 2 if before else 1)
-        before = before or learns
-    return work
-
-
 def stage_work(
     shape: Shape, stage: Stage, drawn: Mapping[str, int], known: Mapping[str, Subset]
 ) -> tuple[float, float]:
@@ -134,7 +88,7 @@ def stage_work(
     for name, samples in drawn.items():
         subset = known[name]
         seen = shape.video if subset.kind == "video" else shape.image
-        work += samples * operations(shape, stage.trainable, seen, subset.text_tokens, length)
+        work += samples * operations(shape, stage.trainable, seen.load(subset.text_tokens, length))
         tokens += samples * min(seen.tokens + subset.text_tokens, length)
     return work, tokens
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nvila.components.contracts.precisions import Kept
 from nvila.components.contracts.recipe.train import Stage
-from nvila.pipelines.planning.shape import PARTS, Seen, Shape
+from nvila.components.model.shape import PARTS, Seen, Shape
 
 REDUCE_BUCKET = 5 * 10**8
 GATHERED = 10**9

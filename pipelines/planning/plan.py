@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError, PreflightError, Unreachable
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.gpus import GPUS, Gpu
 from nvila.components.contracts.placement import Placement, work
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
@@ -21,6 +22,7 @@ from nvila.components.contracts.site import Site
 from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
+from nvila.components.model.shape import Shape
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
@@ -29,12 +31,12 @@ from nvila.pipelines.planning import cost
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
 from nvila.pipelines.planning.checks import Finding, Need, look
-from nvila.pipelines.planning.cost import GPUS, Gpu, Subset
+from nvila.pipelines.planning.cost import Subset
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
-from nvila.pipelines.planning.shape import Shape, shape_of
+from nvila.pipelines.planning.shape import shape_of
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line

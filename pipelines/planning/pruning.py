@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from nvila.components.contracts.gpus import Gpu
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.prune import Reference
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, STAGES
-from nvila.pipelines.planning.cost import Gpu, Subset, forward, operations, samples_of
-from nvila.pipelines.planning.shape import Seen, Shape, shape_at, shape_of
+from nvila.components.model.shape import Seen, Shape
+from nvila.components.model.work import forward, operations
+from nvila.pipelines.planning.cost import Subset, samples_of
+from nvila.pipelines.planning.shape import shape_at, shape_of
 from nvila.pipelines.planning.speed import Speed
 
 FOLDS = 2
@@ -164,7 +167,9 @@ def _work(source: str, recipe: Recipe, whole: Shape, shapes: Mapping[str, Shape]
     video = sft.kind == "video"
     work = 0.0
     if "clusters" in prune.methods:
-        tower = forward(whole, _seen(whole, video), sft.text_tokens, whole.config.max_length_tokens)["vision_tower"]
+        tower = forward(whole, _seen(whole, video).load(sft.text_tokens, whole.config.max_length_tokens))[
+            "vision_tower"
+        ]
         work += (sft.media + min(sft.media, FITTED_MEDIA)) * tower
     if not prune.references:
         return work
@@ -173,7 +178,7 @@ def _work(source: str, recipe: Recipe, whole: Shape, shapes: Mapping[str, Shape]
     shared = False  # the tower of the references that are trained here
     for name, reference in prune.references.items():
         shape = shapes[name]
-        parts = forward(shape, _seen(shape, video), sft.text_tokens, shape.config.max_length_tokens)
+        parts = forward(shape, _seen(shape, video).load(sft.text_tokens, shape.config.max_length_tokens))
         rest = parts["mm_projector"] + parts["llm"]
         blank, judged_blank = (prune.blank, True) if name == "large" else (False, False)
         work += sft.samples * rest * (1 + blank) + asked * rest * (1 + judged_blank)
@@ -192,7 +197,7 @@ def _training(source: str, reference: Reference, shape: Shape, video: bool, know
     for split, epochs in (("captions", reference.caption_epochs), ("sft", reference.epochs)):
         subset = known.get(f"{source}.{split}")
         if subset and epochs:
-            parts = forward(shape, _seen(shape, video), subset.text_tokens, shape.config.max_length_tokens)
+            parts = forward(shape, _seen(shape, video).load(subset.text_tokens, shape.config.max_length_tokens))
             work += subset.samples * (min(epochs, 1.0) * parts["vision_tower"])
             work += subset.samples * 3 * epochs * (parts["mm_projector"] + parts["llm"])
     return work
@@ -215,7 +220,7 @@ def _saved(
             if name.partition(".")[0] in sources:
                 subset = known[name]
                 seen = _seen(shape, subset.kind == "video")
-                one = operations(shape, list(stage.trainable), seen, subset.text_tokens, length)
+                one = operations(shape, stage.trainable, seen.load(subset.text_tokens, length))
                 work += (everything[name] - rest[name]) * one
     return work
 

@@ -15,9 +15,10 @@ from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.results.model import Training
 from nvila.components.contracts.steps import STAGES
+from nvila.components.model.shape import Shape
 from nvila.components.runner.work import machine
 from nvila.pipelines.planning.cost import Subset, samples_of, stage_work
-from nvila.pipelines.planning.shape import Shape, shape_at
+from nvila.pipelines.planning.shape import shape_at
 
 SHARE_REACHED = 0.2
 """Of the speed of a large product in fp32: the stages of `tiny`, whose matrices are small, reached 0.15 to 0.22."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvila.components.contracts import jsonlines
 from nvila.components.contracts.environment import current, name_of
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.metrics import in_words, named
@@ -38,6 +40,7 @@ _KINDS = {
     ".tif": "tiff",
     ".tiff": "tiff",
 }
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _LARGEST_ARGUMENT_BYTES = 64 * 2**10
 """Of a picture: Linux lets a program have no argument above 128 KiB, and base64 and the question add to it."""
 
@@ -53,6 +56,10 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
     _print_table(console, title, step_table(steps, notes=False))
     if summary.message:
         print_line(console, f"\n{visible_lines(summary.message)}", style="bold")
+    if summary.training:
+        _print_table(
+            console, "training: loss over the steps, and what each stage measured", _training_table(run, summary)
+        )
     if summary.accuracy:
         found = verdict(run)
         colour = "green" if found.good and summary.exit_code == Exit.DONE else "yellow"
@@ -152,6 +159,29 @@ def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
             _interval(m.quantized),
         )
     return table
+
+
+def _training_table(run: Run, summary: Summary) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "loss", "", ""):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    for step, found in summary.training.items():
+        path = run.file(step, "loss.jsonl")
+        losses = [record["loss"] for record in jsonlines.whole(path) if "loss" in record] if path else []
+        known = [loss for loss in losses if loss is not None]
+        ends = f"{known[0]:.3f} to {known[-1]:.3f}" if known else ""
+        table.add_row(step, spark(losses), ends, ", ".join(found.words))
+    return table
+
+
+def spark(values: Sequence[float | None], width: int = 24) -> str:
+    """A line of at most `width` blocks from 0 to the largest of their means; a gap where there is no value."""
+    width = max(1, min(width, len(values)))
+    parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+    known = [[value for value in part if value is not None] for part in parts]
+    means = [sum(part) / len(part) if part else None for part in known]
+    most = max((mean for mean in means if mean is not None), default=0) or 1
+    return "".join(" " if mean is None else _BLOCKS[max(0, math.ceil(8 * mean / most) - 1)] for mean in means)
 
 
 def _stage_table(stages: Mapping[str, Mapping[str, Measured]]) -> Table:

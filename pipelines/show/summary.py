@@ -8,6 +8,7 @@ from typing import Any, Literal
 from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.meter import METER, Measures, measures
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
@@ -75,6 +76,8 @@ class Summary(Result):
     """By source."""
     stages: dict[str, dict[str, Measured]]
     """By step and source."""
+    training: dict[str, Measures] = {}
+    """What each stage measured of itself, by step; of one that the store had, when it was trained."""
     endpoint: str | None
     seconds_total: float
     seconds_overhead: float
@@ -109,6 +112,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
         headline=verdict(run).text,
         accuracy=compared(evaluation, run.result(QuantizedEvaluation)),
         stages=evaluation.stages if evaluation else {},
+        training=training(run),
         endpoint=rollout.endpoint if rollout else None,
         seconds_total=round(seconds_total, 3),
         seconds_overhead=round(max(seconds_total - _work_seconds(run), 0.0), 3),
@@ -116,6 +120,12 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
     )
     write_atomic(run.folder / SUMMARY, summary.model_dump_json(indent=1) + "\n")
     return summary
+
+
+def training(run: Run) -> dict[str, Measures]:
+    """Of the stages that came through, as far as they measured."""
+    made = [(step, Path(run.manifests[step].folder, METER)) for step in STAGES if step in run.manifests]
+    return {step: found for step, path in made if (found := measures(path))}
 
 
 def paths(run: Run) -> Paths:

@@ -16,7 +16,7 @@ from telling import evaluation, quantized_evaluation, retained, scored
 from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import DataError, to_record
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
 from nvila.components.contracts.steps import ROWS
@@ -204,6 +204,25 @@ def test_closing_words_tell_everything(run_dir: Path, monkeypatch: pytest.Monkey
     closing.show_closing(finished, write_summary(finished, 60.0, 2**30, 0), Console(file=out, width=140))
     for part in ("promoted", "1.0 GiB", "0.700", "0.690", "0.300", "blank picture", "report.html", "mlflow.db", "curl"):
         assert part in out.getvalue(), part
+
+
+def test_closing_words_tell_how_each_stage_went(run_dir: Path) -> None:
+    """A stage whose loader starved it, or whose loss rose, looked like any other at the end."""
+    folder = run_dir / "store" / "train-4"
+    losses = [{"step": i, "loss": None if i in (3, 4) else 8.0 - i} for i in range(8)]
+    (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, losses)))
+    described = Manifest.load(folder / "manifest.json").model_copy(update={"files": describe_files(folder, ("loss*",))})
+    described.save(folder / "manifest.json")
+    attempt = {"began": 1.0, "startup_seconds": 18.0, "processes": 2, "device": "H100", "peak_flops": 1e12}
+    reading = {"time": 3.0, "step": 8, "seconds": 2.0, "loss": 0.4, "lr": 0.1, "samples": 10, "tokens": 90}
+    reading |= {"places": 120, "operations": 1e12, "waited_seconds": 0.2, "rss_bytes": 2**30}
+    (folder / "meter.jsonl").write_text(f"{json.dumps(attempt)}\n{json.dumps(reading)}\n")
+    finished, out = Run.read(run_dir), io.StringIO()
+    summary = write_summary(finished, 60.0, 2**30, 0)
+    closing.show_closing(finished, summary, Console(file=out, width=160))
+    assert json.loads((run_dir / "summary.json").read_text())["training"]["train-4"]["mfu"] == 0.25
+    for part in ("█▇▆  ▃▂▁", "8.000 to 1.000", "45 tokens/s", "MFU 25%", "0.01 GPU hours"):
+        assert part in out.getvalue(), out.getvalue()
 
 
 def _measured(run_dir: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float, quantized: float) -> str:

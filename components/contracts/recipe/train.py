@@ -32,6 +32,8 @@ class Stage(Section):
     """Parts that learn; the others are frozen."""
     learning_rate: Rate
     """Peak of the cosine schedule."""
+    learning_rates: dict[Part, Rate] = {}
+    """Peaks of trainable parts that have one of their own."""
     data: dict[Name, Passes] = Field(min_length=1, max_length=MOST_ENTRIES)
     """`source.split` -> passes over it; 0.5 is half of it, 2 is twice."""
     pruned: bool = False
@@ -56,10 +58,19 @@ class Stage(Section):
         """Names of the sources whose `sft` split it draws."""
         return [source for source, _, split in (subset.partition(".") for subset in self.data) if split == "sft"]
 
+    def rate(self, part: Part) -> float:
+        """Peak learning rate of a trainable part."""
+        return self.learning_rates.get(part, self.learning_rate)
+
     def disagreements(self) -> Iterator[Disagreement]:
-        """Parts stand there once, and what is pruned is drawn."""
+        """Parts stand there once, rates are of parts that learn, and what is pruned is drawn."""
         if len(set(self.trainable)) != len(self.trainable):
             yield Disagreement("trainable", "a part stands there twice")
+        for part in self.learning_rates:
+            if part not in self.trainable:
+                yield Disagreement(f"learning_rates.{part}", f"{part} is not trainable in this stage")
+        if set(self.trainable) <= set(self.learning_rates):
+            yield Disagreement("learning_rates", "each trainable part has its own: learning_rate would have no effect")
         if self.pruned and not self.tuned_on:
             yield Disagreement(
                 "pruned", "pruned: true draws less of sft splits, and the stage's data has none; drop it"

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 
+from nvila.components.contracts.gpus import Gpu
 from nvila.components.contracts.metrics import METRICS, Metric
 from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.data import SUFFIXES, Layout
@@ -12,7 +13,6 @@ from nvila.components.contracts.recipe.rollout import TARGETS, Target
 from nvila.components.data.layouts import READERS
 from nvila.components.metrics.accuracy import SCORES
 from nvila.components.rollout.step import ACTS
-from nvila.pipelines.planning.cost import Gpu
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,19 @@ def _result(root: Path, folder: Path, step: str, text: str) -> Result | None:
         return _pruning(folder, ("clips",) if step.endswith("video") else ("shapes", "digits"), dice, text)
     if step.startswith("train"):
         rows = [{"step": i, "loss": 2 * math.exp(-i / 90) + 0.4 + dice.gauss(0, 0.07), "lr": 1e-3} for i in range(400)]
+        rows[100]["loss"] = None
         (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        if step == "train-4":
+            attempt = {
+                "began": 1.0,
+                "startup_seconds": 18.0,
+                "processes": 2,
+                "device": "NVIDIA H100",
+                "peak_flops": 1e12,
+            }
+            reading = {"time": 3.0, "step": 400, "seconds": 2.0, "loss": 0.4, "lr": 0.1, "samples": 10, "tokens": 90}
+            reading |= {"places": 120, "operations": 1e12, "waited_seconds": 0.2, "rss_bytes": 2**30}
+            (folder / "meter.jsonl").write_text(f"{json.dumps(attempt)}\n{json.dumps(reading)}\n")
         return training(stage={"name": text})
     if step.startswith("evaluate"):
         return _evaluation(root, folder, step, text)

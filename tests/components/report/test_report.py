@@ -74,6 +74,7 @@ def test_finished_run_tells_everything(make_run: MakeRun) -> None:
     ):  # fmt: skip
         assert part in text, part
     assert [row.name for row in SHOWN if row.name not in text] == []
+    assert "400 steps, loss" in text and text.count("MFU 25%, loader wait 5.0%, padding 25.0%") == 1
     assert seen.tags.count("figure") == 18 + 3 * 12
     assert seen.tags.count("svg") == 1 + 2 + 5 + 2 + 3 * 3
 

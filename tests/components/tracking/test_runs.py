@@ -55,6 +55,10 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
         '{"step": 8, "lo',
     ]
     (folder / "loss.jsonl").write_text("\n".join([*rows, *noise]))
+    attempt = {"began": 1.0, "startup_seconds": 1.0, "processes": 1, "device": "cpu"}
+    reading = {"time": 7.5, "step": 2, "seconds": 2.0, "loss": 1.0, "lr": 0.1, "samples": 8, "tokens": 30, "places": 40}
+    reading |= {"operations": 4e9, "waited_seconds": 0.5, "rss_bytes": 9}
+    (folder / "meter.jsonl").write_text(f"{json.dumps(attempt)}\n{json.dumps(reading)}\n")
     source = File(uri="/data/digits/sft.json", size_bytes=3, sha256="a" * 64)
     told = Other(accuracy={"digits": 0.5}, informative=True)
     made = manifest(folder, "try", result=told, sources=[source])
@@ -69,7 +73,9 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
     assert child.data.params["stage.name"] == "align"
     assert child.data.params["stage.data.digits.sft"] == "1"
     assert len(child.data.params["stage.long"]) == 500
-    numbers = {"accuracy/digits": 0.5, "tokens_per_second": 9.0, "curve/loss": 1.0}
+    numbers = {"accuracy/digits": 0.5, "tokens_per_second": 9.0, "curve/loss": 1.0, "curve/tokens_per_second": 15.0}
+    numbers |= {"curve/samples_per_second": 4.0, "curve/operations_per_second": 2e9, "curve/loader_wait": 0.25}
+    numbers |= {"curve/padding": 0.25, "curve/rss_bytes": 9.0}
     assert child.data.metrics == {f"train-1/{name}": value for name, value in numbers.items()}
     data = {d.dataset.name: d.dataset for d in child.inputs.dataset_inputs}
     assert data["validate"].digest == samples.digest[:36]
@@ -77,10 +83,12 @@ def test_step_becomes_a_child_with_everything_it_made(tracked_run: Path, tmp_pat
     assert places == {"validate": f"{samples.folder}/manifest.json", "digits": "/data/digits"}
     with connected(tracked_run.parent) as client:
         curve = client.get_metric_history(child.info.run_id, "train-1/curve/loss")
+        (rate,) = client.get_metric_history(child.info.run_id, "train-1/curve/tokens_per_second")
         whole = Path(client.download_artifacts(child.info.run_id, "settings.json", str(tmp_path)))
         names = {f.path for f in client.list_artifacts(child.info.run_id)}
         pictures = {f.path for f in client.list_artifacts(child.info.run_id, "plots")}
     assert [(m.step, m.value) for m in curve] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert (rate.step, rate.timestamp) == (2, 7500)
     assert json.loads(whole.read_text()) == settings
     assert names == {"manifest.json", "settings.json", "plots"} and pictures == {"plots/loss.png"}
 

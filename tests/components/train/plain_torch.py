@@ -31,15 +31,16 @@ def plain(job: Job) -> tuple[dict[str, Any], list[float], list[int]]:
     total = len(samples) // stage.batch
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: p.detach().float().clone() for name, p in learning.items()}
+    peaks = {name: stage.learning_rates.get(name.partition(".")[0], stage.learning_rate) for name in masters}  # type: ignore[call-overload]
     groups = [
-        {"params": [m for m in masters.values() if m.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [m for m in masters.values() if m.ndim <= 1], "weight_decay": 0.0},
+        {"params": [master], "lr": peaks[name], "weight_decay": stage.weight_decay if master.ndim > 1 else 0.0}
+        for name, master in masters.items()
     ]
-    adam = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
     losses, lengths = [], []
     for step in range(total):
-        for group in adam.param_groups:
-            group["lr"] = stage.learning_rate * warmup_cosine(step, total, stage.warmup_ratio)
+        for group, peak in zip(adam.param_groups, peaks.values(), strict=True):
+            group["lr"] = peak * warmup_cosine(step, total, stage.warmup_ratio)
         rows = samples[step * stage.batch : (step + 1) * stage.batch]
         sums = {name: torch.zeros_like(m) for name, m in masters.items()}
         loss, tokens, length = 0.0, 0, 0

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nvila.components.contracts.errors import ConfigError, PreflightError
+from nvila.components.contracts.gpus import GPUS
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import Recipe
@@ -19,7 +20,6 @@ from nvila.components.contracts.steps import ROWS
 from nvila.pipelines.cli import app
 from nvila.pipelines.planning import plan as planning
 from nvila.pipelines.planning.checks import Need
-from nvila.pipelines.planning.cost import GPUS
 from nvila.pipelines.planning.hits import verdicts
 from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.plan import StagePlan, assumptions_of, parse_samples

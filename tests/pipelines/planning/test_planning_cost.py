@@ -14,9 +14,10 @@ from nvila.components.contracts.recipe.data import DataSettings
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.data.sampling import Sampling
+from nvila.components.model.shape import Seen, count
 from nvila.components.model.vision.preprocess import Visual
-from nvila.pipelines.planning.cost import Subset, operations, samples_of, stage_work, subsets
-from nvila.pipelines.planning.shape import Seen, count
+from nvila.components.model.work import operations
+from nvila.pipelines.planning.cost import Subset, samples_of, stage_work, subsets
 
 STAGE = Stage(name="x", trainable=["llm"], learning_rate=1, data={"a.sft": 1.5, "b.captions": 2}, batch=4, pruned=True)
 
@@ -36,7 +37,7 @@ def test_operations_are_those_that_torch_counts(trainable: list[str]) -> None:
     with FlopCounterMode(display=False) as counter:
         model(ids, torch.ones_like(ids, dtype=torch.bool), visuals, labels).loss.backward()
     shape = count(CONFIG)
-    planned = operations(shape, trainable, Seen(65, 1, 64), text, length=1024)
+    planned = operations(shape, trainable, Seen(65, 1, 64).load(text, 1024))
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.gpus import GPUS
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.model import Training
 from nvila.components.contracts.results.result import SkippedRecords
 from nvila.components.data.layouts import read
+from nvila.components.model.shape import Shape
+from nvila.components.model.work import forward, operations
 from nvila.components.prune import references
 from nvila.components.runner.work import machine
 from nvila.pipelines.planning import cost, pruning, speed
-from nvila.pipelines.planning.cost import GPUS, Subset, forward, operations
+from nvila.pipelines.planning.cost import Subset
 from nvila.pipelines.planning.pruning import Effort, PrunePlan, Rates, plans
-from nvila.pipelines.planning.shape import Shape, shape_at, shape_of
+from nvila.pipelines.planning.shape import shape_at, shape_of
 from nvila.pipelines.planning.speed import Speed, speed_here
 
 KNOWN = {
@@ -67,7 +70,7 @@ def test_chance_costs_nothing_and_saves_what_goes() -> None:
     costs, saves = minutes(method="random", keep_ratio=0.3)
     whole, stage = _shape(recipe(method="random")), recipe(method="random").train.stages[3]
     assert stage
-    one = operations(whole, list(stage.trainable), whole.image, 20, whole.config.max_length_tokens)
+    one = operations(whole, list(stage.trainable), whole.image.load(20, whole.config.max_length_tokens))
     assert costs == 0 and saves == pytest.approx(_minutes(700 * one))
 
 
@@ -84,11 +87,11 @@ def test_a_pass_of_each_reference_is_counted() -> None:
 
     def rest(shape: Shape | None) -> float:
         assert shape
-        through = forward(shape, shape.image, 20, shape.config.max_length_tokens)
+        through = forward(shape, shape.image.load(20, shape.config.max_length_tokens))
         return through["mm_projector"] + through["llm"]
 
     shape, few = _shape(recipe()), {"heldout_questions": 1}
-    tower = forward(shape, shape.image, 20, shape.config.max_length_tokens)["vision_tower"]
+    tower = forward(shape, shape.image.load(20, shape.config.max_length_tokens))["vision_tower"]
     gain = minutes(method="multimodal-gain", large={"path": "as large as the model"}, **few)[0]
     assert gain == pytest.approx(_minutes(1001 * (2 * rest(shape) + tower)))
     one, two = (minutes(large={"epochs": n}, small={"epochs": 1}, **few)[0] for n in (1, 2))
@@ -99,7 +102,7 @@ def test_a_pass_of_each_reference_is_counted() -> None:
 def test_a_tower_that_is_shared_is_counted_once() -> None:
     """The plan would say twice of what is done once."""
     shape = _shape(recipe())
-    tower = forward(shape, shape.image, 20, 512)["vision_tower"]
+    tower = forward(shape, shape.image.load(20, 512))["vision_tower"]
     whole = plans(recipe(**TRAINED, heldout_questions=1), KNOWN, RATES)[0][0].costs
     apart = plans(recipe(small={"path": "a"}, large={"epochs": 2}, heldout_questions=1), KNOWN, RATES)[0][0].costs
     assert whole and apart and whole.gpu_hours > 0
@@ -111,7 +114,7 @@ def test_a_tower_that_is_shared_is_counted_once() -> None:
 def test_clusters_cost_a_look_at_each_medium() -> None:
     """Ten questions about one picture are no ten pictures."""
     shape = _shape(recipe())
-    tower = forward(shape, shape.image, 20, 512)["vision_tower"]
+    tower = forward(shape, shape.image.load(20, 512))["vision_tower"]
     seen = KNOWN | {"shapes.sft": Subset(1000, 20, "image", looks=100)}
     assert minutes(seen, method="clusters")[0] == pytest.approx(_minutes(200 * tower))
 
@@ -207,7 +210,7 @@ def test_the_speed_is_that_of_the_stages_before(tmp_path: Path, monkeypatch: pyt
     assert "matrix product" in speed_here(shape, KNOWN, tmp_path).evidence
     leave("ours", here, 10.0)
     found = speed_here(shape, KNOWN, tmp_path)
-    each = operations(shape, list(stage.trainable), shape.image, 20, shape.config.max_length_tokens)
+    each = operations(shape, list(stage.trainable), shape.image.load(20, shape.config.max_length_tokens))
     assert found.operations_a_second == pytest.approx(1000 * each / 10) and "train-1" in found.evidence
     monkeypatch.setattr(speed, "shape_at", lambda place: None)
     assert "matrix product" in speed_here(shape, KNOWN, tmp_path).evidence

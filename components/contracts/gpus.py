@@ -1,0 +1,38 @@
+"""The GPUs whose speed is known, as their makers state it: what a plan counts with, and what an MFU is a share of."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator as its maker states it."""
+
+    name: str
+    memory_bytes: int
+    bf16: float
+    """Operations a second, dense."""
+    fp32: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100", 80 * 10**9, 312e12, 19.5e12),
+        Gpu("l40s", 48 * 10**9, 362e12, 91.6e12),
+        Gpu("h100", 80 * 10**9, 989e12, 67e12),
+        Gpu("h200", 141 * 10**9, 989e12, 67e12),
+        Gpu("b200", 180 * 10**9, 2250e12, 75e12),
+    )
+}
+
+_SLOWER = re.compile(r"\b(H100|H200)\b.*\b(PCIe|NVL)\b|\bNVL\b.*\b(H100|H200)\b")
+"""Boards of the same name that are clocked lower."""
+
+
+def gpu_of(product: str) -> Gpu | None:
+    """The GPU that a driver calls `NVIDIA H100 80GB HBM3`; None where its speed is not known."""
+    words = set(re.split(r"[^a-z0-9]+", product.lower()))
+    return None if _SLOWER.search(product) else next((gpu for name, gpu in GPUS.items() if name in words), None)
