@@ -517,6 +517,38 @@ def ablate_prune(
     prune(recipe, override or [], design, jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
 
 
+@ablations.command(name="spatial")
+def ablate_spatial(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-spatial",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row; with one, rows are not compared.")] = 3,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_local, help="JSON file to write, the page beside it; runs/bench/spatial.json by default."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cases; nothing is made.")] = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Scale, then compress, on a small model: the rows of the paper's table 1 at equal data.
+
+    A model is made and trained for stages 1 to 4 for each row (plain; S2 with 2x2 and with 3x3 pooling; and that with
+    the vision tower trained in stage 2) and each seed, and asked held-out questions. Finished cases stay in the store:
+    after an interruption the same command goes on.
+
+    Example: nvila ablate spatial --seeds 1
+    """
+    from nvila.pipelines.ablate.spatial_cases import Design
+    from nvila.pipelines.commands.ablate import ablate_spatial
+
+    ablate_spatial(recipe, override or [], Design(seeds), jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
+
+
 @app.command()
 def stop(as_json: Json = False, runs: Runs = Path("runs")) -> None:
     """Stop the endpoint that a run or `nvila serve` has started, and what is left of one that was killed.

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.environment import current, entered
-from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import read_json, write_atomic
-from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.store import Store
-from nvila.components.runner.code import code_digest
-from nvila.components.runner.work import machine
-from nvila.pipelines.ablate import page, prepare, work
+from nvila.pipelines.ablate import page, prepare, record, work
 from nvila.pipelines.ablate import table as tables
-from nvila.pipelines.ablate.case import ANSWERS_FILE, CASE_FILE, Settings
+from nvila.pipelines.ablate.attempt import ANSWERS_FILE, CASE_FILE
+from nvila.pipelines.ablate.case import Settings
 from nvila.pipelines.ablate.cases import Case, Design
 from nvila.pipelines.ablate.estimate import sizes_of, work_of
 from nvila.pipelines.ablate.statistics import RULES
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "numpy", "scipy", "scikit-learn")
-
-OWN = "the command itself"
+STEP, MODULE = "ablate-case", "nvila.pipelines.ablate.case"
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ class Experiment:
             missing = [task for task in tasks.values() if task.finished(store) is None]
             told(f"{len(tasks)} cases, {len(tasks) - len(missing)} of them finished; {jobs} at a time")
             work.Crew(jobs, self.places.log, told).run(missing)
-            self._charge_own()
+            record.charge_own(self.places.ledger)
             result = self._result(shared, tasks, store, time.monotonic() - began)
         write_atomic(self.places.out, json.dumps(result, indent=1) + "\n")
         write_atomic(self.places.page, page.render(result))
@@ -113,7 +102,7 @@ class Experiment:
             own = {"method": case.method, "ratio": case.ratio, "schedule": case.schedule, "seed": case.seed}
             settings = Settings.model_validate(common | own).model_dump(mode="json")
             _, expected = work_of(recipe, case, self.design.reference, sizes)
-            found[case] = work.Task(case.name, settings, shared.inputs(case.spoilt), expected)
+            found[case] = work.Task(STEP, MODULE, case.name, settings, shared.inputs(case.spoilt), expected)
         return found
 
     def _result(
@@ -121,10 +110,7 @@ class Experiment:
     ) -> dict[str, Any]:
         import pyarrow.parquet as parquet
 
-        made = {case: task.finished(store) for case, task in tasks.items()}
-        if lost := [case.name for case, manifest in made.items() if manifest is None]:
-            raise NvilaError(f"{len(lost)} cases are not in the store", value=lost[0], do="Run the same command again.")
-        finished = {case: manifest for case, manifest in made.items() if manifest}
+        finished = dict(zip(tasks, record.all_finished(list(tasks.values()), store), strict=True))
         answers = {
             case: tables.answers_of(parquet.read_table(manifest.path(ANSWERS_FILE)).to_pylist())
             for case, manifest in finished.items()
@@ -132,45 +118,18 @@ class Experiment:
         rows = tables.table(self.design, answers)
         told = {case: read_json(Path(manifest.path(CASE_FILE))) for case, manifest in finished.items()}
         costs = {case: task.cost(store) for case, task in tasks.items()}
-        prepared = self._prepared(shared)
-        spent = [*costs.values(), *prepared.values()]
+        prepared = record.costs_of(shared.manifests, self.places.ledger)
         return {
-            "schema_version": 1,
-            "command": self.command,
-            "written": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "code": code_digest(),
-            "machine": machine("") | {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
-            "libraries": {name: version(name) for name in LIBRARIES},
-            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
+            **record.provenance(self.command, self.recipe),
             "design": asdict(self.design) | {"spoilt_share": prepare.SPOILT_SHARE, "reference": self.design.reference},
             "rules": [rule.format(baseline="random") for rule in RULES] + SCHEDULE_RULES,
-            "cpu_seconds": round(sum(one.get("cpu_seconds") or 0.0 for one in spent), 1),
-            "work_seconds": round(sum(one.get("seconds") or 0.0 for one in spent), 1),
+            **record.spent([*costs.values(), *prepared.values()]),
             "seconds_of_this_call": round(seconds, 1),
             "prepared": prepared,
             "cases": list(self._cases(told, costs, tasks, answers)),
             "table": [row.json for row in rows],
             "spoilt": spoilt_dropped(self.design, told),
         }
-
-    def _charge_own(self) -> None:
-        """Add to the ledger what this process itself has spent: imports and pictures that all cases share."""
-        used, ledger = resource.getrusage(resource.RUSAGE_SELF), read_json(self.places.ledger)
-        before = ledger.get(OWN, {}).get("cpu_seconds", 0.0)
-        ledger[OWN] = {"cpu_seconds": round(before + used.ru_utime + used.ru_stime, 1)}
-        write_atomic(self.places.ledger, json.dumps(ledger, indent=1))
-
-    def _prepared(self, shared: prepare.Shared) -> dict[str, dict[str, Any]]:
-        ledger = read_json(self.places.ledger)
-        found = {}
-        for name, manifest in shared.manifests.items():
-            told = ledger.get(f"{manifest.step}/{manifest.key}")
-            # Made by a run, which keeps no CPU time: all its threads, all the time, at most.
-            most = round(manifest.seconds * int(manifest.machine.get("threads", 1)), 1)
-            cost = told or {"seconds": manifest.seconds, "cpu_seconds": most, "at_most": True}
-            found[name] = {"key": manifest.key} | cost
-        return found | ({OWN: ledger[OWN]} if OWN in ledger else {})
 
     def _cases(
         self,
@@ -220,17 +179,3 @@ def spoilt_dropped(design: Design, told: Mapping[Case, Mapping[str, Any]]) -> di
                 "by_chance": round(1 - design.reference, 4),
             }
     return found
-
-
-def commit() -> str | None:
-    """Of the checkout that this code lies in; None where it is installed elsewhere."""
-    try:
-        asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def found_manifests(tasks: Sequence[work.Task], store: Store) -> list[Manifest]:
-    """Of those tasks that are finished."""
-    return [made for task in tasks if (made := task.finished(store))]

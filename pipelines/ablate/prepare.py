@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from nvila.components.contracts.steps import (
     STAGES,
     STEPS,
     VALIDATE,
-    Step,
 )
 from nvila.components.contracts.text import say
 from nvila.components.preflight import step as preflight
@@ -113,21 +112,31 @@ def prepare(recipe: Recipe, methods: tuple[str, ...], spoilt: bool, ledger: Path
     Raises:
         NvilaError: what a step raised.
     """
-    done: dict[str, Manifest] = {}
-    preflight.prepare(preflight.Settings.model_validate(slices(recipe)[PREFLIGHT]))
-    for part in _parts(recipe, methods, spoilt):
-        inputs = {name: done[of] for name, of in part.inputs.items()}
-        done[part.name] = inputs[part.hands_on] if part.settings is None else _do(part, inputs, ledger)
-    made = shared(recipe, done, spoilt)
+    made = shared(recipe, make(recipe, _parts(recipe, methods, spoilt), ledger), spoilt)
     assert made is not None
     return made
 
 
+def make(recipe: Recipe, parts: Sequence[Part], ledger: Path) -> dict[str, Manifest]:
+    """Make those of the parts that are not there yet, and the demonstration data of the recipe."""
+    done: dict[str, Manifest] = {}
+    preflight.prepare(preflight.Settings.model_validate(slices(recipe)[PREFLIGHT]))
+    for part in parts:
+        inputs = {name: done[of] for name, of in part.inputs.items()}
+        done[part.name] = inputs[part.hands_on] if part.settings is None else _do(part, inputs, ledger)
+    return done
+
+
 def look(recipe: Recipe, methods: tuple[str, ...], spoilt: bool) -> dict[str, Manifest]:
     """What is there already, in the store of this environment."""
+    return there(_parts(recipe, methods, spoilt))
+
+
+def there(parts: Sequence[Part]) -> dict[str, Manifest]:
+    """Of these parts what is there already."""
     found: dict[str, Manifest] = {}
     here = current()
-    for part in _parts(recipe, methods, spoilt):
+    for part in parts:
         inputs = {name: found[of] for name, of in part.inputs.items() if of in found}
         if len(inputs) < len(part.inputs):
             continue
@@ -157,10 +166,7 @@ def names(recipe: Recipe, spoilt: bool) -> list[str]:
 def _parts(recipe: Recipe, methods: tuple[str, ...], spoilt: bool) -> list[Part]:
     recipe = with_scores(recipe, methods)
     settings = slices(recipe)
-    parts = [
-        Part(row.name, row.name, row.module, settings[row.name], row.inputs, row.hands_on)
-        for row in _needed(_before(recipe))
-    ]
+    parts = steps_to(recipe, _before(recipe), *PRUNES.values())
     if spoilt:
         share = {"share": SPOILT_SHARE, "seed": recipe.seed}
         parts.append(Part(SPOILT_STEP, SPOILT_STEP, OURS + "spoil", share, {"samples": VALIDATE}))
@@ -169,20 +175,24 @@ def _parts(recipe: Recipe, methods: tuple[str, ...], spoilt: bool) -> list[Part]
     return parts
 
 
-def _before(recipe: Recipe) -> str:
-    first = next(iter(pruned_stages(recipe)))
-    return ROWS[first].inputs["model"]
-
-
-def _needed(before: str) -> list[Step]:
-    """The steps of the pipeline that the cases rest on, in its order."""
-    wanted, queue = set[str](), [before, *PRUNES.values()]
+def steps_to(recipe: Recipe, *names: str) -> list[Part]:
+    """These steps of the pipeline and those that they rest on, in its order."""
+    wanted, queue, settings = set[str](), [*names], slices(recipe)
     while queue:
         name = queue.pop()
         if name not in wanted:
             wanted.add(name)
             queue.extend(ROWS[name].inputs.values())
-    return [row for row in STEPS if row.name in wanted]
+    return [
+        Part(row.name, row.name, row.module, settings[row.name], row.inputs, row.hands_on)
+        for row in STEPS
+        if row.name in wanted
+    ]
+
+
+def _before(recipe: Recipe) -> str:
+    first = next(iter(pruned_stages(recipe)))
+    return ROWS[first].inputs["model"]
 
 
 def _do(part: Part, inputs: Mapping[str, Manifest], ledger: Path) -> Manifest:

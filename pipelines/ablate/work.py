@@ -23,9 +23,8 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.store import Store
 from nvila.components.runner.execute import identity, perform
 from nvila.components.tracking.redact import tell
-from nvila.pipelines.ablate import case
+from nvila.pipelines.ablate.attempt import COST_FILE
 
-STEP, MODULE = "ablate-case", "nvila.pipelines.ablate.case"
 IMPORTS = (
     "torch._dynamo",
     "transformers.models.qwen2.modeling_qwen2",
@@ -44,6 +43,10 @@ GRACE_SECONDS = 60.0
 class Task:
     """One case as work of the store."""
 
+    step: str
+    """As the store calls it."""
+    module: str
+    """With the step's function, and `warm`, which prepares once what cases on the same samples share."""
     name: str
     settings: Mapping[str, Any]
     inputs: Mapping[str, Manifest]
@@ -53,15 +56,15 @@ class Task:
     @cached_property
     def key(self) -> str:
         """The content key."""
-        return identity(current(), STEP, MODULE, self.settings, self.inputs)[0]
+        return identity(current(), self.step, self.module, self.settings, self.inputs)[0]
 
     def finished(self, store: Store) -> Manifest | None:
         """What it has made, if it has."""
-        return store.finished(STEP, self.key, {name: made.digest for name, made in self.inputs.items()})
+        return store.finished(self.step, self.key, {name: made.digest for name, made in self.inputs.items()})
 
     def cost(self, store: Store) -> dict[str, float]:
         """Seconds and CPU seconds of all attempts at it."""
-        return {"seconds": 0.0, "cpu_seconds": 0.0} | read_json(store.folder(STEP, self.key) / case.COST_FILE)
+        return {"seconds": 0.0, "cpu_seconds": 0.0} | read_json(store.folder(self.step, self.key) / COST_FILE)
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Crew:
     _stopping: bool = False
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Do all tasks, which ask the same questions.
+        """Do all tasks.
 
         Raises:
             Preempted: SIGTERM or Ctrl-C.
@@ -142,11 +145,11 @@ class Crew:
 
 
 def _warm(tasks: Sequence[Task]) -> None:
-    """Import, and prepare the questions, once for all forks: those beside clean samples, and beside spoilt ones."""
+    """Import, and prepare what cases on the same samples share, once for all forks."""
     for name in IMPORTS if tasks else ():
         import_module(name)
     for task in {task.inputs["samples"].digest: task for task in tasks}.values():
-        case.warm(case.Settings.model_validate(task.settings), task.inputs)
+        import_module(task.module).warm(task.settings, task.inputs)
 
 
 def _expected(tasks: Sequence[Task]) -> float:
@@ -172,7 +175,7 @@ def _work(task: Task, parent: int, log: Path) -> NoReturn:
         )
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        perform(current(), STEP, MODULE, task.settings, task.inputs, tracked=False)
+        perform(current(), task.step, task.module, task.settings, task.inputs, tracked=False)
         code = int(Exit.DONE)
     except NvilaError as error:
         print(tell(f"{task.name}: {error}"), file=sys.stderr)

@@ -16,7 +16,7 @@ def _recipe(name: str) -> Recipe:
 
 def test_the_promised_recipes_are_shipped() -> None:
     """A renamed recipe would break everyone's command."""
-    assert shipped() == sorted(["micro", "tiny", "tiny-ablate", "nvila-8b-reference", *PAPER])
+    assert shipped() == sorted(["micro", "tiny", "tiny-ablate", "tiny-spatial", "nvila-8b-reference", *PAPER])
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -147,7 +147,7 @@ def test_pruning_is_told_of_before_it_is_paid_for() -> None:
 def test_shipped_recipes_fit_the_gpus_they_are_written_for(name: str) -> None:
     """A micro batch of 256 frames that is too large ends a run in its last stage, after days."""
     plan = json.loads(_plan(name, "--no-cluster", "--json", "--gpu", "h100").stdout)
-    assert [stage["fits"] for stage in plan["stages"]] == [True] * 5
+    assert plan["stages"] and all(stage["fits"] is True for stage in plan["stages"])
 
 
 def test_a_stage_that_fills_the_gpu_does_not_fit() -> None:
