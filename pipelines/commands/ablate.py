@@ -88,8 +88,8 @@ def ablate_spatial(
     if dry_run:
         table = Table("case", "model", "stage 2 trains", "")
         for case, finished in experiment.finished().items():
-            model, rows = case.setting.of(checked.model), case.setting.stages(experiment.stages)
-            trains = ", ".join(rows[spatial_cases.ENCODER].trainable)
+            model, stages = case.setting.of(checked.model), case.setting.stages(experiment.stages)
+            trains = ", ".join(stages[spatial_cases.ENCODER].trainable)
             done = "finished" if finished else ""
             table.add_row(case.name, f"{model.vision_mode}, {model.projector}", trains, done)
         console.print(table)
