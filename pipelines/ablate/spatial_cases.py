@@ -12,9 +12,9 @@ from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.steps import STAGES
 
-ENCODER = "train-2"
+ENCODER = STAGES[1]
 """Stage 2: vision-encoder pre-training."""
-LAST = "train-4"
+LAST = STAGES[3]
 """The stage after which the questions are asked; clips come behind it."""
 
 

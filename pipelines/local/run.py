@@ -80,7 +80,7 @@ def run(
         return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop, profile)
 
 
-def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop, profile: str) -> Summary:
+def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop, profile: str = "") -> Summary:
     write_atomic(run_dir / OWNER, Process.this().model_dump_json())
     write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
     _point_latest(run_dir)
@@ -115,7 +115,7 @@ def _damage_met(run_dir: Path) -> str | None:
     return next((step.message for step in statuses(run_dir) if step.damaged), None)
 
 
-def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop, profile: str) -> int:
+def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop, profile: str = "") -> int:
     """Start the child, show its progress, pass signals on; return its exit code."""
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}

@@ -22,7 +22,7 @@ RESERVE_BYTES = 2 * 10**9
 FORMULA = """\
 P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 4); in brackets what ZeRO shares out:
   weights      e P              (ZeRO 3: / N)
-  gradients    e R              (ZeRO 2 and 3: / N)
+  gradients    e R, and 4 R with ZeRO, which sums in fp32   (ZeRO 2 and 3: / N)
   optimizer    8 R for AdamW, and 4 R for fp32 weights under bf16   (ZeRO 1 to 3: / N)
   buffers      ZeRO 2: e min(R, 5e8); ZeRO 3: e (5e8 + min(P, 1e9))
   activations  b rows of T positions; L decoder blocks of width h, MLP m, key and value width k, a heads; B tower blocks
@@ -33,7 +33,7 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
     checkpointing  e h b T and e w S for each block, and one whole block at a time
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns
-  step         4 R for fp32 gradients under bf16 (ZeRO 1 to 3: / N), when the activations are gone
+  step         4 R for fp32 gradients under bf16 without ZeRO, when the activations are gone
   loading      e P before the first step, on every GPU
 a stage fits when its peak leaves 2 GB for CUDA's context and the buffers of NCCL and cuBLAS (assumed)"""
 
@@ -136,11 +136,11 @@ def memory(
         buffers = element * (REDUCE_BUCKET + min(total, GATHERED))
     return Memory(
         weights=shared(element * total, 3),
-        gradients=shared(element * trained, 2),
+        gradients=shared((4 if zero else element) * trained, 2),
         optimizer=shared((8 + master) * trained, 1),
         buffers=buffers,
         activations=max(
-            activations(shape, batch, trainable, element, recompute)[1], shared(4 * trained, 1) if master else 0
+            activations(shape, batch, trainable, element, recompute)[1], 4 * trained if master and not zero else 0
         ),
         loading=element * total,
     )

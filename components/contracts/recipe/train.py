@@ -33,7 +33,7 @@ class Stage(Section):
     """Parts that learn; the others are frozen."""
     learning_rate: Rate
     """Peak of the cosine schedule."""
-    learning_rates: dict[Part, Rate] = {}
+    learning_rates: dict[Part, Rate] = Field(default={}, max_length=3)
     """Peaks of trainable parts that have one of their own."""
     model: ModelChanges = ModelChanges()
     """What becomes of the model in this stage, for good."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.changes import ModelChanges
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.layouts import Checkpoint
 from nvila.components.model.checkpoint.tensorfile import DTYPES, put, values
@@ -17,6 +16,7 @@ from nvila.components.model.checkpoint.weights import EMBEDDINGS, HEAD, Source
 from nvila.components.model.config.config import with_vocabulary
 
 if TYPE_CHECKING:
+    from nvila.components.contracts.recipe.changes import ModelChanges
     from nvila.components.model.checkpoint.tensorfile import Stored
 
 

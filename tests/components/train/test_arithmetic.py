@@ -164,8 +164,8 @@ def test_weights_that_are_not_finite_are_not_written(
 
     take = Engine.step
 
-    def too_far(engine: Engine, supervised: int) -> bool:
-        finite = take(engine, supervised)
+    def too_far(engine: Engine, supervised: int, **how: Any) -> bool:
+        finite = take(engine, supervised, **how)
         with torch.no_grad():
             next(engine.deepspeed.module.mm_projector.parameters()).view(-1)[0] = float("inf")
         return finite

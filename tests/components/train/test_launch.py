@@ -139,7 +139,7 @@ def test_a_process_that_waits_for_one_that_failed_ends_too(
         verdict.obey(out)
         if os.environ["RANK"] == "1":
             raise SystemExit("before there is a group")
-        time.sleep(25)
+        time.sleep(120)
         (out / "waited").touch()
 
     monkeypatch.setattr(loop, "train", train)

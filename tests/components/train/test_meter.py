@@ -56,7 +56,7 @@ def test_a_stage_measures_itself(make_job: MakeJob, monkeypatch: pytest.MonkeyPa
     assert 0 < found.loader_wait < 1 and 0 < found.padding < 1 and found.operations_per_second > 0
     lines = [json.loads(line) for line in Path(job.out, "meter.jsonl").read_text().splitlines()]
     assert lines[1]["tokens_per_second"] == pytest.approx(read[0][1].tokens / read[0][1].seconds)
-    assert "aten::addmm" in Path(job.out, "profile/table.txt").read_text()
+    assert "aten::" in Path(job.out, "profile/table.txt").read_text()
     note = json.loads(progress.read_text())["note"]
     for words in ("loss ", "tokens/s", "samples/s", "GFLOP/s", "loader wait", "padding", "GiB", "lr "):
         assert words in note, note

@@ -152,9 +152,9 @@ def test_zero_shares_what_it_shares() -> None:
         need = memory(shape, micro, ["llm"], kept=PRECISIONS["bf16"], zero=zero, processes=8, recompute=False)
         return need.weights, need.gradients, need.optimizer
 
-    eighth = [-(-size // 8) for size in (2 * total, 2 * trained, 12 * trained)]
+    eighth = [-(-size // 8) for size in (2 * total, 4 * trained, 12 * trained)]
     assert states(0) == (2 * total, 2 * trained, 12 * trained)
-    assert states(1) == (2 * total, 2 * trained, eighth[2])
+    assert states(1) == (2 * total, 4 * trained, eighth[2])
     assert states(2) == (2 * total, eighth[1], eighth[2])
     assert states(3) == tuple(eighth)
 
