@@ -1,7 +1,8 @@
 """What a step is: a module with `Settings` and `run(settings, inputs, out)`.
 
 Where it reads the world outside the store it has `external(settings) -> dict`, digests of what it reads; where
-something has to be made there before these are taken, `prepare(settings)`, which does nothing the second time.
+something has to be made there before these are taken, `prepare(settings)`, which does nothing the second time. Where
+some settings only say how the work is done, it has `keyed(settings) -> dict`, the others: begun work goes on with them.
 
 A step's arguments are what its result depends on. A step that has to know of the machine or the pipeline run that it
 works for asks for it by an argument more, `here: Environment`, of `run` and `external`; no other step is given it.

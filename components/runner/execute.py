@@ -222,7 +222,8 @@ def identity(
     digests = {name: manifest.digest for name, manifest in inputs.items()}
     # What acts on the world acts for its run: two at once would write into one folder, and read each other's.
     whose = {"run": Place.of(here).run} if step in ALWAYS else {}
-    return content_key(module, {"step": step, **whose, **settings}, digests, external), external
+    keyed = code.keyed(settings) if hasattr(code, "keyed") else settings
+    return content_key(module, {"step": step, **whose, **keyed}, digests, external), external
 
 
 def _track(

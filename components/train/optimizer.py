@@ -14,10 +14,12 @@ EPSILON = 1e-8
 
 
 def adamw(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """AdamW over the parameters of `model` that require gradients."""
+    """AdamW over the parameters of `model` that require gradients; fused, since torch's default makes temporaries as
+    large as a flat tensor of ZeRO, several times a step."""
     import torch
 
-    return torch.optim.AdamW(parameter_groups(model, stage), lr=stage.learning_rate, betas=BETAS, eps=EPSILON)
+    groups = parameter_groups(model, stage)
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=BETAS, eps=EPSILON, fused=True)
 
 
 def parameter_groups(model: torch.nn.Module, stage: Stage) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run
 
 if TYPE_CHECKING:
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 
 GATHERED_SHARE, MOST_GATHERED = 4, 10**9
 """Weights that may be whole at one time under ZeRO 3: a quarter of the model's, at most DeepSpeed's own number."""
+BUCKET_SHARE, LARGEST_BUCKET = 8, 5 * 10**8
+"""Gradients that are reduced at one time: an eighth of the model's, at most DeepSpeed's own number. It copies them into
+a buffer of that size, so one for all would hold and move them twice."""
 
 
 def zero_settings(run: Run, weights: int) -> dict[str, Any]:
     """Entries of DeepSpeed's configuration that say what processes share out of so many weights, and where it lies."""
-    zero: dict[str, Any] = {"stage": run.zero}
+    at_once = min(LARGEST_BUCKET, weights // BUCKET_SHARE)
+    # Of several passes whose gradients take several buckets DeepSpeed 0.19 makes wrong weights there (matrix.py).
+    if run.zero == 2 and run.offload == "cpu" and PRECISIONS[run.precision].weights == "float32":
+        at_once = weights
+    zero: dict[str, Any] = {"stage": run.zero, "reduce_bucket_size": max(1, at_once)}
     if run.zero == 3:
         live = max(1, min(MOST_GATHERED, weights // GATHERED_SHARE))
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}

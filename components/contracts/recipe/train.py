@@ -95,6 +95,12 @@ class Stage(Section):
         return micro
 
 
+SHARED_OUT = {"stage": {"micro_batch", "gradient_checkpointing"}, "run": {"gpus"}}
+"""How the work of a step lies on processes: a loss that is the mean over tokens does not see it, but for rounding."""
+KEPT = {"checkpoint_seconds", "loader_processes", "loader_seconds", "keep_checkpoints", "keep_best"}
+"""Fields of `Run` that no loss sees."""
+
+
 class Run(Section):
     """How a stage is run."""
 

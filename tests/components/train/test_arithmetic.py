@@ -50,7 +50,7 @@ def job_of(small: Any, tmp_path: Path, samples: str) -> Callable[[Way], Job]:
 
 def check(way: Way, job: Job, known: matrix.Known) -> None:
     masters, losses, tokens = known.of(job)
-    assert matrix.apart(job, masters) < matrix.TOLERANCE[way.precision], way
+    assert matrix.apart(job, masters) < way.tolerance, way
     records = read_losses(Path(job.out, "loss.jsonl"))
     assert [r["tokens"] for r in records] == tokens
     assert [r["loss"] for r in records] == pytest.approx(losses, abs=1e-5 if way.precision == "fp32" else 1e-3)
@@ -68,6 +68,7 @@ ALONE = [
     Way(1, 0, 2, "bf16"),
     Way(1, 1, 4, "bf16", weighting="device_batch"),
     Way(1, 2, 4, "bf16", offload="cpu"),
+    Way(1, 2, 1, "fp32", offload="cpu"),
 ]
 TOGETHER = [Way(2, 0, 2, "fp32"), Way(2, 3, 1, "fp32"), Way(2, 2, 1, "bf16")]
 

@@ -186,3 +186,19 @@ def test_score_tables_reach_the_job(small: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(step, "launch", jobs.append)
     step.run(settings(), inputs(small) | tables, tmp_path)
     assert [Path(table).parent.name for table in jobs[0].kept] == ["kept_image", "kept_video"]
+
+
+def test_a_stage_goes_on_after_a_change_of_how_it_is_done() -> None:
+    """A stage that lost a GPU, or did not fit one, began anew; or one of other weights was taken for it."""
+
+    def keyed(stage: dict[str, Any] | None = None, **run: Any) -> Any:
+        changed = {"stage": ROW | (stage or {}), "run": {"precision": "bf16"} | run, "seed": 0}
+        return step.keyed(step.Settings.model_validate(changed).model_dump(mode="json"))
+
+    how = {"gpus": 2, "checkpoint_seconds": 9.0, "keep_checkpoints": 5, "keep_best": False, "loader_processes": 3}
+    assert keyed({"micro_batch": 2, "gradient_checkpointing": True}, **how) == keyed()
+    assert keyed({"learning_rate": 1e-4}) != keyed()
+    assert keyed(packing="padded") != keyed()
+    by_batch = {"loss_weighting": "device_batch"}
+    assert keyed(**by_batch, gpus=2) != keyed(**by_batch)
+    assert keyed({"micro_batch": 2}, **by_batch) != keyed(**by_batch)
