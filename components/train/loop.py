@@ -140,10 +140,8 @@ def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
     from nvila.components.train.packing import Cost, arrange
     from nvila.components.train.windows import Windows
 
-    packing, most = job.run.packing, job.stage.samples_at_once(current().world)
-    if job.run.loss_weighting == "device_batch":  # which these are is part of what is learnt
-        packing = "padded"
-    flat = packing in ("auto", "packed") and use_packed_attention(model)
+    packing, most = job.run.arranged, job.stage.samples_at_once(current().world)
+    flat = job.run.kernel and use_packed_attention(model)
     cost = Cost.of(model.config.llm, gpu=model.device.type == "cuda", kernel=flat)
     return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat)
 

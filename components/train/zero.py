@@ -20,21 +20,28 @@ if TYPE_CHECKING:
     from nvila.components.model.checkpoint.weights import Receive
 
 GATHERED_SHARE, MOST_GATHERED = 4, 10**9
-"""Weights that may be whole at one time under ZeRO 3: a quarter of the model's, at most DeepSpeed's own number."""
-BUCKET_SHARE, LARGEST_BUCKET = 8, 5 * 10**8
-"""Gradients that are reduced at one time: an eighth of the model's, at most DeepSpeed's own number. It copies them into
-a buffer of that size, so one for all would hold and move them twice."""
+BUCKET_SHARE, MOST_REDUCED = 8, 5 * 10**8
+"""Shares of a model's weights, and the most, which are DeepSpeed's own numbers."""
+
+
+def gathered(weights: int) -> int:
+    """Of a model's weights those that may be whole at one time under ZeRO 3."""
+    return max(1, min(MOST_GATHERED, weights // GATHERED_SHARE))
+
+
+def reduced(run: Run, weights: int) -> int:
+    """Of the gradients of a model's weights those that are reduced at one time: DeepSpeed copies them into a buffer."""
+    if run.zero == 2 and run.offload == "cpu" and PRECISIONS[run.precision].weights == "float32":
+        # Of several passes whose gradients take several buckets DeepSpeed 0.19 makes wrong weights there (matrix.py).
+        return max(1, weights)
+    return max(1, min(MOST_REDUCED, weights // BUCKET_SHARE))
 
 
 def zero_settings(run: Run, weights: int) -> dict[str, Any]:
     """Entries of DeepSpeed's configuration that say what processes share out of so many weights, and where it lies."""
-    at_once = min(LARGEST_BUCKET, weights // BUCKET_SHARE)
-    # Of several passes whose gradients take several buckets DeepSpeed 0.19 makes wrong weights there (matrix.py).
-    if run.zero == 2 and run.offload == "cpu" and PRECISIONS[run.precision].weights == "float32":
-        at_once = weights
-    zero: dict[str, Any] = {"stage": run.zero, "reduce_bucket_size": max(1, at_once)}
+    zero: dict[str, Any] = {"stage": run.zero, "reduce_bucket_size": reduced(run, weights)}
     if run.zero == 3:
-        live = max(1, min(MOST_GATHERED, weights // GATHERED_SHARE))
+        live = gathered(weights)
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
     if run.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}

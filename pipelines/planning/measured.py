@@ -47,7 +47,7 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
     """The most bytes of tensors by micro batch, until one does not fit."""
     import torch
 
-    from nvila.components.model.device import default_device, use_flash_attention
+    from nvila.components.model.device import default_device, use_flash_attention, use_packed_attention
     from nvila.components.model.nvila import build_model, empty_model
     from nvila.components.train.engine import leave, start
     from nvila.components.train.loop import set_trainable
@@ -64,10 +64,11 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
     alone = stage.model_copy(update={"batch": 1, "micro_batch": 1})
     engine = start(model, alone, run.model_copy(update={"gpus": 1}), 1000, 1)
     use_flash_attention(model)
+    packed = run.kernel and use_packed_attention(model)
     found: dict[int, int] = {}
     try:
         for rows in wanted:
-            batch = largest_batch(model, rows, video)
+            batch = largest_batch(model, rows, video, packed=packed)
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(2):  # the second with the optimizer's states
@@ -80,8 +81,9 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
     return found
 
 
-def largest_batch(model: NVILA, rows: int, video: bool) -> dict[str, Any]:
-    """Arguments of a forward pass: rows of the longest length, each with its largest medium, all else supervised."""
+def largest_batch(model: NVILA, rows: int, video: bool, *, packed: bool = False) -> dict[str, Any]:
+    """Arguments of a forward pass: rows of the longest length, each with its largest medium, all else supervised; if
+    packed, all in one row, and with as many media as it has room for."""
     import torch
 
     from nvila.components.model.text.conversation import IGNORED
@@ -91,15 +93,18 @@ def largest_batch(model: NVILA, rows: int, video: bool) -> dict[str, Any]:
     visuals = _largest_medium(config, video)
     marker = tokens.video if video else tokens.image
     shown = sum(token_count(one.kind, one.block_size, len(one.tiles), config) for one in visuals)
-    text = max(1, config.max_length_tokens - shown)
-    ids = torch.full((rows, len(visuals) + text), tokens.newline % tokens.vocabulary, device=model.device)
+    each = max(1, config.max_length_tokens // (shown + 1)) if packed else 1
+    text = max(1, config.max_length_tokens // each - shown)
+    samples = rows * each
+    ids = torch.full((samples, len(visuals) + text), tokens.newline % tokens.vocabulary, device=model.device)
     ids[:, : len(visuals)] = marker
     labels = ids.clone()
     labels[:, : len(visuals)] = IGNORED
     mask = torch.ones_like(ids, dtype=torch.bool)
-    if rows > 1:
+    if rows > 1 and not packed:
         mask[-1, -1] = False  # padded, as real rows are
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "visuals": visuals * rows}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "visuals": visuals * samples}
+    return batch | ({"rows": torch.zeros(samples, dtype=torch.long, device=model.device)} if packed else {})
 
 
 def _largest_medium(config: ModelConfig, video: bool) -> list[Visual]:

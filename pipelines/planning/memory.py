@@ -1,7 +1,8 @@
 """Memory of one GPU while a stage trains. The formula is printed under the table; tests hold it against torch.
 
 Counted for the largest micro batch: every row as long as the limit, its medium with the most tiles, and every position
-that is not visual supervised. A real batch is smaller.
+that is not visual supervised; where rows are packed, of those with one medium and those full of media the larger one. A
+real batch is smaller.
 """
 
 from __future__ import annotations
@@ -9,22 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nvila.components.contracts.precisions import PRECISIONS, Kept
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.shape import PARTS, Seen, Shape
+from nvila.components.train.zero import gathered, reduced
 
-REDUCE_BUCKET = 5 * 10**8
-GATHERED = 10**9
-"""Elements: DeepSpeed's defaults of `reduce_bucket_size` and `stage3_max_live_parameters`."""
 RESERVE_BYTES = 2 * 10**9
 """Assumed, not measured: CUDA's context, buffers of NCCL and cuBLAS, and what the allocator cannot hand out."""
 FORMULA = """\
 P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 4); in brackets what ZeRO shares out:
-  weights      e P              (ZeRO 3: / N)
-  gradients    e R, and 4 R with ZeRO, which sums in fp32   (ZeRO 2 and 3: / N)
-  optimizer    8 R for AdamW, and 4 R for fp32 weights under bf16   (ZeRO 1 to 3: / N)
-  buffers      ZeRO 2: e min(R, 5e8); ZeRO 3: e (5e8 + min(P, 1e9))
+  weights      e P              (ZeRO 3: / N; with offload in main memory)
+  gradients    e R, and 4 R with ZeRO, which sums in fp32   (ZeRO 2 and 3: / N; with offload in main memory)
+  optimizer    8 R for AdamW, and 4 R for fp32 weights under bf16   (ZeRO 1 to 3: / N; with offload in main memory)
+  buffers      ZeRO 2: e min(P/8, 5e8), fp32 with offload e P; ZeRO 3: e (min(P/8, 5e8) + min(P/4, 1e9))
   activations  b rows of T positions; L decoder blocks of width h, MLP m, key and value width k, a heads; B tower blocks
                of width w, MLP u, c heads; S tower tokens, Q projected tokens with q projector channels, Y supervised, V
     decoder block  b T (8h + e(6h + 4m + 2k') + 4a + 8 + e T if rows are padded), k' = h if padded, else k
@@ -34,7 +33,7 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns
   step         4 R for fp32 gradients under bf16 without ZeRO, when the activations are gone
-  loading      e P before the first step, on every GPU
+  loading      e P before the first step, on every GPU (ZeRO 3: / N)
 a stage fits when its peak leaves 2 GB for CUDA's context and the buffers of NCCL and cuBLAS (assumed)"""
 
 
@@ -81,68 +80,63 @@ def seen(recipe: Recipe, stage: Stage, shape: Shape) -> list[Seen]:
 
 def need(recipe: Recipe, stage: Stage, shape: Shape) -> Memory:
     """Memory of one GPU in a stage of a recipe."""
-    train = recipe.train
-    return memory(
-        shape,
-        largest(shape, stage, train.gpus, seen(recipe, stage, shape)),
-        stage.trainable,
-        kept=PRECISIONS[train.precision],
-        zero=train.zero,
-        processes=train.gpus,
-        recompute=stage.gradient_checkpointing,
-    )
+    run = recipe.train.run
+    batches = largest(shape, stage, run, seen(recipe, stage, shape))
+    found = [memory(shape, one, stage.trainable, run, recompute=stage.gradient_checkpointing) for one in batches]
+    return max(found, key=lambda one: one.peak)
 
 
-def largest(shape: Shape, stage: Stage, processes: int, seen: list[Seen]) -> MicroBatch:
-    """The largest micro batch of a stage whose samples show this."""
-    rows = stage.samples_at_once(processes)
+def largest(shape: Shape, stage: Stage, run: Run, seen: list[Seen]) -> list[MicroBatch]:
+    """The largest micro batches of a stage whose samples show this: one, or where rows are packed one by media and one
+    by text."""
+    rows, packed = stage.samples_at_once(run.gpus), run.kernel
     length = min(stage.max_length_tokens, shape.config.max_length_tokens)
     most = max(seen, key=lambda one: one.tiles)
     visual = min(most.tokens, length)
-    return MicroBatch(
-        rows=rows,
-        length=length,
-        tower_tokens=rows * most.tiles * shape.tower_tokens,
-        projected=rows * max(one.projected for one in seen),
-        supervised=rows * (length - visual),
-        padded=rows > 1,
-    )
+    media = {1, length // visual} if packed else {1}
+    return [
+        MicroBatch(
+            rows=rows,
+            length=length,
+            tower_tokens=rows * n * most.tiles * shape.tower_tokens,
+            projected=rows * n * max(one.projected for one in seen),
+            supervised=rows * (length - n * visual),
+            padded=rows > 1 and not packed,
+        )
+        for n in sorted(media)
+    ]
 
 
-def memory(
-    shape: Shape, batch: MicroBatch, trainable: list[Any], *, kept: Kept, zero: int, processes: int, recompute: bool
-) -> Memory:
+def memory(shape: Shape, batch: MicroBatch, trainable: list[Any], run: Run, *, recompute: bool) -> Memory:
     """Memory of one GPU.
 
     Args:
         shape: of the model.
         batch: what it works on.
         trainable: parts that learn.
-        kept: how the precision keeps numbers.
-        zero: DeepSpeed's stage.
-        processes: GPUs that share the states.
+        run: how many GPUs share which states, where these lie, and in which precision.
         recompute: gradient checkpointing.
     """
+    kept = PRECISIONS[run.precision]
     element, master = kept.weight_bytes, kept.master_bytes
     total, trained = shape.total, sum(shape.parameters[part] for part in PARTS if part in trainable)
+    offloads = run.offload == "cpu"
 
-    def shared(size: int, since: int) -> int:
-        return -(-size // processes) if zero >= since else size
+    def shared(size: int, since: int, *, here: bool = True) -> int:
+        return 0 if not here else -(-size // run.gpus) if run.zero >= since else size
 
     buffers = 0
-    if zero == 2:
-        buffers = element * min(trained, REDUCE_BUCKET)
-    elif zero == 3:
-        buffers = element * (REDUCE_BUCKET + min(total, GATHERED))
+    if run.zero >= 2:
+        buffers = element * (reduced(run, total) + (gathered(total) if run.zero == 3 else 0))
     return Memory(
-        weights=shared(element * total, 3),
-        gradients=shared((4 if zero else element) * trained, 2),
-        optimizer=shared((8 + master) * trained, 1),
+        weights=shared(element * total, 3, here=not (offloads and run.zero == 3)),
+        gradients=shared((4 if run.zero else element) * trained, 2, here=not offloads),
+        optimizer=shared((8 + master) * trained, 1, here=not offloads),
         buffers=buffers,
         activations=max(
-            activations(shape, batch, trainable, element, recompute)[1], 4 * trained if master and not zero else 0
+            activations(shape, batch, trainable, element, recompute)[1], 4 * trained if master and not run.zero else 0
         ),
-        loading=element * total,
+        loading=shared(element * total, 3),
     )
 
 

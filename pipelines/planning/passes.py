@@ -26,9 +26,8 @@ def passes(
     share = min(MOST, stage.batch // run.gpus)
     names = rng.choices(list(drawn), weights=[max(number, 1) for number in drawn.values()], k=share)
     lengths = [min(limit, _visual(shape, known[name]) + round(rng.choice(known[name].texts))) for name in names]
-    kernel = gpu and run.precision != "fp32" and run.packing in ("auto", "packed")
-    cost = Cost.of(shape.config.llm, gpu=gpu, kernel=kernel)
-    chosen = arrange(lengths, stage.samples_at_once(run.gpus), limit, cost, run.packing)
+    cost = Cost.of(shape.config.llm, gpu=gpu, kernel=gpu and run.kernel)
+    chosen = arrange(lengths, stage.samples_at_once(run.gpus), limit, cost, run.arranged)
     return f"{chosen.words}; {share} samples in {len(chosen.passes)} passes"
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nvila.components.contracts.precisions import Precision
+from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.changes import ModelChanges
 from nvila.components.contracts.recipe.section import (
     MOST_ENTRIES,
@@ -138,6 +138,16 @@ class Run(Section):
     max_skipped_share: Share = 0.01
     """Share of a step's records, rounded up, that may turn out to be unusable (a medium that is gone or damaged, an
     answer that `max_length_tokens` cuts off whole): they are named and left out. More of them end the step."""
+
+    @property
+    def arranged(self) -> str:
+        """`packing` as it is done: micro batches stay what they are where the loss is weighted by them."""
+        return "padded" if self.loss_weighting == "device_batch" else self.packing
+
+    @property
+    def kernel(self) -> bool:
+        """Whether a GPU has packed rows, by a kernel of half precision that knows where the samples of a row begin."""
+        return self.arranged in ("auto", "packed") and PRECISIONS[self.precision].weights != "float32"
 
 
 class TrainSettings(Run):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvila.components.contracts.precisions import PRECISIONS, Precision
+from nvila.components.contracts.precisions import Precision
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.train import Run, Stage
@@ -75,7 +75,8 @@ def _batch(padded: bool) -> dict[str, Any]:
 
 def _micro(shape: Shape, padded: bool) -> MicroBatch:
     stage = Stage(name="x", trainable=["llm"], learning_rate=1, data={"a.sft": 1}, batch=ROWS, max_length_tokens=LENGTH)
-    return replace(largest(shape, stage, 1, [Seen(65, 1, 64)]), padded=padded)
+    (largest_one,) = largest(shape, stage, Run(precision="fp32"), [Seen(65, 1, 64)])
+    return replace(largest_one, padded=padded)
 
 
 def _saved_bytes(model: NVILA, batch: dict[str, Any]) -> int:
@@ -149,7 +150,7 @@ def test_zero_shares_what_it_shares() -> None:
     total, trained = shape.total, shape.parameters["llm"]
 
     def states(zero: int) -> tuple[int, int, int]:
-        need = memory(shape, micro, ["llm"], kept=PRECISIONS["bf16"], zero=zero, processes=8, recompute=False)
+        need = memory(shape, micro, ["llm"], Run(precision="bf16", zero=zero, gpus=8), recompute=False)
         return need.weights, need.gradients, need.optimizer
 
     eighth = [-(-size // 8) for size in (2 * total, 4 * trained, 12 * trained)]
@@ -157,6 +158,30 @@ def test_zero_shares_what_it_shares() -> None:
     assert states(1) == (2 * total, 4 * trained, eighth[2])
     assert states(2) == (2 * total, eighth[1], eighth[2])
     assert states(3) == tuple(eighth)
+
+
+def test_what_is_offloaded_is_not_on_the_gpu() -> None:
+    """A model that fits with offload was said not to fit, and nobody tried."""
+    shape = count(CONFIG)
+    micro = _micro(shape, True)
+    for zero in (2, 3):
+        here, offloaded = (
+            memory(shape, micro, ["llm"], Run(precision="bf16", zero=zero, gpus=8, offload=where), recompute=False)
+            for where in ("none", "cpu")
+        )
+        assert (offloaded.gradients, offloaded.optimizer, offloaded.activations) == (0, 0, here.activations)
+        assert offloaded.weights == (0 if zero == 3 else 2 * shape.total)
+
+
+def test_a_packed_row_is_full_of_media_or_of_text() -> None:
+    """A row has room for many small pictures: with one in each, the tower's part of the peak was a fraction of it."""
+    shape = count(CONFIG)
+    stage = Stage(name="x", trainable=["llm"], learning_rate=1, data={"a.sft": 1}, batch=4, max_length_tokens=200)
+    by_text, by_media = largest(shape, stage, Run(precision="bf16"), [Seen(65, 1, 64)])
+    (padded,) = largest(shape, stage, Run(precision="bf16", packing="padded"), [Seen(65, 1, 64)])
+    assert (by_text.rows, by_text.length, by_text.padded, padded.padded) == (4, 200, False, True)
+    assert by_text.tower_tokens == padded.tower_tokens and by_media.tower_tokens == 3 * padded.tower_tokens
+    assert (by_text.supervised, by_media.supervised) == (4 * (200 - 65), 4 * (200 - 3 * 65))
 
 
 @pytest.mark.slow
@@ -182,13 +207,7 @@ def test_the_engine_holds_the_planned_states(precision: Precision, zero: int) ->
         del grown
         engine.deepspeed.step()
     need = memory(
-        count(CONFIG),
-        _micro(count(CONFIG), False),
-        trainable,
-        kept=PRECISIONS[precision],
-        zero=zero,
-        processes=1,
-        recompute=False,
+        count(CONFIG), _micro(count(CONFIG), False), trainable, Run(precision=precision, zero=zero), recompute=False
     )
     assert need.weights + need.gradients + need.optimizer == pytest.approx(alive, rel=0.04)
 

@@ -93,6 +93,12 @@ def test_rows_are_as_large_as_they_can_be() -> None:
     seen = counted(_Batch(**made), model.config, model.tokens)
     assert seen.tiles == 2 * shape.image.tiles and seen.places == 2 * model.config.max_length_tokens
 
+    long = replace(model.config, max_length_tokens=2 * shape.image.tokens + 10)
+    model.config = long
+    packed = largest_batch(model, 2, False, packed=True)
+    assert len(packed["visuals"]) == 4 * len(made["visuals"]) // 2 and set(packed["rows"].tolist()) == {0}
+    assert model(**packed).loss.isfinite()
+
 
 class _Batch:
     samples = ("a", "b")

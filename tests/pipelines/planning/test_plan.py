@@ -118,7 +118,8 @@ def test_a_large_recipe_is_planned_without_its_weights() -> None:
     assert any("no such folder data/images" in problem for problem in plan["here"])
     assert 1.9e9 < sum(plan["parameters"].values()) < 2.1e9
     assert [stage["gpus"] for stage in plan["stages"]] == [8] * 5 and plan["places"]["quantize"]["gpus"] == "1"
-    assert all(stage["memory"]["loading"] == 2 * sum(plan["parameters"].values()) for stage in plan["stages"])
+    share = -(-2 * sum(plan["parameters"].values()) // 8)  # ZeRO 3 loads no more
+    assert all(stage["memory"]["loading"] == share for stage in plan["stages"])
     assert all(stage["fits"] and stage["memory"]["peak"] < 141e9 for stage in plan["stages"])
     assert [stage["samples"] for stage in plan["stages"]] == [20_000, 100_000, 1_000_000, 400_000, 140_000]
     for stage in plan["stages"]:
