@@ -35,13 +35,17 @@ test: env ## Run the test suite (no GPU, no cluster), WORKERS=2 files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m "not gpu and not cluster and not containers"
 
+.PHONY: test-every
+test-every: env ## Run it with what takes turns by the day (tests/turns.py)
+	EVERY_TEST=1 $(MAKE) test
+
 .PHONY: test-gpu
 test-gpu: env ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
 .PHONY: test-extend-run
 test-extend-run: $(MAIN) ## Make the five changes of docs/extend.md on a copy and run micro there (minutes)
-	$(BIN)/python tests/extend/run_all.py
+	PYTHONPATH=tests $(BIN)/python tests/extend/run_all.py
 
 .PHONY: test-cluster
 test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) and its CRDs (NVILA_CRDS)

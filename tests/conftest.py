@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from turns import turn_of
 
 from nvila.components.serve.ports import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: the last worker must not be left with one while the others are done."""
+    """Those whose turn it is not today are skipped. Files with slow tests come first: the last worker must not be left
+    with one while the others are done."""
+    for item in items:
+        marker = item.get_closest_marker("turns")
+        if marker and not turn_of(item.path.stem, *marker.args):
+            item.add_marker(pytest.mark.skip(reason="its turn comes on another day: EVERY_TEST=1 runs it"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matrix
 import pytest
 from matrix import Way
+from turns import TODAY
 
 from nvila.components.contracts.errors import TrainingError
 from nvila.components.train.job import Job
@@ -20,8 +20,6 @@ MakeJob = Callable[..., Job]
 STAGE = {"data": {"s.sft": 4}, "learning_rate": 1e-3, "warmup_ratio": 0.0, "clip_norm": 0.5, "weight_decay": 0.1}
 STAGE |= {"learning_rates": {"vision_tower": 2e-4}}
 """Four steps over the same eight questions. Two gradients in three are clipped."""
-TODAY = datetime.now(UTC).toordinal()
-"""Chooses the ways that are tried today; a failure names them, and matrix.py tries them again."""
 
 
 class Never:
@@ -56,8 +54,8 @@ def check(way: Way, job: Job, known: matrix.Known) -> None:
     assert [r["loss"] for r in records] == pytest.approx(losses, abs=1e-5 if way.precision == "fp32" else 1e-3)
 
 
-def some(world: int, always: list[Way], further: int) -> list[Way]:
-    """Ways that are always tried, and a few of the others, which change from day to day."""
+def tried(world: int, always: list[Way], further: int) -> list[Way]:
+    """Ways that are always tried, and a few of the others, which change from day to day; matrix.py tries all."""
     others = [way for way in matrix.ways([world]) if way not in always]
     return always + random.Random(TODAY).sample(others, further)
 
@@ -74,7 +72,7 @@ TOGETHER = [Way(2, 0, 2, "fp32"), Way(2, 3, 1, "fp32"), Way(2, 2, 1, "bf16")]
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("way", some(1, ALONE, 2), ids=str)
+@pytest.mark.parametrize("way", tried(1, ALONE, 2), ids=str)
 def test_weights_are_those_of_plain_torch(job_of: Callable[[Way], Job], known: matrix.Known, way: Way) -> None:
     """A mean of micro batches' means gives the tokens of short answers many times the weight of those of long ones,
     where it is not asked for; and gradients of micro batches were counted twice."""
@@ -93,7 +91,7 @@ def test_two_processes_train_the_same_weights(
 
     Where one has no picture and the other has, either would wait for the other in a collective of the tower.
     """
-    jobs = {way: job_of(way) for way in some(2, TOGETHER, 1)}
+    jobs = {way: job_of(way) for way in tried(2, TOGETHER, 1)}
     blind = matrix.write_answers(small.root, tmp_path / "blind.parquet", blind=4)
     jobs = {way: job.model_copy(update={"samples": blind}) if way.zero >= 2 else job for way, job in jobs.items()}
     matrix.on_ranks(list(jobs.values()), 2)

@@ -1,17 +1,15 @@
-"""A stage resumed by another number of processes: one case each day, all of them by hand:
-
-ALL_RANKS=1 .venv/bin/python -m pytest -s tests/components/train/test_ranks.py
+"""A stage resumed by another number of processes: one case each day, all of them with
+`EVERY_TEST=1 .venv/bin/python -m pytest -s tests/components/train/test_ranks.py`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import pytest
 from attempts import Attempt
 from test_worker import Stop, losses, weights
+from turns import some
 
 from nvila.components.train.job import Job
 
@@ -30,7 +28,6 @@ CASES = [
     ("bf16", 3, 2, 1),
 ]
 """Precision, ZeRO stage, and how many processes begin and end it."""
-TODAY = CASES[datetime.now(UTC).toordinal() % len(CASES)]
 
 
 def resumed(make_job: MakeJob, precision: str, zero: int, first: int, then: int) -> float:
@@ -51,7 +48,7 @@ def resumed(make_job: MakeJob, precision: str, zero: int, first: int, then: int)
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(("precision", "zero", "first", "then"), CASES if "ALL_RANKS" in os.environ else [TODAY])
+@pytest.mark.parametrize(("precision", "zero", "first", "then"), some(CASES, 1))
 def test_another_number_goes_on(make_job: MakeJob, precision: str, zero: int, first: int, then: int) -> None:
     """A stage that lost a GPU begins anew, or goes on with the moments of other weights."""
     assert resumed(make_job, precision, zero, first, then) < (1e-6 if precision == "fp32" else 2e-2)
