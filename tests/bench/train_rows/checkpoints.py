@@ -27,10 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 overhead: Any = import_module("overhead")
 
-REPEATS = int(os.environ.get("RR", "5"))
+REPEATS = 3
 AT_LEAST = 20
 """Waiting is to take less than a twentieth."""
-QUIET_STEPS = 2
+QUIET_STEPS = 1
 """Steps before each save, while no checkpoint is written."""
 Row = tuple[str, str, float, float, str, float | None]
 
