@@ -17,7 +17,7 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
-from nvila.components.train.zero import divide_by, receiver, size, whole, zero_settings
+from nvila.components.train.zero import divide_by, finite, receiver, size, whole, zero_settings
 
 if TYPE_CHECKING:
     import torch
@@ -160,11 +160,8 @@ class Engine:
 
     def not_finite(self) -> list[str]:
         """Names of some weights that are not finite, on any process. Every process must call this."""
-        bad = [
-            name
-            for name, parameter in self.deepspeed.module.named_parameters()
-            if not bool(getattr(parameter, "ds_tensor", parameter).isfinite().all())
-        ]
+        named = self.deepspeed.module.named_parameters()
+        bad = [name for name, parameter in named if not finite(getattr(parameter, "ds_tensor", parameter))]
         return sorted(set(self.gather(bad[:3])))
 
     @contextmanager

@@ -108,7 +108,8 @@ def _write(copied: Future[dict[Path, Any]]) -> dict[str, File]:
     states = copied.result()
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITING_NICENESS)
     files = {}
-    for path, state in states.items():
+    for path in list(states):
+        state = states.pop(path)  # or it would be the loop that gives the memory back, and waits for that
         with path.open("wb") as stream:
             hashed = _Hashed(stream)
             torch.save(state, cast(IO[bytes], hashed), _use_new_zipfile_serialization=False)

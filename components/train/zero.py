@@ -69,6 +69,14 @@ def divide_by(optimizer: Any, divisor: float) -> None:
             gradients.div_(divisor)
 
 
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all of a tensor is finite, read once and nothing written: training waits for it at each checkpoint."""
+    import torch
+
+    # Where one is NaN, both ends are.
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
 def size(parameter: torch.nn.Parameter) -> int:
     """Weights of a parameter, wherever they lie."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -12,12 +12,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nvila.components.model.device import use_float32_products
+
+if TYPE_CHECKING:
+    from nvila.components.contracts.recipe.train import Run, Stage
+    from nvila.components.train.engine import Engine
 
 STEPS = 4
 TOKENS = 512
@@ -30,6 +34,7 @@ SIZES = {
     "vocab_size": 20_000,
     "tie_word_embeddings": True,
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AT_LEAST = 1 / 1.1
 RATE, CLIP = 1e-5, 1.0
 Row = tuple[str, str, float, float, str, float | None]
@@ -37,16 +42,42 @@ Row = tuple[str, str, float, float, str, float | None]
 
 def rows() -> Iterator[Row]:
     """ZeRO 0 and 1, in both precisions."""
-    torch.set_num_threads(1)
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    alone()
     for precision in ("fp32", "bf16"):
         for zero in (0, 1):
             bare, ours = _compared(zero, precision)
             work = f"step of 100M parameters over {TOKENS} tokens, DeepSpeed ZeRO {zero}, {precision}"
             what = "bare PyTorch: AdamW, clipping" + (", fp32 masters" if precision == "bf16" else "")
             yield work, "CPU s", min(map(sum, bare)), min(map(sum, ours)), what, AT_LEAST if zero == 1 else None
+
+
+def alone() -> None:
+    """Make this process the only one of its job, with one thread."""
+    torch.set_num_threads(1)
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def row(step: int) -> torch.Tensor:
+    """Token ids of a step, in one row."""
+    return torch.randint(0, SIZES["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(step))
+
+
+def settings(zero: int, precision: str) -> tuple[Stage, Run]:
+    """Of one row a step."""
+    from nvila.components.contracts.recipe.train import Run, Stage
+
+    stage = {"name": "bench", "trainable": ["llm"], "data": {"a.sft": 1}, "batch": 1, "clip_norm": CLIP}
+    stage |= {"learning_rate": RATE, "warmup_ratio": 0.0}
+    return Stage.model_validate(stage), Run.model_validate({"precision": precision, "zero": zero})
+
+
+def started(zero: int, precision: str) -> Engine:
+    """The decoder under our engine."""
+    from nvila.components.train.engine import start
+
+    return start(_Decoder(DTYPES[precision]).train(), *settings(zero, precision), 1000, 1)
 
 
 class _Decoder(nn.Module):
@@ -73,13 +104,11 @@ Parts = tuple[float, float]
 
 def _compared(zero: int, precision: str) -> tuple[list[Parts], list[Parts]]:
     """The bare loop and ours in turns, on the same rows."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     taken: tuple[list[Parts], list[Parts]] = ([], [])
-    ways = (_bare(dtype), _engine(dtype, zero, precision))
+    ways = (_bare(DTYPES[precision]), _ours(started(zero, precision)))
     for step in range(STEPS + 1):
-        ids = torch.randint(0, SIZES["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(step))
         for way, found in zip(ways, taken, strict=True):
-            parts = way(ids)
+            parts = way(row(step))
             if step:
                 found.append(parts)
     return taken
@@ -110,15 +139,7 @@ def _bare(dtype: torch.dtype) -> Callable[[torch.Tensor], Parts]:
     return step
 
 
-def _engine(dtype: torch.dtype, zero: int, precision: str) -> Callable[[torch.Tensor], Parts]:
-    from nvila.components.contracts.recipe.train import Run, Stage
-    from nvila.components.train.engine import start
-
-    row = {"name": "bench", "trainable": ["llm"], "data": {"a.sft": 1}, "batch": 1, "clip_norm": CLIP}
-    stage = Stage.model_validate(row | {"learning_rate": RATE, "warmup_ratio": 0.0})
-    run = Run.model_validate({"precision": precision, "zero": zero})
-    engine = start(_Decoder(dtype).train(), stage, run, 1000, 1)
-
+def _ours(engine: Engine) -> Callable[[torch.Tensor], Parts]:
     def step(ids: torch.Tensor) -> Parts:
         began = time.process_time()
         _, weight = engine.accumulate(ids=ids)
@@ -130,8 +151,7 @@ def _engine(dtype: torch.dtype, zero: int, precision: str) -> Callable[[torch.Te
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone()
     for precision in ("fp32", "bf16"):
         for zero in (0, 1):
             for name, parts in zip(("bare", "ours"), _compared(zero, precision), strict=True):

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_what_is_written_is_of_the_moment_of_the_save(tmp_path: Path) -> None:
     assert found["module"]["w"].equal(torch.arange(6.0).reshape(2, 3).t())
     assert found["groups"][0]["moments"][0].equal(found["module"]["w"] * 2)
     assert found["module"]["a"].data_ptr() == found["module"]["b"].data_ptr() and found["module"]["a"].sum() == 3
+
+
+def test_copies_are_given_up_by_the_thread_that_wrote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update behind a save gave gigabytes back to the system, and training waited for that."""
+    import torch
+
+    made, copies = [], writer._copies
+
+    def look(*given: Any) -> dict[Path, Any]:
+        states = copies(*given)
+        made.extend(weakref.ref(tensor) for state in states.values() for tensor in state.values())
+        return states
+
+    monkeypatch.setattr(writer, "_copies", look)
+    taker = Writer()
+    for name in ("weights.pt", "moments.pt"):
+        taker.take({"a": torch.ones(3), "b": torch.zeros(3)}, str(tmp_path / name))
+    assert len(taker.begin().result()) == 2
+    assert len(made) == 4 and not any(tensor() is not None for tensor in made)
 
 
 @pytest.fixture
