@@ -5,6 +5,7 @@ Under ZeRO 3 a tensor goes from the checkpoint to the processes' shares, and bac
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from nvila.components.model.checkpoint.tensorfile import Later
     from nvila.components.model.checkpoint.weights import Receive
 
+_MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of malloc.h. Once it is set, glibc no longer raises it to the size of what was freed."""
+MAPPED_BYTES = 4 * 2**20
+"""Tensors of this size and larger have pages of their own."""
 GATHERED_SHARE, MOST_GATHERED = 4, 10**9
 BUCKET_SHARE, MOST_REDUCED = 8, 5 * 10**8
 """Shares of a model's weights, and the most, which are DeepSpeed's own numbers."""
@@ -87,6 +92,12 @@ def shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def give_back_what_is_freed() -> None:
+    """Have glibc give freed tensors back to the machine: what ZeRO 3 gathers and drops would stay with the process."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def receiver(config: dict[str, Any]) -> Receive:
     """Has rank 0 read each tensor of a model and every process keep its share; all must load the same model.
 
@@ -95,6 +106,8 @@ def receiver(config: dict[str, Any]) -> Receive:
     import deepspeed
     import torch
 
+    if not torch.cuda.is_available():
+        give_back_what_is_freed()
     shared: list[Any] = []
 
     def receive(tensor: torch.Tensor, read: Any) -> None:

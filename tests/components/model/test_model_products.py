@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import platform
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nvila.components.model.device import plain_attention, use_float32_products
+from nvila.components.model.device import FEW_ROWS, plain_attention, use_float32_products
+
+
+def multiplies(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+    """The CPU is one that does, or one of which oneDNN says so because it has AVX-512."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
 
 def layers() -> nn.Module:
@@ -18,8 +27,8 @@ def layers() -> nn.Module:
 
 
 def test_products_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage took ten times as long on a CPU without AVX-512; what it computes, and its names, must stay."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    """A stage took ten times as long on a CPU without AVX-512, four times with it alone; what it computes must stay."""
+    multiplies(monkeypatch, False)
     plain = layers()
     model = copy.deepcopy(plain)
     use_float32_products(model)
@@ -39,7 +48,7 @@ def test_products_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPat
 
 def test_a_cpu_with_bfloat16_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of the demonstration are those of the machines that it was measured on."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    multiplies(monkeypatch, True)
     model = layers()
     use_float32_products(model)
     assert type(model[0]) is nn.Conv2d and type(model[2]) is nn.Linear
@@ -67,7 +76,7 @@ def tower(attention: str) -> Any:
 
 def test_attention_in_float32_products_is_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention took half of a training step on such a CPU; a mask that is lost on the way would show the future."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    multiplies(monkeypatch, False)
     name = plain_attention()
     assert name != "eager"
     ids, mask = torch.randint(0, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
@@ -88,5 +97,18 @@ def test_attention_in_float32_products_is_eager_attention(monkeypatch: pytest.Mo
 
 def test_attention_of_a_cpu_with_bfloat16_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of the demonstration are those of the machines that it was measured on."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    multiplies(monkeypatch, True)
     assert plain_attention() == "eager"
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS])
+def test_an_answer_does_not_bring_all_weights_to_float32(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """A decoder of one row a step spent nine tenths of it there."""
+    multiplies(monkeypatch, False)
+    model = nn.Sequential(nn.Linear(16, 12)).bfloat16()
+    use_float32_products(model)
+    seen: list[torch.dtype] = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *more: seen.append(x.dtype) or linear(x, *more))
+    assert model(torch.randn(rows, 16).bfloat16()).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16 if rows == 1 else torch.float32]
