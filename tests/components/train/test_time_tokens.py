@@ -86,6 +86,24 @@ def test_a_stage_adds_time_tokens_and_trains_them(
         assert "".join(answer.stream(model, tokenizer, prompt, 9)) == "at <1.5>, not <t"
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_two_processes_that_share_the_model_grow_it_alike(make_job: Callable[..., Job], samples: Path) -> None:
+    """Of a tensor whose new rows are made on one of them, the other's share would be of another size, or of noise."""
+    from matrix import on_ranks, weights
+
+    from nvila.components.train.loop import train
+
+    stage = {"data": {"t.sft": 2}, "model": CHANGES, "learning_rate": 1e-2}
+    alone = make_job("alone", stage=stage, samples=str(samples))
+    train(alone, Never())  # type: ignore[arg-type]
+    shared = make_job("shared", stage=stage, run={"zero": 3, "gpus": 2}, samples=str(samples))
+    on_ranks([shared], 2)
+    ours, wanted = weights(Path(shared.out, "model")), weights(Path(alone.out, "model"))
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert tensor.allclose(ours[name], atol=2e-4), name
+
+
 def test_new_rows_are_the_mean_of_the_old(small: Any) -> None:
     """Rows of noise would say the new tokens before anything was learnt; and a second number means other times."""
     from nvila.components.model.checkpoint.changes import changed
