@@ -115,9 +115,15 @@ class _Conv2d(nn.Conv2d):
 
 
 def _has_bfloat16_products() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices itself. torch does on any, ten times slower than float32's; either
-    adds up in float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether the CPU multiplies bfloat16 matrices itself. torch does on any, many times slower than float32's; either
+    adds up in float32.
+
+    oneDNN says so of every CPU with AVX-512, and takes five times as long as in float32 where that is all there is.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    can = torch.cpu.get_capabilities()
+    return can.get("architecture") != "x86_64" or any(can.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def use_float32_products(model: nn.Module) -> None:

@@ -17,6 +17,13 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(16, 12, bias=False)).bfloat16()
 
 
+def of_cpu(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
+    """Have torch see an x86 CPU that oneDNN believes to know bfloat16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    found = {"architecture": "x86_64"} | dict.fromkeys(capabilities, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+
 def test_products_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage took ten times as long on a CPU without AVX-512; what it computes, and its names, must stay."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -39,10 +46,18 @@ def test_products_in_float32_are_those_of_bfloat16(monkeypatch: pytest.MonkeyPat
 
 def test_a_cpu_with_bfloat16_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of the demonstration are those of the machines that it was measured on."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    of_cpu(monkeypatch, "amx_bf16", "avx512_f")
     model = layers()
     use_float32_products(model)
     assert type(model[0]) is nn.Conv2d and type(model[2]) is nn.Linear
+
+
+def test_a_cpu_that_has_only_avx512_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of bfloat16 took five times as long there, though oneDNN calls the CPU able."""
+    of_cpu(monkeypatch, "avx512_f")
+    model = layers()
+    use_float32_products(model)
+    assert type(model[0]) is not nn.Conv2d and plain_attention() != "eager"
 
 
 def decoder(attention: str) -> Any:
@@ -88,5 +103,5 @@ def test_attention_in_float32_products_is_eager_attention(monkeypatch: pytest.Mo
 
 def test_attention_of_a_cpu_with_bfloat16_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers of the demonstration are those of the machines that it was measured on."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    of_cpu(monkeypatch, "amx_bf16", "avx512_f")
     assert plain_attention() == "eager"
