@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.contracts.recipe.yaml12 import load_yaml
 from nvila.components.contracts.recipe.train import Stage
+from nvila.components.contracts.recipe.yaml12 import load_yaml
 from nvila.components.train.job import Job
 
 RECIPE = "pipelines/recipes/tiny.yaml"
