@@ -32,10 +32,15 @@ class Batch:
     """Ids of the samples, row by row, where a feed made the batch; none where all of them were skipped."""
     skipped: tuple[Skipped, ...] = ()
     """Samples that were to be in the batch and cannot be used."""
-    positions: int = 0
-    """Of the samples in the decoder, where a loader made the batch."""
+    lengths: tuple[int, ...] = ()
+    """Positions of each sample in the decoder, where a loader made the batch."""
     computed: int = 0
-    """The same with the padding of its rows."""
+    """Positions with the padding of its rows, where a loader made the batch."""
+
+    @property
+    def positions(self) -> int:
+        """Of the samples in the decoder, where a loader made the batch."""
+        return sum(self.lengths)
 
     def forward_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `NVILA.forward`."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nvila.components.contracts.children import die_with_parent, forking, how_ended
+from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.text import say
 from nvila.components.data.samples import Sample
@@ -211,6 +212,7 @@ class _Worker:
         for other in (*self._loader._workers, self):
             other._pipe.close()
         torch.set_num_threads(1)
+        before_importing("tokenizers in one thread")
         with suppress(EOFError, ConnectionError):
             start = self._told(pipe)
             while True:
