@@ -109,7 +109,7 @@ class Loader:
         numbers = iter(range(start * self._parts, self._chunks))
         for number in islice(numbers, RECEIVED_CHUNKS):
             self._coming.append(self._receiver.submit(self._receive, number))
-        for step in range(start, -(-len(self._samples) // self._batch)):
+        for _ in range(start, -(-len(self._samples) // self._batch)):
             yield (self._next(numbers) for _ in range(self._parts))
 
     def _next(self, numbers: Iterator[int]) -> Ready:

@@ -15,7 +15,7 @@ from nvila.components.train.job import Job
 
 RECIPE = "pipelines/recipes/tiny.yaml"
 SEED = 0
-MIXTURE_STEPS, SHORTEST, LONGEST = 8, 32, 512
+MIXTURE_STEPS, SHORTEST, LONGEST = 6, 32, 512
 MIXTURE = {
     "name": "mixture",
     "trainable": ["vision_tower", "mm_projector", "llm"],

@@ -13,7 +13,7 @@ attention without the fused kernel. `even` instead of log-uniform lengths is by 
     .venv/bin/python tests/bench/train_rows/trainer.py even
 
 Every way has a process of its own, in turns, with as many threads as the machine has CPUs, as steps of `nvila run`
-have. The first steps are left out.
+have. The first steps are left out, and what our loader made ready meanwhile: here it may go no further ahead.
 """
 
 from __future__ import annotations
@@ -116,12 +116,13 @@ class Clock:
 
 def ours(job: Any) -> dict[str, float]:
     """The real loop of a stage."""
-    from nvila.components.train import loop
+    from nvila.components.train import loader, loop
     from nvila.components.train.account import Account
 
     class Never:
         asked = False
 
+    loader.AHEAD_CHUNKS = WARM_UP * -(-job.stage.batch // loader.CHUNK)
     clock, step = Clock(), Account.step
 
     def timed(account: Account, *arguments: Any) -> Any:
