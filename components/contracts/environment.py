@@ -314,6 +314,8 @@ _LIBRARIES = {
     "deepspeed on a CPU": {"DS_ACCELERATOR": "cpu"},  # else it takes a GPU that torch cannot use
     # vLLM picks the connector by this variable; every media URL of the HTTP API then passes through ours.
     "vllm": {"VLLM_MEDIA_CONNECTOR": "nvila"},
+    # Texts of a sample are short: threads that share them take seven times as long where others want the processors.
+    "tokenizers in one thread": {"TOKENIZERS_PARALLELISM": "false"},
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from nvila.components.model.text.conversation import IGNORED, Encoded
@@ -31,10 +32,15 @@ class Batch:
     """Ids of the samples, row by row, where a feed made the batch; none where all of them were skipped."""
     skipped: tuple[Skipped, ...] = ()
     """Samples that were to be in the batch and cannot be used."""
-    positions: int = 0
-    """Of the samples in the decoder, where a loader made the batch."""
+    lengths: tuple[int, ...] = ()
+    """Positions of each sample in the decoder, where a loader made the batch."""
     computed: int = 0
-    """The same with the padding of its rows."""
+    """Positions with the padding of its rows, where a loader made the batch."""
+
+    @property
+    def positions(self) -> int:
+        """Of the samples in the decoder, where a loader made the batch."""
+        return sum(self.lengths)
 
     def forward_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `NVILA.forward`."""
@@ -69,14 +75,16 @@ def collate(
     if not items:
         items = [(Encoded([pad_id], [IGNORED]), [])]
     length = max(len(encoded.input_ids) for encoded, _ in items)
-    ids = torch.full((len(items), length), pad_id)
-    labels = torch.full((len(items), length), IGNORED)
-    mask = torch.zeros((len(items), length), dtype=torch.bool)
+    # Rows are lists of numbers, which numpy takes over faster than torch.
+    ids = np.full((len(items), length), pad_id, np.int64)
+    labels = np.full((len(items), length), IGNORED, np.int64)
+    mask = np.zeros((len(items), length), np.bool_)
     for row, (encoded, _) in enumerate(items):
         n = len(encoded.input_ids)
         span = slice(length - n, length) if side == "left" else slice(0, n)
-        ids[row, span] = torch.tensor(encoded.input_ids)
-        labels[row, span] = torch.tensor(encoded.labels)
+        ids[row, span] = encoded.input_ids
+        labels[row, span] = encoded.labels
         mask[row, span] = True
     lying = None if rows is None else torch.tensor(rows)
-    return Batch(ids, mask, labels, [visual for _, visuals in items for visual in visuals], lying)
+    visuals = [visual for _, visuals in items for visual in visuals]
+    return Batch(torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels), visuals, lying)

@@ -8,15 +8,19 @@ import os
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from nvila.components.contracts.children import die_with_parent, forking, how_ended
+from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.text import say
 from nvila.components.data.samples import Sample
@@ -29,6 +33,9 @@ CHUNK = 16
 """Samples that a process makes ready at a time, and hands over together."""
 AHEAD_CHUNKS, AHEAD_BYTES = 64, 512 * 2**20
 """What all processes together keep ready; a whole global batch in any case."""
+RECEIVED_CHUNKS = 4
+"""What lies in the training process already: to take a chunk over costs milliseconds in which the other process has to
+find time too, and a thread does it beside the model."""
 SHARED = "/dev/shm"
 """Where tensors lie that go from process to process; a container may have little of it."""
 SAY_SECONDS = 60.0
@@ -67,6 +74,8 @@ class Loader:
         self._chunk = min(CHUNK, batch)
         self._parts = -(-batch // self._chunk)
         self._start: int | None = None
+        self._receiver = ThreadPoolExecutor(1, "loader")
+        self._coming: deque[Future[Ready]] = deque()
         self._workers: list[_Worker] = []
         for index in range(processes):
             self._workers.append(_Worker(self, index, processes))
@@ -75,8 +84,13 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for one in self._coming:
+            one.cancel()
         for worker in self._workers:
             worker.end()
+        self._receiver.shutdown()  # the one that waits for a chunk has seen that its process is gone
+        for worker in self._workers:
+            worker.close()
 
     def begin(self, step: int) -> None:
         """Have the processes begin at this step; for whoever knows before `steps` where that will probably be."""
@@ -92,16 +106,25 @@ class Loader:
         """
         if self._start != start * self._parts:
             self.begin(start)
-        for step in range(start, -(-len(self._samples) // self._batch)):
-            yield map(self._receive, range(step * self._parts, (step + 1) * self._parts))
+        numbers = iter(range(start * self._parts, self._chunks))
+        for number in islice(numbers, RECEIVED_CHUNKS):
+            self._coming.append(self._receiver.submit(self._receive, number))
+        for _ in range(start, -(-len(self._samples) // self._batch)):
+            yield (self._next(numbers) for _ in range(self._parts))
+
+    def _next(self, numbers: Iterator[int]) -> Ready:
+        """The next chunk; those that follow it are asked for."""
+        for number in islice(numbers, 1):
+            self._coming.append(self._receiver.submit(self._receive, number))
+        began = time.monotonic()
+        try:
+            return self._coming.popleft().result()
+        finally:
+            self.waited_seconds += time.monotonic() - began
 
     def _receive(self, number: int) -> Ready:
         worker = self._workers[number % len(self._workers)]
-        began = time.monotonic()
-        try:
-            made = worker.receive(self._start or 0, self._of(number), self._seconds)
-        finally:
-            self.waited_seconds += time.monotonic() - began
+        made = worker.receive(self._start or 0, self._of(number), self._seconds)
         if isinstance(made, NvilaError):
             raise made
         return made.unpack()
@@ -132,9 +155,11 @@ class _Worker:
         theirs.close()
 
     def end(self) -> None:
-        self._pipe.close()
         self._process.kill()
         self._process.join()
+
+    def close(self) -> None:
+        self._pipe.close()
 
     def tell(self, word: int | None) -> None:
         """The chunk to begin at; None for one that has been taken."""
@@ -187,6 +212,7 @@ class _Worker:
         for other in (*self._loader._workers, self):
             other._pipe.close()
         torch.set_num_threads(1)
+        before_importing("tokenizers in one thread")
         with suppress(EOFError, ConnectionError):
             start = self._told(pipe)
             while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -181,12 +182,9 @@ class Meter:
 
 def counted(batch: Batch, config: ModelConfig, tokens: TokenIds, waited_seconds: float = 0) -> Counted:
     """What a batch makes the model compute."""
-    visuals, lengths = iter(batch.visuals), []
-    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-        row = ids[mask.bool()].tolist()
-        shown = [next(visuals) for token in row if token in (tokens.image, tokens.video)]
-        lengths.append(min(positions(row, shown, config, tokens), config.max_length_tokens))
-    units = [(v.block_size, len(v.tiles) // tiles_per_unit(v.block_size, config)) for v in batch.visuals]
+    lengths = batch.lengths or _lengths(batch, config, tokens)
+    shapes = Counter((visual.block_size, len(visual.tiles)) for visual in batch.visuals)
+    units = [(block, each * (tiles // tiles_per_unit(block, config))) for (block, tiles), each in shapes.items()]
     return Counted(
         samples=len(batch.samples),
         places=batch.computed or len(lengths) * max(lengths),
@@ -196,6 +194,15 @@ def counted(batch: Batch, config: ModelConfig, tokens: TokenIds, waited_seconds:
         pairs=sum(length**2 for length in lengths) / 2,
         waited_seconds=waited_seconds,
     )
+
+
+def _lengths(batch: Batch, config: ModelConfig, tokens: TokenIds) -> list[int]:
+    visuals, lengths = iter(batch.visuals), []
+    for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+        row = ids[mask.bool()].tolist()
+        shown = [next(visuals) for token in row if token in (tokens.image, tokens.video)]
+        lengths.append(min(positions(row, shown, config, tokens), config.max_length_tokens))
+    return lengths
 
 
 def _append(path: Path, line: str) -> None:

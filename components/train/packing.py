@@ -162,6 +162,8 @@ def _cut(rows: list[Row], lengths: Sequence[int], most: int, cost: Cost) -> list
     rows = sorted(rows, key=lambda row: -_length(row, lengths))
     each = numpy.array([_length(row, lengths) for row in rows], dtype=float)
     each = each * (cost.token + cost.pair * each)  # of a row of a pass that begins with it
+    if len(rows) <= most and cost.whole + len(rows) * each[0] <= 2 * cost.whole + each.sum():
+        return [rows]  # what a second pass costs is more than it could save
     best, begins = numpy.zeros(len(rows) + 1), [0] * (len(rows) + 1)
     for end in range(1, len(rows) + 1):
         first = numpy.arange(max(0, end - most), end)

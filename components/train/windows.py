@@ -69,13 +69,13 @@ class Windows:
             row_of = [0 if self._flat else at for at, row in enumerate(rows) for _ in row] if packed else None
             batch = collate([ready.items[i] for i in order], self._pad_id, rows=row_of)
             longest = max(sum(ready.lengths[i] for i in row) for row in rows)
-            tokens = sum(ready.lengths[i] for i in order)
+            lengths = tuple(ready.lengths[i] for i in order)
             yield replace(
                 batch,
                 samples=tuple(ready.names[i] for i in order),
                 skipped=tuple(ready.skipped) if number == 0 else (),
-                positions=tokens,
-                computed=tokens if packed and self._flat else len(rows) * longest,
+                lengths=lengths,
+                computed=sum(lengths) if packed and self._flat else len(rows) * longest,
             )
 
 
