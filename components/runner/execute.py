@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ from nvila.components.contracts.manifest import (
 from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import call
-from nvila.components.contracts.steps import RESOLVE, ROWS, STEPS
+from nvila.components.contracts.steps import RESOLVE, ROWS, STAGES, STEPS
 from nvila.components.contracts.store import TOMBSTONE, Store
 from nvila.components.contracts.text import say
 from nvila.components.runner.code import code_digest
@@ -46,6 +47,7 @@ from nvila.components.runner.handover import FOLDER
 from nvila.components.runner.status import Status, StepStatus
 from nvila.components.runner.work import Work, do
 from nvila.components.tracking.flatten import metrics
+from nvila.components.tracking.live import Live
 from nvila.components.tracking.redact import redact, redact_text, tell
 
 COMPARED = frozenset(row.name for row in STEPS if row.compared)
@@ -169,12 +171,16 @@ def perform(
         for name in (MANIFEST, TOMBSTONE, SUSPECT):
             discard(folder / name)
         began, clock = time.time(), time.monotonic()
+        curves = Live(place.run_dir, step, folder, began)
         try:
             if step in COMPARED and inputs:
                 from nvila.components.tracking.recorded import compare
 
                 compare(place.run_dir.parent, step, inputs)
-            with handed_down(progress_file=progress_file(place.run_dir, step)):
+            with (
+                handed_down(progress_file=progress_file(place.run_dir, step)),
+                curves if tracked and step in STAGES else nullcontext(),
+            ):
                 outcome = do(Work(step, module, key, settings, inputs, folder, place.run_dir, here))
             if outcome.read is not None and outcome.read != external:
                 store.remove(step, key)  # it holds work on what the key does not say
@@ -187,7 +193,8 @@ def perform(
             if isinstance(error, NvilaError) and error.exit_code in (Exit.USER, Exit.REJECTED):
                 store.bury(step, key, place.run, error)
             if tracked:
-                _track(place, step, settings, inputs, None, began, str(error) or type(error).__name__, {})
+                why = str(error) or type(error).__name__
+                _track(place, step, settings, inputs, None, began, why, {}, curves.told)
             raise
         files = describe_files(folder, outcome.files)
         for name in [name for name in files if name in (MANIFEST, TOMBSTONE, SUSPECT) or name.startswith(f"{FOLDER}/")]:
@@ -209,7 +216,7 @@ def perform(
         )
         manifest = store.finish(folder, manifest)
     if tracked:
-        _track(place, step, settings, inputs, manifest, began, None, outcome.measured)
+        _track(place, step, settings, inputs, manifest, began, None, outcome.measured, curves.told)
     return manifest, False
 
 
@@ -235,13 +242,14 @@ def _track(
     began: float,
     error: str | None,
     measured: Mapping[str, float],
+    told: int,
 ) -> None:
     """Tell MLflow. A tracking store that is down must not lose finished work: the manifest is written already."""
     from nvila.components.tracking.runs import record_step
 
     try:
         ended, recipe = time.time(), _recipe(place.run_dir, manifest)
-        record_step(place.run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe)
+        record_step(place.run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe, told)
     except Unreachable as away:
         say(redact_text(f"{step}: not tracked yet, as {away.what}; that is made up for when it is back"))
     except Exception as problem:

@@ -40,6 +40,8 @@ UNTRACKED = "untracked"
 """Folder of records that MLflow has not taken yet."""
 CURVE_POINTS = 1000
 """Longer loss curves are thinned to this many points; the step's folder keeps all of them."""
+LIVE_POINTS = 30
+"""The same of each look at a stage that is being trained."""
 _SHOWN = (".png", ".html", ".md")
 
 
@@ -55,6 +57,8 @@ class _Record:
     ended: float
     error: str | None
     measured: Mapping[str, float]
+    told: int = -1
+    """The last optimizer step whose place in the curves is there already."""
 
 
 def record_step(
@@ -68,6 +72,7 @@ def record_step(
     error: str | None,
     measured: Mapping[str, float],
     recipe: Mapping[str, Any] | None = None,
+    told: int = -1,
 ) -> None:
     """Log one execution of a step as a finished child run.
 
@@ -79,11 +84,12 @@ def record_step(
         error: the message of a failed step.
         measured: measurements of this execution.
         recipe: what the pipeline run is of, if that is known: the parent's parameters.
+        told: the last optimizer step that `add_curve` has told of.
 
     Raises:
         Unreachable: MLflow does not answer; the record is kept, and written with the next that it takes.
     """
-    record = _Record(step, settings, inputs, manifest, began, ended, error, measured)
+    record = _Record(step, settings, inputs, manifest, began, ended, error, measured, told)
     try:
         with connected(run_dir.parent, 0 if any(_kept(run_dir)) else None) as client:
             parent = _parent(client, run_dir, recipe)
@@ -97,6 +103,20 @@ def record_step(
 def open_step(client: MlflowClient, run_dir: Path, step: str) -> Run:
     """The child of a step that refers to it before it has ended; `record_step` completes it."""
     return _child(client, run_dir, _parent(client, run_dir), step, time.time())
+
+
+def add_curve(run_dir: Path, step: str, folder: Path, began: float, told: int) -> int:
+    """Tell of the optimizer steps behind `told` in the open child of a step; the last that is told of by now.
+
+    Raises:
+        Unreachable: MLflow does not answer.
+    """
+    rows = _curve(folder, _ms(time.time()), told, LIVE_POINTS)
+    if rows:
+        with connected(run_dir.parent, 0) as client:
+            run = _child(client, run_dir, _parent(client, run_dir), step, began)
+            _log_metrics(client, run.info.run_id, [(f"{step}/{name}", *row) for name, *row in rows])
+    return max((at for *_, at in rows), default=told)
 
 
 def is_tracked(run_dir: Path) -> bool:
@@ -233,6 +253,7 @@ def _keep(run_dir: Path, record: _Record) -> None:
         "ended": record.ended,
         "error": redact_text(record.error) if record.error else None,
         "measured": dict(record.measured),
+        "told": record.told,
     }
     write_atomic(run_dir / UNTRACKED / f"{record.began:.3f}-{record.step}.json", json.dumps(content, default=str))
 
@@ -271,7 +292,7 @@ def _log(client: MlflowClient, run: str, record: _Record) -> None:
         numbers = metrics(manifest.result) | numbers
     now = _ms(record.ended)
     rows = [(name, value, now, 0) for name, value in numbers.items()]
-    rows += _curve(Path(manifest.folder), now) if manifest else []
+    rows += _curve(Path(manifest.folder), now, record.told, CURVE_POINTS) if manifest else []
     _log_metrics(client, run, [(f"{record.step}/{name}", value, at, step) for name, value, at, step in rows])
     if manifest:
         _log_files(client, run, manifest)
@@ -297,12 +318,14 @@ def _log_metrics(client: MlflowClient, run: str, rows: list[tuple[str, float, in
         client.log_batch(run, metrics=[Metric(key(name), float(value), at, step) for name, value, at, step in some])
 
 
-def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
-    """Rows (name, value, ms, step) of `loss.jsonl` and of the rates of `meter.jsonl`, where the step wrote them."""
-    losses = [record for record in jsonlines.whole(folder / "loss.jsonl") if isinstance(record.get("step"), int)]
-    measured = [(reading, rates([(attempt, reading)]).model_dump()) for attempt, reading in read_meter(folder / METER)]
-    found = [(now, int(line["step"]), line) for line in _thinned(losses)]
-    found += [(_ms(reading.time), reading.step, told) for reading, told in _thinned(measured)]
+def _curve(folder: Path, now: int, told: int, most: int) -> list[tuple[str, float, int, int]]:
+    """Rows (name, value, ms, step) of `loss.jsonl` and of the rates of `meter.jsonl`, where the step wrote them, of the
+    optimizer steps behind `told`."""
+    losses = [line for line in jsonlines.whole(folder / "loss.jsonl") if _behind(line.get("step"), told)]
+    readings = [(attempt, reading) for attempt, reading in read_meter(folder / METER) if reading.step > told]
+    measured = [(reading, rates([(attempt, reading)]).model_dump()) for attempt, reading in readings]
+    found = [(now, int(line["step"]), line) for line in _thinned(losses, most)]
+    found += [(_ms(reading.time), reading.step, told) for reading, told in _thinned(measured, most)]
     return [
         (f"curve/{name}", value, at, step)
         for at, step, told in found
@@ -311,8 +334,12 @@ def _curve(folder: Path, now: int) -> list[tuple[str, float, int, int]]:
     ]
 
 
-def _thinned(lines: list[T]) -> list[T]:
-    every = max(1, -(-len(lines) // CURVE_POINTS))
+def _behind(step: Any, told: int) -> bool:
+    return isinstance(step, int) and step > told
+
+
+def _thinned(lines: list[T], most: int) -> list[T]:
+    every = max(1, -(-len(lines) // most))
     return lines[::every] + ([lines[-1]] if lines and (len(lines) - 1) % every else [])
 
 

@@ -65,7 +65,7 @@ TRACKING = """
 import json
 
 
-def record_step(run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe):
+def record_step(run_dir, step, settings, inputs, manifest, began, ended, error, measured, recipe, told):
     if (run_dir / "tracking-is-down").exists():
         raise ConnectionError("no server")
     with (run_dir / "tracked").open("a") as log:
