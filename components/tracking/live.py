@@ -9,7 +9,7 @@ from pathlib import Path
 from nvila.components.contracts.errors import Unreachable
 from nvila.components.contracts.meter import METER
 from nvila.components.contracts.text import say
-from nvila.components.tracking.redact import redact_text, tell
+from nvila.components.tracking.redact import tell
 
 EVERY_SECONDS = 30.0
 """Between two looks at what the stage has written."""
@@ -44,8 +44,8 @@ class Live:
                 self._tell()
                 before = ""
             except Exception as error:  # whatever it is, the record at the step's end tries again
-                away = isinstance(error, Unreachable)
-                why = redact_text(error.what) if away else tell(f"{type(error).__name__}: {error}")
+                kind = "" if isinstance(error, Unreachable) else f"{type(error).__name__}: "
+                why = tell(f"{kind}{error}")
                 if why != before:
                     say(f"{self._step}: its curves are not in MLflow yet: {why}")
                 before = why

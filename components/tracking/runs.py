@@ -115,8 +115,9 @@ def add_curve(run_dir: Path, step: str, folder: Path, began: float, told: int) -
     if rows:
         with connected(run_dir.parent, 0) as client:
             run = _child(client, run_dir, _parent(client, run_dir), step, began)
-            _log_metrics(client, run.info.run_id, [(f"{step}/{name}", *row) for name, *row in rows])
-    return max((at for *_, at in rows), default=told)
+            named = [(f"{step}/{name}", value, at, number) for name, value, at, number in rows]
+            _log_metrics(client, run.info.run_id, named)
+    return max((number for *_, number in rows), default=told)
 
 
 def is_tracked(run_dir: Path) -> bool:
