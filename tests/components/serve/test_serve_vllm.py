@@ -305,3 +305,43 @@ def _characters(text: str) -> str:
 
 def _agreement(given: list[str], expected: list[str]) -> float:
     return sum(g == e for g, e in zip(given, expected, strict=True)) / len(expected)
+
+
+@pytest.mark.turns(3)
+def test_times_of_a_clip_are_seconds_in_batches_and_at_the_endpoint(media: Media, tmp_path: Path) -> None:
+    """Time tokens are added to a model that was made without: a server whose vocabulary does not know them, or that
+    shows `<t3>`, answers a question about a time with what nobody can read."""
+    from nvila.components.contracts.recipe.changes import ModelChanges
+    from nvila.components.data.samples import Sample
+    from nvila.components.data.samples import Turn as Said
+    from nvila.components.model.checkpoint.changes import changed
+    from nvila.components.model.checkpoint.native import load_opened, open_native, save_native
+    from nvila.components.model.checkpoint.serving import write_serving
+    from nvila.components.model.feed import Feed
+
+    question, when = "<vila/video>\nWhen does it turn?", "at <0.75>"
+    save_native(*servable_model(), tmp_path / "before")
+    grown = changed(open_native(tmp_path / "before"), ModelChanges(time_tokens=5))
+    model, tokenizer = load_opened(grown, "float32", "cpu")
+    path = media.clips[0]  # of one second
+    turns = (Said("human", question), Said("gpt", when))
+    sample = Sample("t/sft/0", "t", "video", "sft", path.parent, (path.name,), turns, "", when)
+    batch = Feed(tokenizer, model.config).batch([sample])
+    optimizer = torch.optim.Adam(model.llm.parameters(), lr=1e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(**batch.forward_arguments()).loss.backward()
+        optimizer.step()
+    request = Request([str(path)], "video", question)
+    assert _generate(model, tokenizer, [request]) == [when]
+
+    write_serving(model, tokenizer, tmp_path / "model", dtype=torch.float32)
+    assert generate_with_vllm(tmp_path / "model", [request], max_new_tokens=6, work=tmp_path / "work") == [when]
+    port = free_port("127.0.0.1")
+    started = server.start(tmp_path / "model", port=port, served_name="tiny", log_path=tmp_path / "log", api_key="a")
+    try:
+        server.wait_ready(started.url, 240, started.pid, tmp_path / "log")
+        (message,) = messages_of([Turn("human", question)], [("video", path)])
+        assert server.ask(started.url, "tiny", message.parts, max_tokens=6, api_key="a").text == when
+    finally:
+        server.stop(started.pid)
