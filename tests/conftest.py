@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with one while the others are done."""
     for item in items:
         marker = item.get_closest_marker("turns")
-        if marker and not turn_of(item.path.stem, *marker.args):
+        if marker and not turn_of(*marker.args):
             item.add_marker(pytest.mark.skip(reason="its turn comes on another day: EVERY_TEST=1 runs it"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

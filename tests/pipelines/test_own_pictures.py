@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from nvila.components.contracts import jsonlines
 
-pytestmark = [pytest.mark.slow, pytest.mark.turns(3)]
+pytestmark = [pytest.mark.slow, pytest.mark.turns(3, 1)]
 
 README = Path(__file__).parents[2] / "README.md"
 COLOURS = {"Red": (220, 40, 40), "Green": (40, 180, 60), "Blue": (40, 60, 220), "Light grey": (200, 200, 200)}

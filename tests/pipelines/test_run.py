@@ -117,7 +117,7 @@ def test_a_rejected_model_ends_with_3_and_a_report(first: tuple[Path, int, dict[
     assert "gate rejected" in output
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(3, 1)
 def test_a_stopped_run_ends_with_75_leaves_nothing_and_resumes(
     first: tuple[Path, int, dict[str, Any], str],
 ) -> None:

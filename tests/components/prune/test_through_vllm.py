@@ -11,7 +11,7 @@ from servable import WITH_VLLM, servable_model
 from nvila.components.contracts.results.model import Pruning
 from nvila.components.prune import judge, step
 
-pytestmark = WITH_VLLM
+pytestmark = [*WITH_VLLM, pytest.mark.turns(3, 2)]
 
 
 def test_a_reference_may_be_run_by_vllm(small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

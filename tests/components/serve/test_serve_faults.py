@@ -104,7 +104,7 @@ def bombs(folder: Path) -> list[Request]:
     return [replace(chat("tiny", what, "what?"), good=False) for what in (part(wide), animation, *urls)]
 
 
-@pytest.mark.turns(2)
+@pytest.mark.turns(3, 1)
 def test_a_mixed_load_is_answered_and_refused(runs: Path, tmp_path: Path) -> None:
     """One user's malformed request, or bomb, was everybody's: the server ended, or nobody was answered for long."""
     media = [*(picture(tmp_path / f"{i}.png", i) for i in range(4)), clip(tmp_path / "a.mp4", 1)]
@@ -130,7 +130,7 @@ def test_new_pictures_of_many_at_a_time(runs: Path, tmp_path: Path) -> None:
     assert [reply for reply in run(status_of(runs).url, asked, clients=16) if not reply.answered] == []
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(3, 2)
 def test_every_process_may_be_killed(runs: Path) -> None:
     """Nothing came back after the engine had ended, and 2 GB of it stayed; seconds are printed and judge nothing."""
     url = status_of(runs).url

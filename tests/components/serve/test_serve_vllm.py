@@ -307,7 +307,7 @@ def _agreement(given: list[str], expected: list[str]) -> float:
     return sum(g == e for g, e in zip(given, expected, strict=True)) / len(expected)
 
 
-@pytest.mark.turns(3)
+@pytest.mark.turns(3, 0)
 def test_times_of_a_clip_are_seconds_in_batches_and_at_the_endpoint(media: Media, tmp_path: Path) -> None:
     """Time tokens are added to a model that was made without: a server whose vocabulary does not know them, or that
     shows `<t3>`, answers a question about a time with what nobody can read."""

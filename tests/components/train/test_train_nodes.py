@@ -23,7 +23,7 @@ from nvila.components.train import meeting
 
 
 @pytest.mark.slow
-@pytest.mark.turns(2)
+@pytest.mark.turns(3, 1)
 def test_two_nodes_train_the_model_of_one(small: Any, tmp_path: Path, image_stage: dict[str, Any]) -> None:
     """Nodes that do not find each other train two models, or wait for ever; and where ranks are must change nothing."""
     weights = []

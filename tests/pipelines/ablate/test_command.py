@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.turns(3)]
+pytestmark = [pytest.mark.slow, pytest.mark.turns(3, 0)]
 
 LEFT_OUT = [f"train.stages.train-{stage}=null" for stage in (1, 2, 3)]
 OPTIONS = ["--seeds", "1", "--ratios", "0.5", "--methods", "clusters,random", "--no-spoilt", "--jobs", "1"]

@@ -102,6 +102,7 @@ def test_rows_are_as_large_as_they_can_be() -> None:
 
 class _Batch:
     samples = ("a", "b")
+    lengths = ()
     computed = 0
 
     def __init__(self, **arguments: Any) -> None:

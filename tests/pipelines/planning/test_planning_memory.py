@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.turns(3, 0)
 def test_the_memory_formula_against_measurements() -> None:
     """Bytes measured in a process where something else has run first are not those of a training process."""
     measured = Path(__file__).with_name("memory_measured.py")
