@@ -18,7 +18,8 @@ EVERY_SECONDS = 30.0
 class Live:
     """Tells MLflow of new lines while its context lasts, in a thread that training never waits for.
 
-    It begins when the stage has measured itself for the first time: its processes have been forked then.
+    It begins when the stage has measured itself for the first time in this attempt: its processes have been forked
+    then, and logs of an attempt before are what its checkpoint has.
     """
 
     def __init__(self, run_dir: Path, step: str, folder: Path, began: float) -> None:
@@ -38,7 +39,7 @@ class Live:
     def _work(self) -> None:
         before = ""
         while not self._over.wait(EVERY_SECONDS):
-            if not (self._folder / METER).is_file():
+            if not self._measured():
                 continue
             try:
                 self._tell()
@@ -49,6 +50,12 @@ class Live:
                 if why != before:
                     say(f"{self._step}: its curves are not in MLflow yet: {why}")
                 before = why
+
+    def _measured(self) -> bool:
+        try:
+            return (self._folder / METER).stat().st_mtime >= self._began
+        except OSError:
+            return False
 
     def _tell(self) -> None:
         from nvila.components.tracking.runs import add_curve

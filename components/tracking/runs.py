@@ -111,7 +111,7 @@ def add_curve(run_dir: Path, step: str, folder: Path, began: float, told: int) -
     Raises:
         Unreachable: MLflow does not answer.
     """
-    rows = _curve(folder, _ms(time.time()), told, LIVE_POINTS)
+    rows = _curve(folder, _ms(time.time()), told, LIVE_POINTS, ended=False)
     if rows:
         with connected(run_dir.parent, 0) as client:
             run = _child(client, run_dir, _parent(client, run_dir), step, began)
@@ -293,7 +293,7 @@ def _log(client: MlflowClient, run: str, record: _Record) -> None:
         numbers = metrics(manifest.result) | numbers
     now = _ms(record.ended)
     rows = [(name, value, now, 0) for name, value in numbers.items()]
-    rows += _curve(Path(manifest.folder), now, record.told, CURVE_POINTS) if manifest else []
+    rows += _curve(Path(manifest.folder), now, record.told, CURVE_POINTS, ended=True) if manifest else []
     _log_metrics(client, run, [(f"{record.step}/{name}", value, at, step) for name, value, at, step in rows])
     if manifest:
         _log_files(client, run, manifest)
@@ -319,12 +319,15 @@ def _log_metrics(client: MlflowClient, run: str, rows: list[tuple[str, float, in
         client.log_batch(run, metrics=[Metric(key(name), float(value), at, step) for name, value, at, step in some])
 
 
-def _curve(folder: Path, now: int, told: int, most: int) -> list[tuple[str, float, int, int]]:
+def _curve(folder: Path, now: int, told: int, most: int, *, ended: bool) -> list[tuple[str, float, int, int]]:
     """Rows (name, value, ms, step) of `loss.jsonl` and of the rates of `meter.jsonl`, where the step wrote them, of the
-    optimizer steps behind `told`."""
+    optimizer steps behind `told`: to the last, or, while there will be more, to the last that was measured."""
     losses = [line for line in jsonlines.whole(folder / "loss.jsonl") if _behind(line.get("step"), told)]
     readings = [(attempt, reading) for attempt, reading in read_meter(folder / METER) if reading.step > told]
     measured = [(reading, rates([(attempt, reading)]).model_dump()) for attempt, reading in readings]
+    if not ended:
+        measured_to = max((reading.step for _, reading in readings), default=told)
+        losses = [line for line in losses if line["step"] <= measured_to]
     found = [(now, int(line["step"]), line) for line in _thinned(losses, most)]
     found += [(_ms(reading.time), reading.step, told) for reading, told in _thinned(measured, most)]
     return [

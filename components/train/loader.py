@@ -99,7 +99,7 @@ class Loader:
             worker.tell(self._start)
 
     def steps(self, start: int = 0) -> Iterator[Iterator[Ready]]:
-        """The samples of each step from `start` on, in their order, a few at a time.
+        """The samples of each step from `start` on, in their order, a few at a time; to be asked for once.
 
         Raises:
             NvilaError: of samples that cannot be made ready; a process is lost, or has been silent for too long.

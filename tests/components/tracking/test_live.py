@@ -86,6 +86,29 @@ def test_training_goes_on_without_mlflow(
     assert curve(tracked_run, "loss") == [1, 2]
 
 
+def test_what_an_earlier_attempt_wrote_is_not_told(
+    tracked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume cuts the logs back to its checkpoint: steps behind it would stand there twice, with other losses; and the
+    processes are not forked yet, beside which a thread must not import."""
+    monkeypatch.setattr(live, "EVERY_SECONDS", 0.01)
+    folder = tmp_path / "store"
+    write(folder, range(1, 9))
+    with Live(tracked_run, "train-1", folder, time.time() + 1):
+        time.sleep(0.2)
+    assert not (tracked_run / "mlflow.json").exists()
+
+
+def test_a_step_is_told_when_it_is_measured(tracked_run: Path, tmp_path: Path) -> None:
+    """Losses come each step and measures every few: a measure of a step whose loss was told already would be lost."""
+    folder = tmp_path / "store"
+    write(folder, range(1, 3))
+    with (folder / "loss.jsonl").open("a") as losses:
+        losses.write('{"step": 3, "loss": 0.5}\n')
+    assert runs.add_curve(tracked_run, "train-1", folder, time.time(), -1) == 2
+    assert curve(tracked_run, "loss") == [1, 2]
+
+
 def test_a_long_stage_does_not_fill_the_store(tracked_run: Path, tmp_path: Path) -> None:
     """A week of steps, four numbers each, would be millions of rows."""
     folder = tmp_path / "store"
