@@ -48,7 +48,7 @@ def test_a_stage_is_seen_while_it_is_trained(
     """A stage of a week was an empty page until its end; and at the end no point may stand there twice."""
     monkeypatch.setattr(live, "EVERY_SECONDS", 0.05)
     folder = tmp_path / "store"
-    with (following := Live(tracked_run, "train-1", folder, time.time())):
+    with (following := Live(tracked_run, "train-1", folder, time.time() - 1)):
         write(folder, range(1, 4))
         until(lambda: following.told == 3)
         (child,) = children(tracked_run)
@@ -77,7 +77,7 @@ def test_training_goes_on_without_mlflow(
     monkeypatch.setattr(live, "EVERY_SECONDS", 0.01)
     with monkeypatch.context() as patch:
         patch.setattr(runs, "add_curve", away)
-        with (following := Live(tracked_run, "train-1", folder, time.time())):
+        with (following := Live(tracked_run, "train-1", folder, time.time() - 1)):
             write(folder, range(1, 3))
             until(lambda: len(asked) > 3)
     said = "".join(capsys.readouterr())
@@ -89,8 +89,8 @@ def test_training_goes_on_without_mlflow(
 def test_what_an_earlier_attempt_wrote_is_not_told(
     tracked_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume cuts the logs back to its checkpoint: steps behind it would stand there twice, with other losses; and the
-    processes are not forked yet, beside which a thread must not import."""
+    """A resume cuts the logs back to its checkpoint: steps behind it would stand there twice, with other losses;
+    and the processes are not forked yet, beside which a thread must not import."""
     monkeypatch.setattr(live, "EVERY_SECONDS", 0.01)
     folder = tmp_path / "store"
     write(folder, range(1, 9))
