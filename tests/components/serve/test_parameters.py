@@ -6,7 +6,10 @@ import ast
 import http.client
 import json
 import random
+import select
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,17 +127,33 @@ def test_a_stream_whose_engine_dies_is_broken_and_others_may_come_again(server: 
     """vLLM ends it with [DONE], and answers 500 to who waits. The last test: the engine is gone."""
     processes = psutil.Process(server.pid).children(recursive=True)
     engine = next(process for process in processes if process.name() == "VLLM::EngineCore")
-    address = urlsplit(server.url)
-    connections = [http.client.HTTPConnection(address.netloc, timeout=120) for _ in range(2)]
-    asked = {"model": NAME, "messages": _hi(), "max_tokens": 480, "ignore_eos": True}
-    for connection, stream in zip(connections, (True, False), strict=True):
-        connection.request("POST", CHAT, json.dumps(asked | {"stream": stream}), {"Content-Type": "application/json"})
-    streamed = connections[0].getresponse()
-    first = streamed.readline()
+    for _ in range(20):
+        streamed, waiting = _asked(server.url, stream=True), _asked(server.url, stream=False)
+        answer = streamed.getresponse()
+        first = answer.readline()
+        engine.suspend()
+        time.sleep(1)  # what it has said until now is here
+        if b"[DONE]" not in _there(streamed) and not _there(waiting):
+            break
+        engine.resume()  # it was quicker
     engine.kill()
     with pytest.raises(http.client.IncompleteRead) as broken:
-        streamed.read()
+        answer.read()
     assert first.startswith(b"data: {") and b'"error"' in broken.value.partial and b"[DONE]" not in broken.value.partial
-    waited = connections[1].getresponse()
+    waited = waiting.getresponse()
     assert waited.status == 503 and waited.headers["Retry-After"]
     assert "again" in json.load(waited)["error"]["message"]
+
+
+def _asked(url: str, *, stream: bool) -> http.client.HTTPConnection:
+    """A connection with the request for a long answer on its way."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+    asked = {"model": NAME, "messages": _hi(), "max_tokens": 480, "ignore_eos": True, "stream": stream}
+    connection.request("POST", CHAT, json.dumps(asked), {"Content-Type": "application/json"})
+    return connection
+
+
+def _there(connection: http.client.HTTPConnection) -> bytes:
+    """What has come and was not read."""
+    ready, _, _ = select.select([connection.sock], [], [], 0)
+    return connection.sock.recv(1 << 22, socket.MSG_PEEK) if ready else b""
