@@ -11,6 +11,7 @@ from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.meter import METER, measures
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import KEPT, SHARED_OUT, Run, Stage
 from nvila.components.contracts.results.model import Training
@@ -37,10 +38,11 @@ def keyed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the weights depend on: a stage goes on after a change of the rest, such as its number of processes."""
     stage, run = settings["stage"], settings["run"]
     free = SHARED_OUT if run["loss_weighting"] == "token" else {"stage": set(), "run": set()}
+    unread = KEPT if PRECISIONS[run["precision"]].fp8 else KEPT | {"fp8"}
     return {
         **settings,
         "stage": {name: value for name, value in stage.items() if name not in free["stage"]},
-        "run": {name: value for name, value in run.items() if name not in free["run"] | KEPT},
+        "run": {name: value for name, value in run.items() if name not in free["run"] | unread},
     }
 
 
