@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.environment import Environment, current, entered
-from nvila.components.contracts.errors import Preempted
+from nvila.components.contracts.errors import ConfigError, Preempted
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
@@ -115,6 +115,8 @@ def train(job: Job, stop: StopRequest) -> None:
         taken = receive(stage, job.run, here.world)
         model, tokenizer = load_opened(given, dtype, default_device(here.local_rank), taken)
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
+        if stage.methods and set(stage.methods.values()) != {"full"}:
+            raise ConfigError("the trainer knows no method but full yet", where="train.stages.methods")
         set_trainable(model, stage.trainable)
         model.prepare_for_training()
         if stage.gradient_checkpointing:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.changes import ModelChanges
+from nvila.components.contracts.recipe.methods import ADAPTERS, METHODS, Lora, Method, Part
 from nvila.components.contracts.recipe.section import (
     MOST_ENTRIES,
     Batch,
@@ -21,8 +22,6 @@ from nvila.components.contracts.recipe.section import (
     Tokens,
 )
 
-Part = Literal["vision_tower", "mm_projector", "llm"]
-
 
 class Stage(Section):
     """One row of the stage table."""
@@ -31,6 +30,12 @@ class Stage(Section):
     """What messages and the report call it."""
     trainable: list[Part] = Field(min_length=1, max_length=3)
     """Parts that learn; the others are frozen."""
+    methods: dict[Part, Method] = Field(default={}, max_length=3)
+    """How they learn. `full`, which is also of parts not named: all weights. `layernorm` (vision_tower): weights and
+    biases of its layer norms alone. `lora`, `dora`, `qlora` (the last two llm alone): adapters beside frozen weights,
+    which the end of the stage merges into them; under `qlora` these lie in four bits meanwhile."""
+    lora: Lora = Lora()
+    """Adapters of the parts that have some."""
     learning_rate: Rate
     """Peak of the cosine schedule."""
     learning_rates: dict[Part, Rate] = Field(default={}, max_length=3)
@@ -61,25 +66,53 @@ class Stage(Section):
         """Names of the sources whose `sft` split it draws."""
         return [source for source, _, split in (subset.partition(".") for subset in self.data) if split == "sft"]
 
+    @property
+    def adapted(self) -> list[Part]:
+        """Parts that learn by adapters."""
+        return [part for part in self.trainable if self.method(part) in ADAPTERS]
+
+    def method(self, part: Part) -> Method:
+        """How a trainable part learns."""
+        return self.methods.get(part, "full")
+
     def rate(self, part: Part) -> float:
         """Peak learning rate of a trainable part."""
         return self.learning_rates.get(part, self.learning_rate)
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Parts stand there once, rates and new tokens are of parts that learn, and what is pruned is drawn."""
+        """Parts stand there once, rates, methods and tokens are of parts that learn so, what is pruned is drawn."""
         if len(set(self.trainable)) != len(self.trainable):
             yield Disagreement("trainable", "a part stands there twice")
         for part in self.learning_rates:
             if part not in self.trainable:
                 yield Disagreement(f"learning_rates.{part}", f"{part} is not trainable in this stage")
+        yield from self._methods()
         if self.model.time_tokens and "llm" not in self.trainable:
             yield Disagreement("model.time_tokens", f"stage {self.name} does not train llm, which is to learn them")
+        if self.model.time_tokens and "llm" in self.adapted:
+            yield Disagreement(
+                "model.time_tokens",
+                f"llm learns by {self.method('llm')}: the rows of new tokens in the embeddings and the output layer"
+                " have no adapters, and would stay as they are made; train llm in full",
+            )
         if set(self.trainable) <= set(self.learning_rates):
             yield Disagreement("learning_rates", "each trainable part has its own: learning_rate would have no effect")
         if self.pruned and not self.tuned_on:
             yield Disagreement(
                 "pruned", "pruned: true draws less of sft splits, and the stage's data has none; drop it"
             )
+
+    def _methods(self) -> Iterator[Disagreement]:
+        """Methods are of trainable parts that can learn so, and adapters and decay have some to act on."""
+        for part, method in self.methods.items():
+            if part not in self.trainable:
+                yield Disagreement(f"methods.{part}", f"{part} is not trainable in this stage")
+            if method not in METHODS[part]:
+                yield Disagreement(f"methods.{part}", f"{part} learns by {' or '.join(METHODS[part])}", method)
+        if self.lora != Lora() and not self.adapted:
+            yield Disagreement("lora", "no part learns by lora, dora or qlora: it would have no effect; see methods")
+        if self.weight_decay and all(self.method(part) == "layernorm" for part in self.trainable):
+            yield Disagreement("weight_decay", "layer norms do not decay, and nothing else is trained")
 
     def samples_at_once(self, processes: int) -> int:
         """Samples per forward pass of each of so many processes.
