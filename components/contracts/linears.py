@@ -44,6 +44,6 @@ def no_fp8(linears: Iterable[tuple[int, int]], min_features: int) -> str:
     most = max((min(features) for features in linears if why_not_fp8(features, 1) is None), default=0)
     lower = f"say {most} or less, or" if most else f"and none here is divisible by {FP8_DIVISOR}: say"
     return (
-        f"no Linear of the decoder would be multiplied in FP8: both sizes must be at least {min_features} and divisible "
-        f"by {FP8_DIVISOR}; {lower} train.precision bf16"
+        f"no Linear of the decoder would be multiplied in FP8: both sizes must be at least {min_features} and "
+        f"divisible by {FP8_DIVISOR}; {lower} train.precision bf16"
     )

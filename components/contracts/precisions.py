@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nvila.components.contracts.linears import FP8_DIVISOR
+
 Precision = Literal["fp32", "bf16", "fp8-current", "fp8-delayed", "fp8-block"]
-"""Those of FP8 differ in where a tensor's scale comes from: the tensor itself, those before it, or each of its blocks."""
+"""Those of FP8 differ in where a scale comes from: a tensor's own values, those before it, or each block's own."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,12 @@ class Kept:
     products: Literal["fp32", "bf16"]
     """In which the matrices are multiplied: the column of a GPU's speed in `nvila plan`."""
     fp8: bool = False
-    """Whether large Linears of the decoder (`linears.why_not_fp8`) are multiplied in FP8 instead. Their weights stay."""
+    """Whether large Linears of the decoder (`linears.why_not_fp8`) are multiplied in FP8 instead; weights stay."""
+
+    @property
+    def multiple(self) -> int:
+        """Of what the decoder's positions in a pass must be one."""
+        return FP8_DIVISOR if self.fp8 else 1
 
     @property
     def weight_bytes(self) -> int:

@@ -222,7 +222,9 @@ class TrainSettings(Run):
                 f"loss_weighting: device_batch keeps micro batches as they are: {self.packing} would have no effect",
             )
         if self.fp8.scaling == "rowwise" and self.precision in ("fp8-delayed", "fp8-block"):
-            yield Disagreement("fp8.scaling", f"rowwise would have no effect: {self.precision} has a scaling of its own")
+            yield Disagreement(
+                "fp8.scaling", f"rowwise would have no effect: {self.precision} has a scaling of its own"
+            )
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):
