@@ -135,8 +135,8 @@ class Engine:
             optimizer.step = step
 
     def together(self, passes: Iterable[T], nothing: T) -> Iterator[T]:
-        """The passes of a step. From ZeRO 2 on, and where they choose delayed scales together, processes meet in each, so
-        that who has fewer goes through `nothing`."""
+        """The passes of a step. From ZeRO 2 on, and where they choose delayed scales together, processes meet in each,
+        so that who has fewer goes through `nothing`."""
         meet = self.deepspeed.zero_optimization_stage() >= 2 or (self.products and self.products.meets)
         if self.world == 1 or not meet:
             yield from passes

@@ -49,8 +49,14 @@ def test_large_linears_multiply_in_fp8_and_weights_stay(
 
     from nvila.components.model.nvila import NVILA
 
-    widths, spliced = set(), NVILA.prepare
-    monkeypatch.setattr(NVILA, "prepare", lambda *a, **k: widths.add((out := spliced(*a, **k)).labels_BT.numel()) or out)
+    widths, prepare = set(), NVILA.prepare
+
+    def measured(*given: Any, **named: Any) -> Any:
+        spliced = prepare(*given, **named)
+        widths.add(spliced.attention_mask_BT.numel())
+        return spliced
+
+    monkeypatch.setattr(NVILA, "prepare", measured)
     job, plain = make_job("fp8", run=FP8), make_job("bf16", run={"precision": "bf16"})
     train(job, Stop())
     told = json.loads(Path(job.out, "fp8.json").read_text())
