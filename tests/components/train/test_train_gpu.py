@@ -12,8 +12,8 @@ from matrix import Known, Way, apart, weights, write_answers
 
 from nvila.components.contracts.errors import Preempted
 from nvila.components.train.job import Job
-from nvila.components.train.losses import read_losses
 from nvila.components.train.loop import train
+from nvila.components.train.losses import read_losses
 
 pytestmark = [
     pytest.mark.gpu,
