@@ -84,7 +84,8 @@ def _varlen(
     """Of (1, heads, T, size) queries, and keys and values with as many heads or fewer: (1, T, heads, size)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups, options = query.shape[1] // key.shape[1], {}
+    options: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
     if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:  # of an older torch, such as an image's own
