@@ -95,8 +95,9 @@ class Keeper:
     def _take(self, state_dict: Any, path: str) -> None:
         """Hand on what DeepSpeed saves, without what it overlooks of the frozen weights: a tied output layer."""
         if isinstance(module := state_dict.get("module"), dict):
-            learning = {name for name, one in self._engine.deepspeed.module.named_parameters() if one.requires_grad}
-            state_dict = {**state_dict, "module": {name: one for name, one in module.items() if name in learning}}
+            named = self._engine.deepspeed.module.named_parameters(remove_duplicate=False)
+            frozen = {name for name, parameter in named if not parameter.requires_grad}
+            state_dict = {**state_dict, "module": {name: one for name, one in module.items() if name not in frozen}}
         self._writer.take(state_dict, path)
 
     def _same_base(self, checkpoint: Path) -> None:

@@ -83,5 +83,5 @@ def test_answers_are_those_of_the_cpu(small: Any) -> None:
         for sample in samples:
             with Image.open(sample.paths[0]) as picture:
                 prompts.append(make_prompt([Turn("human", f"<image>\n{sample.question}")], [picture], model.config))
-        said.append(generate(model.eval(), tokenizer, prompts, 12))
+        said.append(generate(model.eval(), tokenizer, prompts, 12, temperature=1.5, seed=3))
     assert said[0] == said[1] and any(said[0])
