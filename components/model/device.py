@@ -117,6 +117,11 @@ class _Linear(nn.Linear):
         return nn.functional.linear(input.float(), self.weight.float(), bias).bfloat16()
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear of floating-point weights and nothing else: other libraries' quantized ones are theirs."""
+    return type(module) in (nn.Linear, _Linear)
+
+
 class _Conv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dtype != torch.bfloat16:

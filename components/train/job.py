@@ -5,7 +5,9 @@ from __future__ import annotations
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import Run, Stage
 
-TRAINED = ("model/**/*", "loss.jsonl", "skipped.jsonl")
+FP8 = "fp8.json"
+"""What an FP8 precision was in this stage: `results.model.Fp8Products`."""
+TRAINED = ("model/**/*", "loss.jsonl", "skipped.jsonl", FP8)
 """Files of a trained stage."""
 RECORD = "trained.json"
 """Their sizes and digests; without it they are not believed."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nvila.components.contracts.environment import Environment, current, entered
 from nvila.components.contracts.errors import ConfigError, Preempted
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
 from nvila.components.contracts.text import say
@@ -24,7 +25,7 @@ from nvila.components.tracking.redact import tell
 from nvila.components.train import verdict
 from nvila.components.train.checkpoints import clear, probably_at
 from nvila.components.train.engine import Engine, leave, receive, start
-from nvila.components.train.job import RECORD, TRAINED, Job
+from nvila.components.train.job import FP8, RECORD, TRAINED, Job
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.checkpoint.native import load_opened, open_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
+    from nvila.components.precision.products import require
     from nvila.components.train.account import Account
     from nvila.components.train.data import INDEX, stage_samples
     from nvila.components.train.keeper import Keeper
@@ -102,6 +104,7 @@ def train(job: Job, stop: StopRequest) -> None:
     samples = samples[: total * stage.batch]
     given = changed(open_native(folder), stage.model)
     config = given.config
+    require(config.llm, job.run)
     limit = min(config.max_length_tokens, stage.max_length_tokens)
     mine = samples.share(stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
@@ -122,6 +125,8 @@ def train(job: Job, stop: StopRequest) -> None:
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine = start(model, stage, job.run, total, here.world)
+        if engine.products and engine.rank == 0:
+            write_atomic(out / FP8, engine.products.told.model_dump_json() + "\n")
         use_flash_attention(model)  # now that the weights have the precision of the stage
         windows = _windows(job, model, tokenizer.pad_token_id, limit)
         keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
@@ -145,7 +150,8 @@ def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
     packing, most = job.run.arranged, job.stage.samples_at_once(current().world)
     flat = job.run.kernel and use_packed_attention(model)
     cost = Cost.of(model.config.llm, gpu=model.device.type == "cuda", kernel=flat)
-    return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat)
+    multiple = PRECISIONS[job.run.precision].multiple
+    return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat, multiple=multiple)
 
 
 def _take_steps(

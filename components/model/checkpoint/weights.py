@@ -34,6 +34,7 @@ _NEVER_COMPUTED = re.compile(
     r"|vision_tower\.(vision_model\.)?embeddings\.position_ids"
     r"|vision_tower\.(vision_model\.)?head\..*"  # SigLIP's pooling
     r"|vision_tower\.(text_model\..*|logit_scale|logit_bias)"  # a whole SigLIP has a tower for text
+    r"|.*\._extra_state"  # scales of training in FP8
 )
 
 
