@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from nvila.pipelines.planning.shape import stage_shapes
 
 WARM, STEPS = 3, 8
 """Steps before the clock runs, and those that it measures."""
+MOST = 64
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,7 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
     from nvila.components.train.meter import counted
     from nvila.pipelines.planning.measured import largest_batch, started
 
-    os.environ |= named(rank=0, local_rank=0, world=1) | {"MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(free_port("127.0.0.1"))
-    with entered(Environment.read()), started(shape, stage, run) as (engine, model, packed):
+    with _alone(), started(shape, stage, run) as (engine, model, packed):
         batch = largest_batch(model, rows, video, packed=packed)
         torch.cuda.reset_peak_memory_stats()
         for step in range(WARM + STEPS):
@@ -67,3 +68,20 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
         seen = counted(Batch(**batch), model.config, model.tokens)
         work = operations(shape, stage.trainable, seen.load(supervised))
         return Measured(seconds, torch.cuda.max_memory_allocated(), int(seen.positions), work)
+
+
+def most(shape: Shape, stage: Stage, run: Run, *, video: bool) -> int:
+    """Samples of a pass that the GPU can hold; more than 64 are not tried."""
+    from nvila.pipelines.planning.measured import peak_bytes
+
+    with _alone():
+        return max(peak_bytes(shape, stage, run, video, range(1, MOST + 1)))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """As torchrun would start the only process of a job."""
+    os.environ |= named(rank=0, local_rank=0, world=1) | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port("127.0.0.1"))
+    with entered(Environment.read()):
+        yield
