@@ -10,6 +10,7 @@ from pydantic import Field
 from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.changes import ModelChanges
 from nvila.components.contracts.recipe.methods import ADAPTERS, METHODS, Lora, Method, Part
+from nvila.components.contracts.recipe.rules import refusals
 from nvila.components.contracts.recipe.section import (
     MOST_ENTRIES,
     Batch,
@@ -218,18 +219,8 @@ class TrainSettings(Run):
         return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Processes share each stage's batch evenly, and what is offloaded is shared."""
-        if self.offload != "none" and self.zero < 2:
-            yield Disagreement("offload", f"offload: {self.offload} needs zero: 2 or 3, not {self.zero}")
-        if self.loss_weighting == "device_batch" and self.packing not in ("auto", "padded"):
-            yield Disagreement(
-                "packing",
-                f"loss_weighting: device_batch keeps micro batches as they are: {self.packing} would have no effect",
-            )
-        if self.fp8.scaling == "rowwise" and self.precision in ("fp8-delayed", "fp8-block"):
-            yield Disagreement(
-                "fp8.scaling", f"rowwise would have no effect: {self.precision} has a scaling of its own"
-            )
+        """Processes share each stage's batch evenly, and nothing is asked for together that `rules` refuses."""
+        yield from refusals(self, self.stages)
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):
