@@ -114,7 +114,7 @@ def _made(folder: Path, seed: int) -> tuple[str, str]:
     folder.mkdir()
     sys.path.insert(0, str(HERE.parents[2] / "components/train"))
     small, _ = importlib.import_module("matrix").small(folder)
-    rng = random.Random(seed)
+    rng = random.Random(0)  # one grammar: seeds draw weights and order, so that bf16's spread is theirs
     follow = {word: rng.sample(WORDS, FOLLOWERS) for word in WORDS}
     sentences = [_sentence(rng, follow) for _ in range(STEPS * BATCH)]
     rows = []
