@@ -30,8 +30,7 @@ def taken(shape: Shape, run: Run) -> dict[str, tuple[int, int]]:
 def operations(shape: Shape, stage: Stage, run: Run, tokens: float) -> float:
     """Of a stage's floating-point operations those in FP8, for so many tokens of the decoder."""
     each = sum(out * into for out, into in taken(shape, run).values()) * int(shape.config.llm["num_hidden_layers"])
-    learns = "llm" in stage.trainable and stage.method("llm") == "full"
-    return 2 * each * tokens * (3 if learns else 2)
+    return 2 * each * tokens * (3 if stage.learning.get("llm") == "full" else 2)
 
 
 def weight_bytes(shape: Shape, run: Run, *, recompute: bool) -> int:

@@ -91,7 +91,7 @@ def whole(shape: Shape, stage: Stage, batch: MicroBatch) -> float:
         pairs=positions * batch.length / 2,
         predicted=batch.supervised,
     )
-    return operations(shape, stage.trainable, load)
+    return operations(shape, stage.learning, load)
 
 
 def _computed(name: str, shape: Shape) -> bool:
@@ -115,8 +115,8 @@ def _products(out: int, into: int, positions: int, part: Part, stage: Stage) -> 
     forward = Product("forward", positions, into, out)
     inputs, weights = Product("input gradient", positions, out, into), Product("weight gradient", out, positions, into)
     through = any(one in stage.trainable for one in PARTS[: PARTS.index(part) + 1])
-    learns = part in stage.trainable and stage.method(part) == "full"
-    return (forward, *((inputs,) if through else ()), *((weights,) if learns else ()))
+    full = stage.learning.get(part) == "full"
+    return (forward, *((inputs,) if through else ()), *((weights,) if full else ()))
 
 
 def _stays(name: str, features: tuple[int, int], run: Run) -> str | None:
