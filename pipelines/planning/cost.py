@@ -29,7 +29,8 @@ floating-point operations, n parameters in a part's matrices, t its tokens:
   backward     4 n t where the part learns in full, 2 n t where gradients pass through (its adapters or layer norms
                learn, or what is before it), of attention twice the forward's in both, none where nothing learns so
                far; adapters are matrices that learn
-  hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price"""
+  hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price
+  FP8          Linears that it takes at the peak of FP8, all else at that of bf16: what it saves at most"""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.learning import NF4_BYTES, adapters, quantized, trained
 from nvila.components.model.shape import Seen, Shape
 from nvila.components.train.zero import gathered, reduced
+from nvila.pipelines.planning import fp8
 
 RESERVE_BYTES = 2 * 10**9
 """Assumed, not measured: CUDA's context, buffers of NCCL and cuBLAS, and what the allocator cannot hand out."""
@@ -35,6 +36,9 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
                    layer norms or adapters alone: e(6w + u) instead of e(8w + 2u), and no pixels
     adapters       of each Linear, for each token: inputs (e + 1) + e r, and with DoRA 2 e outputs
                    QLoRA: and e for each weight of the largest matrix, while it is multiplied
+    FP8            of a block that learns b T times a byte for each input of each Linear that it takes, less e for
+                   inputs that only such Linears keep; and 2 bytes of each of their weights (ZeRO 3 with checkpointing:
+                   of one block). By Transformer Engine; torchao (rowwise) keeps what bf16 keeps where a block learns
     checkpointing  e h b T and e w S for each block, and one whole block at a time
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns in full
@@ -133,33 +137,36 @@ def memory(shape: Shape, batch: MicroBatch, stage: Stage, run: Run) -> Memory:
     def shared(size: int, since: int, *, here: bool = True) -> int:
         return 0 if not here else -(-size // run.gpus) if run.zero >= since else size
 
+    in_fp8 = fp8.input_bytes(shape, run, element, learns=stage.learning.get("llm") == "full")
     buffers = 0
     if run.zero >= 2:
         buffers = element * (reduced(run, total) + (gathered(total) if run.zero == 3 else 0))
     return Memory(
-        weights=shared(whole + four_bits, 3, here=not (offloads and run.zero == 3)),
+        weights=shared(whole + four_bits, 3, here=not (offloads and run.zero == 3))
+        + fp8.weight_bytes(shape, run, recompute=stage.gradient_checkpointing),
         gradients=shared((4 if run.zero else element) * learnt, 2, here=not offloads),
         optimizer=shared((8 + master) * learnt, 1, here=not offloads),
         buffers=buffers,
-        activations=max(activations(shape, batch, stage, element)[1], 4 * learnt if master and not run.zero else 0),
+        activations=max(
+            activations(shape, batch, stage, element, in_fp8)[1], 4 * learnt if master and not run.zero else 0
+        ),
         loading=shared(whole, 3) + four_bits,
     )
 
 
-def activations(shape: Shape, batch: MicroBatch, stage: Stage, element: int) -> tuple[int, int]:
-    """Bytes saved by the forward pass for the backward pass, and the most at one time of both."""
+def activations(shape: Shape, batch: MicroBatch, stage: Stage, element: int, fp8_inputs: int = 0) -> tuple[int, int]:
+    """Bytes saved by the forward pass for the backward pass, and the most at one time of both.
+
+    `fp8_inputs` are those that a position of a decoder block keeps more in FP8.
+    """
     hidden, positions = int(shape.config.llm["hidden_size"]), batch.rows * batch.length
     width, patch = int(shape.config.vision["hidden_size"]), int(shape.config.vision["patch_size"])
     heads, blocks = int(shape.config.llm["num_attention_heads"]), int(shape.config.llm["num_hidden_layers"])
     decoder, tower = stage.learning.get("llm"), stage.learning.get("vision_tower")
     decoder_block = _decoder_block(shape, batch, element, full=decoder == "full")
-    decoder_block += positions * _beside(shape, "llm", decoder, element, stage.lora.rank) // blocks
+    decoder_block += positions * (_beside(shape, stage, "llm", element) // blocks + fp8_inputs)
     tower_block = _tower_block(shape, batch, element, full=tower == "full") if tower else 0
-    tower_block += (
-        batch.tower_tokens
-        * _beside(shape, "vision_tower", tower, element, stage.lora.rank)
-        // max(1, shape.tower_blocks)
-    )
+    tower_block += batch.tower_tokens * _beside(shape, stage, "vision_tower", element) // max(1, shape.tower_blocks)
     rest = positions * (4 * hidden + element * (hidden + 2 * hidden // heads))
     if decoder == "full":
         rest += element * hidden * (positions + batch.supervised)
@@ -196,12 +203,10 @@ def _tower_block(shape: Shape, batch: MicroBatch, element: int, *, full: bool) -
     return batch.tower_tokens * (element * inside + 4 * int(vision["num_attention_heads"]) + 4 * element)
 
 
-def _beside(shape: Shape, part: str, method: str | None, element: int, rank: int) -> int:
+def _beside(shape: Shape, stage: Stage, part: str, element: int) -> int:
     """Bytes that the adapters of a part save of one token."""
-    if method not in ADAPTERS:
+    if (method := stage.learning.get(part)) not in ADAPTERS:
         return 0
-    each = [
-        (element + 1) * columns + element * (rank + (2 * rows if method == "dora" else 0))
-        for rows, columns in shape.linears[part]
-    ]
-    return sum(each)
+    kept = element * (stage.lora.rank * len(shape.linears[part]))
+    kept += sum((element + 1) * columns for _, columns in shape.linears[part])
+    return kept + (2 * element * sum(rows for rows, _ in shape.linears[part]) if method == "dora" else 0)
