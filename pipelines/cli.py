@@ -202,7 +202,9 @@ def compile_(
 @app.command()
 def plan(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
+    ] = "",
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
@@ -223,6 +225,9 @@ def plan(
         bool,
         typer.Option("--fit", help="Tell the largest micro batch of each stage; measured where a GPU is here."),
     ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Show which ways of training go together; needs no recipe.")
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -235,6 +240,16 @@ def plan(
     """
     from rich.console import Console
 
+    if matrix:
+        from nvila.pipelines.planning import matrix as combinations
+
+        if as_json:
+            put(combinations.as_json())
+        else:
+            combinations.show(Console(width=150))
+        return
+    if not recipe:
+        raise typer.BadParameter("name one, such as tiny", param_hint="RECIPE")
     from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import configured
 
