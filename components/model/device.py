@@ -142,6 +142,12 @@ def _has_bfloat16_products() -> bool:
     return can.get("architecture") != "x86_64" or any(can.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def product_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which type matrices of this one are multiplied on a device."""
+    wide = device.type == "cpu" and weights == torch.bfloat16 and not _has_bfloat16_products()
+    return torch.float32 if wide else weights
+
+
 def use_float32_products(model: nn.Module) -> None:
     """Products of bfloat16 layers in float32, rounded at their end, on a CPU that has none in bfloat16."""
     on_gpu = any(parameter.is_cuda for parameter in model.parameters())

@@ -103,6 +103,7 @@ def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Non
             run=settings.run,
             seed=settings.seed,
             model=str(inputs["model"].dir("model")),
+            base=inputs["model"].digest,
             samples=str(inputs["samples"].path("samples.parquet")),
             kept=[str(m.path("scores.parquet")) for _, m in sorted(inputs.items()) if m.step in PRUNES],
             out=str(out),

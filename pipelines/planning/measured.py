@@ -70,14 +70,14 @@ def started(shape: Shape, stage: Stage, run: Run) -> Iterator[tuple[Engine, NVIL
     from nvila.components.model.device import default_device, use_flash_attention, use_packed_attention
     from nvila.components.model.nvila import build_model, empty_model
     from nvila.components.train.engine import leave, start
-    from nvila.components.train.loop import set_trainable
+    from nvila.components.train.tuning import tune
 
     known, device = empty_model(shape.config), default_device()
     with torch.device(device):
         model = build_model(known.config, known.tokens, getattr(torch, PRECISIONS[run.precision].weights))
     length = min(stage.max_length_tokens, shape.config.max_length_tokens)
     model.config = replace(model.config, max_length_tokens=length)
-    set_trainable(model, stage.trainable)
+    tune(model, stage)
     model.prepare_for_training()
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable()

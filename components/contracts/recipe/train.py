@@ -70,7 +70,12 @@ class Stage(Section):
     @property
     def adapted(self) -> list[Part]:
         """Parts that learn by adapters."""
-        return [part for part in self.trainable if self.method(part) in ADAPTERS]
+        return [part for part, method in self.learning.items() if method in ADAPTERS]
+
+    @property
+    def learning(self) -> dict[Part, Method]:
+        """Trainable parts, and how each learns."""
+        return {part: self.method(part) for part in self.trainable}
 
     def method(self, part: Part) -> Method:
         """How a trainable part learns."""
@@ -112,7 +117,7 @@ class Stage(Section):
                 yield Disagreement(f"methods.{part}", f"{part} learns by {' or '.join(METHODS[part])}", method)
         if self.lora != Lora() and not self.adapted:
             yield Disagreement("lora", "no part learns by lora, dora or qlora: it would have no effect; see methods")
-        if self.weight_decay and all(self.method(part) == "layernorm" for part in self.trainable):
+        if self.weight_decay and set(self.learning.values()) == {"layernorm"}:
             yield Disagreement("weight_decay", "layer norms do not decay, and nothing else is trained")
 
     def samples_at_once(self, processes: int) -> int:
