@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nvila.components.contracts.recipe.matrix import RULES, Cell, axes, cells, refusals
+from nvila.components.contracts.recipe.matrix import RULES, Cell, Rule, axes, cells, refusals
 from nvila.pipelines.show.watch import print_line
 
 ROWS, COLUMNS = ("llm", "precision"), ("zero", "offload")
@@ -34,10 +35,11 @@ def grid() -> Iterator[tuple[str, ...]]:
     named = axes()
     heads = list(itertools.product(*(named[axis] for axis in COLUMNS)))
     yield (*ROWS, *(f"zero {zero}" + (f", offload {offload}" if offload != "none" else "") for zero, offload in heads))
-    every = list(cells())
+    broken = defaultdict(list)
+    for cell in cells():
+        broken[_at(cell, ROWS), _at(cell, COLUMNS)].append(refusals(cell))
     for row in itertools.product(*(named[axis] for axis in ROWS)):
-        line = [_told([cell for cell in every if _at(cell, ROWS) == row and _at(cell, COLUMNS) == at]) for at in heads]
-        yield (*map(str, row), *line)
+        yield (*map(str, row), *(_told(broken[row, at]) for at in heads))
 
 
 def summary() -> str:
@@ -65,8 +67,7 @@ def _at(cell: Cell, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(getattr(cell, name) for name in names)
 
 
-def _told(some: list[Cell]) -> str:
-    broken = [refusals(cell) for cell in some]
+def _told(broken: list[list[Rule]]) -> str:
     numbers = ", ".join(str(n) for n, rule in enumerate(RULES, 1) if any(rule in one for one in broken))
     if not numbers:
         return "yes"
