@@ -1,6 +1,6 @@
 """FP8 products by Transformer Engine: its Linears over the model's parameters, its autocast, its checkpointing.
 
-Written against the release in requirements/train.lock, by whose signatures a test holds every call of it
+Written against the release in requirements/transformer-engine.lock, by whose signatures a test holds every call of it
 (tests/golden/te-signatures.json). It has never run: see docs/fp8.md.
 """
 
@@ -51,20 +51,9 @@ def use(
 
     _require(run)
     passes, recipe = Passes(), _recipe(run)
-    kind = (_stateful if run.precision == "fp8-delayed" else _stateless)(passes, recipe)
+    kind = _stateful(passes, recipe) if run.precision == "fp8-delayed" else _stateless(passes)
     for name, linear in linears.items():
-        # Its weights are never made, not even for a moment: those of the model are put in their place.
-        made = kind(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            params_dtype=linear.weight.dtype,
-            device="meta",
-        )
-        made.weight = linear.weight
-        if linear.bias is not None:
-            made.bias = linear.bias
-        model.set_submodule(name, made.train(linear.training))
+        model.set_submodule(name, kind.over(linear).train(linear.training))
     if model.llm.is_gradient_checkpointing:
         # torch's own would compute again without the scales of the first time.
         again = partial(te.checkpoint, use_reentrant=False)
@@ -92,8 +81,10 @@ def _require(run: Run) -> None:
     """
     import transformer_engine.pytorch as te
 
-    asked = te.is_fp8_block_scaling_available if run.precision == "fp8-block" else te.is_fp8_available
-    able, why = asked(return_reason=True)
+    if run.precision == "fp8-block":
+        able, why = te.is_fp8_block_scaling_available(return_reason=True)
+    else:
+        able, why = te.is_fp8_available(return_reason=True)
     if not able:
         raise ConfigError(f"Transformer Engine cannot do {run.precision} here: {why}", where="train.precision")
 
@@ -111,7 +102,7 @@ def _recipe(run: Run) -> Any:
     return Float8CurrentScaling(fp8_format=Format.HYBRID)
 
 
-def _stateless(passes: Passes, recipe: Any) -> Any:
+def _stateless(passes: Passes) -> Any:
     """A Linear that knows where a step is, and has nothing to keep."""
     import torch
     import transformer_engine.pytorch as te
@@ -119,6 +110,21 @@ def _stateless(passes: Passes, recipe: Any) -> Any:
     class Linear(te.Linear):  # type: ignore[misc]
         get_extra_state = torch.nn.Module.get_extra_state
         set_extra_state = torch.nn.Module.set_extra_state
+
+        @classmethod
+        def over(cls, linear: torch.nn.Linear) -> Any:
+            """One with the parameters of `linear`; its own weights are never made, not even for a moment."""
+            made = cls(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                params_dtype=linear.weight.dtype,
+                device="meta",
+            )
+            made.weight = linear.weight
+            if linear.bias is not None:
+                made.bias = linear.bias
+            return made
 
         def forward(self, inp: torch.Tensor) -> torch.Tensor:
             return super().forward(inp, is_first_microbatch=passes.first)  # type: ignore[no-any-return]
@@ -134,10 +140,12 @@ def _stateful(passes: Passes, recipe: Any) -> Any:
     """
     import torch
 
-    class Linear(_stateless(passes, recipe)):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.register_load_state_dict_pre_hook(_may_be_missing)
+    class Linear(_stateless(passes)):  # type: ignore[misc]
+        @classmethod
+        def over(cls, linear: torch.nn.Linear) -> Any:
+            made = super().over(linear)
+            made.register_load_state_dict_pre_hook(_may_be_missing)
+            return made
 
         def get_extra_state(self) -> dict[str, torch.Tensor]:
             """By buffer and way; nothing before the first pass."""

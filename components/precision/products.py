@@ -36,20 +36,13 @@ class Products:
 
 
 def require(llm: Mapping[str, Any], run: Run) -> None:
-    """Refuse a run in an FP8 precision that this machine does not have, or that would take no Linear of a decoder.
-
-    Args:
-        llm: the decoder's configuration.
-        run: how it is trained.
+    """Refuse a run in an FP8 precision that would take no Linear of a decoder of this configuration.
 
     Raises:
-        ConfigError: why not.
+        ConfigError: it would not.
     """
-    if not PRECISIONS[run.precision].fp8:
-        return
-    backend(run)
     linears, least = linears_of(llm), run.fp8.min_features
-    if not fp8_linears(linears, least):
+    if PRECISIONS[run.precision].fp8 and not fp8_linears(linears, least):
         raise ConfigError(no_fp8(linears.values(), least), where="train.fp8.min_features", value=least)
 
 

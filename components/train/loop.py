@@ -90,6 +90,7 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.model.checkpoint.native import open_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
+    from nvila.components.precision.backends import backend
     from nvila.components.precision.products import require
     from nvila.components.train.account import Account
     from nvila.components.train.data import INDEX, stage_samples
@@ -105,7 +106,9 @@ def train(job: Job, stop: StopRequest) -> None:
     samples = samples[: total * stage.batch]
     given = changed(open_native(folder), stage.model)
     config = given.config
-    require(config.llm, job.run)
+    if PRECISIONS[job.run.precision].fp8:
+        require(config.llm, job.run)
+        backend(job.run)
     limit = min(config.max_length_tokens, stage.max_length_tokens)
     mine = samples.share(stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.

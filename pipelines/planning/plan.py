@@ -23,6 +23,7 @@ from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.model.shape import Shape
+from nvila.components.precision.products import require
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
@@ -142,6 +143,8 @@ def make_plan(
     form, checked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
+    if shape:
+        require(shape.config.llm, checked.train.run)
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     small = checked.model.base.llm is None
     opened = open_samples(checked.data)

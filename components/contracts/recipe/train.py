@@ -70,10 +70,10 @@ class Stage(Section):
     @property
     def adapted(self) -> list[Part]:
         """Parts that learn by adapters."""
-        return [part for part, method in self.learning.items() if method in ADAPTERS]
+        return [part for part in self.trainable if self.method(part) in ADAPTERS]
 
     @property
-    def learning(self) -> dict[Part, Method]:
+    def learning(self) -> dict[str, Method]:
         """Trainable parts, and how each learns."""
         return {part: self.method(part) for part in self.trainable}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import matrix
 import pytest
 from test_worker import Stop, losses, weights
 from turns import some
@@ -110,3 +111,16 @@ def test_what_only_transformer_engine_does_is_refused_without_it(make_job: MakeJ
     """torchao's scaling under its name would be another experiment."""
     with pytest.raises(ConfigError, match=rf"only Transformer Engine does {precision}, and there is no GPU here"):
         train(make_job("none", run=FP8 | {"precision": precision}), Stop())
+
+
+@pytest.mark.slow
+@pytest.mark.turns(3, 1)
+def test_two_processes_train_as_one(make_job: MakeJob) -> None:
+    """Each scales its own rows: near to what one does with all of them; from ZeRO 2 on they meet in each pass."""
+    alone = make_job("alone", run=FP8)
+    jobs = [make_job(f"two-{zero}", run=FP8 | {"zero": zero, "gpus": 2}) for zero in (0, 3)]
+    train(alone, Stop())
+    matrix.on_ranks(jobs, 2)
+    for job in jobs:
+        assert [loss for _, loss in losses(job)] == pytest.approx([loss for _, loss in losses(alone)], rel=0.02)
+        assert json.loads(Path(job.out, "fp8.json").read_text())["linears"] == TAKEN
