@@ -241,7 +241,7 @@ def plan(
     if stages:
         from nvila.pipelines.planning import stages as staging
 
-        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []))
+        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []), runs)
         if as_json:
             put(staging.as_json(rows))
         else:

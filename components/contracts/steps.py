@@ -143,6 +143,7 @@ STEPS = (
             "needs": "needs",
             "vllm": "vllm",
             "weights": "weights",
+            "start": "model.base.model",
             "drawn": "drawn",
             "train": "train",
             "prune": "prune",

@@ -38,7 +38,8 @@ class Store:
 
         Args:
             step, key: the work.
-            inputs: digest of each input's manifest; the work must have been made from these.
+            inputs: digest of each input's manifest; the work must have been made from these, and may have gone on from
+                others that the key speaks of (`Outcome.origins`).
 
         Raises:
             DataError: a newer version of the platform wrote it. Work of an older one is not there, which is said.
@@ -61,7 +62,7 @@ class Store:
                 raise DamagedError("a link, where the store has none", where=str(path))
         manifest = Manifest.load(place / MANIFEST)
         used = {name: ref.digest for name, ref in manifest.inputs.items()}
-        if (manifest.step, manifest.key) != (step, key) or (inputs is not None and used != inputs):
+        if (manifest.step, manifest.key) != (step, key) or not (inputs or {}).items() <= used.items():
             raise DamagedError("the manifest of other work", where=str(place / MANIFEST))
         if os.path.lexists(place / SUSPECT):
             raise DamagedError(f"a reader found {_words(place / SUSPECT)}", where=str(place))

@@ -206,7 +206,8 @@ def perform(
             inputs={
                 n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=digests[n])
                 for n, m in inputs.items()
-            },
+            }
+            | dict(outcome.origins),
             sources=outcome.sources,
             files=files,
             result=outcome.result,

@@ -194,7 +194,8 @@ def _visit(store: Store, ref: InputRef, deep: bool) -> tuple[Manifest | None, No
 def _place(store_root: Path, ref: InputRef) -> Path:
     """A manifest's place in a store; of one that lies in none, where its reader saw it."""
     path = Path(ref.uri)
-    return store_root.joinpath(*path.parts[-3:]) if path.parent.parent.name == ref.step else path
+    ours = store_root.joinpath(*path.parts[-3:]) if path.parent.parent.name == ref.step else path
+    return path if path.exists() and not ours.exists() else ours  # what training started from may lie in another store
 
 
 def _changed(file: File, deep: bool) -> bool:

@@ -74,6 +74,7 @@ def run(
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
+    preflight.refuse(preflight.start_problems(needs, runs.absolute()))
     for line in remarks(recipe, checked) + preflight.remarks(needs):
         say(line)
     with _Stop() as stop:

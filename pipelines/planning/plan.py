@@ -38,7 +38,7 @@ from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.passes import passes
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
-from nvila.pipelines.planning.shape import shape_of, stage_shapes
+from nvila.pipelines.planning.shape import is_small, located, shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line
@@ -139,11 +139,12 @@ def make_plan(
         ConfigError: the recipe or an option is wrong.
         PreflightError: the cluster does not answer.
     """
-    form, checked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
+    form, asked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
+    checked = located(asked, runs)
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
-    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
-    small = checked.model.base.llm is None
+    needs = preflight.Settings.model_validate(slices(asked)[PREFLIGHT])
+    small = is_small(checked, shape)
     opened = open_samples(checked.data)
     here = speed_here(shape, known, store) if small and shape and known else None
     rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
@@ -154,7 +155,7 @@ def make_plan(
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
-            site, findings = look(cluster, Need.of(checked), assumptions.gpu.name)
+            site, findings = look(cluster, Need.of(checked, small=small), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
         except ApiError as error:
             if insist:
@@ -175,9 +176,9 @@ def make_plan(
         assumptions=assumptions,
         speed_here=here,
         assumed=assumed,
-        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights, runs),
+        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs, runs),
         opened=opened,
-        not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
+        not_asked=_on_hub(needs),
         looked=looked,
         findings=findings,
         fits_at_most=fits(checked, shape, assumptions.gpu) if fit else None,
@@ -234,17 +235,21 @@ def _stage(
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
     effort = rates.effort(0.0 if step in done else operations, PRECISIONS[train.precision].products)
     hours = effort.gpu_hours / train.gpus
-    gpu = recipe.model.base.llm is not None
-    packing = passes(shape, stage, train.run, drawn, known, gpu=gpu)
+    packing = passes(shape, stage, train.run, drawn, known, gpu=not is_small(recipe, shape))
     return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here, packing)
 
 
-def _weights(weights: Iterable[str], runs: Path) -> list[str]:
+def _weights(needs: preflight.Settings, runs: Path) -> list[str]:
     """What is wrong with weights that are not on the hub: a plan does without the internet."""
     try:
-        return weights_problems((uri for uri in weights if not uri.startswith("hf://")), runs)
+        found = weights_problems((uri for uri in needs.weights if not uri.startswith("hf://")), runs)
+        return found or ([] if needs.start in _on_hub(needs) else preflight.start_problems(needs, runs))
     except Unreachable as error:
         return [str(error)]
+
+
+def _on_hub(needs: preflight.Settings) -> list[str]:
+    return [uri for uri in needs.weights if uri.startswith("hf://")]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Recipe(Section):
         """Where weights are taken from: folders, `s3://`, `hf://`, and versions of the registry (`is_version`)."""
         base = [uri for uri in (self.model.base.vision_tower, self.model.base.llm) if uri]
         references = [one.path for one in self.references.values() if one.path]
-        return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
+        whole = [self.model.base.model] if self.model.base.model else []
+        return [f"./{uri}" if is_version(uri) else uri for uri in base] + whole + references
 
     @property
     def drawn(self) -> dict[str, dict[str, list[str]]]:
@@ -178,14 +179,15 @@ class Recipe(Section):
 
     def _disagreements_of_models(self) -> Iterator[Disagreement]:
         """Of what is made here with what is asked of it; of published weights the steps find it out."""
-        if self.evaluate.max_new_tokens >= self.model.max_length_tokens:
+        known = self.model.base.model is None
+        if known and self.evaluate.max_new_tokens >= self.model.max_length_tokens:
             why = f"no room for a question: a row has {self.model.max_length_tokens} tokens (model.max_length_tokens)"
             yield Disagreement("evaluate.max_new_tokens", why, self.evaluate.max_new_tokens)
         asked = self.quantize.limit or self.evaluate.limit
         if asked and asked < self.quantize.gate.least_questions and self.quantize.limit is None:
             why = f"the gate refuses sources with fewer than {self.quantize.gate.least_questions} questions"
             yield Disagreement("quantize.gate.least_questions", f"{why}, and evaluate.limit is {asked}")
-        if self.model.base.llm is None and self.quantize.llm != "none":
+        if self.model.base.made_here and self.quantize.llm != "none":
             size = self.quantize.group_size
             for name in ("hidden", "mlp"):
                 if (features := getattr(self.model.base.decoder, name)) % size:

@@ -18,6 +18,7 @@ from nvila.components.model.config.config import with_vocabulary
 if TYPE_CHECKING:
     from nvila.components.contracts.recipe.changes import ModelChanges
     from nvila.components.model.checkpoint.tensorfile import Stored
+    from nvila.components.model.config.config import ModelConfig
 
 
 def changed(checkpoint: Checkpoint, changes: ModelChanges) -> Checkpoint:
@@ -26,15 +27,23 @@ def changed(checkpoint: Checkpoint, changes: ModelChanges) -> Checkpoint:
     Raises:
         ConfigError: it has another number of time tokens, or a configuration comes out that is not computed.
     """
-    config, video = checkpoint.config, changes.video
+    return _timed(replace(checkpoint, config=reconfigured(checkpoint.config, changes)), changes.time_tokens or 0)
+
+
+def reconfigured(config: ModelConfig, changes: ModelChanges) -> ModelConfig:
+    """The configuration after the changes, but for time tokens.
+
+    Raises:
+        ConfigError: one comes out that is not computed.
+    """
+    video = changes.video
     sampling = Sampling(
         config.sampling.frames if video.frames is None else video.frames,
         config.sampling.fps if video.fps is None else video.fps,
     )
     pools = config.video_pool_sizes if video.pool_sizes is None else tuple((t, h, w) for t, h, w in video.pool_sizes)
     length = changes.max_length_tokens or config.max_length_tokens
-    config = replace(config, sampling=sampling, video_pool_sizes=pools, max_length_tokens=length)
-    return _timed(replace(checkpoint, config=config), changes.time_tokens or 0)
+    return replace(config, sampling=sampling, video_pool_sizes=pools, max_length_tokens=length)
 
 
 def _timed(checkpoint: Checkpoint, number: int) -> Checkpoint:
