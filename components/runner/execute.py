@@ -103,7 +103,7 @@ def execute(
         _leave(error.exit_code, f"{step}: {error}")
     with entered(here):
         place = Place.of(here)
-        status = _Status(place.run_dir, step, here.on_cluster)
+        status = _Status(here, step)
         signal.signal(signal.SIGTERM, _preempted)
         try:
             for line in notices() if here.on_cluster else ():
@@ -271,9 +271,10 @@ def _recipe(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None:
 class _Status:
     """Says in the run's folder how far this step is (see `StepStatus`)."""
 
-    def __init__(self, run_dir: Path, step: str, on_cluster: bool) -> None:
-        self._run_dir, self._on_cluster = run_dir, on_cluster
-        self._record = StepStatus(name=step, status=Status.RUNNING, started=time.time(), pid=os.getpid())
+    def __init__(self, here: Environment, step: str) -> None:
+        self._run_dir, self._on_cluster = here.run_folder, here.on_cluster
+        whose, now = here.pipeline or "lifecycle", time.time()
+        self._record = StepStatus(name=step, pipeline=whose, status=Status.RUNNING, started=now, pid=os.getpid())
 
     def begin(self) -> None:
         """Say that the step is running.

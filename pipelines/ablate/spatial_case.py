@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.model import ModelSettings

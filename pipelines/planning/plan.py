@@ -19,7 +19,7 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.site import Site
-from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS
+from nvila.components.contracts.steps import PREFLIGHT, STAGES
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.model.shape import Shape
@@ -92,7 +92,7 @@ class Plan:
     parameters: dict[str, int] | None
     stages: list[StagePlan]
     pruning: list[PrunePlan]
-    """Each prune step, then both together."""
+    """Each prune step, then both together; nothing of a pipeline without them."""
     assumptions: Assumptions
     speed_here: Speed | None
     """Of this machine, in whose minutes pruning is told where the recipe does without a GPU."""
@@ -165,7 +165,7 @@ def make_plan(
         recipe=checked.name,
         remarks=remarks(recipe, checked) + preflight.remarks(needs),
         store=found,
-        places={row.name: work(row, checked, site) for row in STEPS},
+        places={row.name: work(row, checked, site) for row in checked.pipeline.steps},
         parameters=shape.parameters if shape else None,
         stages=[
             _stage(step, stage, checked, shaped, known, rates, done)
@@ -269,7 +269,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def show(plan: Plan, console: Console) -> None:
     """For a person."""
     asked = [_fits(plan.fits_at_most)] if plan.fits_at_most else []
-    console.print(_steps(plan), _pruning(plan), _memory(plan), *asked)
+    pruning = [_pruning(plan)] if plan.pruning else []
+    console.print(_steps(plan), *pruning, _memory(plan), *asked)
     for line in (*_notes(plan), "", *_refusals(plan)):
         print_line(console, tell(line))
 
@@ -362,7 +363,7 @@ def _notes(plan: Plan) -> list[str]:
         states.FORMULA,
         "",
         cost.FORMULA,
-        *([pruned.FORMULA] if plan.pruning[-1].sources else []),
+        *([pruned.FORMULA] if plan.pruning and plan.pruning[-1].sources else []),
         "",
     ]
     speed, gpu = plan.speed_here, given.gpu

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.pipelines import Pipeline, pipeline_of
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings
@@ -18,7 +19,7 @@ from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import MOST_CHARACTERS, Disagreement, Section
 from nvila.components.contracts.recipe.train import TrainSettings
-from nvila.components.contracts.steps import STEPS, Step
+from nvila.components.contracts.steps import Step
 
 
 class Needs(Section):
@@ -55,6 +56,11 @@ class Recipe(Section):
     """Where and how it is served."""
     needs: Needs = Needs()
     """What preflight asks of the machine."""
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The table of a run of it: one that starts from a whole model is fine-tuned."""
+        return pipeline_of(self.model.base.model is not None)
 
     @property
     def pruned_images(self) -> list[str] | None:
@@ -195,8 +201,9 @@ class Recipe(Section):
                     yield Disagreement("quantize.group_size", why, size)
 
 
-def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
-    """Each step's part of the recipe, by step name; None where the recipe leaves the step out.
+def slices(recipe: Recipe, steps: Sequence[Step] | None = None) -> dict[str, dict[str, Any] | None]:
+    """Each step's part of the recipe, by step name, for its pipeline or another table; None where the recipe leaves the
+    step out.
 
     A step's content key depends on its slice and nothing else of the recipe.
 
@@ -204,6 +211,7 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
         ConfigError: the recipe has more stages than the pipeline has steps for them, or a stage takes what pruning kept
             of a source whose scores its step does not read.
     """
+    steps = steps or recipe.pipeline.steps
     places, stages = sum("stage" in row.recipe for row in steps), len(recipe.train.stages)
     if stages > places:
         raise ConfigError(
