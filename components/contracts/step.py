@@ -29,8 +29,8 @@ class Outcome:
     """What was found out, in the form of this step; the same in every execution of the same work."""
     sources: list[File] = field(default_factory=list)
     """The user's own files that were read."""
-    origins: Mapping[str, InputRef] = field(default_factory=dict)
-    """Manifests of other runs that it went on from, as lineage shows them; what they hold `external` tells the key."""
+    start: InputRef | None = None
+    """The manifest of the model of another run that it went on from, for the lineage (`manifest.START`)."""
     files: tuple[str, ...] = ("**/*",)
     """Glob patterns, relative to the step's folder, of the files that belong to the output."""
     read: Mapping[str, Any] | None = None

@@ -51,13 +51,12 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
     """
     base = settings.model.base
     began = time.monotonic()
-    origins = {}
+    start = None
     if base.model:
         from nvila.components.initialize.takeover import take_over
 
-        start = trained.find(base.model, here.run_folder.parent)
-        result = take_over(base.model, start, out / "model")
-        origins = {"start": start.ref} if start.ref else {}
+        found = trained.find(base.model, here.run_folder.parent)
+        result, start = take_over(base.model, found, out / "model"), found.ref
     elif base.vision_tower and base.llm:
         from nvila.components.initialize.assemble import assemble
 
@@ -71,6 +70,6 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         result=result,
         files=("model/**/*",),
         read=result.weights,
-        origins=origins,
+        start=start,
         measured={"seconds": round(time.monotonic() - began, 1)},
     )

@@ -31,6 +31,7 @@ from nvila.components.contracts.files import discard
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
     MANIFEST,
+    START,
     SUSPECT,
     InputRef,
     Manifest,
@@ -207,7 +208,7 @@ def perform(
                 n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=digests[n])
                 for n, m in inputs.items()
             }
-            | dict(outcome.origins),
+            | ({START: outcome.start} if outcome.start else {}),
             sources=outcome.sources,
             files=files,
             result=outcome.result,

@@ -77,7 +77,7 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Leave what the step made."""
     plain = {
         "sources": [file.model_dump() for file in outcome.sources],
-        "origins": {name: ref.model_dump() for name, ref in outcome.origins.items()},
+        "start": outcome.start and outcome.start.model_dump(),
         "result": outcome.result.model_dump(mode="json", exclude_unset=True) if outcome.result else None,
     }
     write_atomic(folder / OUTCOME, json.dumps(dataclasses.asdict(outcome) | plain))
