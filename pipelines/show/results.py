@@ -148,7 +148,8 @@ def _held_out(run: Run) -> tuple[Path, str] | None:
 
 def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("source", "n", "majority", "question only", "trained", "quantized"):
+    tuned = any(m.base for m in accuracy.values())
+    for column in ("source", "n", "majority", "question only", *(("base",) if tuned else ()), "trained", "quantized"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, m in accuracy.items():
         table.add_row(
@@ -156,6 +157,7 @@ def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
             str(m.full.n),
             f"{m.majority.value:.3f}",
             f"{_interval(m.question_only)} {m.question_only.kind}",
+            *((_interval(m.base),) if tuned else ()),
             _interval(m.full),
             _interval(m.quantized),
         )

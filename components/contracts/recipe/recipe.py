@@ -12,7 +12,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.pipelines import Pipeline, pipeline_of
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
-from nvila.components.contracts.recipe.evaluate import EvaluateSettings
+from nvila.components.contracts.recipe.evaluate import EvaluateSettings, Gate
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.recipe.prune import PruneSettings, Reference
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
@@ -115,9 +115,19 @@ class Recipe(Section):
         return scored or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @property
+    def gate(self) -> Gate:
+        """What the evaluation's gate asks; where fine-tuning does not say otherwise, of every source that is drawn."""
+        asked = self.evaluate.gate
+        if self.model.base.model is None or asked.not_below_base is not None:
+            return asked
+        drawn = {subset.partition(".")[0] for stage in self.train.stages if stage for subset in stage.data}
+        own = [source for source in self.evaluate.sources if source in drawn]
+        return asked.model_copy(update={"not_below_base": own})
+
+    @property
     def open_gates(self) -> str:
         """Which gates every model passes, in words; empty where they all ask something."""
-        found = ["evaluate.gate (above_question_only is false, no min_accuracy)"] if self.evaluate.gate.open else []
+        found = ["evaluate.gate (above_question_only is false, no min_accuracy)"] if self.gate.open else []
         found += ["quantize.gate (max_loss is 1)"] if self.quantize.gate.open else []
         return f"every model passes {' and '.join(found)}" if found else ""
 
@@ -143,10 +153,17 @@ class Recipe(Section):
                     why = f"{subset!r} is not SOURCE.SPLIT with a source of {names} and a split sft or captions"
                     yield Disagreement(f"train.stages.{index}.data", why)
         yield from self._disagreements_of_changes()
+        if self.model.base.model is None:
+            for name in ("not_below_base", "max_forgotten"):
+                if getattr(self.evaluate.gate, name):
+                    why = "no whole model is fine-tuned (model.base.model), so there is none to hold it against"
+                    yield Disagreement(f"evaluate.gate.{name}", why)
         for option, used, known in (
             ("evaluate.sources", self.evaluate.sources, names),
             ("evaluate.metrics", list(self.evaluate.metrics), self.evaluate.sources),
             ("evaluate.gate.min_accuracy", list(self.evaluate.gate.min_accuracy), self.evaluate.sources),
+            ("evaluate.gate.not_below_base", self.evaluate.gate.not_below_base or [], self.evaluate.sources),
+            ("evaluate.gate.max_forgotten", list(self.evaluate.gate.max_forgotten), self.evaluate.sources),
             ("prune.keep_ratio_of", list(self.prune.keep_ratio_of), names),
         ):
             for name in used:
