@@ -249,6 +249,7 @@ def test_a_store_that_is_away_is_not_a_miss(tmp_path: Path, monkeypatch: pytest.
         raise Unreachable("no success in 5 tries", where="s3://b/m")
 
     monkeypatch.setattr(step, "external", external)
-    only = replace(PIPELINES["lifecycle"], steps=(replace(ROWS["initialize"], inputs={}),))
-    monkeypatch.setattr(recipe, "pipeline_of", lambda whole: only)
-    assert hits.verdicts(Form(recipe="micro"), tmp_path / "store", tmp_path / "runs") == {"initialize": "unknown"}
+    steps = tuple(replace(row, inputs={}) if row.name == "initialize" else row for row in ROWS.values())
+    monkeypatch.setattr(recipe, "pipeline_of", lambda whole: replace(PIPELINES["lifecycle"], steps=steps))
+    found = hits.verdicts(Form(recipe="micro"), tmp_path / "store", tmp_path / "runs")
+    assert (found["initialize"], found["validate"]) == ("unknown", "miss")
