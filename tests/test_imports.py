@@ -16,6 +16,7 @@ NOUNS: dict[str, set[str]] = {
     "tracking": {"contracts", "data"},
     "kube": {"contracts", "tracking"},
     "model": {"contracts", "data"},
+    "precision": {"contracts", "model"},
     "metrics": {"contracts", "data", "model"},
     "serve": {"contracts", "data", "model"},
     "runner": {"contracts", "tracking"},
@@ -37,6 +38,8 @@ HEAVY = (
     "llmcompressor",
     "matplotlib",
     "vllm",
+    "torchao",
+    "transformer_engine",
 )
 WRAPPERS = sorted(ROOT.glob("components/*/component.py"))
 

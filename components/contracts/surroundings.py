@@ -4,6 +4,7 @@ the proxy, UTF-8. Each has them from variables that are set here, once, for this
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import stat
 import sys
@@ -20,6 +21,9 @@ _LONGEST_BYTES = 64
 below that folder (vLLM, multiprocessing), and some wait for ever where that is too long."""
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that warn whenever transformers imports torchao: of kernels that this machine cannot load and nothing asks
+for, and of torchao's own use of torch."""
 
 
 def settle() -> list[str]:
@@ -31,6 +35,8 @@ def settle() -> list[str]:
     if sys.getfilesystemencoding() != "utf-8":  # a locale of old: libraries could not even read their own files
         os.environ["PYTHONUTF8"] = "1"
     _spare_loopback()
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return [*_room_for_sockets(), *_place_for_caches()]
 
 

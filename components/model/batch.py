@@ -36,6 +36,8 @@ class Batch:
     """Positions of each sample in the decoder, where a loader made the batch."""
     computed: int = 0
     """Positions with the padding of its rows, where a loader made the batch."""
+    multiple: int = 1
+    """Of what the decoder's positions are to be one."""
 
     @property
     def positions(self) -> int:
@@ -50,6 +52,7 @@ class Batch:
             "visuals": self.visuals,
             "labels": self.labels,
             "rows": self.rows,
+            "multiple": self.multiple,
         }
 
     def to(self, device: torch.device | str) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,12 @@ def _varlen(
     """Of (1, heads, T, size) queries, and keys and values with as many heads or fewer: (1, T, heads, size)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {}
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # of an older torch, such as an image's own
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
     attended: Any = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -93,7 +100,7 @@ def _varlen(
         max_length_q,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return attended[None], None
 
@@ -108,6 +115,11 @@ class _Linear(nn.Linear):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.float()
         return nn.functional.linear(input.float(), self.weight.float(), bias).bfloat16()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear of floating-point weights and nothing else: other libraries' quantized ones are theirs."""
+    return type(module) in (nn.Linear, _Linear)
 
 
 class _Conv2d(nn.Conv2d):
@@ -128,6 +140,12 @@ def _has_bfloat16_products() -> bool:
         return False
     can = torch.cpu.get_capabilities()
     return can.get("architecture") != "x86_64" or any(can.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def product_dtype(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which type matrices of this one are multiplied on a device."""
+    wide = device.type == "cpu" and weights == torch.bfloat16 and not _has_bfloat16_products()
+    return torch.float32 if wide else weights
 
 
 def use_float32_products(model: nn.Module) -> None:

@@ -76,6 +76,7 @@ class NVILA(nn.Module):
         labels: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         *,
+        multiple: int = 1,
         full_logits: bool | None = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> Output:
@@ -88,6 +89,7 @@ class NVILA(nn.Module):
             labels: (B, L), -100 where unsupervised; with labels samples are cut to `max_length_tokens`.
             rows: (B,) ascending, the decoder's row that each sample lies in; they do not see each other. None is a row
                 of its own.
+            multiple: of what the decoder's positions are one; what they lack is padding.
             full_logits: compute logits at every position. By default only where there are no labels: training needs
                 them at supervised positions alone.
             reduction: of the loss. A sum may be of nothing: it is 0, and its gradients are.
@@ -95,7 +97,7 @@ class NVILA(nn.Module):
         Raises:
             DataError: media and markers do not match, or the mean is to be taken and nothing is supervised.
         """
-        spliced = self.prepare(input_ids, attention_mask, visuals, labels, rows=rows)
+        spliced = self.prepare(input_ids, attention_mask, visuals, labels, rows=rows, multiple=multiple)
         hidden = self.hidden_states(spliced)
         wanted = labels is None if full_logits is None else full_logits
         logits = self.llm.lm_head(hidden) if wanted else None
@@ -116,6 +118,7 @@ class NVILA(nn.Module):
         labels: torch.Tensor | None = None,
         side: str = "right",
         rows: torch.Tensor | None = None,
+        multiple: int = 1,
     ) -> Spliced:
         """Encode the visuals and splice them into the token embeddings, padded on `side`."""
         embed = self.llm.get_input_embeddings()
@@ -143,6 +146,7 @@ class NVILA(nn.Module):
             max_length=self.config.max_length_tokens if labels is not None else None,
             side="left" if side == "left" else "right",
             rows=rows,
+            multiple=multiple,
         )
         return spliced if touch is None else replace(spliced, embeds_BTH=spliced.embeds_BTH + touch)
 

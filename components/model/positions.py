@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nvila.components.model.config.config import ModelConfig
@@ -29,3 +30,9 @@ def positions(ids: Sequence[int], visuals: Sequence[Visual], config: ModelConfig
     return len(ids) + sum(
         token_count(visual.kind, visual.block_size, len(visual.tiles), config, marks) - 1 for visual in shown if visual
     )
+
+
+def padded(width: int, rows: int, multiple: int) -> int:
+    """The least width of so many rows that is no less than this one and makes their positions a multiple together."""
+    step = multiple // math.gcd(multiple, rows)
+    return -(-width // step) * step

@@ -53,6 +53,10 @@ class Shape:
     """Parameters of the tower's patch embedding and of its blocks that are computed."""
     decoder_matrices: int
     """Parameters of the decoder's blocks."""
+    linears: dict[str, tuple[tuple[int, int], ...]]
+    """Of the computed blocks of tower and decoder: outputs and inputs of each Linear."""
+    norms: int
+    """Parameters of the layer norms in the tower's computed blocks."""
     projector_inputs: int
     """Channels entering and, before an activation function, leaving the projector's layers, by token: what they save
     for the backward pass."""
@@ -105,6 +109,8 @@ def count(config: ModelConfig) -> Shape:
         parameters={part: _size(getattr(model, part)) for part in PARTS},
         tower_matrices=_size(used) + _size(model.vision_tower.embeddings.patch_embedding),
         decoder_matrices=_size(model.llm.model.layers),
+        linears={"vision_tower": _linears(used), "llm": _linears(model.llm.model.layers)},
+        norms=sum(_size(module) for module in used.modules() if isinstance(module, nn.LayerNorm)),
         projector_inputs=projector,
         image=Seen(image_tokens(config)[1], _image_tiles(config), image_tokens(config)[1]),
         video=Seen(
@@ -113,6 +119,12 @@ def count(config: ModelConfig) -> Shape:
             config.sampling.frames * frame_tokens,
         ),
     )
+
+
+def _linears(blocks: Any) -> tuple[tuple[int, int], ...]:
+    from torch import nn
+
+    return tuple((one.out_features, one.in_features) for one in blocks.modules() if isinstance(one, nn.Linear))
 
 
 def _image_tiles(config: ModelConfig) -> int:

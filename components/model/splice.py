@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from nvila.components.contracts.errors import DataError
+from nvila.components.model.positions import padded
 from nvila.components.model.text.conversation import IGNORED
 
 
@@ -24,7 +25,7 @@ class Spliced:
     position_ids_BT: torch.Tensor
     labels_BT: torch.Tensor | None
     lengths_S: torch.Tensor | None = None
-    """Positions of each sample, where rows hold several; None where a row is a sample."""
+    """Positions of each sample, where rows hold several, of one row its padding's too; None where a row is a sample."""
 
 
 def splice(
@@ -37,6 +38,7 @@ def splice(
     max_length: int | None = None,
     side: Literal["left", "right"] = "right",
     rows: torch.Tensor | None = None,
+    multiple: int = 1,
 ) -> Spliced:
     """Replace each media token by the next embedding sequence of its type, in order of appearance across the batch.
 
@@ -50,6 +52,7 @@ def splice(
         side: where the result is padded, with zero embeddings.
         rows: (S,) ascending, the row of the result that each sample lies in, behind those before it; positions begin
             anew with each, and its first label is masked: nothing before it predicts it. None is a row of its own.
+        multiple: of what the positions of all rows together are one; products in FP8 want that.
 
     Raises:
         DataError: more or fewer embedding sequences than media tokens.
@@ -75,7 +78,8 @@ def splice(
     before = before - before[torch.searchsorted(row_of, row_of)]  # in the same row
     count = samples if rows is None else int(rows[-1]) + 1
     per_row = per_sample.new_zeros(count).index_add(0, row_of, per_sample)
-    width = int(per_row.max())
+    longest = int(per_row.max())
+    width = padded(longest, count, multiple)
     column = position + before[sample] + ((width - per_row)[row_of[sample]] if side == "left" else 0)
     place = row_of[sample] * width + column
     embeds = table.new_zeros(count * width, table.shape[-1]).index_copy(0, place, table[source[token] + within])
@@ -90,6 +94,9 @@ def splice(
             own = own.masked_fill(position == 0, IGNORED)
         spliced_labels = labels.new_full((count * width,), IGNORED).index_copy(0, place, own).view(count, width)
     shaped = (embeds.view(count, width, -1), mask.view(count, width), positions.view(count, width))
+    if rows is not None and count == 1 and width > longest:
+        # To a kernel that knows samples by their lengths the padding is one: what it left out would not be finite.
+        per_sample = torch.cat([per_sample, per_sample.new_tensor([width - longest])])
     return Spliced(*shaped, spliced_labels, None if rows is None else per_sample)
 
 

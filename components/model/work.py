@@ -6,7 +6,7 @@ sees the other, w channels wide: all pairs of a tile in the tower, half of a row
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -49,11 +49,18 @@ def forward(shape: Shape, load: Load) -> dict[str, float]:
     }
 
 
-def operations(shape: Shape, trainable: Collection[str], load: Load) -> float:
-    """Floating-point operations of forward and backward pass; recomputed activations do not count."""
+def operations(shape: Shape, learning: Mapping[str, str], load: Load) -> float:
+    """Floating-point operations of forward and backward pass; recomputed activations do not count, nor do adapters,
+    which take a few per cent of what they lie beside.
+
+    Args:
+        shape: of the model.
+        learning: by part that learns the method: where it is not `full`, gradients pass through frozen matrices alone.
+        load: what is computed.
+    """
     work, before = 0.0, False
     for part, through in forward(shape, load).items():
-        learns = part in trainable
-        work += through * (3 if learns else 2 if before else 1)
-        before = before or learns
+        method = learning.get(part)
+        work += through * (3 if method == "full" else 2 if method or before else 1)
+        before = before or method is not None
     return work

@@ -24,6 +24,7 @@ from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.data.layouts import read
+from nvila.components.precision import backends
 from nvila.components.preflight import checks, enough
 from nvila.components.preflight.enough import Held
 from nvila.components.runner.execute import Place
@@ -144,6 +145,7 @@ def start_problems(settings: Settings, runs: Path) -> list[str]:
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:
     found = checks.memory_problems(settings.needs.memory_bytes)
     found += checks.package_problems()
+    found += backends.problems(settings.train.run) if settings.train else []
     if TARGETS[settings.rollout.target].serves_here:
         found += port_problems(settings.rollout.host, settings.rollout.port, runs)
         found += room_problems(settings.rollout.strategy, runs)

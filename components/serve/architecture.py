@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal, SupportsPP, SupportsQuant
-from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.interfaces import (
+    MultiModalEmbeddings,
+    SupportsLoRA,
+    SupportsMultiModal,
+    SupportsPP,
+    SupportsQuant,
+)
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
@@ -33,13 +40,21 @@ register_unpacked()
 
 
 @MULTIMODAL_REGISTRY.register_processor(NVILAProcessor, info=NVILAProcessingInfo, dummy_inputs=NVILADummyInputs)
-class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP, SupportsQuant):
+class NVILAForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsPP, SupportsQuant):
     """Module names equal the names of the serving folder: `llm.`, `vision_tower.vision_model.`, `mm_projector.`."""
 
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.": "llm.model."})
+    """An adapter's names are those of the decoder alone."""
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Prefixes of the parts: adapters are of the decoder."""
+        return MultiModelKeys.from_string_field(
+            language_model="llm", connector="mm_projector", tower_model="vision_tower"
+        )
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:

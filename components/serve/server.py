@@ -28,6 +28,7 @@ from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
 from nvila.components.model.text.conversation import Part, Place
+from nvila.components.serve import adapters
 from nvila.components.serve.interpreter import serve_python, serve_variables
 from nvila.components.serve.ports import why_not
 from nvila.components.serve.told import Told
@@ -103,17 +104,19 @@ def start(
 
     Raises:
         PreflightError: nothing can listen there, or there is no serving environment.
-        DataError: the folder's configuration is damaged.
+        ConfigError: an adapter that vLLM does not serve.
+        DataError: the folder's configuration or an adapter is damaged, or the adapter is one of another model.
     """
     require_address(host, port)
     command = [str(serve_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     # With `=`: the name of a folder may begin with a dash.
     command += [f"--served-model-name={served_name}", "--host", host, "--port", str(port), *ENGINE_OPTIONS]
     with reading(place := model_dir / "config.json"):
-        model = read_object(place)["nvila"]
-        sampling = Sampling(model["num_video_frames"], model.get("fps", 0.0))
+        model = read_object(place)
+        sampling = Sampling(model["nvila"]["num_video_frames"], model["nvila"].get("fps", 0.0))
     command += ["--media-io-kwargs", json.dumps({"video": sampling.to_options()})]
     told = Told(model_dir=model_dir.absolute(), settings=settings or EndpointSettings())
+    command += adapters.options(told.settings.adapters, served_name, model)
     command += ["--middleware", "nvila.components.serve.guard.Guard"]
     command += ["--mm-processor-cache-gb", "0"]  # `processing.Kept` stands for it
     variables = serve_variables(threads) | told.variables() | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_SECONDS)}

@@ -21,8 +21,8 @@ own tools. A resume looks at the checkpoints themselves."""
 RECORD = "files.json"
 """In each checkpoint: sizes and digests of its files."""
 ABOUT = "checkpoint.json"
-"""In each checkpoint: its `step`, the `world` and `zero` that its files are divided for, and the mean `loss` of the
-steps since the checkpoint before."""
+"""In each checkpoint: its `step`, the `world` and `zero` that its files are divided for, the mean `loss` of the steps
+since the checkpoint before, and the digest of the model that the stage began with (`base`)."""
 UNIVERSAL = "universal"
 """Folder that a resume makes for itself, where the processes are others than those that saved."""
 _WHOLE = re.compile(r"step-(\d+)")

@@ -7,7 +7,7 @@ has been through the model, so gradients of sums are gathered and divided then, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from nvila.components.contracts.environment import before_importing
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.train import Run, Stage
+from nvila.components.precision.products import Products, use
 from nvila.components.train.optimizer import adamw
 from nvila.components.train.schedule import warmup_cosine
 from nvila.components.train.zero import divide_by, finite, receiver, size, whole, zero_settings
@@ -39,6 +40,10 @@ class Engine:
     """For the one case in which DeepSpeed leaves the gradients to us: fp32 without ZeRO."""
     weighting: Literal["token", "device_batch"] = "token"
     """What the loss of a global batch is the mean of."""
+    products: Products | None = None
+    """In FP8, where the precision has any."""
+    _changed: bool = True
+    """Whether weights may be others than in the pass before."""
 
     @property
     def rank(self) -> int:
@@ -67,7 +72,9 @@ class Engine:
             The micro batch's share of the sum that `step` divides, and how much it counts there: by tokens, the loss
             summed over them, and their number; by device batches, their mean, and 1, or 0 where nothing is supervised.
         """
-        output = self.deepspeed(**batch, reduction="sum")
+        with self.products.forward(self._changed) if self.products else nullcontext():
+            output = self.deepspeed(**batch, reduction="sum")
+        self._changed = False
         loss, weight = output.loss, output.supervised
         if self.weighting == "device_batch":
             loss, weight = loss / max(1, weight), min(1, weight)
@@ -82,6 +89,7 @@ class Engine:
         Returns:
             Whether the gradients are finite; if not, the weights are as before.
         """
+        self._changed = True
         # DeepSpeed has taken the mean over processes of what is a sum over them.
         divisor = weight / self.world if weight else 1.0
         optimizer, plain = self.deepspeed.optimizer, self._plain
@@ -127,8 +135,10 @@ class Engine:
             optimizer.step = step
 
     def together(self, passes: Iterable[T], nothing: T) -> Iterator[T]:
-        """The passes of a step. From ZeRO 2 on processes meet in each, so that who has fewer goes through `nothing`."""
-        if self.world == 1 or self.deepspeed.zero_optimization_stage() < 2:
+        """The passes of a step. From ZeRO 2 on, and where they choose delayed scales together, processes meet in each,
+        so that who has fewer goes through `nothing`."""
+        meet = self.deepspeed.zero_optimization_stage() >= 2 or (self.products and self.products.meets)
+        if self.world == 1 or not meet:
             yield from passes
             return
         own = iter(passes)
@@ -220,12 +230,18 @@ def receive(stage: Stage, run: Run, world: int) -> Receive | None:
 
 
 def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, world: int) -> Engine:
-    """Put `model` under DeepSpeed in `world` processes; parameters with `requires_grad` are trained."""
+    """Put `model` under DeepSpeed in `world` processes, with products of its precision; parameters with `requires_grad`
+    are trained.
+
+    Raises:
+        ConfigError: the precision is one that this machine, or this model, does not have.
+    """
     import torch
 
     join()
     import deepspeed
 
+    products = use(model, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, stage)
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints, whatever the log's level
@@ -244,7 +260,7 @@ def start(model: torch.nn.Module, stage: Stage, run: Run, total_steps: int, worl
         engine.optimizer.refresh_fp32_params()
     # Where the gradients are left to us, they are reduced before they are clipped: see `Engine._divide`.
     engine.enable_backward_allreduce = not _left_to_us(run)
-    return Engine(engine, stage.clip_norm, run.loss_weighting)
+    return Engine(engine, stage.clip_norm, run.loss_weighting, products)
 
 
 def leave() -> None:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.files import sync_tree, write_atomic
+from nvila.components.contracts.errors import NvilaError, TrainingError
+from nvila.components.contracts.files import read_json, sync_tree, write_atomic
 from nvila.components.contracts.manifest import File, describe_files
 from nvila.components.contracts.recipe.train import Run
 from nvila.components.contracts.sealed import write_record
@@ -40,9 +40,10 @@ T = TypeVar("T")
 class Keeper:
     """The checkpoints of a stage in a folder, with a copy of its logs in each."""
 
-    def __init__(self, engine: Engine, folder: Path, logs: Sequence[Path], run: Run) -> None:
-        """`logs` are what they were at a checkpoint after a resume: what they say is as sound as its weights."""
-        self._engine, self._folder, self._logs, self._run = engine, folder, logs, run
+    def __init__(self, engine: Engine, folder: Path, logs: Sequence[Path], run: Run, base: str = "") -> None:
+        """`logs` are what they were at a checkpoint after a resume: what they say is as sound as its weights. `base` is
+        the digest of the model that the stage began with: a checkpoint has what is trained of it, and no more."""
+        self._engine, self._folder, self._logs, self._run, self._base = engine, folder, logs, run, base
         self._writer = Writer()
         self._step: int | None = None
         self._written: Future[dict[str, File]] | None = None
@@ -59,11 +60,12 @@ class Keeper:
         name = engine.gather([name])[0]
         if name is None:
             return 0
+        self._same_base(self._folder / name)
         with (
             fitting(engine, self._folder / name, self._run.zero) as checkpoint,
             plainly_named(checkpoint.parent) as place,
         ):
-            _, state = engine.deepspeed.load_checkpoint(place, tag=checkpoint.name)
+            _, state = engine.deepspeed.load_checkpoint(place, tag=checkpoint.name, load_module_strict=False)
         return int(state["step"])
 
     def save(self, step: int, loss: float | None) -> None:
@@ -75,14 +77,41 @@ class Keeper:
         """
         self.settle()
         engine, at = self._engine, self._folder / partial(step)
-        engine.deepspeed.checkpoint_engine.save = self._writer.take
-        engine.deepspeed.save_checkpoint(str(self._folder), tag=at.name, client_state={"step": step}, save_latest=False)
+        engine.deepspeed.checkpoint_engine.save = self._take
+        engine.deepspeed.save_checkpoint(
+            str(self._folder),
+            tag=at.name,
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
         if engine.rank == 0:
             for log in self._logs:
                 shutil.copyfile(log, at / log.name)
-            about = {"step": step, "world": engine.world, "zero": self._run.zero, "loss": loss}
+            about = {"step": step, "world": engine.world, "zero": self._run.zero, "loss": loss, "base": self._base}
             write_atomic(at / ABOUT, json.dumps(about) + "\n")
         self._step, self._written = step, self._writer.begin()
+
+    def _take(self, state_dict: Any, path: str) -> None:
+        """Hand on what DeepSpeed saves, without what it overlooks of the frozen weights: a tied output layer."""
+        if isinstance(module := state_dict.get("module"), dict):
+            named = self._engine.deepspeed.module.named_parameters(remove_duplicate=False)
+            frozen = {name for name, parameter in named if not parameter.requires_grad}
+            state_dict = {**state_dict, "module": {name: one for name, one in module.items() if name not in frozen}}
+        self._writer.take(state_dict, path)
+
+    def _same_base(self, checkpoint: Path) -> None:
+        """Raises:
+        TrainingError: it is of a stage that began with another model.
+        """
+        base = read_json(checkpoint / ABOUT).get("base", "") if self._engine.rank == 0 else self._base
+        if base != self._base:
+            raise TrainingError(
+                "the checkpoint is of a stage that began with another model",
+                where=str(checkpoint),
+                value=base,
+                do="Remove the folder: the stage then begins anew",
+            )
 
     def before_update(self) -> None:
         """Wait until weights and moments may change."""

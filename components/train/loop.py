@@ -11,25 +11,30 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvila.components.contracts.environment import Environment, current, entered
-from nvila.components.contracts.errors import ConfigError, Preempted
+from nvila.components.contracts.errors import Preempted
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.sealed import seal
 from nvila.components.contracts.text import say
 from nvila.components.tracking.redact import tell
-from nvila.components.train import verdict
+from nvila.components.train import adapters, verdict
+from nvila.components.train.adapters import ADAPTER
 from nvila.components.train.checkpoints import clear, probably_at
 from nvila.components.train.engine import Engine, leave, receive, start
-from nvila.components.train.job import RECORD, TRAINED, Job
+from nvila.components.train.job import FP8, RECORD, TRAINED, Job
+from nvila.components.train.tuning import loaded, unquantized
 
 if TYPE_CHECKING:
     import torch
 
     from nvila.components.model.batch import Batch
+    from nvila.components.model.checkpoint.layouts import Checkpoint
     from nvila.components.model.checkpoint.tensorfile import Later
     from nvila.components.model.nvila import NVILA
     from nvila.components.train.account import Account
@@ -81,12 +86,12 @@ def train(job: Job, stop: StopRequest) -> None:
         DataError: more samples cannot be used than `max_skipped_share` allows.
         Preempted: asked to stop.
     """
-    import torch
-
     from nvila.components.model.checkpoint.changes import changed
-    from nvila.components.model.checkpoint.native import load_opened, open_native
+    from nvila.components.model.checkpoint.native import open_native
     from nvila.components.model.device import default_device, use_flash_attention
     from nvila.components.model.feed import Feed
+    from nvila.components.precision.backends import backend
+    from nvila.components.precision.products import require
     from nvila.components.train.account import Account
     from nvila.components.train.data import INDEX, stage_samples
     from nvila.components.train.keeper import Keeper
@@ -95,13 +100,15 @@ def train(job: Job, stop: StopRequest) -> None:
     from nvila.components.train.meter import Meter
 
     began = time.monotonic()
-    torch.manual_seed(job.seed)
     out, stage, folder, here = Path(job.out), job.stage, Path(job.model), current()
     samples = stage_samples(stage, Path(job.samples), [Path(k) for k in job.kept], job.seed, out / INDEX)
     total = len(samples) // stage.batch
     samples = samples[: total * stage.batch]
     given = changed(open_native(folder), stage.model)
     config = given.config
+    if PRECISIONS[job.run.precision].fp8:
+        require(config.llm, job.run)
+        backend(job.run)
     limit = min(config.max_length_tokens, stage.max_length_tokens)
     mine = samples.share(stage.batch, here.rank, here.world)
     # Before there are weights, a GPU, and threads of a process group: see Loader.
@@ -110,21 +117,18 @@ def train(job: Job, stop: StopRequest) -> None:
     with Loader(feed, mine, per_step, job.run.loader_processes, job.run.loader_seconds) as loader:
         loader.begin(probably_at(out / CHECKPOINTS))
         verdict.obey(out)
-        # As DeepSpeed would make it: it takes its fp32 copies from these, and fp32 weights of 15B fill most of a GPU.
-        dtype = PRECISIONS[job.run.precision].weights
         taken = receive(stage, job.run, here.world)
-        model, tokenizer = load_opened(given, dtype, default_device(here.local_rank), taken)
+        model, tokenizer = loaded(given, job, default_device(here.local_rank), taken)
         config, model.config = model.config, replace(model.config, max_length_tokens=limit)
-        if stage.methods and set(stage.methods.values()) != {"full"}:
-            raise ConfigError("the trainer knows no method but full yet", where="train.stages.methods")
-        set_trainable(model, stage.trainable)
         model.prepare_for_training()
         if stage.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         engine = start(model, stage, job.run, total, here.world)
+        if engine.products and engine.rank == 0:
+            write_atomic(out / FP8, engine.products.told.model_dump_json() + "\n")
         use_flash_attention(model)  # now that the weights have the precision of the stage
         windows = _windows(job, model, tokenizer.pad_token_id, limit)
-        keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run)
+        keeper = Keeper(engine, out / CHECKPOINTS, [out / LOSSES, out / SKIPPED], job.run, job.base)
         done = keeper.resume()
         meter = Meter(job, model, engine, began, total - done, here)
         account = Account(engine, keeper, job, samples, done, meter)
@@ -133,7 +137,7 @@ def train(job: Job, stop: StopRequest) -> None:
     with engine.weights() as weights:
         if engine.rank == 0:
             model.config = config
-            _save(model, tokenizer, weights, out)
+            _save(model, tokenizer, weights, given, job)
 
 
 def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
@@ -145,7 +149,8 @@ def _windows(job: Job, model: NVILA, pad_id: int, limit: int) -> Windows:
     packing, most = job.run.arranged, job.stage.samples_at_once(current().world)
     flat = job.run.kernel and use_packed_attention(model)
     cost = Cost.of(model.config.llm, gpu=model.device.type == "cuda", kernel=flat)
-    return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat)
+    multiple = PRECISIONS[job.run.precision].multiple
+    return Windows(lambda lengths: arrange(lengths, most, limit, cost, packing), pad_id, flat=flat, multiple=multiple)
 
 
 def _take_steps(
@@ -156,6 +161,7 @@ def _take_steps(
     saved, first = time.monotonic(), account.done
     for passes in steps:
         share = Share()
+        _reseed(job.seed, account.done, engine.rank)
         for batch in engine.together(passes, windows.nothing()):
             share.add(batch, *engine.accumulate(**batch.to(engine.device).forward_arguments()))
         if account.done == first and engine.rank == 0 and windows.last:
@@ -173,22 +179,32 @@ def _take_steps(
             )
 
 
-def _save(model: NVILA, tokenizer: Any, weights: Mapping[str, torch.Tensor | Later], out: Path) -> None:
-    """Write `out/model`, and last the record without which the next attempt does not believe it."""
+def _reseed(seed: int, step: int, rank: int) -> None:
+    """What is random in a step follows from these, on every device: a resume then repeats what an adapter's dropout
+    leaves out, whatever went before, and by whatever number of processes."""
+    import torch
+
+    torch.manual_seed(int.from_bytes(sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big"))
+
+
+def _save(
+    model: NVILA, tokenizer: Any, weights: Mapping[str, torch.Tensor | Later], given: Checkpoint, job: Job
+) -> None:
+    """Write `model/` and the adapters that are merged into it, and last the record without which the next attempt does
+    not believe them."""
     from nvila.components.model.checkpoint.native import save_native
 
+    out = Path(job.out)
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(out / ADAPTER, ignore_errors=True)
+    if job.stage.adapted:
+        adapters.write(model, weights, job.stage, out / ADAPTER)
+        weights = adapters.merged(model, weights, unquantized(given, job.run))
     save_native(model, tokenizer, partial, state_dict=weights)
     shutil.rmtree(out / "model", ignore_errors=True)
     partial.rename(out / "model")
     seal(out, out / RECORD, TRAINED)
-
-
-def set_trainable(model: NVILA, parts: list[Any]) -> None:
-    """Freeze everything but `parts` (names of the model's three parts)."""
-    for name in ("vision_tower", "mm_projector", "llm"):
-        getattr(model, name).requires_grad_(name in parts)
 
 
 class StopRequest:

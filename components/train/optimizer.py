@@ -25,7 +25,8 @@ def adamw(model: torch.nn.Module, stage: Stage) -> torch.optim.AdamW:
 def parameter_groups(model: torch.nn.Module, stage: Stage) -> list[dict[str, Any]]:
     """What has one learning rate and one decay, the stage's own rate first; parts of one rate share their groups.
 
-    As in the reference, weights of norms and biases do not decay; all else does, embeddings too.
+    As in the reference, weights of norms and biases do not decay; all else does, embeddings too. Nor do DoRA's
+    magnitudes: they begin as the lengths of trained weights, where LoRA's matrices begin at no change.
     """
     kept = _undecayed(model)
     found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
@@ -45,10 +46,10 @@ def parameter_groups(model: torch.nn.Module, stage: Stage) -> list[dict[str, Any
 
 
 def _undecayed(model: torch.nn.Module) -> set[int]:
-    """Identities of the norms' weights and of all biases."""
+    """Identities of the weights of norms, which DoRA's magnitudes are like, and of all biases."""
     found = set()
     for module in model.modules():
-        is_norm = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        is_norm = type(module).__name__.endswith(("LayerNorm", "RMSNorm", "DoraLinearLayer"))
         for name, parameter in module.named_parameters(recurse=False):
             if is_norm or "bias" in name:
                 found.add(id(parameter))

@@ -11,16 +11,17 @@ from typing import Any
 
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.meter import METER, measures
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.recipe.train import KEPT, SHARED_OUT, Run, Stage
-from nvila.components.contracts.results.model import Training
+from nvila.components.contracts.results.model import Fp8Products, Training
 from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import PRUNES
 from nvila.components.data.skipped import Tally
 from nvila.components.train.account import read_skipped
 from nvila.components.train.data import INDEX
-from nvila.components.train.job import RECORD, TRAINED, Job
+from nvila.components.train.job import FP8, RECORD, TRAINED, Job
 from nvila.components.train.launch import launch
 from nvila.components.train.losses import LOSSES, SKIPPED, read_losses
 
@@ -37,10 +38,11 @@ def keyed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the weights depend on: a stage goes on after a change of the rest, such as its number of processes."""
     stage, run = settings["stage"], settings["run"]
     free = SHARED_OUT if run["loss_weighting"] == "token" else {"stage": set(), "run": set()}
+    unread = KEPT if PRECISIONS[run["precision"]].fp8 else KEPT | {"fp8"}
     return {
         **settings,
         "stage": {name: value for name, value in stage.items() if name not in free["stage"]},
-        "run": {name: value for name, value in run.items() if name not in free["run"] | KEPT},
+        "run": {name: value for name, value in run.items() if name not in free["run"] | unread},
     }
 
 
@@ -76,6 +78,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         result=Training(
             stage=settings.stage.model_dump(mode="json"),
             precision=settings.run.precision,
+            fp8=Fp8Products.model_validate_json((out / FP8).read_bytes()) if (out / FP8).is_file() else None,
             steps=steps,
             samples=samples,
             skipped=tally.summary(),
@@ -100,6 +103,7 @@ def _train(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Non
             run=settings.run,
             seed=settings.seed,
             model=str(inputs["model"].dir("model")),
+            base=inputs["model"].digest,
             samples=str(inputs["samples"].path("samples.parquet")),
             kept=[str(m.path("scores.parquet")) for _, m in sorted(inputs.items()) if m.step in PRUNES],
             out=str(out),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from nvila.components.model.batch import Batch, collate
+from nvila.components.model.positions import padded
 from nvila.components.train.loader import Ready
 from nvila.components.train.packing import Arrangement, Pass
 
@@ -22,9 +23,10 @@ class Windows:
     window of the same batch, and never further.
     """
 
-    def __init__(self, arrange: Arrange, pad_id: int, *, flat: bool) -> None:
-        """`flat`: the rows of a packed pass lie in one, for a kernel that knows where samples begin."""
-        self._arrange, self._pad_id, self._flat = arrange, pad_id, flat
+    def __init__(self, arrange: Arrange, pad_id: int, *, flat: bool, multiple: int = 1) -> None:
+        """`flat`: the rows of a packed pass lie in one, for a kernel that knows where samples begin. `multiple`: of
+        what the positions of a pass are one, padding included."""
+        self._arrange, self._pad_id, self._flat, self._multiple = arrange, pad_id, flat, multiple
         self.last: Arrangement | None = None
         """Of the newest window."""
 
@@ -56,7 +58,7 @@ class Windows:
     def nothing(self, ready: Ready | None = None) -> Batch:
         """A pass of no sample: one position of padding."""
         batch = collate([], self._pad_id, rows=[0] if self._flat else None)
-        return replace(batch, skipped=tuple(ready.skipped) if ready else ())
+        return replace(batch, skipped=tuple(ready.skipped) if ready else (), multiple=self._multiple)
 
     def _arranged(self, ready: Ready) -> Arrangement:
         self.last = self._arrange(ready.lengths)
@@ -68,14 +70,17 @@ class Windows:
             order = [sample for row in rows for sample in row]
             row_of = [0 if self._flat else at for at, row in enumerate(rows) for _ in row] if packed else None
             batch = collate([ready.items[i] for i in order], self._pad_id, rows=row_of)
-            longest = max(sum(ready.lengths[i] for i in row) for row in rows)
             lengths = tuple(ready.lengths[i] for i in order)
+            in_one = packed and self._flat
+            longest = sum(lengths) if in_one else max(sum(ready.lengths[i] for i in row) for row in rows)
+            count = 1 if in_one else len(rows)
             yield replace(
                 batch,
                 samples=tuple(ready.names[i] for i in order),
                 skipped=tuple(ready.skipped) if number == 0 else (),
                 lengths=lengths,
-                computed=sum(lengths) if packed and self._flat else len(rows) * longest,
+                computed=count * padded(longest, count, self._multiple),
+                multiple=self._multiple,
             )
 
 

@@ -110,7 +110,7 @@ def receiver(config: dict[str, Any]) -> Receive:
         give_back_what_is_freed()
     shared: list[Any] = []
 
-    def receive(tensor: torch.Tensor, read: Any) -> None:
+    def receive(_: str, tensor: torch.Tensor, read: Any) -> None:
         if deepspeed.comm.get_rank() == 0:
             read()
         if shared:
@@ -122,6 +122,16 @@ def receiver(config: dict[str, Any]) -> Receive:
         shared.append(tensor)
 
     return receive
+
+
+@contextmanager
+def gathered_here(module: torch.nn.Module) -> Iterator[None]:
+    """A module's parameters whole in every process, where these share them; no larger module than memory holds."""
+    import deepspeed
+
+    shared = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(shared, enabled=bool(shared)):
+        yield
 
 
 @contextmanager

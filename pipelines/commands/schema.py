@@ -85,7 +85,8 @@ def _kind(option: dict[str, Any]) -> str:
         inner = option.get("items") or {}
         return f"list of {_kind(inner)}" if inner else f"list of {len(option.get('prefixItems', ()))} integers"
     if words == "object":
-        return f"table of {_kind(option['additionalProperties'])}"
+        by_pattern = [*option.get("patternProperties", {}).values()]
+        return f"table of {_kind(by_pattern[0] if by_pattern else option['additionalProperties'])}"
     low, high = option.get("minimum"), option.get("maximum")
     if "exclusiveMinimum" in option:
         low = f"above {option['exclusiveMinimum']}"

@@ -26,7 +26,8 @@ SOME = 1000
 FORMULA = """\
 floating-point operations, n parameters in a part's matrices, t its tokens:
   forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
-  backward     4 n t where the part learns, 2 n t where gradients pass through, none where nothing before it learns
+  backward     4 n t where the part learns in full, 2 n t where gradients pass through (its adapters or layer norms
+               learn, or what is before it), none where nothing does; adapters themselves are left out
   hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price"""
 
 
@@ -92,7 +93,7 @@ def stage_work(
     for name, samples in drawn.items():
         subset = known[name]
         seen = shape.video if subset.kind == "video" else shape.image
-        work += samples * operations(shape, stage.trainable, seen.load(subset.text_tokens, length))
+        work += samples * operations(shape, stage.learning, seen.load(subset.text_tokens, length))
         tokens += samples * min(seen.tokens + subset.text_tokens, length)
     return work, tokens
 

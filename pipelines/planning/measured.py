@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
     from nvila.components.model.nvila import NVILA
     from nvila.components.model.vision.preprocess import Visual
+    from nvila.components.train.engine import Engine
 
 
 def main() -> None:
@@ -47,26 +49,8 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
     """The most bytes of tensors by micro batch, until one does not fit."""
     import torch
 
-    from nvila.components.model.device import default_device, use_flash_attention, use_packed_attention
-    from nvila.components.model.nvila import build_model, empty_model
-    from nvila.components.train.engine import leave, start
-    from nvila.components.train.loop import set_trainable
-
-    known, device = empty_model(shape.config), default_device()
-    with torch.device(device):
-        model = build_model(known.config, known.tokens, getattr(torch, PRECISIONS[run.precision].weights))
-    length = min(stage.max_length_tokens, shape.config.max_length_tokens)
-    model.config = replace(model.config, max_length_tokens=length)
-    set_trainable(model, stage.trainable)
-    model.prepare_for_training()
-    if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    alone = stage.model_copy(update={"batch": 1, "micro_batch": 1})
-    engine = start(model, alone, run.model_copy(update={"gpus": 1}), 1000, 1)
-    use_flash_attention(model)
-    packed = run.kernel and use_packed_attention(model)
     found: dict[int, int] = {}
-    try:
+    with suppress(torch.OutOfMemoryError), started(shape, stage, run) as (engine, model, packed):
         for rows in wanted:
             batch = largest_batch(model, rows, video, packed=packed)
             if torch.cuda.is_available():
@@ -75,10 +59,35 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
                 _, supervised = engine.accumulate(**batch)
                 engine.step(supervised)
             found[rows] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    except torch.OutOfMemoryError:
-        pass
-    leave()
     return found
+
+
+@contextmanager
+def started(shape: Shape, stage: Stage, run: Run) -> Iterator[tuple[Engine, NVILA, bool]]:
+    """The stage's engine in this process alone, around a model of random weights, and whether its rows are packed."""
+    import torch
+
+    from nvila.components.model.device import default_device, use_flash_attention, use_packed_attention
+    from nvila.components.model.nvila import build_model, empty_model
+    from nvila.components.train.engine import leave, start
+    from nvila.components.train.tuning import tune
+
+    known, device = empty_model(shape.config), default_device()
+    with torch.device(device):
+        model = build_model(known.config, known.tokens, getattr(torch, PRECISIONS[run.precision].weights))
+    length = min(stage.max_length_tokens, shape.config.max_length_tokens)
+    model.config = replace(model.config, max_length_tokens=length)
+    tune(model, stage)
+    model.prepare_for_training()
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    alone = stage.model_copy(update={"batch": 1, "micro_batch": 1})
+    engine = start(model, alone, run.model_copy(update={"gpus": 1}), 1000, 1)
+    use_flash_attention(model)
+    try:
+        yield engine, model, run.kernel and use_packed_attention(model)
+    finally:
+        leave()
 
 
 def largest_batch(model: NVILA, rows: int, video: bool, *, packed: bool = False) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from nvila.components.contracts.steps import PREFLIGHT, STAGES
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.model.shape import Shape
+from nvila.components.precision.products import require
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
@@ -143,6 +144,8 @@ def make_plan(
     checked = located(asked, runs)
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
+    if shape:
+        require(shape.config.llm, checked.train.run)
     needs = preflight.Settings.model_validate(slices(asked)[PREFLIGHT])
     small = is_small(checked, shape)
     opened = open_samples(checked.data)

@@ -220,7 +220,7 @@ def _saved(sources: set[str], recipe: Recipe, known: Mapping[str, Subset], done:
             if name.partition(".")[0] in sources:
                 subset = known[name]
                 seen = _seen(shape, subset.kind == "video")
-                one = operations(shape, stage.trainable, seen.load(subset.text_tokens, length))
+                one = operations(shape, stage.learning, seen.load(subset.text_tokens, length))
                 work += (everything[name] - rest[name]) * one
     return work
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from nvila.components.contracts.recipe.section import MOST_ENTRIES, Disagreement, Folder, Section
+from nvila.components.contracts.recipe.section import MOST_CHARACTERS, MOST_ENTRIES, Disagreement, Folder, Section
 
 
 def host_name(text: str) -> str:
@@ -35,6 +35,9 @@ def _domain(text: str) -> str:
 
 Domain = Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_domain)]
 Origin = Annotated[str, Field(max_length=300, pattern=r"^(\*|https?://[^\s/]+)$")]
+Adapter = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MOST_CHARACTERS)]
+MOST_ADAPTERS = 64
+"""Each takes memory beside the model, whether it is asked or not."""
 
 
 class EndpointSettings(Section):
@@ -63,6 +66,10 @@ class EndpointSettings(Section):
     media_cache_mib: int = Field(default=256, ge=0, le=2**20)
     """Memory for pictures and clips that were decoded, so that the same one is not decoded again, and as much once more
     for what was made of them for the model."""
+    adapters: dict[Adapter, Folder] = Field(default={}, max_length=MOST_ADAPTERS)
+    """LoRA adapters of the language model by the name that requests call each, in peft's format: they are served
+    beside the model, from its weights. They are of this very model: one that was trained with a projector or a tower
+    of its own gives other answers here than the model that it was merged into."""
     origins: list[Origin] = Field(default=[], max_length=MOST_ENTRIES)
     """Web sites whose pages may ask the endpoint (CORS), as browsers name them; `*` for any."""
     certificate: Folder | None = None

@@ -26,7 +26,7 @@ class Lora(Section):
 
     rank: int = Field(default=64, ge=1, le=1024)
     """Of the product of two matrices that is added to a weight."""
-    alpha: float = Field(default=16.0, gt=0, le=65_536)
+    alpha: int = Field(default=16, ge=1, le=65_536)
     """The product counts alpha / rank times."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Share of an adapter's inputs that a training pass leaves out."""

@@ -9,8 +9,10 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.linears import decoder_linears, fp8_linears, no_fp8
 from nvila.components.contracts.pipelines import Pipeline, pipeline_of
 from nvila.components.contracts.places import is_version
+from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
 from nvila.components.contracts.recipe.evaluate import EvaluateSettings, Gate
 from nvila.components.contracts.recipe.model import ModelSettings
@@ -210,6 +212,11 @@ class Recipe(Section):
         if asked and asked < self.quantize.gate.least_questions and self.quantize.limit is None:
             why = f"the gate refuses sources with fewer than {self.quantize.gate.least_questions} questions"
             yield Disagreement("quantize.gate.least_questions", f"{why}, and evaluate.limit is {asked}")
+        if self.model.base.made_here and PRECISIONS[self.train.precision].fp8:
+            decoder, least = self.model.base.decoder, self.train.fp8.min_features
+            linears = decoder_linears(decoder.hidden, decoder.heads, decoder.kv_heads, decoder.mlp)
+            if not fp8_linears(linears, least):
+                yield Disagreement("train.fp8.min_features", no_fp8(linears.values(), least), least)
         if self.model.base.made_here and self.quantize.llm != "none":
             size = self.quantize.group_size
             for name in ("hidden", "mlp"):

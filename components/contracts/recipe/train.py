@@ -71,6 +71,11 @@ class Stage(Section):
         """Parts that learn by adapters."""
         return [part for part in self.trainable if self.method(part) in ADAPTERS]
 
+    @property
+    def learning(self) -> dict[str, Method]:
+        """Trainable parts, and how each learns."""
+        return {part: self.method(part) for part in self.trainable}
+
     def method(self, part: Part) -> Method:
         """How a trainable part learns."""
         return self.methods.get(part, "full")
@@ -111,7 +116,7 @@ class Stage(Section):
                 yield Disagreement(f"methods.{part}", f"{part} learns by {' or '.join(METHODS[part])}", method)
         if self.lora != Lora() and not self.adapted:
             yield Disagreement("lora", "no part learns by lora, dora or qlora: it would have no effect; see methods")
-        if self.weight_decay and all(self.method(part) == "layernorm" for part in self.trainable):
+        if self.weight_decay and set(self.learning.values()) == {"layernorm"}:
             yield Disagreement("weight_decay", "layer norms do not decay, and nothing else is trained")
 
     def samples_at_once(self, processes: int) -> int:
@@ -128,6 +133,16 @@ class Stage(Section):
         return micro
 
 
+class Fp8(Section):
+    """What an FP8 precision does; the others do not read it."""
+
+    min_features: int = Field(default=3584, ge=16, le=2**20)
+    """Least of both sizes of a Linear of the decoder that is multiplied in FP8; smaller ones gain nothing by it."""
+    scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """Of fp8-current: a scale for each tensor, or for each row and column of it, which torchao does alone, also where
+    Transformer Engine is installed."""
+
+
 SHARED_OUT = {"stage": {"micro_batch", "gradient_checkpointing"}, "run": {"gpus"}}
 """How the work of a step lies on processes: a loss that is the mean over tokens does not see it, but for rounding."""
 KEPT = {"checkpoint_seconds", "loader_processes", "loader_seconds", "keep_checkpoints", "keep_best"}
@@ -138,7 +153,10 @@ class Run(Section):
     """How a stage is run."""
 
     precision: Precision = "bf16"
-    """Of weights and products of matrices."""
+    """Of weights and products of matrices. fp8-current takes torchao where Transformer Engine is not installed; the
+    others of FP8 are Transformer Engine's."""
+    fp8: Fp8 = Fp8()
+    """Which Linears an FP8 precision takes, and how they are scaled."""
     zero: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage."""
     offload: Literal["none", "cpu"] = "none"
@@ -207,6 +225,10 @@ class TrainSettings(Run):
             yield Disagreement(
                 "packing",
                 f"loss_weighting: device_batch keeps micro batches as they are: {self.packing} would have no effect",
+            )
+        if self.fp8.scaling == "rowwise" and self.precision in ("fp8-delayed", "fp8-block"):
+            yield Disagreement(
+                "fp8.scaling", f"rowwise would have no effect: {self.precision} has a scaling of its own"
             )
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")

@@ -110,6 +110,19 @@ class Pruning(Result):
     skipped: SkippedRecords = SkippedRecords()
 
 
+class Fp8Products(Result):
+    """Which Linears of a stage were multiplied in FP8, and by what."""
+
+    backend: str
+    """`torchao` or `transformer-engine`."""
+    version: str
+    scaling: str
+    """How a scale is chosen: `tensorwise` or `rowwise` from the tensor itself, `delayed` from those before it, `block`
+    for each block of it."""
+    linears: dict[str, int]
+    """How many have each name; `*` is the number of a block."""
+
+
 class Training(Result):
     """Of a training stage."""
 
@@ -122,6 +135,8 @@ class Training(Result):
         return str(self.stage.get("name", ""))
 
     precision: str
+    fp8: Fp8Products | None = None
+    """What an FP8 precision was in this stage."""
     steps: int
     """Of the optimizer."""
     samples: int

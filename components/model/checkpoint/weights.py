@@ -24,8 +24,9 @@ TOWER = "vision_tower.vision_model."
 EMBEDDINGS, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 Source = Stored | torch.Tensor
 """Where a tensor comes from: a file, or memory."""
-Receive = Callable[[torch.Tensor, Callable[[], None]], None]
-"""Takes a tensor of a model and what reads its values into it; the tensor may be another's share when it returns."""
+Receive = Callable[[str, torch.Tensor, Callable[[], None]], None]
+"""Takes a tensor of a model, by its name, and what reads its values into it; when it returns, they may be held in
+another way, or be another process's."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 S = TypeVar("S", bound=Source | Later)
 
@@ -34,6 +35,7 @@ _NEVER_COMPUTED = re.compile(
     r"|vision_tower\.(vision_model\.)?embeddings\.position_ids"
     r"|vision_tower\.(vision_model\.)?head\..*"  # SigLIP's pooling
     r"|vision_tower\.(text_model\..*|logit_scale|logit_bias)"  # a whole SigLIP has a tower for text
+    r"|.*\._extra_state"  # scales of training in FP8
 )
 
 
@@ -138,14 +140,16 @@ def check(found: Mapping[str, Source | Later], model: NVILA, where: str, *, says
 
 
 @torch.no_grad()
-def fill(model: NVILA, found: Mapping[str, Source], where: str, receive: Receive = lambda _, read: read()) -> None:
+def fill(
+    model: NVILA, found: Mapping[str, Source], where: str, receive: Receive = lambda _name, _tensor, read: read()
+) -> None:
     """Give a model its weights one by one, in the dtype it has; `check` comes first.
 
     Raises:
         DataError: a value is not finite, or too large for the model's dtype.
     """
     for name, tensor in wanted(model).items():
-        receive(tensor, partial(_read, tensor, found[name], name, where))
+        receive(name, tensor, partial(_read, tensor, found[name], name, where))
 
 
 def _read(tensor: torch.Tensor, source: Source, name: str, where: str) -> None:

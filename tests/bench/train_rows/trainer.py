@@ -144,12 +144,12 @@ def trainer(job: Any, *, prepared: bool = False) -> dict[str, float]:
     from nvila.components.model.checkpoint import native
     from nvila.components.model.feed import Feed, Item, _Kept
     from nvila.components.train.data import INDEX, stage_samples
-    from nvila.components.train.loop import set_trainable
+    from nvila.components.train.tuning import tune
 
     if not prepared:
         native.use_float32_products = lambda _: None  # type: ignore[assignment]
     model, tokenizer = native.load_native(Path(job.model), dtype="bfloat16" if prepared else "float32")
-    set_trainable(model, job.stage.trainable)
+    tune(model, job.stage)
     if prepared:
         model.prepare_for_training()
     stage, clock, out = job.stage, Clock(), Path(job.out)

@@ -125,7 +125,11 @@ def test_plain_s2_takes_cells_of_three() -> None:
         ("needs", {"memory_bytes": -1}, "greater than or equal to 0"),
         ("train.zero", 4, r"train\.zero"),
         ("train.offload", "cpu", r"train\.offload: offload: cpu needs zero: 2 or 3, not 0"),
-        ("train.precision", "fp8-current", r"train\.precision: Input should be .fp32. or .bf16."),
+        ("train.precision", "fp8", r"train\.precision: Input should be .fp32., .bf16., .fp8-current."),
+        ("train.precision", "fp8-current", r"train\.fp8\.min_features: no Linear of the decoder would .* FP8"),
+        ("train.fp8", {"min_features": 15}, r"train\.fp8\.min_features: .* greater than or equal to 16"),
+        ("train.fp8", {"min_features": 2**20 + 1}, r"train\.fp8\.min_features: .* less than or equal to 1048576"),
+        ("train.fp8", {"scaling": "blockwise"}, r"train\.fp8\.scaling: .*tensorwise. or .rowwise."),
         ("evaluate.sources", ["nothing"], r"evaluate\.sources: no source is called 'nothing'"),
         ("evaluate.limit", 0, r"evaluate\.limit"),
         ("evaluate.gate.min_accuracy", {"shapes": 40}, r"evaluate\.gate\.min_accuracy\.shapes"),
@@ -145,6 +149,17 @@ def test_what_cannot_work_is_refused(dotted: str, value: Any, message: str) -> N
     """A recipe that fails in the fifth stage has cost four."""
     with pytest.raises(ConfigError, match=message):
         parse_recipe(changed(dotted, value))
+
+
+def test_a_scaling_that_a_precision_does_not_have_is_refused() -> None:
+    """Rowwise would be believed, and the stage scaled by block."""
+    for precision in ("fp8-delayed", "fp8-block"):
+        recipe = changed("train.precision", precision)
+        recipe["train"]["fp8"] = {"min_features": 16, "scaling": "rowwise"}
+        with pytest.raises(ConfigError, match=r"train\.fp8\.scaling: rowwise would have no effect"):
+            parse_recipe(recipe)
+    recipe["train"]["precision"] = "fp8-current"
+    assert parse_recipe(recipe).train.run.fp8.scaling == "rowwise"
 
 
 def affected(dotted: str, value: Any) -> set[str]:
@@ -179,6 +194,7 @@ PRUNES = {"prune-image", "prune-video"}
         ("train.stages.3.learning_rate", 1.0, {"preflight", "train-4"}),
         ("train.stages.3", None, {"preflight", "prune-image", "train-4"}),
         ("train.precision", "fp32", {"preflight", *STAGES}),
+        ("train.fp8", {"min_features": 32}, {"preflight", *STAGES}),
         ("quantize.method", "rtn", {"preflight", "quantize"}),
         ("quantize.gate.max_loss", 0.5, {"preflight", "gate-quantized"}),
         ("quantize.limit", 50, {"preflight", "evaluate-quantized"}),

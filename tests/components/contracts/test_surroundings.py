@@ -153,3 +153,16 @@ def test_caches_lie_where_they_can_be_written(variables: pytest.MonkeyPatch, tmp
     assert caches.resolve().parent == tmp_path and caches.is_dir() and "cannot be written" in line
     assert Path(os.environ["MPLCONFIGDIR"]).parent == caches
     assert settle() == [], "children are told nothing again"
+
+
+def test_libraries_do_not_tell_of_what_nobody_asked_for() -> None:
+    """Each step's log began with four lines about kernels that were not to be used."""
+    code = """
+from nvila.components.contracts.surroundings import settle
+settle()
+from transformers import Qwen2ForCausalLM
+import sys
+assert "torchao" in sys.modules
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")

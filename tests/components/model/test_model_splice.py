@@ -82,3 +82,21 @@ def test_gradients_reach_text_and_media() -> None:
     out.embeds_BTH.sum().backward()
     assert picture.grad is not None and bool((picture.grad == 1).all())
     assert table.grad is not None and table.grad[1].sum() == 4
+
+
+@pytest.mark.parametrize("rows", [None, [0, 0, 0, 0], [0, 0, 1, 2]])
+def test_positions_are_padded_to_a_multiple(rows: list[int] | None) -> None:
+    """No kernel multiplies nine rows in FP8; and what is padded must have no loss, nor be seen by anything."""
+    ids, mask, labels = padded("right")
+    given = {"rows": None if rows is None else torch.tensor(rows)}
+    plain = splice(embed, ids, mask, labels, media(), **given)  # type: ignore[arg-type]
+    out = splice(embed, ids, mask, labels, media(), multiple=16, **given)  # type: ignore[arg-type]
+    count, width = plain.attention_mask_BT.shape
+    assert out.attention_mask_BT.numel() % 16 == 0 and out.attention_mask_BT.numel() - count * width < 16
+    for name in ("embeds_BTH", "attention_mask_BT", "position_ids_BT", "labels_BT"):
+        assert torch.equal(getattr(out, name)[:, :width], getattr(plain, name)), name
+    assert not out.attention_mask_BT[:, width:].any() and (out.labels_BT[:, width:] == -100).all()  # type: ignore[index]
+    if rows == [0, 0, 0, 0]:
+        # torch leaves out what no sample has, and what it leaves out need not be finite.
+        assert plain.lengths_S is not None and out.lengths_S is not None
+        assert out.lengths_S.tolist() == [*plain.lengths_S.tolist(), out.attention_mask_BT.numel() - width]

@@ -237,6 +237,22 @@ def test_a_pod_is_not_asked_for_what_other_pods_have(
     assert "memory" not in message and "in use" not in message
 
 
+def test_an_fp8_that_this_machine_does_not_have_is_told_early(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Delayed scales are Transformer Engine's: the first stage would say so, after the data and the base model. On a
+    cluster another machine trains."""
+    stage = {"name": "s", "trainable": ["llm"], "learning_rate": 1e-3, "data": {"digits.sft": 1}, "batch": 1}
+    settings["train"] = {"precision": "fp8-delayed", "stages": [stage]}
+    with pytest.raises(PreflightError, match=r"only Transformer Engine does fp8-delayed.* image `train`"):
+        _run(settings, tmp_path)
+    settings["train"]["precision"] = "fp8-current"
+    _run(settings, tmp_path)
+    settings["train"]["precision"] = "fp8-delayed"
+    monkeypatch.setenv("NVILA_RUN_ID", "2b4c")
+    _run(settings, tmp_path)
+
+
 def test_weights_that_are_not_there_are_found_before_anything_long(s3: Bucket, tmp_path: Path) -> None:
     """Else validation runs for hours and `initialize` then says that the bucket has another name."""
     assert weights_problems(["s3://b/m", "s3://b/m", str(tmp_path)], tmp_path) == []

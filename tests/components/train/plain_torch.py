@@ -22,13 +22,13 @@ def plain(job: Job, device_batch: int | None = None) -> tuple[dict[str, Any], li
     from nvila.components.model.checkpoint.native import load_native
     from nvila.components.model.feed import Feed
     from nvila.components.train.data import stage_samples
-    from nvila.components.train.loop import set_trainable
     from nvila.components.train.schedule import warmup_cosine
+    from nvila.components.train.tuning import tune
 
     torch.manual_seed(job.seed)
     stage, low = job.stage, job.run.precision == "bf16"
     model, tokenizer = load_native(Path(job.model), dtype="bfloat16" if low else "float32")
-    set_trainable(model, stage.trainable)
+    tune(model, stage)
     model.prepare_for_training()
     samples = stage_samples(stage, Path(job.samples), [], job.seed, Path(job.out))
     total = len(samples) // stage.batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from nvila.components.train.keeper import Keeper
 class Loaded(SimpleNamespace):
     """In DeepSpeed's place: remembers which checkpoint it was to load."""
 
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, int]]:
+    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str, dict[str, int]]:
         return f"{folder}/{tag}", {"step": int(tag.removeprefix("step-"))}
 
 

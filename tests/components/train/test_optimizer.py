@@ -15,13 +15,13 @@ ROW: dict[str, Any] = {"name": "x", "learning_rate": 1e-3, "data": {"a.sft": 1},
 def test_norms_and_biases_do_not_decay(small: Any) -> None:
     """Decay of a norm's weights pulls activations to nothing; the reference lets embeddings decay, and so do we."""
     from nvila.components.model.checkpoint.native import load_native
-    from nvila.components.train.loop import set_trainable
     from nvila.components.train.optimizer import parameter_groups
+    from nvila.components.train.tuning import tune
 
     model, _ = load_native(small.model.dir("model"))
     row = {"trainable": ["llm", "vision_tower", "mm_projector"], "learning_rates": {"vision_tower": 1e-4}}
     stage = Stage.model_validate(ROW | row)
-    set_trainable(model, stage.trainable)
+    tune(model, stage)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {
         names[id(p)]: (group["lr"], group["weight_decay"])

@@ -102,3 +102,20 @@ def test_a_kernel_gets_one_row_and_a_step_one_pass_at_least() -> None:
     (only,) = windows.passes(iter([spoilt]))
     assert only.samples == () and [one.id for one in only.skipped] == ["a"]
     assert len(list(windows.passes(iter([])))) == 1
+
+
+@pytest.mark.parametrize(("packing", "flat"), [("padded", False), ("packed", False), ("packed", True)])
+def test_what_is_padded_for_fp8_counts_as_padding(packing: str, flat: bool) -> None:
+    """The padding's share that the meter tells would be too small."""
+    cost = KERNEL if flat else CPU
+    lengths = uniform(40, 8, 100)
+    passes = [
+        list(
+            Windows(lambda some: arrange(some, 3, 128, cost, packing), 0, flat=flat, multiple=n).passes(ready(lengths))
+        )
+        for n in (1, 16)
+    ]
+    for plain, padded in zip(*passes, strict=True):
+        assert plain.samples == padded.samples and (plain.multiple, padded.multiple) == (1, 16)
+        assert padded.computed % 16 == 0 and 0 <= padded.computed - plain.computed < 16 * 3
+    assert sum(batch.computed for batch in passes[1]) > sum(batch.computed for batch in passes[0])

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from attempts import Attempt
@@ -30,12 +31,14 @@ CASES = [
 """Precision, ZeRO stage, and how many processes begin and end it."""
 
 
-def resumed(make_job: MakeJob, precision: str, zero: int, first: int, then: int) -> float:
+def resumed(
+    make_job: MakeJob, precision: str, zero: int, first: int, then: int, stage: dict[str, Any] | None = None
+) -> float:
     """How far the losses of a stage that other processes end are from those of one that they do not: the most."""
     run = {"precision": precision, "zero": zero}
-    straight = make_job("straight", run=run | {"gpus": then})
-    begun = make_job("moved", run=run | {"gpus": first})
-    ended = make_job("moved", run=run | {"gpus": then})
+    straight = make_job("straight", stage=stage, run=run | {"gpus": then})
+    begun = make_job("moved", stage=stage, run=run | {"gpus": first})
+    ended = make_job("moved", stage=stage, run=run | {"gpus": then})
     assert Attempt(begun, stop=Stop(after=3)).wait() == [75] * first
     assert Attempt(ended).wait() == [0] * then
     assert Attempt(straight).wait() == [0] * then

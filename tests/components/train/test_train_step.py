@@ -199,6 +199,9 @@ def test_a_stage_goes_on_after_a_change_of_how_it_is_done() -> None:
     assert keyed({"micro_batch": 2, "gradient_checkpointing": True}, **how) == keyed()
     assert keyed({"learning_rate": 1e-4}) != keyed()
     assert keyed(packing="padded") != keyed()
+    large, fp8 = {"fp8": {"min_features": 32}}, {"precision": "fp8-current"}
+    assert keyed(**large) == keyed()
+    assert keyed(**fp8, **large) != keyed(**fp8) != keyed()
     by_batch = {"loss_weighting": "device_batch"}
     assert keyed(**by_batch, gpus=2) != keyed(**by_batch)
     assert keyed({"micro_batch": 2}, **by_batch) != keyed(**by_batch)

@@ -209,6 +209,15 @@ def test_wrong_options_are_named() -> None:
             parse_samples([f"images.sft={number}"])
 
 
+def test_published_weights_without_a_linear_for_fp8_are_refused(tmp_path: Path) -> None:
+    """A 2B has none of 3584 features: all of its stages would run in bf16 under the name of FP8."""
+    places = {"runs": tmp_path / "runs", "store": tmp_path / "store"}
+    with pytest.raises(ConfigError, match=r"train\.fp8\.min_features: no Linear .* say 1536 or less"):
+        planning.make_plan(
+            "nvila-lite-2b", ["train.precision=fp8-current"], assumptions_of("h100", 0.3, 2.5), {}, **places
+        )
+
+
 def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
     """A file saved in another encoding was a traceback of the decoder."""
     (tmp_path / "mine.yaml").write_bytes("name: é".encode("utf-16"))
