@@ -311,6 +311,39 @@ def plan(
     raise typer.Exit(int(planning.exit_code(made)))
 
 
+fp8 = typer.Typer(help="Training with products of matrices in FP8.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(fp8, name="fp8")
+
+
+@fp8.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="GPU for the bound where none is here, and for the memory: l40s, h100, h200 or b200.")
+    ] = "h100",
+    as_json: Json = False,
+) -> None:
+    """Tell what FP8 gains in each stage, Linear by Linear, what stays in bf16 and why, and what fits then.
+
+    Measured on this machine's GPU; on its CPU for recipes that do without a GPU; else a bound from the GPU's stated
+    speeds, marked as one. A recipe in another precision is looked at as if it said fp8-current.
+
+    Example: nvila fp8 doctor nvila-8b --gpu h100
+    """
+    from rich.console import Console
+
+    from nvila.pipelines.planning import doctor as doctoring
+
+    found = doctoring.diagnose(recipe, override or [], gpu)
+    if as_json:
+        put(doctoring.as_json(found))
+    else:
+        doctoring.show(found, Console(width=180))
+
+
 @app.command()
 def submit(
     context: typer.Context,

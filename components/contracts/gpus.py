@@ -15,16 +15,20 @@ class Gpu:
     bf16: float
     """Operations a second, dense."""
     fp32: float
+    fp8: float | None
+    """None where it has no products in FP8."""
+    bytes_a_second: float
+    """That its memory moves."""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80 * 10**9, 312e12, 19.5e12),
-        Gpu("l40s", 48 * 10**9, 362e12, 91.6e12),
-        Gpu("h100", 80 * 10**9, 989e12, 67e12),
-        Gpu("h200", 141 * 10**9, 989e12, 67e12),
-        Gpu("b200", 180 * 10**9, 2250e12, 75e12),
+        Gpu("a100", 80 * 10**9, 312e12, 19.5e12, None, 2.04e12),
+        Gpu("l40s", 48 * 10**9, 362e12, 91.6e12, 733e12, 0.864e12),
+        Gpu("h100", 80 * 10**9, 989e12, 67e12, 1979e12, 3.35e12),
+        Gpu("h200", 141 * 10**9, 989e12, 67e12, 1979e12, 4.8e12),
+        Gpu("b200", 180 * 10**9, 2250e12, 75e12, 4500e12, 8e12),
     )
 }
 

@@ -28,7 +28,7 @@ def decoder_linears(
 def why_not_fp8(features: tuple[int, int], min_features: int) -> str | None:
     """Why a Linear of a block stays as it is, in words; None where FP8 takes it."""
     if min(features) < min_features:
-        return f"{min(features)} features are fewer than train.fp8.min_features {min_features}"
+        return f"{min(features)} features, below min_features {min_features}"
     if any(size % FP8_DIVISOR for size in features):
         return f"{' x '.join(map(str, features))} features are not both divisible by {FP8_DIVISOR}"
     return None

@@ -54,10 +54,6 @@ def use(
     kind = _stateful(passes, recipe) if run.precision == "fp8-delayed" else _stateless(passes)
     for name, linear in linears.items():
         model.set_submodule(name, kind.over(linear).train(linear.training))
-    if model.llm.is_gradient_checkpointing:
-        # torch's own would compute again without the scales of the first time.
-        again = partial(te.checkpoint, use_reentrant=False)
-        model.llm._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=again)
     group = torch.distributed.group.WORLD
 
     @contextmanager
@@ -71,6 +67,15 @@ def use(
         backend="transformer-engine", version=version("transformer-engine"), scaling=scaling, linears=names
     )
     return told, forward
+
+
+def checkpoint(decoder: Any) -> None:
+    """Have a decoder of transformers compute its blocks again by Transformer Engine's checkpointing: by torch's own it
+    would without the scales of the first time."""
+    import transformer_engine.pytorch as te
+
+    again = partial(te.checkpoint, use_reentrant=False)
+    decoder._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=again)
 
 
 def _require(run: Run) -> None:

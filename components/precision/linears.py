@@ -31,4 +31,9 @@ def eligible(model: nn.Module, min_features: int) -> dict[str, nn.Linear]:
 
 def compactly(names: Iterable[str]) -> dict[str, int]:
     """How many have each name, the number of the block left out."""
-    return dict(Counter(re.sub(r"(?<=layers\.)\d+", "*", name) for name in names))
+    return dict(Counter(map(without_number, names)))
+
+
+def without_number(name: str) -> str:
+    """A module's name with `*` for the number of its block."""
+    return re.sub(r"(?<=(?:model|coder)\.layers\.)\d+", "*", name)

@@ -57,7 +57,7 @@ def linears_of(llm: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     )
 
 
-def use(model: nn.Module, run: Run) -> Products | None:
+def use(model: Any, run: Run) -> Products | None:
     """Have a model's eligible Linears multiply in FP8, its adapters in place; None where the precision has no FP8.
 
     Parameters stay what they are, and under their names, also where ZeRO 3 has shared them out.
@@ -67,7 +67,7 @@ def use(model: nn.Module, run: Run) -> Products | None:
     """
     if not PRECISIONS[run.precision].fp8:
         return None
-    linears, library = eligible(model, run.fp8.min_features), backend(run)
+    linears = eligible(model, run.fp8.min_features)
     if not linears:
         raise ConfigError(
             "no Linear of the decoder is left that FP8 could take",
@@ -75,8 +75,22 @@ def use(model: nn.Module, run: Run) -> Products | None:
             value=run.precision,
             do="Say bf16",
         )
+    products = multiply(model, linears, run)
+    if products.told.backend == "transformer-engine" and model.llm.is_gradient_checkpointing:
+        from nvila.components.precision import by_transformer_engine
+
+        by_transformer_engine.checkpoint(model.llm)
+    return products
+
+
+def multiply(model: nn.Module, linears: Mapping[str, nn.Linear], run: Run) -> Products:
+    """Have these Linears of a model, by their names, multiply in FP8 on this machine.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     names = compactly(linears)
-    if library == "torchao":
+    if backend(run) == "torchao":
         from nvila.components.precision import by_torchao
 
         return Products(by_torchao.use(model, linears, run, names))

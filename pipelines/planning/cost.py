@@ -28,7 +28,8 @@ floating-point operations, n parameters in a part's matrices, t its tokens:
   forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
   backward     4 n t where the part learns in full, 2 n t where gradients pass through (its adapters or layer norms
                learn, or what is before it), none where nothing does; adapters themselves are left out
-  hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price"""
+  hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price
+  FP8          Linears that it takes at the peak of FP8, all else at that of bf16: what it saves at most"""
 
 
 @dataclass(frozen=True)

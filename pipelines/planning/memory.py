@@ -15,6 +15,7 @@ from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.train import Run, Stage
 from nvila.components.model.shape import PARTS, Seen, Shape
 from nvila.components.train.zero import gathered, reduced
+from nvila.pipelines.planning import fp8
 
 RESERVE_BYTES = 2 * 10**9
 """Assumed, not measured: CUDA's context, buffers of NCCL and cuBLAS, and what the allocator cannot hand out."""
@@ -29,6 +30,9 @@ P parameters, R of them trained, N processes, e bytes of a weight (bf16 2, fp32 
     decoder block  b T (8h + e(6h + 4m + 2k') + 4a + 8 + e T if rows are padded), k' = h if padded, else k
                    frozen with gradients passing through: e(2h + 3m + 2k') instead of e(6h + 4m + 2k')
     tower block    S (e(8w + 2u) + 4c + 4e), where the tower learns; and its pixels, 3 e S patch^2
+    FP8            of a block that learns b T times a byte for each input of each Linear that it takes, less e for
+                   inputs that only such Linears keep; and 2 bytes of each of their weights (ZeRO 3 with checkpointing:
+                   of one block). By Transformer Engine; torchao (rowwise) keeps what bf16 keeps where a block learns
     checkpointing  e h b T and e w S for each block, and one whole block at a time
     the rest       b T (4h + e(h + 2 h/a)) + Q e q + Y (4V, and 6V more while the loss goes backward)
                    and e h (b T + Y) where the decoder learns
@@ -125,25 +129,31 @@ def memory(shape: Shape, batch: MicroBatch, trainable: list[Any], run: Run, *, r
     def shared(size: int, since: int, *, here: bool = True) -> int:
         return 0 if not here else -(-size // run.gpus) if run.zero >= since else size
 
+    in_fp8 = fp8.input_bytes(shape, run, element, learns="llm" in trainable)
     buffers = 0
     if run.zero >= 2:
         buffers = element * (reduced(run, total) + (gathered(total) if run.zero == 3 else 0))
     return Memory(
-        weights=shared(element * total, 3, here=not (offloads and run.zero == 3)),
+        weights=shared(element * total, 3, here=not (offloads and run.zero == 3))
+        + fp8.weight_bytes(shape, run, recompute=recompute),
         gradients=shared((4 if run.zero else element) * trained, 2, here=not offloads),
         optimizer=shared((8 + master) * trained, 1, here=not offloads),
         buffers=buffers,
         activations=max(
-            activations(shape, batch, trainable, element, recompute)[1], 4 * trained if master and not run.zero else 0
+            activations(shape, batch, trainable, element, recompute, in_fp8)[1],
+            4 * trained if master and not run.zero else 0,
         ),
         loading=shared(element * total, 3),
     )
 
 
 def activations(
-    shape: Shape, batch: MicroBatch, trainable: list[Any], element: int, recompute: bool
+    shape: Shape, batch: MicroBatch, trainable: list[Any], element: int, recompute: bool, fp8_inputs: int = 0
 ) -> tuple[int, int]:
-    """Bytes saved by the forward pass for the backward pass, and the most at one time of both."""
+    """Bytes saved by the forward pass for the backward pass, and the most at one time of both.
+
+    `fp8_inputs` are those that a position of a decoder block keeps more in FP8.
+    """
     llm, vision = shape.config.llm, shape.config.vision
     hidden, mlp, heads = int(llm["hidden_size"]), int(llm["intermediate_size"]), int(llm["num_attention_heads"])
     positions = batch.rows * batch.length
@@ -151,7 +161,7 @@ def activations(
     keys = hidden if batch.padded else hidden * int(llm["num_key_value_heads"]) // heads
     inside = (6 * hidden + 4 * mlp if learns else 2 * hidden + 3 * mlp) + 2 * keys
     mask = element * batch.length if batch.padded else 0
-    decoder_block = positions * (8 * hidden + element * inside + 4 * heads + 8 + mask)
+    decoder_block = positions * (8 * hidden + element * inside + 4 * heads + 8 + mask + fp8_inputs)
     width, tower_mlp = int(vision["hidden_size"]), int(vision["intermediate_size"])
     per_token = element * (8 * width + 2 * tower_mlp) + 4 * int(vision["num_attention_heads"]) + 4 * element
     tower_block = batch.tower_tokens * per_token if "vision_tower" in trainable else 0

@@ -28,7 +28,7 @@ from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for, remarks
-from nvila.pipelines.planning import cost
+from nvila.pipelines.planning import cost, fp8
 from nvila.pipelines.planning import memory as states
 from nvila.pipelines.planning import pruning as pruned
 from nvila.pipelines.planning.checks import Finding, Need, look
@@ -146,10 +146,14 @@ def make_plan(
     shape = shape_of(checked.model)
     if shape:
         require(shape.config.llm, checked.train.run)
-    needs = preflight.Settings.model_validate(slices(asked)[PREFLIGHT])
     small = is_small(checked, shape)
+    if PRECISIONS[checked.train.precision].fp8 and not assumptions.gpu.fp8 and not small:
+        raise ConfigError(
+            f"{assumptions.gpu.name} has no products in FP8", where="--gpu", do="Name another, or train.precision bf16"
+        )
+    needs = preflight.Settings.model_validate(slices(asked)[PREFLIGHT])
     opened = open_samples(checked.data)
-    here = speed_here(shape, known, store) if small and shape and known else None
+    here = speed_here(shape, known, store, checked.train.precision) if small and shape and known else None
     rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
     found: dict[str, str] = dict(verdicts(form, store, runs))
     done = {step for step, verdict in found.items() if verdict == "hit"}
@@ -236,7 +240,8 @@ def _stage(
     if drawn is None:
         return StagePlan(step, train.gpus, need, None, None, None, None, None)
     operations, tokens = cost.stage_work(shape, stage, drawn, known)
-    effort = rates.effort(0.0 if step in done else operations, PRECISIONS[train.precision].products)
+    shares = (0.0, 0.0) if step in done else (operations, fp8.operations(shape, stage, train.run, tokens))
+    effort = rates.effort(shares[0], PRECISIONS[train.precision].products, shares[1])
     hours = effort.gpu_hours / train.gpus
     packing = passes(shape, stage, train.run, drawn, known, gpu=not is_small(recipe, shape))
     return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here, packing)
@@ -373,7 +378,8 @@ def _notes(plan: Plan) -> list[str]:
     rate = (
         f"{speed.operations_a_second:.1e} operations a second of this machine, as {speed.evidence}"
         if speed
-        else f"{gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 and {gpu.fp32 / 1e12:.0f} in fp32, "
+        else f"{gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in bf16, {gpu.fp32 / 1e12:.0f} in fp32 and "
+        f"{f'{gpu.fp8 / 1e12:.0f}' if gpu.fp8 else 'none'} in FP8, "
         f"MFU {given.mfu}, {given.gpu_hour_price} a GPU-hour"
     )
     lines.append(

@@ -12,6 +12,7 @@ from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, PRUNES, STAGES
 from nvila.components.model.shape import Seen, Shape
 from nvila.components.model.work import forward, operations
+from nvila.pipelines.planning import fp8
 from nvila.pipelines.planning.cost import Subset, samples_of
 from nvila.pipelines.planning.shape import shape_at, shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed
@@ -39,9 +40,10 @@ class Rates:
     here: Speed | None
     """Of this machine, where the recipe does without a GPU."""
 
-    def effort(self, work: float, products: str) -> Effort:
-        """What so many operations take, whose matrices are multiplied in this precision."""
-        hours = work / (getattr(self.gpu, products) * self.mfu) / 3600
+    def effort(self, work: float, products: str, in_fp8: float = 0.0) -> Effort:
+        """What so many operations take, whose matrices are multiplied in this precision, and some of them in FP8."""
+        seconds = (work - in_fp8) / getattr(self.gpu, products) + in_fp8 / (self.gpu.fp8 or self.gpu.bf16)
+        hours = seconds / self.mfu / 3600
         here = work / self.here.operations_a_second / 60 if self.here else None
         return Effort(hours, hours * self.gpu_hour_price, here)
 
@@ -151,7 +153,7 @@ def _plan(
         work = sum((_work(source, recipe, whole, shapes, known) for source in todo), 0.0)
         costs = rates.effort(work, "bf16")  # references lie in bfloat16 on a GPU
         saved = _saved(set(sources), recipe, known, done)
-        saves = None if saved is None else rates.effort(saved, PRECISIONS[recipe.train.precision].products)
+        saves = None if saved is None else rates.effort(saved[0], PRECISIONS[recipe.train.precision].products, saved[1])
     return PrunePlan(
         step=step,
         method=recipe.prune.method,
@@ -205,9 +207,12 @@ def _training(source: str, reference: Reference, shape: Shape, video: bool, know
     return work
 
 
-def _saved(sources: set[str], recipe: Recipe, known: Mapping[str, Subset], done: Collection[str]) -> float | None:
-    """Operations of the samples that stages do not see as pruning these sources takes them away."""
-    work = 0.0
+def _saved(
+    sources: set[str], recipe: Recipe, known: Mapping[str, Subset], done: Collection[str]
+) -> tuple[float, float] | None:
+    """Operations of the samples that stages do not see as pruning these sources takes them away, and of them those in
+    FP8."""
+    work = in_fp8 = 0.0
     for step, stage, shape in zip(STAGES, recipe.train.stages, stage_shapes(recipe), strict=False):
         if stage is None or step in done or not stage.pruned or not sources.intersection(stage.tuned_on):
             continue
@@ -220,9 +225,10 @@ def _saved(sources: set[str], recipe: Recipe, known: Mapping[str, Subset], done:
             if name.partition(".")[0] in sources:
                 subset = known[name]
                 seen = _seen(shape, subset.kind == "video")
-                one = operations(shape, stage.learning, seen.load(subset.text_tokens, length))
-                work += (everything[name] - rest[name]) * one
-    return work
+                load, gone = seen.load(subset.text_tokens, length), everything[name] - rest[name]
+                work += gone * operations(shape, stage.learning, load)
+                in_fp8 += fp8.operations(shape, stage, recipe.train.run, gone * load.positions)
+    return work, in_fp8
 
 
 def _shapes(recipe: Recipe, whole: Shape | None) -> tuple[dict[str, Shape], list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from nvila.components.contracts.environment import current
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.manifest import MANIFEST, Manifest
+from nvila.components.contracts.precisions import Precision
 from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.results.model import Training
@@ -34,11 +35,12 @@ class Speed:
     """Where the number comes from, in words."""
 
 
-def speed_here(shape: Shape, known: Mapping[str, Subset], store: Path) -> Speed:
-    """What was measured of stages of this very architecture; without any, a guess from a matrix product made now."""
+def speed_here(shape: Shape, known: Mapping[str, Subset], store: Path, precision: Precision) -> Speed:
+    """What was measured of stages of this very architecture in this precision; without any, a guess from a matrix
+    product made now."""
     work = seconds = 0.0
     steps = []
-    for stage, told in _finished(shape, store):
+    for stage, told in _finished(shape, store, precision):
         drawn = samples_of(Stage.model_validate(told.stage), known, PruneSettings())
         if drawn and (whole := sum(drawn.values())):
             operations, _ = stage_work(shape, Stage.model_validate(told.stage), drawn, known)
@@ -53,7 +55,7 @@ def speed_here(shape: Shape, known: Mapping[str, Subset], store: Path) -> Speed:
     )
 
 
-def _finished(shape: Shape, store: Path) -> Iterator[tuple[Manifest, Training]]:
+def _finished(shape: Shape, store: Path, precision: Precision) -> Iterator[tuple[Manifest, Training]]:
     """The newest work of each stage by this machine on a model of the same architecture, whatever its vocabulary."""
     here = machine(current().threads)
     for step in STAGES:
@@ -64,7 +66,8 @@ def _finished(shape: Shape, store: Path) -> Iterator[tuple[Manifest, Training]]:
                 told = manifest.told(Training)
             except NvilaError:  # of an older version, or damaged: the run says so
                 continue
-            own = shape_at(str(path.parent / "model")) if manifest.machine == here else None
+            alike = manifest.machine == here and told.precision == precision
+            own = shape_at(str(path.parent / "model")) if alike else None
             if own and _sizes(own) == _sizes(shape):
                 yield manifest, told
                 break

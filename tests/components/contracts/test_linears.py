@@ -12,12 +12,13 @@ def test_of_qwen_7b_all_but_keys_and_values_are_taken() -> None:
     taken = fp8_linears(QWEN_7B, 3584)
     assert set(QWEN_7B) - set(taken) == {"self_attn.k_proj", "self_attn.v_proj"}
     assert taken["mlp.down_proj"] == (3584, 18944)
-    assert why_not_fp8(QWEN_7B["self_attn.k_proj"], 3584) == ("512 features are fewer than train.fp8.min_features 3584")
+    assert why_not_fp8(QWEN_7B["self_attn.k_proj"], 3584) == ("512 features, below min_features 3584")
     assert fp8_linears(QWEN_7B, 512) == QWEN_7B
 
 
 @pytest.mark.parametrize(
-    ("features", "least", "said"), [((4096, 4100), 3584, "divisible by 16"), ((3584, 3568), 3584, "3568 features are")]
+    ("features", "least", "said"),
+    [((4096, 4100), 3584, "divisible by 16"), ((3584, 3568), 3584, "3568 features, below")],
 )
 def test_a_linear_that_no_kernel_takes_stays(features: tuple[int, int], least: int, said: str) -> None:
     """It would end a stage in its first step, after hours."""

@@ -33,4 +33,4 @@ def test_what_the_schema_takes_has_a_row_in_every_table(names: Any, tables: list
 def test_the_plan_knows_the_speed_of_every_precision() -> None:
     """`nvila plan` looks it up by name."""
     for kept in PRECISIONS.values():
-        assert isinstance(getattr(Gpu("any", 1, 1.0, 1.0), kept.products), float)
+        assert isinstance(getattr(Gpu("any", 1, 1.0, 1.0, None, 1.0), kept.products), float)

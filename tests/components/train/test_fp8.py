@@ -106,6 +106,23 @@ def test_a_stage_in_which_no_linear_is_large_enough_is_refused(make_job: MakeJob
         train(make_job("none", run={"precision": "fp8-current"}), Stop())
 
 
+@pytest.mark.parametrize("method", some(["lora", "dora"], 1))
+def test_adapters_lie_beside_products_in_fp8(make_job: MakeJob, method: str) -> None:
+    """The frozen Linears are the work, and are what FP8 takes; adapters stay in bf16, whatever their rank."""
+    stage = {"methods": {"llm": method}, "lora": {"rank": 32}}
+    job = make_job(method, stage=stage, run=FP8)
+    train(job, Stop())
+    told = json.loads(Path(job.out, "fp8.json").read_text())
+    assert told["linears"] == {f"{name}.base_layer": number for name, number in TAKEN.items()}
+    assert weights(job.out).keys() == weights(job.model).keys()
+
+
+def test_weights_in_four_bits_leave_nothing_to_fp8(make_job: MakeJob) -> None:
+    """The Linears would be multiplied in bf16, under the name of FP8."""
+    with pytest.raises(ConfigError, match="no Linear of the decoder is left"):
+        train(make_job("qlora", stage={"methods": {"llm": "qlora"}}, run=FP8), Stop())
+
+
 @pytest.mark.parametrize("precision", some(["fp8-delayed", "fp8-block"], 1))
 def test_what_only_transformer_engine_does_is_refused_without_it(make_job: MakeJob, precision: str) -> None:
     """torchao's scaling under its name would be another experiment."""

@@ -16,12 +16,13 @@ import torch
 from nvila.components.contracts.precisions import Precision
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped
-from nvila.components.contracts.recipe.train import Run, Stage
+from nvila.components.contracts.recipe.train import Fp8, Run, Stage
 from nvila.components.model.config.variants import SIGLIP, VARIANTS
 from nvila.components.model.nvila import NVILA, build_model
 from nvila.components.model.shape import PARTS, Seen, Shape, count
 from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
+from nvila.pipelines.planning import fp8
 from nvila.pipelines.planning.memory import MicroBatch, activations, largest, memory
 from nvila.pipelines.planning.shape import shape_of
 
@@ -120,6 +121,49 @@ def test_saved_activations_are_those_of_the_formula(
     planned, most = activations(shape, _micro(shape, padded), trainable, element, recompute)
     assert planned == pytest.approx(_saved_bytes(model, _batch(padded)), rel=0.04)
     assert most > planned
+
+
+@pytest.mark.parametrize("trainable", [STAGES[1], STAGES[3]], ids="+".join)
+def test_torchao_keeps_inputs_as_they_come(trainable: list[str]) -> None:
+    """A plan that counted them in FP8, or none where nothing learns from them, would be too low."""
+    from nvila.components.precision import by_torchao
+    from nvila.components.precision.linears import eligible
+
+    shape, model, batch = count(CONFIG), _model(trainable, torch.bfloat16), _batch(False)
+    run = Run(precision="fp8-current", fp8=Fp8(min_features=64, scaling="rowwise"), packing="padded")
+    linears = eligible(model, 64)
+    assert len(linears) == 3 * 7
+    by_torchao.use(model, linears, run, {})
+    planned, _ = activations(
+        shape, _micro(shape, False), trainable, 2, False, fp8.input_bytes(shape, run, 2, learns="llm" in trainable)
+    )
+    assert planned == pytest.approx(_saved_bytes(model, batch), rel=0.04)
+    assert fp8.weight_bytes(shape, run, recompute=False) == 0
+
+
+def test_what_transformer_engine_keeps_of_a_7b() -> None:
+    """By its source: a copy of each Linear's own input, and of each weight by row and by column."""
+    shape = count(VARIANTS["NVILA-8B"])
+    hidden, mlp, blocks = 3584, 18944, 28
+    run = Run(precision="fp8-current", zero=3, gpus=8)
+    block = 2 * hidden * hidden + 3 * hidden * mlp
+    assert fp8.weight_bytes(shape, run, recompute=True) == 2 * block
+    assert fp8.weight_bytes(shape, run, recompute=False) == 2 * block * blocks
+    # q and o one copy each, beside what k, v and attention keep; gate and up two in the place of one of two bytes.
+    assert fp8.input_bytes(shape, run, 2, learns=True) == hidden + hidden + (2 * hidden - 2 * hidden) + (mlp - 2 * mlp)
+    every = run.model_copy(update={"fp8": Fp8(min_features=512)})
+    assert (
+        fp8.input_bytes(shape, every, 2, learns=True)
+        == fp8.input_bytes(shape, run, 2, learns=True) + 2 * hidden - 2 * hidden
+    )
+    micro = replace(_micro(count(CONFIG), False), length=8192, rows=1)
+    plain, low = (
+        memory(shape, micro, ["llm"], one, recompute=False)
+        for one in (run.model_copy(update={"precision": "bf16"}), run)
+    )
+    assert low.weights - plain.weights == 2 * block * blocks
+    assert plain.activations - low.activations == 8192 * blocks * (mlp - 2 * hidden)
+    assert (low.gradients, low.optimizer) == (plain.gradients, plain.optimizer)
 
 
 def test_parameters_of_published_models_are_known() -> None:

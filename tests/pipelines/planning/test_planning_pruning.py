@@ -185,7 +185,7 @@ def test_the_speed_is_that_of_the_stages_before(tmp_path: Path, monkeypatch: pyt
     of = fill_in(Form(recipe="micro"))
     shape = _shape(of)
     monkeypatch.setattr(speed, "_product", lambda threads: 1e9)
-    assert speed_here(shape, KNOWN, tmp_path).operations_a_second == speed.SHARE_REACHED * 1e9
+    assert speed_here(shape, KNOWN, tmp_path, "fp32").operations_a_second == speed.SHARE_REACHED * 1e9
     stage = of.train.stages[0]
     assert stage
     told = Training(
@@ -207,10 +207,11 @@ def test_the_speed_is_that_of_the_stages_before(tmp_path: Path, monkeypatch: pyt
 
     leave("elsewhere", here | {"cpu": "another"}, 1.0)
     monkeypatch.setattr(speed, "shape_at", lambda place: shape)
-    assert "matrix product" in speed_here(shape, KNOWN, tmp_path).evidence
+    assert "matrix product" in speed_here(shape, KNOWN, tmp_path, "fp32").evidence
     leave("ours", here, 10.0)
-    found = speed_here(shape, KNOWN, tmp_path)
+    found = speed_here(shape, KNOWN, tmp_path, "fp32")
     each = operations(shape, stage.learning, shape.image.load(20, shape.config.max_length_tokens))
     assert found.operations_a_second == pytest.approx(1000 * each / 10) and "train-1" in found.evidence
+    assert "matrix product" in speed_here(shape, KNOWN, tmp_path, "fp8-current").evidence
     monkeypatch.setattr(speed, "shape_at", lambda place: None)
-    assert "matrix product" in speed_here(shape, KNOWN, tmp_path).evidence
+    assert "matrix product" in speed_here(shape, KNOWN, tmp_path, "fp32").evidence
