@@ -178,6 +178,7 @@ def test_parameters_of_published_models_are_known() -> None:
         "tiny": 0.0,
         "tiny-ablate": 0.0,
         "tiny-spatial": 0.0,
+        "tiny-lr-ratio": 0.0,
         "nvila-15b": 15.28,
         "nvila-8b": 8.09,
         "nvila-8b-reference": 8.09,
