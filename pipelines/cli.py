@@ -202,7 +202,9 @@ def compile_(
 @app.command()
 def plan(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
+    ] = "",
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
@@ -223,6 +225,9 @@ def plan(
         bool,
         typer.Option("--fit", help="Tell the largest micro batch of each stage; measured where a GPU is here."),
     ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Show which ways of training go together; needs no recipe.")
+    ] = False,
     as_json: Json = False,
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
@@ -235,6 +240,16 @@ def plan(
     """
     from rich.console import Console
 
+    if matrix:
+        from nvila.pipelines.planning import matrix as combinations
+
+        if as_json:
+            put(combinations.as_json())
+        else:
+            combinations.show(Console(width=150))
+        return
+    if not recipe:
+        raise typer.BadParameter("name one, such as tiny", param_hint="RECIPE")
     from nvila.pipelines.planning import plan as planning
     from nvila.pipelines.planning.checks import configured
 
@@ -576,10 +591,50 @@ def ablate_spatial(
 
     Example: nvila ablate spatial --seeds 1
     """
+    from nvila.pipelines.ablate.spatial import Experiment
     from nvila.pipelines.ablate.spatial_cases import Design
-    from nvila.pipelines.commands.ablate import ablate_spatial
+    from nvila.pipelines.commands.ablate import of_models
 
-    ablate_spatial(recipe, override or [], Design(seeds), jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
+    places: dict[str, Path] = {"out": out or runs / "bench" / "spatial.json", "runs": runs, "store": store}
+    of_models(Experiment, recipe, override or [], Design(seeds), jobs=jobs, dry_run=dry_run, **places)
+
+
+@ablations.command(name="lr-ratio")
+def ablate_ratio(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-lr-ratio",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each case; with one, ratios are not compared.")] = 3,
+    full_rate: Annotated[
+        float, typer.Option(help="Learning rate of a language model that learns in full; by adapters the recipe's.")
+    ] = 5e-4,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_local, help="JSON file to write, the page beside it; runs/bench/lr-ratio.json by default."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cases; nothing is made.")] = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Fine-tune with the vision tower at 1, 1/5, 1/10 and 1/50 of the language model's rate: the paper's table 6.
+
+    One model, made once, is tuned in its recipe's last stage by LoRA, QLoRA, layer norms and in full, at each ratio and
+    seed, and asked held-out questions. Finished cases stay in the store: after an interruption the same command goes
+    on.
+
+    Example: nvila ablate lr-ratio --seeds 1
+    """
+    from nvila.pipelines.ablate.ratio import Experiment
+    from nvila.pipelines.ablate.ratio_cases import Design
+    from nvila.pipelines.commands.ablate import of_models
+
+    design = Design(seeds, full_rate)
+    places: dict[str, Path] = {"out": out or runs / "bench" / "lr-ratio.json", "runs": runs, "store": store}
+    of_models(Experiment, recipe, override or [], design, jobs=jobs, dry_run=dry_run, **places)
 
 
 @app.command()

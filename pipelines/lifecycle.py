@@ -43,9 +43,9 @@ def build(place: Place = lambda task, row, places: None, steps: Sequence[Step] =
         """Validate, prune, train in stages, evaluate, quantize, register and roll out one NVILA.
 
         Args:
-            recipe: micro, tiny, tiny-ablate, tiny-spatial, nvila-15b, nvila-8b, nvila-8b-reference, nvila-8b-video,
-                nvila-lite-2b or nvila-lite-8b; or the text of your own recipe: YAML, or JSON in one line, which is all
-                that a field of the UI's form takes.
+            recipe: micro, tiny, tiny-ablate, tiny-lr-ratio, tiny-spatial, nvila-15b, nvila-8b, nvila-8b-reference,
+                nvila-8b-video, nvila-lite-2b or nvila-lite-8b; or the text of your own recipe: YAML, or JSON in one
+                line, which is all that a field of the UI's form takes.
             data_uri: folder that holds one folder per source of the recipe; a relative one begins at the shared volume.
                 Empty takes the recipe's own paths.
             model_name: name in the model registry; empty takes the recipe's.

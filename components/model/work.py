@@ -6,11 +6,13 @@ sees the other, w channels wide: all pairs of a tile in the tower, half of a row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
+from nvila.components.model.learning import adapters
+
 if TYPE_CHECKING:
+    from nvila.components.contracts.recipe.train import Stage
     from nvila.components.model.shape import Shape
 
 
@@ -35,32 +37,45 @@ class Load:
 
 def forward(shape: Shape, load: Load) -> dict[str, float]:
     """Floating-point operations of the forward pass, by part."""
-    llm, vision = shape.config.llm, shape.config.vision
-    patches = load.tiles * shape.tower_tokens
-    tower = 2 * shape.tower_matrices * patches
-    tower += shape.tower_blocks * 4 * patches * int(vision["hidden_size"]) * shape.tower_tokens
+    attention = _attention(shape, load)
+    return {part: products + attention[part] for part, products in _matrices(shape, load).items()}
+
+
+def operations(shape: Shape, stage: Stage, load: Load) -> float:
+    """Floating-point operations of a stage's forward and backward pass. Frozen matrices have no gradients of their own:
+    where a part learns by adapters or layer norms, gradients pass through. What is computed a second time does not
+    count: recomputed activations, and the products that DoRA repeats to take lengths."""
+    work, before = 0.0, False
+    attention = _attention(shape, load)
+    tokens = {"vision_tower": load.tiles * shape.tower_tokens, "llm": load.positions}
+    for part, products in _matrices(shape, load).items():
+        method = stage.learning.get(part)
+        through = before or method is not None
+        work += products * (3 if method == "full" else 2 if through else 1) + attention[part] * (3 if through else 1)
+        if part in stage.adapted:
+            work += 3 * 2 * adapters(shape, stage, [part]) * tokens[part]
+        before = through
+    return work
+
+
+def _matrices(shape: Shape, load: Load) -> dict[str, float]:
+    """Operations of the products with weights."""
+    llm = shape.config.llm
     decoder = 2 * shape.decoder_matrices * load.positions
-    decoder += int(llm["num_hidden_layers"]) * 4 * int(llm["hidden_size"]) * load.pairs
     decoder += 2 * int(llm["vocab_size"]) * int(llm["hidden_size"]) * load.predicted
     return {
-        "vision_tower": tower,
+        "vision_tower": 2 * shape.tower_matrices * load.tiles * shape.tower_tokens,
         "mm_projector": 2 * shape.parameters["mm_projector"] * load.projected,
         "llm": decoder,
     }
 
 
-def operations(shape: Shape, learning: Mapping[str, str], load: Load) -> float:
-    """Floating-point operations of forward and backward pass; recomputed activations do not count, nor do adapters,
-    which take a few per cent of what they lie beside.
-
-    Args:
-        shape: of the model.
-        learning: by part that learns the method: where it is not `full`, gradients pass through frozen matrices alone.
-        load: what is computed.
-    """
-    work, before = 0.0, False
-    for part, through in forward(shape, load).items():
-        method = learning.get(part)
-        work += through * (3 if method == "full" else 2 if method or before else 1)
-        before = before or method is not None
-    return work
+def _attention(shape: Shape, load: Load) -> dict[str, float]:
+    """Operations of attention: of queries with keys, and of what comes of them with values."""
+    llm, vision = shape.config.llm, shape.config.vision
+    seen = load.tiles * shape.tower_tokens**2
+    return {
+        "vision_tower": shape.tower_blocks * 4 * int(vision["hidden_size"]) * seen,
+        "mm_projector": 0.0,
+        "llm": int(llm["num_hidden_layers"]) * 4 * int(llm["hidden_size"]) * load.pairs,
+    }

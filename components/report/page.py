@@ -126,6 +126,7 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
                 "title": f"Stage {number + 1}",
                 "name": trained[step].name if step in trained else "",
                 "steps": len(losses),
+                "learnt": _learnt(trained.get(step)),
                 "first": smooth[0][1],
                 "last": smooth[-1][1],
                 "measured": ", ".join(measured.words) if measured else "",
@@ -133,6 +134,18 @@ def loss_curves(run: Run) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _learnt(told: Training | None) -> str:
+    """Which parts a stage trained, how, and how much of them."""
+    if told is None:
+        return ""
+    parts = [
+        f"{part} {told.methods.get(part, '')} ({number:,})".replace(" full ", " ")
+        for part, number in told.trained_parameters.items()
+    ]
+    adapter = f", adapters of {told.adapter_bytes / 1e6:,.1f} MB" if told.adapter_bytes else ""
+    return f"trained parameters: {', '.join(parts)}{adapter}" if parts else ""
 
 
 def quarantine(run: Run) -> dict[str, Any]:

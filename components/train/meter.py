@@ -72,7 +72,7 @@ class Meter:
 
     def __init__(self, job: Job, model: NVILA, engine: Engine, began: float, left: int, here: Environment) -> None:
         """`began` is when the process did, by `time.monotonic`; `left` optimizer steps are to come."""
-        self._shape, self._learning = count(model.config), job.stage.learning
+        self._shape, self._stage = count(model.config), job.stage
         self._tokens, self._engine, self._began = model.tokens, engine, began
         self._energy = Energy(engine.device)
         self._mine, self._all = Counted(), Counted()
@@ -172,7 +172,7 @@ class Meter:
             samples=int(seen.samples),
             tokens=int(seen.positions),
             places=int(seen.places),
-            operations=operations(self._shape, self._learning, seen.load(self._supervised)),
+            operations=operations(self._shape, self._stage, seen.load(self._supervised)),
             waited_seconds=seen.waited_seconds,
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             gpu_bytes=torch.cuda.max_memory_allocated(self._engine.device) if self._attempt.on_gpu else None,

@@ -19,7 +19,9 @@ from nvila.components.contracts.sealed import fault
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import PRUNES
 from nvila.components.data.skipped import Tally
+from nvila.components.model.learning import trained
 from nvila.components.train.account import read_skipped
+from nvila.components.train.adapters import ADAPTER
 from nvila.components.train.data import INDEX
 from nvila.components.train.job import FP8, RECORD, TRAINED, Job
 from nvila.components.train.launch import launch
@@ -53,14 +55,17 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         settings: the row, and how to run it.
         inputs: `model` (the one before this stage), `samples`, and for pruned rows `kept_*` (score tables; the samples
             stand in the place of one of a kind of which nothing is pruned).
-        out: gets `model/` (native layout), `loss.jsonl`, `skipped.jsonl`, `loss.png`; and `meter.jsonl`, which is no
-            part of the output.
+        out: gets `model/` (native layout), `adapter/` where parts learn by adapters, `loss.jsonl`, `skipped.jsonl`,
+            `loss.png`; and `meter.jsonl`, which is no part of the output.
 
     Raises:
         TrainingError: a loss that is not finite, a worker that died.
         DataError: more samples cannot be used than `max_skipped_share` allows.
         Preempted: asked to stop.
     """
+    from nvila.components.model.checkpoint.native import read_config
+    from nvila.components.model.shape import count
+
     began = time.monotonic()
     _train(settings, inputs, out)
     records, skipped = read_losses(out / LOSSES), read_skipped(out / SKIPPED)
@@ -77,6 +82,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         kind="model",
         result=Training(
             stage=settings.stage.model_dump(mode="json"),
+            methods=dict(settings.stage.learning),
+            trained_parameters=trained(count(read_config(out / "model")), settings.stage),
+            adapter_bytes=sum(file.stat().st_size for file in (out / ADAPTER).glob("*/*")) or None,
             precision=settings.run.precision,
             fp8=Fp8Products.model_validate_json((out / FP8).read_bytes()) if (out / FP8).is_file() else None,
             steps=steps,

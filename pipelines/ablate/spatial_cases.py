@@ -80,6 +80,11 @@ class Case:
         """For people and logs."""
         return f"{self.setting.name}, seed {self.seed}"
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What it is, for the result."""
+        return {"setting": self.setting.name, "seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Design:

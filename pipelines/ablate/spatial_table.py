@@ -9,6 +9,7 @@ from nvila.components.metrics.accuracy import measured
 from nvila.pipelines.ablate import statistics
 from nvila.pipelines.ablate.spatial_cases import SETTINGS, Case, Design
 from nvila.pipelines.ablate.statistics import LEVEL, Comparison
+from nvila.pipelines.ablate.trials import stacked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,10 +41,10 @@ def table(
         told: what each case tells of itself.
     """
     sources = list(dict.fromkeys(row["source"] for row in next(iter(answers.values()))))
-    worth = {
-        (place, s): _stacked(design, answers, place, s, "worth") for place in range(len(SETTINGS)) for s in sources
-    }
-    alone = {(place, s): _stacked(design, answers, place, s, "text_alone") for place, s in worth}
+    keys = [(place, source) for place in range(len(SETTINGS)) for source in sources]
+    cases = [[Case(seed, place) for seed in range(design.seeds)] for place in range(len(SETTINGS))]
+    worth = {(place, s): stacked(answers, cases[place], s, "worth") for place, s in keys}
+    alone = {(place, s): stacked(answers, cases[place], s, "text_alone") for place, s in keys}
     chance = {key: statistics.compare(worth[key], alone[key]) for key in worth}
     above = {key: statistics.compare(worth[key], worth[key[0] - 1, key[1]]) for key in worth if key[0]}
     by_chance, by_above = _corrected(chance), _corrected(above)
@@ -89,19 +90,6 @@ def _mean(name: str, pool: str, means: Sequence[np.ndarray]) -> dict[str, Any]:
         "seeds": [round(float(s), 4) for s in seeds],
     }
     return {"setting": name, "pool": pool, "source": MEAN, **told}
-
-
-def _stacked(
-    design: Design, answers: Mapping[Case, Sequence[Mapping[str, Any]]], place: int, source: str, column: str
-) -> np.ndarray:
-    """(S, Q), the questions in one order."""
-    import numpy as np
-
-    seeds = []
-    for seed in range(design.seeds):
-        some = {row["id"]: row[column] for row in answers[Case(seed, place)] if row["source"] == source}
-        seeds.append([some[i] for i in sorted(some)])
-    return np.array(seeds, dtype=np.float64)
 
 
 def _corrected(compared: Mapping[tuple[int, str], Comparison]) -> dict[tuple[int, str], float]:

@@ -16,15 +16,16 @@ from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import PREFLIGHT
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
-from nvila.pipelines.ablate import spatial, spatial_cases
+from nvila.pipelines.ablate import trials
 from nvila.pipelines.ablate.cases import ALL, Design
 from nvila.pipelines.ablate.experiment import Experiment, Places
 from nvila.pipelines.ablate.plan import show_plan
+from nvila.pipelines.ablate.trials import Trials
 from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.show.results import short
 from nvila.pipelines.show.watch import print_line
 
-OUT, SPATIAL_OUT = Path("bench", "prune.json"), Path("bench", "spatial.json")
+OUT = Path("bench", "prune.json")
 """Below the runs, where `--out` does not say otherwise."""
 
 
@@ -65,45 +66,46 @@ def prune(
     preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
     result = experiment.run(jobs or cores, say)
     show(result, console)
-    for label, path in (("numbers", places.out), ("page", places.page), ("logs", places.log)):
-        print_line(console, f"{label:<8} {visible(short(path))}")
+    _told(places, console)
 
 
-def ablate_spatial(
+def of_models(
+    kind: type[Trials],
     recipe: str,
     overrides: Sequence[str],
-    design: spatial_cases.Design,
+    design: trials.Design,
     *,
     jobs: int | None,
-    out: Path | None,
+    out: Path,
     store: Path,
     runs: Path,
     dry_run: bool,
 ) -> None:
-    """Do what the command says; arguments and errors as of `prune`."""
+    """Do what the command of an experiment on trained models says; arguments and errors as of `prune`."""
     _, checked = asked_for(recipe, overrides)
-    places = Places(store.absolute(), runs.absolute(), (out or runs / SPATIAL_OUT).absolute())
-    experiment = spatial.Experiment(checked, design, places, ["nvila", *sys.argv[1:]])
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    places = Places(store.absolute(), runs.absolute(), out.absolute())
+    experiment = kind(checked, design, places, ["nvila", *sys.argv[1:]])
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if dry_run:
-        table = Table("case", "model", "stage 2 trains", "")
+        table = Table("case", "")
         for case, finished in experiment.finished().items():
-            model, stages = case.setting.of(checked.model), case.setting.stages(experiment.stages)
-            trains = ", ".join(stages[spatial_cases.ENCODER].trainable)
-            done = "finished" if finished else ""
-            table.add_row(case.name, f"{model.vision_mode}, {model.projector}", trains, done)
+            table.add_row(case.name, "finished" if finished else "")
         console.print(table)
         return
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
     result = experiment.run(jobs or len(os.sched_getaffinity(0)), say)
-    head, rows = spatial.lines(result)
+    head, rows = experiment.lines(result)
     table = Table(*head)
     for row in rows:
         table.add_row(*row)
-    print_line(console, f"\n{spatial.CAPTION}", style="bold")
+    print_line(console, f"\n{experiment.CAPTION}", style="bold")
     console.print(table)
     print_line(console, f"{result['cpu_seconds'] / 60:.0f} CPU minutes")
+    _told(places, console)
+
+
+def _told(places: Places, console: Console) -> None:
     for label, path in (("numbers", places.out), ("page", places.page), ("logs", places.log)):
         print_line(console, f"{label:<8} {visible(short(path))}")
 

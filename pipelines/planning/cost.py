@@ -27,7 +27,8 @@ FORMULA = """\
 floating-point operations, n parameters in a part's matrices, t its tokens:
   forward      2 n t, and attention 4 t width (tokens it sees: all in the tower, half in the decoder) a block
   backward     4 n t where the part learns in full, 2 n t where gradients pass through (its adapters or layer norms
-               learn, or what is before it), none where nothing does; adapters themselves are left out
+               learn, or what is before it), of attention twice the forward's in both, none where nothing learns so
+               far; adapters are matrices that learn
   hours        operations / (GPUs x peak x MFU), recomputation not counted in the MFU; cost is hours x GPUs x price
   FP8          Linears that it takes at the peak of FP8, all else at that of bf16: what it saves at most"""
 
@@ -94,7 +95,7 @@ def stage_work(
     for name, samples in drawn.items():
         subset = known[name]
         seen = shape.video if subset.kind == "video" else shape.image
-        work += samples * operations(shape, stage.learning, seen.load(subset.text_tokens, length))
+        work += samples * operations(shape, stage, seen.load(subset.text_tokens, length))
         tokens += samples * min(seen.tokens + subset.text_tokens, length)
     return work, tokens
 

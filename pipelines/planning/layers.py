@@ -91,7 +91,7 @@ def whole(shape: Shape, stage: Stage, batch: MicroBatch) -> float:
         pairs=positions * batch.length / 2,
         predicted=batch.supervised,
     )
-    return operations(shape, stage.learning, load)
+    return operations(shape, stage, load)
 
 
 def _computed(name: str, shape: Shape) -> bool:

@@ -224,7 +224,7 @@ def _saved(
                 subset = known[name]
                 seen = _seen(shape, subset.kind == "video")
                 load, gone = seen.load(subset.text_tokens, length), everything[name] - rest[name]
-                work += gone * operations(shape, stage.learning, load)
+                work += gone * operations(shape, stage, load)
                 in_fp8 += fp8.operations(shape, stage, recipe.train.run, gone * load.positions)
     return work, in_fp8
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import STAGES
+from nvila.components.model.learning import trained
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.planning import cost
@@ -35,7 +36,9 @@ class StageRow:
     trainable: dict[str, float]
     """Peak learning rate of each part that learns."""
     trained_parameters: int | None
-    """Of these parts, rows of new tokens included."""
+    """Of these parts by their methods, rows of new tokens included."""
+    methods: dict[str, str]
+    """How each of them learns."""
     batch: int
     micro_batch: int
     passes: int
@@ -81,7 +84,8 @@ def rows(recipe: Recipe, known: Mapping[str, Subset]) -> list[StageRow]:
                 step=step,
                 name=stage.name,
                 trainable={part: stage.rate(part) for part in stage.trainable},
-                trained_parameters=sum(shape.parameters[part] for part in stage.trainable) if shape else None,
+                trained_parameters=sum(trained(shape, stage).values()) if shape else None,
+                methods=dict(stage.learning),
                 batch=stage.batch,
                 micro_batch=micro,
                 passes=stage.batch // (micro * gpus),
@@ -124,6 +128,7 @@ def _words(row: StageRow) -> dict[str, str]:
     return {
         "name": row.name,
         "learning rate": "\n".join(f"{part} {rate:g}" for part, rate in row.trainable.items()),
+        "learns by": "\n".join(f"{part} {method}" for part, method in row.methods.items()),
         "trained parameters": _number(row.trained_parameters),
         "batch": f"{row.batch:,}",
         "micro batch x passes x gpus": f"{row.micro_batch} x {row.passes} x {row.gpus}",

@@ -18,6 +18,7 @@ from nvila.components.contracts.steps import INITIALIZE, STAGES, STEPS, nearest
 from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
 from nvila.pipelines.commands.schema import every_key
+from nvila.pipelines.planning import matrix
 
 FIRST = ("tiny", "micro")
 """Recipes that a newcomer meets first; the others follow by name."""
@@ -134,10 +135,17 @@ def values_table() -> str:
     return _table((*head, "time tokens"), rows)
 
 
+def matrix_table() -> str:
+    """Which ways of training go together, and the rules behind it."""
+    head, *lines = matrix.grid()
+    numbered = "\n".join(f"{number}. {why}" for number, why in matrix.rules())
+    return f"{matrix.summary()}.\n\n{_table(head, lines)}\n\n{numbered}"
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table},
     "docs/recipe.md": {"keys": keys_table},
-    "docs/stages.md": {"values": values_table},
+    "docs/stages.md": {"values": values_table, "matrix": matrix_table},
     "docs/environment.md": {"variables": variables_table, "site": site_table},
 }
 """By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from gpu_rows import fp8, packing, utilization
+from gpu_rows import fp8, packing, tuning, utilization
 
 Row = tuple[str, str, float, float, str, float | None]
 
 
 def rows() -> Iterator[Row]:
     """Work, unit, baseline, ours, what the baseline is, and how many times better ours has to be."""
-    for subject in (utilization, packing, fp8) if torch.cuda.is_available() else ():
+    for subject in (utilization, packing, fp8, tuning) if torch.cuda.is_available() else ():
         yield from subject.rows()
         torch.cuda.empty_cache()

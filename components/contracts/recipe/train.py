@@ -9,6 +9,7 @@ from pydantic import Field
 
 from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.changes import ModelChanges
+from nvila.components.contracts.recipe.matrix import Cell, Offload, Packing, Zero, refusals
 from nvila.components.contracts.recipe.methods import ADAPTERS, METHODS, Lora, Method, Part
 from nvila.components.contracts.recipe.section import (
     MOST_ENTRIES,
@@ -157,9 +158,9 @@ class Run(Section):
     others of FP8 are Transformer Engine's."""
     fp8: Fp8 = Fp8()
     """Which Linears an FP8 precision takes, and how they are scaled."""
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Zero = 0
     """DeepSpeed ZeRO stage."""
-    offload: Literal["none", "cpu"] = "none"
+    offload: Offload = "none"
     """Where the optimizer keeps its states and takes its step: beside the weights, or, with ZeRO 2 and 3, in the memory
     of the machine. Under ZeRO 3 the weights that no layer needs right now lie there too."""
     loss_weighting: Literal["token", "device_batch"] = "token"
@@ -169,7 +170,7 @@ class Run(Section):
     """Processes under torchrun (one per GPU; on a machine without one, CPU processes)."""
     checkpoint_seconds: float = Field(default=60.0, ge=0, le=7 * 86_400)
     """Longest time between two checkpoints of an unfinished stage; a week at most, or none would be written."""
-    packing: Literal["auto", "padded", "grouped", "packed"] = "auto"
+    packing: Packing = "auto"
     """How the samples of a global batch share forward passes: rows of one sample in their order, or those of like
     length together, or rows of several samples, which do not see each other; auto takes the cheapest for their lengths.
     """
@@ -218,9 +219,8 @@ class TrainSettings(Run):
         return {source for stage in self.stages if stage and stage.pruned for source in stage.tuned_on}
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Processes share each stage's batch evenly, and what is offloaded is shared."""
-        if self.offload != "none" and self.zero < 2:
-            yield Disagreement("offload", f"offload: {self.offload} needs zero: 2 or 3, not {self.zero}")
+        """Processes share each stage's batch evenly, and what goes together is what the matrix allows."""
+        yield from self._refusals()
         if self.loss_weighting == "device_batch" and self.packing not in ("auto", "padded"):
             yield Disagreement(
                 "packing",
@@ -242,3 +242,15 @@ class TrainSettings(Run):
                 _ = stage and stage.samples_at_once(self.gpus)
             except ValueError as error:
                 yield Disagreement(f"stages.{index}.batch", str(error))
+
+    def _refusals(self) -> Iterator[Disagreement]:
+        """Each rule of the matrix that a stage breaks; of the stages' options at each of them, of others once."""
+        told = set()
+        for index, stage in enumerate(self.stages):
+            learning = {part: stage.method(part) for part in stage.trainable} if stage else {}
+            cell = Cell.of(learning, self.zero, self.precision, self.offload, self.packing)
+            for rule in refusals(cell):
+                option = rule.option.replace("*", str(index))
+                if option not in told:
+                    told.add(option)
+                    yield Disagreement(option, rule.why)

@@ -132,6 +132,12 @@ class Training(Result):
         """The stage's name."""
         return str(self.stage.get("name", ""))
 
+    methods: dict[str, str] = {}
+    """How each part that is trained learns."""
+    trained_parameters: dict[str, int] = {}
+    """Of each such part, by its method."""
+    adapter_bytes: int | None = None
+    """Of the files of the adapters, which are merged into the model as well; None where there are none."""
     precision: str
     fp8: Fp8Products | None = None
     """What an FP8 precision was in this stage."""

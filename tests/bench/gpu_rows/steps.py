@@ -66,7 +66,7 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - began) / STEPS
         seen = counted(Batch(**batch), model.config, model.tokens)
-        work = operations(shape, stage.trainable, seen.load(supervised))
+        work = operations(shape, stage, seen.load(supervised))
         return Measured(seconds, torch.cuda.max_memory_allocated(), int(seen.positions), work)
 
 

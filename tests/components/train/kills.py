@@ -1,4 +1,4 @@
-"""A campaign of kills, by hand: `KILLS=50 SEED=0 python -m pytest -s tests/components/train/kills.py`.
+"""A campaign of kills, by hand: `KILLS=50 SEED=0 WAY=1 python -m pytest -s tests/components/train/kills.py`.
 
 Half of them come at a random instant, half inside one of `STAGES`; after each the stage goes on, and what it makes in
 the end must be, bit by bit, what it makes without.
@@ -25,6 +25,11 @@ from nvila.components.train.job import Job
 
 MakeJob = Callable[..., Job]
 EVERY_STEP = {"checkpoint_seconds": 0.0}
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"methods": {"vision_tower": "layernorm", "llm": "lora"}, "lora": {"rank": 4, "dropout": 0.3}},
+]
+"""How parts learn: in full, and so that checkpoints hold little and dropout must be repeated."""
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -72,22 +77,25 @@ STAGES: dict[str, Callable[[int], None]] = {
 
 
 def same(job: Job, straight: Job) -> None:
-    """Weights and losses are those of a stage that nobody killed."""
+    """Weights, adapters and losses are those of a stage that nobody killed."""
     assert losses(job) == losses(straight)
     assert not changed_parts(weights(straight.out), weights(job.out))
+    adapters = [weights(Path(one.out, "adapter")) for one in (straight, job)]
+    assert bool(adapters[0]) == bool(job.stage.adapted) and not changed_parts(*adapters)
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_campaign(make_job: MakeJob) -> None:
     """What five kills in CI do not meet."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
-    straight = make_job("straight", run=EVERY_STEP)
+    way = WAYS[int(os.environ.get("WAY", "0"))]
+    straight = make_job("straight", stage=way, run=EVERY_STEP)
     began = time.monotonic()
     assert Attempt(straight).wait() == [0]
     seconds = time.monotonic() - began
     left, jobs = int(os.environ.get("KILLS", "50")), 0
     while left:
-        job = make_job(f"killed-{jobs}", run=EVERY_STEP)
+        job = make_job(f"killed-{jobs}", stage=way, run=EVERY_STEP)
         jobs += 1
         code = -signal.SIGKILL
         while code == -signal.SIGKILL:

@@ -90,9 +90,9 @@ def test_the_count_is_of_what_learns(make_job: MakeJob, tower: str, llm: str) ->
     found = {
         part: sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad) for part in stage.trainable
     }
-    assert trained(shape, stage.learning, stage.lora.rank) == found
+    assert trained(shape, stage) == found
     packed = sum(p.numel() for p in model.parameters() if p.dtype.itemsize == 1)
-    assert quantized(shape, stage.learning) == 2 * packed
+    assert quantized(shape, stage) == 2 * packed
     assert sum(found.values()) < whole or (tower, llm) == ("full", "full")
 
 

@@ -49,4 +49,4 @@ def test_two_processes_train_what_one_does(make_job: MakeJob, methods: Any, run:
 def test_another_number_goes_on_with_adapters(make_job: MakeJob, zero: int, first: int, then: int) -> None:
     """A checkpoint without the frozen weights that nobody could make anew for other processes."""
     stage = row("layernorm", "lora", lora={"rank": 4, "dropout": 0.0})
-    assert resumed(make_job, "fp32", zero, first, then, stage) < 1e-6
+    assert resumed(make_job, "fp32", zero, first, then, stage) < 1e-5

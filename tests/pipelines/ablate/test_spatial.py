@@ -6,7 +6,7 @@ import pytest
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.pipelines.ablate.spatial import lines
+from nvila.pipelines.ablate.spatial import Experiment
 from nvila.pipelines.ablate.spatial_cases import ENCODER, SETTINGS, Case, Design, rows_of
 from nvila.pipelines.ablate.spatial_table import table
 from nvila.pipelines.commands.overrides import asked_for
@@ -70,7 +70,7 @@ def test_what_is_beyond_noise_is_told_and_a_row_at_chance_as_such() -> None:
         "design": {"seeds": 3},
         "cases": [{"setting": s.name, "cpu_seconds": 60} for s in SETTINGS],
     }
-    head, body = lines(result)
+    head, body = Experiment.lines(result)
     assert "at chance" in " ".join(body[0]) and "0.800" not in " ".join(body[0]) and len(body) == len(SETTINGS) + 1
     assert head[4] == "digits" and body[-1][4] == "0.400"
 

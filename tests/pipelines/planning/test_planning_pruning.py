@@ -70,7 +70,7 @@ def test_chance_costs_nothing_and_saves_what_goes() -> None:
     costs, saves = minutes(method="random", keep_ratio=0.3)
     whole, stage = _shape(recipe(method="random")), recipe(method="random").train.stages[3]
     assert stage
-    one = operations(whole, stage.learning, whole.image.load(20, whole.config.max_length_tokens))
+    one = operations(whole, stage, whole.image.load(20, whole.config.max_length_tokens))
     assert costs == 0 and saves == pytest.approx(_minutes(700 * one))
 
 
@@ -210,7 +210,7 @@ def test_the_speed_is_that_of_the_stages_before(tmp_path: Path, monkeypatch: pyt
     assert "matrix product" in speed_here(shape, KNOWN, tmp_path, "fp32").evidence
     leave("ours", here, 10.0)
     found = speed_here(shape, KNOWN, tmp_path, "fp32")
-    each = operations(shape, stage.learning, shape.image.load(20, shape.config.max_length_tokens))
+    each = operations(shape, stage, shape.image.load(20, shape.config.max_length_tokens))
     assert found.operations_a_second == pytest.approx(1000 * each / 10) and "train-1" in found.evidence
     assert "matrix product" in speed_here(shape, KNOWN, tmp_path, "fp8-current").evidence
     monkeypatch.setattr(speed, "shape_at", lambda place: None)
