@@ -86,7 +86,7 @@ def run(
     runs: Runs = Path("runs"),
     store: Store = Path("store"),
 ) -> None:
-    """Run the whole lifecycle on this machine.
+    """Run a recipe on this machine: the whole lifecycle, or fine-tuning where it starts from a whole model.
 
     Exit code: 0 done, 2 wrong input, 3 rejected by a gate, 75 stopped (the same command resumes), 1 a fault. --json
     prints what summary.json holds.
@@ -96,6 +96,51 @@ def run(
     from nvila.pipelines.local.run import run as run_locally
 
     summary = run_locally(recipe, override or [], runs=runs, store=store, profile=profile)
+    if as_json:
+        put(summary.model_dump(mode="json"))
+    raise typer.Exit(int(summary.exit_code))
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (finetune, ...) or path of a YAML file.")],
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Model to start from: a folder, s3://bucket/prefix, hf://id@revision, NAME@ALIAS, NAME/NUMBER, or an "
+            "alias of the newest registered model; the recipe's by default.",
+        ),
+    ] = "",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+    ] = None,
+    vision_rate_ratio: Annotated[
+        float | None,
+        typer.Option(help="The vision tower's learning rate as a share of the stage's (0.1); the recipe's by default."),
+    ] = None,
+    profile: Annotated[
+        str, typer.Option(metavar="STAGE", help="Profile a few optimizer steps of this stage (train-1), or of all.")
+    ] = "",
+    as_json: Json = False,
+    runs: Runs = Path("runs"),
+    store: Store = Path("store"),
+) -> None:
+    """Fine-tune a registered or published model on your own data, and hold it against what it was.
+
+    The same steps as `nvila run`, without pruning and with up to three stages; files, resuming and exit codes are the
+    same. On a cluster: `nvila submit RECIPE --from MODEL`.
+
+    Example: nvila finetune tiny-finetune --from champion
+    """
+    from nvila.pipelines.commands.finetune import start_from, with_ratio
+    from nvila.pipelines.local.run import run as run_locally
+
+    model = start_from(start, runs)
+    overrides = with_ratio(recipe, override or [], vision_rate_ratio, model)
+    places = {"runs": runs, "store": store}
+    summary = run_locally(recipe, overrides, profile=profile, start_from=model, wanted="finetune", **places)
     if as_json:
         put(summary.model_dump(mode="json"))
     raise typer.Exit(int(summary.exit_code))
@@ -180,12 +225,15 @@ def compile_(
     quantize_image: Annotated[
         str, typer.Option(help="Image of the steps that use vLLM: the first one, and vLLM.")
     ] = "",
+    pipeline: Annotated[
+        Literal["lifecycle", "finetune"], typer.Option(help="Which: finetune starts from a whole model.")
+    ] = "lifecycle",
     format: Annotated[
         Literal["pipeline", "manifests"],
         typer.Option(help="pipeline: a file for the UI. manifests: Pipeline and PipelineVersion resources."),
     ] = "pipeline",
 ) -> None:
-    """Write the pipeline for a Kubeflow cluster.
+    """Write a pipeline for a Kubeflow cluster.
 
     Example: nvila compile lifecycle.yaml --image R/base@sha256:... --quantize-image R/quantize@sha256:...
     """
@@ -193,7 +241,7 @@ def compile_(
 
     images = {"image": image, "quantize_image": quantize_image}
     given = {option: name for option, name in images.items() if name}
-    size = compile_pipeline(out, **given, format=format)
+    size = compile_pipeline(out, **given, pipeline=pipeline, format=format)
     typer.echo(f"{out}: {size / 1024:.0f} KiB")
     if not given:
         typer.echo("its images are placeholders: name yours with --image and --quantize-image", err=True)
@@ -256,7 +304,7 @@ def plan(
     if stages:
         from nvila.pipelines.planning import stages as staging
 
-        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []))
+        rows = staging.table(recipe, override or [], planning.parse_samples(samples or []), runs)
         if as_json:
             put(staging.as_json(rows))
         else:
@@ -334,6 +382,9 @@ def submit(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
+    start_from: Annotated[
+        str, typer.Option("--from", metavar="MODEL", help="Model to fine-tune, as the cluster names it.")
+    ] = "",
     data_uri: Annotated[str, typer.Option(help="Folder with one folder per source, on the shared volume.")] = "",
     model_name: Annotated[str, typer.Option(help="Name in the registry; the recipe's by default.")] = "",
     image: Annotated[
@@ -342,10 +393,10 @@ def submit(
     quantize_image: Annotated[str, typer.Option(help="Like that of `nvila compile`; goes with --image.")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Show the steps until the run ends; its exit code.")] = False,
     upload_only: Annotated[
-        bool, typer.Option("--upload-only", help="Upload the pipeline, start nothing; needs --image.")
+        bool, typer.Option("--upload-only", help="Upload both pipelines, start nothing; needs --image.")
     ] = False,
 ) -> None:
-    """Start a run of the lifecycle on a Kubeflow cluster.
+    """Start a run on a Kubeflow cluster: of the lifecycle, or of fine-tuning where the recipe starts from a model.
 
     Exit code: 0 started (with --wait: done), 2 wrong input or no access, 3 rejected by a gate, 75 cancelled, 1 a fault;
     also 1 for a step that failed where Kubeflow does not tell why, as its 2.x servers do not.
@@ -354,6 +405,7 @@ def submit(
     """
     from rich.console import Console
 
+    from nvila.components.contracts.pipelines import PIPELINES
     from nvila.pipelines.kubeflow.server import Server
     from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
     from nvila.pipelines.kubeflow.submit import submit as start
@@ -361,10 +413,12 @@ def submit(
     server = Server(host, context.obj, token_file=token_file, ca_cert=ca_cert)
     version, console = Version(image, quantize_image), Console()
     if upload_only:
-        upload(server, version, namespace_of(server, namespace, shared=True), console)
+        shared = namespace_of(server, namespace, shared=True)
+        for name in PIPELINES:
+            upload(server, version, shared, console, name)
         return
     wanted = Wanted(namespace, experiment, run_name, service_account)
-    named = {"data_uri": data_uri, "model_name": model_name}
+    named = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from}
     raise typer.Exit(start(recipe, override or [], server, version, wanted, console, **named, wait=wait))
 
 

@@ -51,10 +51,10 @@ def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     # -S leaves out the editable install's hook, so that only the wheel's copy can be found.
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}, {sysconfig.get_path('purelib')!r}]\n"
-        "import nvila.pipelines.cli, nvila.pipelines.lifecycle as lifecycle\n"
+        "import nvila.pipelines.cli, nvila.pipelines.build as build\n"
         "from nvila.components.contracts.recipe.form import Form, fill_in\n"
-        "print(lifecycle.__file__, fill_in(Form(recipe='tiny')).name)"
+        "print(build.__file__, fill_in(Form(recipe='tiny')).name)"
     )
     ran = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == [str(tmp_path / "site/nvila/pipelines/lifecycle.py"), "tiny"]
+    assert ran.stdout.split() == [str(tmp_path / "site/nvila/pipelines/build.py"), "tiny"]

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.pipelines import PipelineName
 from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.site import OLD_KEYS, Site
 from nvila.components.contracts.surroundings import settle
@@ -71,6 +72,8 @@ class Environment(BaseModel):
     """Id of the run on a cluster, which only the pod knows; set, this process is a step's pod."""
     root: str = _variable("NVILA_ROOT", "pipeline", default="")
     """Folder that relative paths of a recipe begin at; the working directory without it."""
+    pipeline: PipelineName | None = _variable("NVILA_PIPELINE", "platform", "pipeline")
+    """Name of the pipeline that a step is one of; its recipe must be one for it."""
     code: str | None = _variable("NVILA_CODE", "pipeline")
     """Digest of the code that the pipeline was compiled from; a step of other code refuses to run."""
     site: Site | None = _variable("NVILA_SITE", "config")

@@ -37,6 +37,9 @@ R = TypeVar("R", bound=Result)
 MANIFEST = "manifest.json"
 SUSPECT = "suspect"
 """Beside a manifest: a reader found the work damaged. Whoever wants to skip the work looks at it closely first."""
+START = "start"
+"""Name of an input that is no step's of the pipeline: the model of another run that training started from. Its digest
+is in the content key by what the step reads outside the store."""
 SCHEMA_VERSION = 2
 KEY_CHARACTERS = 20
 """Characters of the 64 that name the folder: 80 bits, so that two keys never meet and paths stay readable."""

@@ -13,6 +13,7 @@ NEUTRAL = frozenset(
         "nvila.components.contracts.errors",  # what a step says that makes no output
         "nvila.components.contracts.exits",  # the number that it then ends with
         "nvila.components.contracts.neutral",
+        "nvila.components.contracts.pipelines",  # tables of rows, as `steps`
         "nvila.components.contracts.places",  # refuses a folder
         "nvila.components.contracts.progress",  # how far it is
         "nvila.components.contracts.surroundings",  # short names for sockets, a home, a way round the proxy

@@ -42,7 +42,7 @@ def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     if processes:
         cpu, memory = share(site, processes)
         return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
-    if row.size == "memory" and recipe.model.base.llm is None:  # the weights that it makes itself are small
+    if row.size == "memory" and recipe.model.base.made_here:  # the weights that it makes itself are small
         return Placement()
     cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
     node_cores, node_bytes = _node(site)

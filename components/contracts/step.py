@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.manifest import File, Kind
+from nvila.components.contracts.manifest import File, InputRef, Kind
 from nvila.components.contracts.results.result import Result
 
 
@@ -29,6 +29,8 @@ class Outcome:
     """What was found out, in the form of this step; the same in every execution of the same work."""
     sources: list[File] = field(default_factory=list)
     """The user's own files that were read."""
+    start: InputRef | None = None
+    """The manifest of the model of another run that it went on from, for the lineage (`manifest.START`)."""
     files: tuple[str, ...] = ("**/*",)
     """Glob patterns, relative to the step's folder, of the files that belong to the output."""
     read: Mapping[str, Any] | None = None

@@ -14,7 +14,7 @@ from nvila.components.contracts.errors import DamagedError, NvilaError, from_rec
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import discard, read_bytes, read_json, sync_tree, write_atomic
 from nvila.components.contracts.locks import WORK_SECONDS, alone
-from nvila.components.contracts.manifest import KEY_CHARACTERS, SUSPECT, Manifest, OlderVersion
+from nvila.components.contracts.manifest import KEY_CHARACTERS, START, SUSPECT, Manifest, OlderVersion
 from nvila.components.contracts.manifest import MANIFEST as MANIFEST
 from nvila.components.contracts.text import say
 
@@ -60,7 +60,7 @@ class Store:
             if path.is_symlink():
                 raise DamagedError("a link, where the store has none", where=str(path))
         manifest = Manifest.load(place / MANIFEST)
-        used = {name: ref.digest for name, ref in manifest.inputs.items()}
+        used = {name: ref.digest for name, ref in manifest.inputs.items() if name != START}
         if (manifest.step, manifest.key) != (step, key) or (inputs is not None and used != inputs):
             raise DamagedError("the manifest of other work", where=str(place / MANIFEST))
         if os.path.lexists(place / SUSPECT):

@@ -8,7 +8,7 @@ from types import ModuleType
 from nvila.components.contracts.digests import sha256_of
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.data.remote import hub, s3
-from nvila.components.data.remote.wanted import is_wanted
+from nvila.components.data.remote.wanted import DESCRIBING, is_wanted
 
 
 def fetch(uri: str) -> Path:
@@ -27,6 +27,12 @@ def fetch(uri: str) -> Path:
     """
     service, name = _door(uri)
     return _folder(uri) if service is None else Path(service.fetch(name)[0])
+
+
+def fetch_description(uri: str) -> Path:
+    """As `fetch`, without the weights: a local folder with the files that say what they are."""
+    service, name = _door(uri)
+    return _folder(uri) if service is None else Path(service.fetch(name, DESCRIBING)[0])
 
 
 def fetch_version(uri: str) -> tuple[Path, dict[str, str]]:

@@ -13,11 +13,12 @@ from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.metrics import Metric, in_words
 from nvila.components.contracts.recipe.evaluate import Tasks
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.results.accuracy import Baseline, Evaluation, Scored
+from nvila.components.contracts.results.accuracy import Base, Baseline, Evaluation, Scored
+from nvila.components.contracts.results.model import Initialization
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.step import Outcome
 from nvila.components.data.samples import Sample, read_samples
-from nvila.components.metrics.accuracy import QuestionOnly, is_correct, measured, scores
+from nvila.components.metrics.accuracy import QuestionOnly, fall_interval, is_correct, measured, scores
 
 if TYPE_CHECKING:
     from nvila.components.model.config.config import ModelConfig
@@ -31,7 +32,8 @@ class Settings(Section):
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
-    """Measure the final model on all questions, and each earlier one on the first `stage_limit` of them.
+    """Measure the final model on all questions, and each earlier one on the first `stage_limit` of them; on all a whole
+    model that training started from, which the final one is held against.
 
     Args:
         settings: tasks and seed.
@@ -56,6 +58,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
     asked = {source: Questions.prepare(heldout(table, source, tasks, settings.seed), feed) for source in tasks.sources}
     how: dict[str, Any] = {"batch": tasks.batch, "max_new_tokens": tasks.max_new_tokens}
     scored: dict[str, Scored] = {}
+    worth: dict[str, list[float]] = {}
     stages: dict[str, dict[str, Measured]] = {made.step: {} for made in (*earlier, last)}
     rows: list[dict[str, Any]] = []
     for source, questions in asked.items():
@@ -63,20 +66,25 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
             show: answers(model, tokenizer, questions.prompts(show), what=f"{source}, {show} picture", **how)
             for show in ("own", "blank", "other")
         }
+        worth[source] = scores(tasks.metric(source), said["own"], [s.answer for s in questions.samples])
         scored[source] = _beside_baselines(tasks.metric(source), questions.samples, said, known)
         stages[last.step][source] = _measure(tasks.metric(source), said["own"][: tasks.stage_limit], questions.samples)
         rows += [_row(*pair) for pair in zip(questions.samples, *said.values(), strict=True)]
     shown = {_seen(feed.config): asked}
     for made in earlier:
+        limit = None if _is_base(made) else tasks.stage_limit
         model, tokenizer = load_native(made.dir("model"), dtype="bfloat16", device=device)
         if (seen := _seen(model.config)) not in shown:
             feed = Feed(tokenizer, model.config)
-            some = {source: questions.samples[: tasks.stage_limit] for source, questions in asked.items()}
+            some = {source: questions.samples[:limit] for source, questions in asked.items()}
             shown[seen] = {source: Questions.prepare(samples, feed) for source, samples in some.items()}
         for source, questions in shown[seen].items():
-            prompts = questions.prompts("own", tasks.stage_limit)
+            prompts, metric = questions.prompts("own", limit), tasks.metric(source)
             predicted = answers(model, tokenizer, prompts, what=f"{made.step}: {source}", **how)
-            stages[made.step][source] = _measure(tasks.metric(source), predicted, questions.samples)
+            stages[made.step][source] = _measure(metric, predicted[: tasks.stage_limit], questions.samples)
+            if _is_base(made):
+                base = _since(metric, predicted, worth[source], questions.samples)
+                scored[source] = scored[source].model_copy(update={"base": base})
     _write(rows, out / "predictions.parquet")
     _plot(stages, out / "stages.png")
     seconds = time.monotonic() - began
@@ -91,6 +99,18 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
 def _ancestry(model: Manifest) -> list[Manifest]:
     """The models that this one came from, the untrained one first, and itself."""
     return [*(_ancestry(model.origin("model")) if "model" in model.inputs else ()), model]
+
+
+def _is_base(made: Manifest) -> bool:
+    """Whether it is a whole model that training started from."""
+    return isinstance(made.result, Initialization) and made.result.start is not None
+
+
+def _since(metric: Metric, said: list[str], after: list[float], samples: list[Sample]) -> Base:
+    """The base by its answers, and what became of it: `after` is what the final model's are worth."""
+    before = scores(metric, said, [s.answer for s in samples])
+    fell = [round(value, 4) for value in fall_interval(before, after)]
+    return Base(**measured(metric, before).model_dump(), fall=fell[0], fall_low=fell[1], fall_high=fell[2])
 
 
 def _seen(config: ModelConfig) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from nvila.components.contracts.results.model import Initialization
 from nvila.components.data.fetch import fetch_version
 from nvila.components.model.checkpoint.layouts import open_native, read_json
 from nvila.components.model.checkpoint.native import checked
-from nvila.components.model.checkpoint.shards import read_folder
+from nvila.components.model.checkpoint.shards import count
 from nvila.components.model.config.config import ModelConfig, model_config
 from nvila.components.model.text.jinja import REFERENCE_NAME
 from nvila.components.model.vision.projector import build_projector
@@ -55,7 +55,7 @@ def assemble(settings: ModelSettings, seed: int, folder: Path) -> Initialization
     write_atomic(folder / "config.json", json.dumps({**config.to_json(), "chat_template": REFERENCE_NAME}, indent=2))
     checked(open_native(folder))
     return Initialization(
-        parameters={part: _count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
+        parameters={part: count(folder / part) for part in ("vision_tower", "mm_projector", "llm")},
         weights={part: version for part, (_, version) in fetched.items()},
     )
 
@@ -83,8 +83,3 @@ def _write_projector(config: ModelConfig, seed: int, folder: Path) -> None:
         {name: tensor.contiguous() for name, tensor in projector.state_dict().items()}, folder / "model.safetensors"
     )
     write_atomic(folder / "config.json", json.dumps(config.to_json()["mm_projector_cfg"], indent=2))
-
-
-def _count(folder: Path) -> int:
-    """Parameters in a folder of safetensors, from the headers."""
-    return sum(stored.elements for stored in read_folder(folder).values())

@@ -83,6 +83,12 @@ def fall(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]
     return difference, float(1.0 if room(1.0) >= 0 else brentq(room, difference, 1.0)) - difference
 
 
+def fall_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """How far the mean worth fell on the same questions, and the ends of its 95% interval (`fall`)."""
+    difference, more = fall(before, after)
+    return difference, difference - fall(after, before)[1], difference + more
+
+
 def fall_without_loss(n: int) -> float:
     """The upper end of that interval where both models are right and wrong on the same n questions: no gate can be told
     a smaller one by so few."""

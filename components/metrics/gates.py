@@ -26,6 +26,23 @@ def objections(gate: Gate, measured: Mapping[str, Scored]) -> list[str]:
                 f"{source}: {in_words([m.metric])} {m.value:.3f} (95% from {m.low:.3f}) is not above the question-only "
                 f"baseline {m.question_only.value:.3f} (95% to {m.question_only.high:.3f})"
             )
+    return reasons + _since_the_base(gate, measured)
+
+
+def _since_the_base(gate: Gate, measured: Mapping[str, Scored]) -> list[str]:
+    """What the model has lost of the one that it was fine-tuned from."""
+    reasons = []
+    for source in dict.fromkeys((*(gate.not_below_base or ()), *gate.max_forgotten)):
+        base = measured[source].base if source in measured else None
+        if base is None:
+            reasons.append(f"{source}: the model that training started from was not measured")
+            continue
+        most, what = gate.max_forgotten.get(source), f"{source}: {in_words([base.metric])} fell from {base.value:.3f}"
+        ends = f"by {base.fall:.3f} (95% from {base.fall_low:.3f} to {base.fall_high:.3f})"
+        if source in (gate.not_below_base or ()) and base.fall_low > 0:
+            reasons.append(f"{what} {ends} since training started")
+        if most is not None and base.fall_high > most:
+            reasons.append(f"{what}, perhaps, {ends}, more than {most} (max_forgotten)")
     return reasons
 
 

@@ -12,12 +12,20 @@ from typing import Literal
 
 from nvila.components.contracts.metrics import in_words
 from nvila.components.contracts.recipe.quantize import QuantizeGate
-from nvila.components.contracts.results.accuracy import Baseline, Evaluation, QuantizedEvaluation, Retained, Scored
+from nvila.components.contracts.results.accuracy import (
+    Base,
+    Baseline,
+    Evaluation,
+    QuantizedEvaluation,
+    Retained,
+    Scored,
+)
 from nvila.components.contracts.results.result import Measured, Result
 
 Standing = Literal[
     "learnt",
     "not above its baseline",
+    "below what it started from",
     "lost by quantization",
     "not above its baseline after quantization",
     "not measured after quantization",
@@ -33,6 +41,8 @@ class Compared(Result):
     """None where the run did not come that far."""
     majority: Measured
     question_only: Baseline
+    base: Base | None = None
+    """The model that training started from, where that was a whole one."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ def compared(full: Evaluation | None, quantized: QuantizedEvaluation | None) -> 
     """By source; empty where nothing was measured."""
     after: Mapping[str, Measured] = quantized.accuracy if quantized else {}
     return {
-        source: Compared(full=m, quantized=after.get(source), majority=m.majority, question_only=m.question_only)
+        source: Compared(
+            full=m, quantized=after.get(source), majority=m.majority, question_only=m.question_only, base=m.base
+        )
         for source, m in (full.accuracy if full else {}).items()
     }
 
@@ -67,6 +79,8 @@ def standing(full: Scored, quantized: Retained | None) -> Standing:
     """What may be said of one source."""
     if not above(full, full.question_only):
         return "not above its baseline"
+    if full.base and full.base.fall_low > 0:
+        return "below what it started from"
     if quantized is None:
         return "not measured after quantization"
     if -change(quantized) > LARGEST_LOSS:

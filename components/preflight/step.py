@@ -18,7 +18,7 @@ from nvila.components.contracts.recipe.prune import PruneSettings
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.recipe import Needs
 from nvila.components.contracts.recipe.rollout import TARGETS, RolloutSettings, Strategy
-from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.recipe.section import Section, Weights
 from nvila.components.contracts.recipe.train import TrainSettings
 from nvila.components.contracts.results.run import Preflight
 from nvila.components.contracts.step import Outcome
@@ -45,6 +45,8 @@ class Settings(Section):
     """What draws samples, by source and split."""
     weights: list[str] = []
     """Where the recipe takes weights from: folders, `s3://`, `hf://`, and versions of the registry."""
+    start: Weights | None = None
+    """The whole model that training starts from."""
     train: TrainSettings | None = None
     prune: PruneSettings = PruneSettings()
     evaluate: EvaluateSettings | None = None
@@ -69,7 +71,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         Unreachable: MLflow or the place of weights does not answer, and nothing else is wrong.
     """
     refuse(_problems(settings, here))
-    refuse(checks.weights_problems(settings.weights, here.run_folder.parent))
+    runs = here.run_folder.parent
+    refuse(checks.weights_problems(settings.weights, runs))
+    refuse(start_problems(settings, runs))
     return Outcome(
         kind="report",
         result=Preflight(annotations=_annotation_digests(settings.data)),
@@ -123,6 +127,19 @@ def remarks(settings: Settings) -> list[str]:
             if (path := source.annotation("heldout")).is_file():
                 held[f"{source.name}.heldout"] = Held.of(read(path, source.layout_of("heldout")))
     return enough.remarks(settings.evaluate, settings.quantize, held) if settings.evaluate else []
+
+
+def start_problems(settings: Settings, runs: Path) -> list[str]:
+    """Why the model that training starts from cannot be trained as the stages say; none of a recipe that makes its own.
+
+    Raises:
+        Unreachable: its place does not answer.
+    """
+    if settings.start is None or settings.train is None:
+        return []
+    from nvila.components.preflight.start import problems as found
+
+    return found(settings.start, filter(None, settings.train.stages), runs)
 
 
 def _machine_problems(settings: Settings, runs: Path) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
-from nvila.components.contracts.results.model import Pruning, Quantization, Validation
+from nvila.components.contracts.results.model import Initialization, Pruning, Quantization, Validation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.steps import PRUNES
 from nvila.components.metrics.pruned import believed, what_stays
@@ -29,6 +29,7 @@ def whole_card(name: str, inputs: Mapping[str, Manifest]) -> str:
     """The card, however many sources there are; arguments as of `model_card`."""
     full, quantized = inputs["full"].told(Evaluation), inputs["metrics"].told(QuantizedEvaluation)
     said, sources = headline(full, quantized).text, compared(full, quantized)
+    tuned = any(m.base for m in sources.values())
     parts = [
         f"# {name}",
         "A vision-language model after NVILA (scale then compress): question and picture or clip in, short answer out.",
@@ -37,9 +38,14 @@ def whole_card(name: str, inputs: Mapping[str, Manifest]) -> str:
         f"{what_was_measured(sources.values())} on held-out questions with 95% intervals. *Without the picture* is the "
         "best score that any of the baselines reaches which do not see the right picture.",
         _table(
-            ["source", "questions", "most common answer", "without the picture", "full model", "quantized"],
-            [_accuracy_row(source, m) for source, m in sources.items() if m.quantized],
+            [
+                *("source", "questions", "most common answer", "without the picture"),
+                *(("before tuning",) if tuned else ()),
+                *("full model", "quantized"),
+            ],
+            [_accuracy_row(source, m, tuned) for source, m in sources.items() if m.quantized],
         ),
+        *_start(inputs["model"]),
         *_data(inputs["samples"].told(Validation)),
         *_pruning(inputs["model"]),
         *_quantization(inputs["model"].told(Quantization)),
@@ -51,7 +57,7 @@ def whole_card(name: str, inputs: Mapping[str, Manifest]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _accuracy_row(source: str, m: Compared) -> list[str]:
+def _accuracy_row(source: str, m: Compared, tuned: bool) -> list[str]:
     blind = f"{_interval(m.question_only)}, {m.question_only.kind}"
     questions = m.quantized.n if m.quantized else m.full.n
     return [
@@ -59,9 +65,22 @@ def _accuracy_row(source: str, m: Compared) -> list[str]:
         str(questions),
         f"{m.majority.value:.3f}",
         blind,
+        *((_interval(m.base),) if tuned else ()),
         _interval(m.full),
         _interval(m.quantized),
     ]
+
+
+def _start(model: Manifest) -> list[str]:
+    """The whole model that training started from, where there was one."""
+    while "model" in model.inputs:
+        model = model.origin("model")
+    told = model.result
+    if not isinstance(told, Initialization) or told.start is None:
+        return []
+    version = (told.weights or {}).get("model", {})
+    named = [f"{key} `{version[key]}`" for key in ("version", "digest", "commit") if key in version]
+    return ["## Start", f"Fine-tuned from `{told.start}`{': ' if named else ''}{', '.join(named)}."]
 
 
 def _interval(measured: Measured | None) -> str:

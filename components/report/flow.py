@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
+from nvila.components.contracts.steps import Step, nearest
 from nvila.components.contracts.text import duration
 from nvila.components.runner.status import Run
 
 ROW_PIXELS = 34
 LANE_PIXELS = 18
-SHOWN = tuple(row for row in STEPS if not row.at_exit)
-"""Drawn steps: not that which writes the page."""
+
+
+def drawn(run: Run) -> tuple[Step, ...]:
+    """The steps of its pipeline: not that which writes the page."""
+    return tuple(row for row in run.pipeline.steps if not row.at_exit)
 
 
 def unfinished(run: Run) -> list[str]:
     """Steps of the DAG that have not come through, in order."""
-    return run.unfinished(row.name for row in SHOWN)
+    return run.unfinished(row.name for row in drawn(run))
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Row:
 
 def rows(run: Run) -> list[Row]:
     """Every step of the DAG in order, reached or not, then steps that this table does not know."""
-    abouts = {row.name: row.remark for row in SHOWN}
-    names = [*abouts, *(name for name in run.steps if name not in ROWS)]
+    abouts = {row.name: row.remark for row in drawn(run)}
+    names = [*abouts, *(name for name in run.steps if name not in run.pipeline.rows)]
     began, ended = run.span
     total = (ended - began) or 1.0
     found = []
@@ -57,7 +60,7 @@ def rows(run: Run) -> list[Row]:
 
 def rail(run: Run, count: int) -> str:
     """The graph left of the rows, as SVG: a dot per step coloured by its status, a line to each step it follows."""
-    before, places = nearest(SHOWN), lanes(SHOWN)
+    before, places = nearest(drawn(run)), lanes(drawn(run))
     at = {name: index for index, name in enumerate(before)}
     width, height = (max(places.values()) + 1) * LANE_PIXELS + 4, count * ROW_PIXELS
     lines, dots = [], []

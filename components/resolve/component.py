@@ -13,10 +13,11 @@ def resolve(
     recipe: str,
     data_uri: str,
     model_name: str,
-    keep_ratio: float,
     target: str,
     overrides: str,
     out: dsl.Output[dsl.Artifact],
+    start_from: str = "",
+    keep_ratio: float = 0.0,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Places",
     [("gpu_resource", str)]
@@ -34,6 +35,7 @@ def resolve(
 
     form = {
         "recipe": recipe,
+        "start_from": start_from,
         "data_uri": data_uri,
         "model_name": model_name,
         "keep_ratio": keep_ratio,

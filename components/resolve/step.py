@@ -10,12 +10,12 @@ from typing import Any
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import document, family
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.results.run import Resolution
 from nvila.components.contracts.step import Outcome
-from nvila.components.contracts.steps import STEPS
 
 Settings = Form
 
@@ -34,7 +34,10 @@ def external(settings: Mapping[str, Any], here: Environment) -> dict[str, Any]:
     return {
         "recipe": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
         "root": here.root,
-        "parts": {row.name: [row.recipe, row.hands_on] for row in STEPS if row.recipe},
+        "parts": {
+            name: {row.name: [row.recipe, row.hands_on] for row in pipeline.steps if row.recipe}
+            for name, pipeline in PIPELINES.items()
+        },
     }
 
 
@@ -42,8 +45,16 @@ def run(settings: Form, inputs: Mapping[str, Manifest], out: Path, here: Environ
     """Tells `recipe` (all of it, defaults filled in) and `slices` (by step name).
 
     Raises:
-        ConfigError: names the dotted option and the nearest right key.
+        ConfigError: names the dotted option and the nearest right key; or the recipe is for another pipeline than this.
     """
     recipe = fill_in(settings, root=here.root)
+    if here.pipeline not in (None, recipe.pipeline.name):
+        does = "starts from a whole model" if recipe.model.base.model else "makes its own model"
+        raise ConfigError(
+            f"the recipe {does}, which is for the pipeline {recipe.pipeline.name}; this is {here.pipeline}",
+            where="model.base.model",
+            value=recipe.model.base.model,
+            do=f"Start the pipeline {recipe.pipeline.name} with it; `nvila submit` chooses by the recipe.",
+        )
     whole = recipe.model_dump(mode="json", by_alias=True)
     return Outcome(kind="slices", result=Resolution(recipe=whole, slices=slices(recipe)))

@@ -31,6 +31,7 @@ from nvila.components.contracts.files import discard
 from nvila.components.contracts.keys import content_key
 from nvila.components.contracts.manifest import (
     MANIFEST,
+    START,
     SUSPECT,
     InputRef,
     Manifest,
@@ -103,7 +104,7 @@ def execute(
         _leave(error.exit_code, f"{step}: {error}")
     with entered(here):
         place = Place.of(here)
-        status = _Status(place.run_dir, step, here.on_cluster)
+        status = _Status(here, step)
         signal.signal(signal.SIGTERM, _preempted)
         try:
             for line in notices() if here.on_cluster else ():
@@ -206,7 +207,8 @@ def perform(
             inputs={
                 n: InputRef(step=m.step, uri=str(store.folder(m.step, m.key) / MANIFEST), digest=digests[n])
                 for n, m in inputs.items()
-            },
+            }
+            | ({START: outcome.start} if outcome.start else {}),
             sources=outcome.sources,
             files=files,
             result=outcome.result,
@@ -270,9 +272,10 @@ def _recipe(run_dir: Path, manifest: Manifest | None) -> dict[str, Any] | None:
 class _Status:
     """Says in the run's folder how far this step is (see `StepStatus`)."""
 
-    def __init__(self, run_dir: Path, step: str, on_cluster: bool) -> None:
-        self._run_dir, self._on_cluster = run_dir, on_cluster
-        self._record = StepStatus(name=step, status=Status.RUNNING, started=time.time(), pid=os.getpid())
+    def __init__(self, here: Environment, step: str) -> None:
+        self._run_dir, self._on_cluster = here.run_folder, here.on_cluster
+        whose, now = here.pipeline or "lifecycle", time.time()
+        self._record = StepStatus(name=step, pipeline=whose, status=Status.RUNNING, started=now, pid=os.getpid())
 
     def begin(self) -> None:
         """Say that the step is running.

@@ -75,9 +75,12 @@ def folder_of(out: Path, attempt: str) -> Path:
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Leave what the step made."""
-    told = outcome.result.model_dump(mode="json", exclude_unset=True) if outcome.result else None
-    record = dataclasses.asdict(outcome) | {"sources": [file.model_dump() for file in outcome.sources], "result": told}
-    write_atomic(folder / OUTCOME, json.dumps(record))
+    plain = {
+        "sources": [file.model_dump() for file in outcome.sources],
+        "start": outcome.start and outcome.start.model_dump(),
+        "result": outcome.result.model_dump(mode="json", exclude_unset=True) if outcome.result else None,
+    }
+    write_atomic(folder / OUTCOME, json.dumps(dataclasses.asdict(outcome) | plain))
 
 
 def write_verdict(folder: Path, node: int, error: NvilaError) -> None:

@@ -20,6 +20,7 @@ from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.files import read_bytes, write_atomic
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.pipelines import PIPELINES, Pipeline, PipelineName
 from nvila.components.contracts.progress import progress_file
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.steps import REPORT
@@ -68,6 +69,8 @@ class StepStatus(BaseModel):
 
     name: str
     status: Status
+    pipeline: PipelineName = "lifecycle"
+    """Whose step it is."""
     started: float | None = None
     """Seconds since the epoch, as `ended`."""
     ended: float | None = None
@@ -148,6 +151,12 @@ class Run:
     def name(self) -> str:
         """The run's name."""
         return self.folder.name
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The table that it is a run of, as its steps say."""
+        said: PipelineName = next((step.pipeline for step in self.steps.values()), "lifecycle")
+        return PIPELINES[said]
 
     def step(self, name: str) -> StepStatus:
         """One step, begun or not."""

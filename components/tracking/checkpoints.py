@@ -72,7 +72,7 @@ def identity(place: str | None, runs: Path) -> dict[str, str]:
     """
     if place is None or not is_version(place):
         return weights.identity(place)
-    return {"digest": _made(registered(place, runs.absolute())).digest}
+    return {"digest": made_of(registered(place, runs.absolute())).digest}
 
 
 def fetch_version(place: str, runs: Path) -> tuple[Path, dict[str, str]]:
@@ -96,13 +96,13 @@ def _at(place: Path, name: str) -> Model:
 
 
 def _registered(version: Version, runs: Path) -> Model:
-    made = _made(version)
+    made = made_of(version)
     manifest = Manifest.load(made.uri) if os.path.lexists(made.uri) else _downloaded(version, made, runs)
-    _require(manifest, made, version)
+    require(manifest, made, version)
     return Model(manifest.dir("model", fresh=True), version.name, version.version, manifest)
 
 
-def _made(version: Version) -> InputRef:
+def made_of(version: Version) -> InputRef:
     """The manifest that the version was registered from."""
     made = next((ref for ref in registered_inputs(version) if ref.digest == version.tags.get(DIGEST_TAG)), None)
     if made is None:
@@ -117,14 +117,14 @@ def _downloaded(version: Version, made: InputRef, runs: Path) -> Manifest:
         if not (folder / MANIFEST).is_file():
             download(runs, version, MANIFEST, folder)
         manifest = Manifest.load(folder / MANIFEST)
-        _require(manifest, made, version)
+        require(manifest, made, version)
         files = [name for name in manifest.files if name.startswith("model/")]
         for name in manifest.faults(files, deep=True, fresh=False):
             download(runs, version, name, folder)
     return manifest
 
 
-def _require(manifest: Manifest, made: InputRef, version: Version) -> None:
+def require(manifest: Manifest, made: InputRef, version: Version) -> None:
     """Raises:
     DamagedError: the manifest is not that of the registered model.
     """

@@ -1,7 +1,7 @@
 """Walks from a served model back to the user's files over the manifests, and says of each what was checked.
 
 The manifests are the lineage; there is no second record. A missing or altered one is shown where it stands. All of
-them are read in one store: that of the start.
+them are read in one store: that of the start. Only what fine-tuning started from may lie in another one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nvila.components.contracts.digests import file_sha256
 from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaError, to_record
-from nvila.components.contracts.manifest import File, InputRef, Manifest, OlderVersion
+from nvila.components.contracts.manifest import START, File, InputRef, Manifest, OlderVersion
 from nvila.components.contracts.places import is_address
 from nvila.components.contracts.store import MANIFEST, Store
 from nvila.components.tracking.media import changed_media
@@ -149,14 +149,15 @@ def _verdict(tree: Tree) -> str:
 def _walk(store: Store, roots: list[InputRef], deep: bool) -> list[Node]:
     """Each digest once, ordered so that a step comes before everything it was made from."""
     nodes: dict[str, Node] = {}
-    queue = list(roots)
+    queue = [(ref, store) for ref in roots]
     while queue:
-        ref = queue.pop(0)
+        ref, place = queue.pop(0)
         if ref.digest in nodes:
             continue
-        manifest, node = _visit(store, ref, deep)
+        manifest, node = _visit(place, ref, deep)
         nodes[ref.digest] = node
-        queue.extend(manifest.inputs.values() if manifest else ())
+        below = manifest.inputs.items() if manifest else ()
+        queue.extend((child, _store_of(name, child, place)) for name, child in below)
     return _ordered(nodes, [root.digest for root in roots])
 
 
@@ -195,6 +196,12 @@ def _place(store_root: Path, ref: InputRef) -> Path:
     """A manifest's place in a store; of one that lies in none, where its reader saw it."""
     path = Path(ref.uri)
     return store_root.joinpath(*path.parts[-3:]) if path.parent.parent.name == ref.step else path
+
+
+def _store_of(name: str, ref: InputRef, store: Store) -> Store:
+    """Where a step's input lies: in its store, but for a model of another run that it started from."""
+    elsewhere = name == START and not _place(store.root, ref).exists() and Path(ref.uri).exists()
+    return Store(Path(ref.uri).parents[2]) if elsewhere else store
 
 
 def _changed(file: File, deep: bool) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.files import write_atomic
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Tasks
@@ -54,7 +55,7 @@ class Settings(Section):
     """Of the choice of held-out questions: the recipe's, the same for all cases."""
 
 
-def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcome:
+def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Make, train and ask; an interrupted case goes on where it was.
 
     Args:
@@ -62,6 +63,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         inputs: `samples`.
         out: gets `case.json` and `answers.parquet`, whose rows tell besides what the question's text alone is worth;
             what was trained goes when it has answered.
+        here: of the process, for the first step.
     """
     clock = Clock(out / COST_FILE)
     first = out / INITIALIZE
@@ -71,7 +73,7 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path) -> Outcom
         row = initialize.Settings(
             model=settings.model, seed=settings.seed, max_skipped_share=settings.run.max_skipped_share
         )
-        initialize.run(row, inputs, first)
+        initialize.run(row, inputs, first, here)
         seal(first, first / MADE, MODEL)
         clock.write()
     told: dict[str, Any] = {"stages": {}}

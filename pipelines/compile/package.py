@@ -23,18 +23,17 @@ from kfp.dsl.pipeline_task import PipelineTask
 from nvila.components.contracts.environment import name_of, named
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.manifest import digest_json
+from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.placement import GPU_RESOURCE, ON_GPUS, Placement, sources
 from nvila.components.contracts.steps import Step
 from nvila.components.runner.code import code_digest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.pipelines.build import build
 from nvila.pipelines.compile import names as site
 from nvila.pipelines.compile.references import dangling_references
-from nvila.pipelines.lifecycle import build
 
 Format = Literal["pipeline", "manifests"]
 """`pipeline`: KFP's own YAML, for the UI and its API. `manifests`: Pipeline and PipelineVersion resources."""
-NAME = "nvila-lifecycle"
-"""Of the Pipeline resource, and of the pipeline that `nvila submit` uploads."""
 SIZE_LIMIT_BYTES = 400 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
 RETRIES = 2
@@ -55,6 +54,7 @@ def compile_pipeline(
     image: str = IMAGE,
     quantize_image: str = QUANTIZE_IMAGE,
     *,
+    pipeline: PipelineName = "lifecycle",
     format: Format = "pipeline",
 ) -> int:
     """Write the pipeline as YAML and return its size in bytes.
@@ -63,7 +63,7 @@ def compile_pipeline(
         ConfigError: an image has white space in it, or the file cannot be written.
         NvilaError: a reference leads nowhere, or the file is too large; both are faults of ours.
     """
-    spec, platform = compiled(image, quantize_image)
+    spec, platform = compiled(image, quantize_image, pipeline)
     documents = [spec, platform] if format == "pipeline" else manifests(spec, platform)
     text = yaml.safe_dump_all(documents, sort_keys=True)
     size_bytes = len(text.encode())
@@ -77,7 +77,9 @@ def compile_pipeline(
     return size_bytes
 
 
-def compiled(image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE) -> tuple[dict[str, Any], dict[str, Any]]:
+def compiled(
+    image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE, pipeline: PipelineName = "lifecycle"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pipeline's specification and its platform part (volumes, environment), checked.
 
     Raises:
@@ -94,9 +96,9 @@ def compiled(image: str = IMAGE, quantize_image: str = QUANTIZE_IMAGE) -> tuple[
     code = code_digest() if image != IMAGE else None
     # KFP looks at the whole call stack some 170 times; on a thread it is short, however deep the caller's is.
     with ThreadPoolExecutor(1) as thread:
-        place = partial(_place, code=code)
-        pipeline = thread.submit(copy_context().run, build, place).result()
-    spec, platform = (MessageToDict(part) for part in (pipeline.pipeline_spec, pipeline.platform_spec))
+        place = partial(_place, pipeline=pipeline, code=code)
+        built = thread.submit(copy_context().run, build, place, PIPELINES[pipeline]).result()
+    spec, platform = (MessageToDict(part) for part in (built.pipeline_spec, built.platform_spec))
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["image"] = images[executor["container"]["image"]]
     if dangling := list(dangling_references(spec)):
@@ -109,33 +111,39 @@ def manifests(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> list[dict
 
     A version cannot be changed once it exists, so its name carries the digest of what is in it.
     """
-    version = version_name(spec, platform)
+    name, version = resource_name(spec["pipelineInfo"]["name"]), version_name(spec, platform)
     description = spec["pipelineInfo"].get("description", "")
     return [
         {
             "apiVersion": "pipelines.kubeflow.org/v2beta1",
             "kind": kind,
-            "metadata": {"name": name},
+            "metadata": {"name": called},
             "spec": {"displayName": display_name, "description": description, **rest},
         }
-        for kind, name, display_name, rest in (
-            ("Pipeline", NAME, spec["pipelineInfo"]["displayName"], {}),
+        for kind, called, display_name, rest in (
+            ("Pipeline", name, spec["pipelineInfo"]["displayName"], {}),
             (
                 "PipelineVersion",
                 version,
                 version,
-                {"pipelineName": NAME, "pipelineSpec": dict(spec), "platformSpec": dict(platform)},
+                {"pipelineName": name, "pipelineSpec": dict(spec), "platformSpec": dict(platform)},
             ),
         )
     ]
 
 
+def resource_name(pipeline: str) -> str:
+    """Name of the Pipeline resource, and of what `nvila submit` uploads, by the pipeline's own."""
+    return f"nvila-{pipeline}"
+
+
 def version_name(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> str:
     """Name of the version with this content."""
-    return f"{NAME}-{digest_json([spec, platform])[:12]}"
+    name = resource_name(spec["pipelineInfo"]["name"])
+    return f"{name}-{digest_json([spec, platform])[:12]}"
 
 
-def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], code: str | None) -> None:
+def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], pipeline: PipelineName, code: str | None) -> None:
     """Everything that only a cluster knows of a task."""
     _ask(task, row, places)
     if not row.at_exit:  # KFP retries no exit task
@@ -151,7 +159,7 @@ def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], code: str |
     kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
     run_id = name_of("run_id")
     kubernetes.use_field_path_as_env(task, env_name=run_id, field_path="metadata.labels['pipeline/runid']")
-    given = named(store=f"{site.MOUNT}/store", run=f"{site.MOUNT}/runs/${run_id}", root=site.MOUNT)
+    given = named(store=f"{site.MOUNT}/store", run=f"{site.MOUNT}/runs/${run_id}", root=site.MOUNT, pipeline=pipeline)
     for name, value in (given | (named(code=code) if code else {})).items():
         task.set_env_variable(name, value)
 

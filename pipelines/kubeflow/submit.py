@@ -17,6 +17,8 @@ from rich.console import Console
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.pipelines import Pipeline, PipelineName
+from nvila.components.contracts.recipe.form import given
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import ROWS
@@ -60,7 +62,9 @@ class Wanted:
     service_account: str | None = None
 
 
-def upload(server: Server, version: Version, namespace: str | None, console: Console) -> V2beta1PipelineVersion:
+def upload(
+    server: Server, version: Version, namespace: str | None, console: Console, pipeline: PipelineName = "lifecycle"
+) -> V2beta1PipelineVersion:
     """Make sure that the pipeline compiled here is on the server, and return its version there.
 
     The version's name is the digest of its content, so the same content is never uploaded twice.
@@ -68,35 +72,35 @@ def upload(server: Server, version: Version, namespace: str | None, console: Con
     Raises:
         ConfigError: no image, or a name that is taken.
     """
-    from nvila.pipelines.compile.package import NAME, compiled, version_name
+    from nvila.pipelines.compile.package import compiled, resource_name, version_name
 
     if not (version.image and version.quantize_image):
         raise ConfigError("an upload needs the images of the steps", where="--image and --quantize-image")
-    spec, platform = compiled(version.image, version.quantize_image)
-    name, about = version_name(spec, platform), spec["pipelineInfo"]["description"]
-    pipeline = server.pipeline(NAME, [namespace])
-    if pipeline is None:
+    spec, platform = compiled(version.image, version.quantize_image, pipeline)
+    called, name, about = resource_name(pipeline), version_name(spec, platform), spec["pipelineInfo"]["description"]
+    there = server.pipeline(called, [namespace])
+    if there is None:
         try:
-            pipeline = server.create_pipeline(NAME, spec["pipelineInfo"]["displayName"], about, namespace)
+            there = server.create_pipeline(called, spec["pipelineInfo"]["displayName"], about, namespace)
         except Conflict as error:
-            pipeline = server.pipeline(NAME, [namespace])
-            if pipeline is None:
+            there = server.pipeline(called, [namespace])
+            if there is None:
                 raise ConfigError(
-                    f"a pipeline {NAME} is there, but not yours to see: {error}", where="--namespace", value=namespace
+                    f"a pipeline {called} is there, but not yours to see: {error}", where="--namespace", value=namespace
                 ) from None
-    if found := _version(server, pipeline.pipeline_id, name):
-        print_line(console, f"{NAME}: version {name} is there already")
+    if found := _version(server, there.pipeline_id, name):
+        print_line(console, f"{called}: version {name} is there already")
         return found
     with TemporaryDirectory() as folder:
         file = Path(folder, f"{name}.yaml")
         file.write_text(yaml.safe_dump_all([spec, platform]), encoding="utf-8")
         try:
-            made = server.upload_version(pipeline.pipeline_id, name, f"image {version.image}", file)
+            made = server.upload_version(there.pipeline_id, name, f"image {version.image}", file)
         except Conflict:  # the same upload from elsewhere was faster
-            made = _version(server, pipeline.pipeline_id, name)
+            made = _version(server, there.pipeline_id, name)
             if made is None:
                 raise
-    print_line(console, f"{NAME}: version {name} uploaded")
+    print_line(console, f"{called}: version {name} uploaded")
     return made
 
 
@@ -110,6 +114,7 @@ def submit(
     *,
     data_uri: str = "",
     model_name: str = "",
+    start_from: str = "",
     wait: bool = False,
 ) -> int:
     """Start a run and return the exit code: 0 once it is started, or with `wait` that of the run (see `Exit`).
@@ -122,11 +127,15 @@ def submit(
 
     if not recipe:
         raise ConfigError("which recipe?", where="RECIPE", do=f"Shipped are: {', '.join(shipped())}.")
-    fields = {"data_uri": data_uri, "model_name": model_name, "target": "none"}
+    fields = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from, "target": "none"}
     form, checked = asked_for(recipe, overrides, here=False, **fields)
     slices(checked)  # refuses what resolve would
     namespace = namespace_of(server, wanted.namespace)
-    chosen = upload(server, version, namespace, console) if version.own else _installed(server, namespace)
+    pipeline = checked.pipeline
+    if version.own:
+        chosen = upload(server, version, namespace, console, pipeline.name)
+    else:
+        chosen = _installed(server, pipeline.name, namespace)
     experiment = server.experiment(wanted.experiment, namespace)
     started = server.create_run(
         api.V2beta1Run(
@@ -135,13 +144,13 @@ def submit(
             pipeline_version_reference=api.V2beta1PipelineVersionReference(
                 pipeline_id=chosen.pipeline_id, pipeline_version_id=chosen.pipeline_version_id
             ),
-            runtime_config=api.V2beta1RuntimeConfig(parameters=form.model_dump()),
+            runtime_config=api.V2beta1RuntimeConfig(parameters=given(form, pipeline)),
             service_account=wanted.service_account,
         )
     )
     where = server.run_url(started.run_id)
     print_line(console, tell(f"run {started.display_name}: {where}"))
-    return _wait(server, started, console) if wait else int(Exit.DONE)
+    return _wait(server, started, pipeline, console) if wait else int(Exit.DONE)
 
 
 def namespace_of(server: Server, given: str | None, *, shared: bool = False) -> str | None:
@@ -167,14 +176,14 @@ def exit_code(run: V2beta1Run) -> Exit:
     return codes[0] if codes else Exit.FAULT
 
 
-def states(run: V2beta1Run, now: datetime | None = None) -> list[StepState]:
-    """Every step of the DAG as the server tells it; of one that was tried again, the newest try."""
+def states(run: V2beta1Run, pipeline: Pipeline, now: datetime | None = None) -> list[StepState]:
+    """Every step of the pipeline as the server tells it; of one that was tried again, the newest try."""
     tasks = sorted(_tasks(run), key=lambda task: task.create_time or datetime.min.replace(tzinfo=UTC))
     newest = {task.display_name: task for task in tasks}
-    return [_state(name, newest.get(name), now or datetime.now(UTC)) for name in ROWS]
+    return [_state(name, newest.get(name), now or datetime.now(UTC)) for name in pipeline.rows]
 
 
-def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
+def _wait(server: Server, started: V2beta1Run, pipeline: Pipeline, console: Console) -> int:
     """Show the steps until the run has ended; Ctrl-C asks what to do with it."""
     url = server.run_url(started.run_id)
 
@@ -183,7 +192,7 @@ def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
 
     while True:
         try:
-            run = _follow(server, started, console, say)
+            run = _follow(server, started, pipeline, console, say)
             break
         except KeyboardInterrupt:
             answer = _asked()
@@ -199,10 +208,12 @@ def _wait(server: Server, started: V2beta1Run, console: Console) -> int:
     return int(exit_code(run))
 
 
-def _follow(server: Server, started: V2beta1Run, console: Console, say: Callable[[str], None]) -> V2beta1Run:
+def _follow(
+    server: Server, started: V2beta1Run, pipeline: Pipeline, console: Console, say: Callable[[str], None]
+) -> V2beta1Run:
     """The run once it has ended."""
     run = started
-    with Watch(started.display_name or started.run_id, lambda: states(run), console) as watch:
+    with Watch(started.display_name or started.run_id, lambda: states(run, pipeline), console) as watch:
         while run.state not in _ENDED:
             _pause(POLL_SECONDS, watch.refresh)
             run = patiently(lambda: server.run(started.run_id), PATIENCE_SECONDS, say, POLL_SECONDS)
@@ -231,15 +242,15 @@ def _asked() -> str:
         return "l"
 
 
-def _installed(server: Server, namespace: str | None) -> V2beta1PipelineVersion:
+def _installed(server: Server, name: PipelineName, namespace: str | None) -> V2beta1PipelineVersion:
     """The newest version that is on the server, of the namespace's own pipeline or else of the shared one."""
-    from nvila.pipelines.compile.package import NAME
+    from nvila.pipelines.compile.package import resource_name
 
-    pipeline = server.pipeline(NAME, [namespace, None] if namespace else [None])
+    pipeline = server.pipeline(called := resource_name(name), [namespace, None] if namespace else [None])
     newest = next(server.versions(pipeline.pipeline_id), None) if pipeline else None
     if newest is None:
         raise ConfigError(
-            f"no pipeline {NAME} is installed there",
+            f"no pipeline {called} is installed there",
             where=server.host,
             do="Install the chart, or give --image to upload the pipeline from here.",
         )

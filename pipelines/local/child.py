@@ -34,7 +34,9 @@ def main(run_dir: Path, python: Path) -> int:
     steps = forks.start(python, run_dir)  # it imports while KFP is imported here
     from kfp import local
 
-    from nvila.pipelines.lifecycle import build
+    from nvila.components.contracts.environment import Environment
+    from nvila.components.contracts.pipelines import PIPELINES
+    from nvila.pipelines.build import build
 
     arguments = json.loads((run_dir / ARGUMENTS).read_text(encoding="utf-8"))
     local.init(
@@ -45,7 +47,7 @@ def main(run_dir: Path, python: Path) -> int:
     # KFP puts this in the place of each `python3` in a command and in its arguments, which so stay as they are.
     sys.executable = "python3"
     try:
-        build()(**arguments)
+        build(pipeline=PIPELINES[Environment.read().pipeline or "lifecycle"])(**arguments)
     except RuntimeError as error:  # KFP's way to say that a task failed
         print(tell(str(error)), flush=True)
         return 1

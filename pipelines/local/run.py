@@ -1,4 +1,4 @@
-"""`nvila run`: the lifecycle on this machine. Checks first, then runs the DAG in a child process and watches it."""
+"""`nvila run`: a recipe's pipeline on this machine. Checks first, then runs the DAG in a child and watches it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from nvila.components.contracts.environment import for_child, named
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
+from nvila.components.contracts.pipelines import Pipeline, PipelineName
 from nvila.components.contracts.processes import OWNER, Process
-from nvila.components.contracts.recipe.form import Form
+from nvila.components.contracts.recipe.form import Form, given
 from nvila.components.contracts.recipe.recipe import slices
-from nvila.components.contracts.steps import PREFLIGHT, ROWS, STAGES
+from nvila.components.contracts.steps import PREFLIGHT
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
 from nvila.components.preflight.checks import weights_problems
@@ -52,8 +53,10 @@ def run(
     runs: Path = Path("runs"),
     store: Path = Path("store"),
     profile: str = "",
+    start_from: str = "",
+    wanted: PipelineName | None = None,
 ) -> Summary:
-    """Run the lifecycle and return what came of it, the exit code among it.
+    """Run the recipe's pipeline and return what came of it, the exit code among it.
 
     Args:
         recipe: name of a shipped recipe, or path of a YAML file.
@@ -61,28 +64,37 @@ def run(
         runs: folder that gets a folder for this run.
         store: folder of finished work, shared between runs.
         profile: training step of which a few optimizer steps are profiled, or `all`; empty for none.
+        start_from: the whole model to fine-tune; empty for the recipe's.
+        wanted: refuse a recipe of another pipeline than this.
 
     Raises:
         ConfigError, PreflightError: the input is wrong; nothing has been written yet.
         Unreachable: MLflow or the place of weights does not answer; nor has anything been written.
     """
-    form, checked = asked_for(recipe, overrides)
-    if profile and profile not in (*STAGES, "all"):
+    form, checked = asked_for(recipe, overrides, start_from=start_from)
+    pipeline = checked.pipeline
+    if wanted not in (None, pipeline.name):
         raise ConfigError(
-            "no such stage", where="--profile", value=profile, do=f"Name one of {', '.join(STAGES)}, all."
+            "the recipe makes its own model", where=recipe, do=f"Use `nvila run {recipe}`, or name a model."
+        )
+    if profile and profile not in (*pipeline.stages, "all"):
+        raise ConfigError(
+            "no such stage", where="--profile", value=profile, do=f"Name one of {', '.join(pipeline.stages)}, all."
         )
     needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, runs.absolute(), store.absolute(), demo_can_be_built=True))
     preflight.refuse(weights_problems(needs.weights, runs.absolute()))
+    preflight.refuse(preflight.start_problems(needs, runs.absolute()))
     for line in remarks(recipe, checked) + preflight.remarks(needs):
         say(line)
     with _Stop() as stop:
-        return _run_checked(form, _new_run(runs.absolute(), checked.name), store.absolute(), stop, profile)
+        run_dir = _new_run(runs.absolute(), checked.name)
+        return _run_checked(form, pipeline, run_dir, store.absolute(), stop, profile)
 
 
-def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop, profile: str = "") -> Summary:
+def _run_checked(form: Form, pipeline: Pipeline, run_dir: Path, store: Path, stop: _Stop, profile: str = "") -> Summary:
     write_atomic(run_dir / OWNER, Process.this().model_dump_json())
-    write_atomic(run_dir / ARGUMENTS, json.dumps(form.model_dump(), indent=1))
+    write_atomic(run_dir / ARGUMENTS, json.dumps(given(form, pipeline), indent=1))
     _point_latest(run_dir)
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = visible(f"run {run_dir.name}: what the steps print goes to {short(run_dir / LOG)}")
@@ -91,13 +103,13 @@ def _run_checked(form: Form, run_dir: Path, store: Path, stop: _Stop, profile: s
     sampler = MemorySampler(os.getpid(), run_dir.parent)
     sampler.start()
     threading.Thread(target=copy_context().run, args=(_close_abandoned, run_dir.parent)).start()
-    code = _watched(run_dir, store, console, stop, profile)
+    code = _watched(run_dir, pipeline, store, console, stop, profile)
     met: set[str] = set()
     # A disk that damages it each time ends this.
     while not stop.asked and (damage := _damage_met(run_dir)) and damage not in met:
         met.add(damage)
         print_line(console, tell(f"{damage}\nthe damaged work is done again"))
-        code = _watched(run_dir, store, console, stop, profile)
+        code = _watched(run_dir, pipeline, store, console, stop, profile)
     sampler.stop()
     over = Run.read(run_dir)
     exit_code = _exit_code(over, code)
@@ -115,15 +127,15 @@ def _damage_met(run_dir: Path) -> str | None:
     return next((step.message for step in statuses(run_dir) if step.damaged), None)
 
 
-def _watched(run_dir: Path, store: Path, console: Console, stop: _Stop, profile: str = "") -> int:
+def _watched(run_dir: Path, pipeline: Pipeline, store: Path, console: Console, stop: _Stop, profile: str = "") -> int:
     """Start the child, show its progress, pass signals on; return its exit code."""
     # Steps run one after the other here, so each may have the whole machine; idle threads must not spin.
     alone = named(threads=len(os.sched_getaffinity(0))) | {"OMP_WAIT_POLICY": "PASSIVE"}
-    environment = for_child(named(store=store, run=run_dir, profile=profile), unless_set=alone)
+    environment = for_child(named(store=store, run=run_dir, pipeline=pipeline.name, profile=profile), unless_set=alone)
     with (
         tempfile.TemporaryDirectory(prefix="nvila-") as python,
         (run_dir / LOG).open("a+b") as log,
-        Watch(run_dir.name, lambda: read_states(run_dir), console) as watch,
+        Watch(run_dir.name, lambda: read_states(run_dir, pipeline.rows), console) as watch,
     ):
         locks.share(log)  # until the last process of the run, which all have it open, is gone
         put_client(Path(python))
@@ -248,7 +260,7 @@ def _exit_code(run: Run, child_code: int) -> Exit:
         return Exit.PREEMPTED
     if run.trouble:
         return run.trouble.exit_code or Exit.FAULT
-    if run.lost or (child_code == Exit.DONE and run.unfinished(ROWS)):
+    if run.lost or (child_code == Exit.DONE and run.unfinished(run.pipeline.rows)):
         return Exit.FAULT
     return Exit(child_code) if child_code in list(Exit) else Exit.FAULT
 

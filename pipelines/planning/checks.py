@@ -38,17 +38,17 @@ class Need:
     gpus: int
     """Processes of the largest training stage."""
     can_do_without: bool
-    """Small models made by the recipe itself train on CPUs as well."""
+    """Small models train on CPUs as well."""
     s3: bool
     hub: bool
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Need:
-        """Of a recipe."""
+    def of(cls, recipe: Recipe, *, small: bool) -> Need:
+        """Of a recipe, whose model is `small` or not (`shape.is_small`)."""
         uris = [*recipe.weights, *(source.path for source in recipe.data.sources)]
         return cls(
             gpus=recipe.train.gpus,
-            can_do_without=recipe.model.base.llm is None,
+            can_do_without=small,
             s3=any(uri.startswith("s3://") for uri in uris),
             hub=any(uri.startswith("hf://") for uri in uris),
         )

@@ -22,7 +22,7 @@ from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.planning.fit import computed
 from nvila.pipelines.planning.layers import Layer, layers, whole
 from nvila.pipelines.planning.memory import largest, seen
-from nvila.pipelines.planning.shape import stage_shapes
+from nvila.pipelines.planning.shape import is_small, stage_shapes
 from nvila.pipelines.planning.timing import MOST_ON_A_CPU, Times, bound, measured
 from nvila.pipelines.show.watch import print_line
 
@@ -78,7 +78,7 @@ def diagnose(recipe: str, overrides: Iterable[str], gpu: str) -> Diagnosis:
     shapes = stage_shapes(asked)
     if None in shapes:
         raise ConfigError("the sizes of the weights that model.base names are not known", where="model.base")
-    how, time_of = _timer(asked, GPUS[gpu])
+    how, time_of = _timer(asked, GPUS[gpu], is_small(asked, shapes[0]))
     stages = zip(STAGES, asked.train.stages, shapes, strict=False)
     found = [
         _verdict(step, stage, asked, shape, GPUS[gpu], time_of) for step, stage, shape in stages if stage and shape
@@ -86,14 +86,14 @@ def diagnose(recipe: str, overrides: Iterable[str], gpu: str) -> Diagnosis:
     return Diagnosis(asked.name, asked.train.precision, how, gpu, found)
 
 
-def _timer(recipe: Recipe, gpu: Gpu) -> tuple[str, Any]:
+def _timer(recipe: Recipe, gpu: Gpu, small: bool) -> tuple[str, Any]:
     """How times are found, in words, and by what."""
     import torch
 
     run = recipe.train.run
     if torch.cuda.is_available():
         return f"measured on {torch.cuda.get_device_name()}", cache(lambda layer: measured(layer, run))
-    if recipe.model.base.llm is None and run.precision == "fp8-current":
+    if small and run.precision == "fp8-current":
         most = f"products of at most {MOST_ON_A_CPU:,} positions"
         words = f"measured on this CPU, {most}: that FP8 runs here, and nothing about a GPU"
         return words, cache(lambda layer: measured(layer, run))

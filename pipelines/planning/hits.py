@@ -10,7 +10,7 @@ from nvila.components.contracts.errors import NvilaError, Unreachable
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import slices
-from nvila.components.contracts.steps import REPORT, RESOLVE, STEPS
+from nvila.components.contracts.steps import REPORT, RESOLVE
 from nvila.components.contracts.store import Store
 from nvila.components.runner.execute import identity
 
@@ -21,12 +21,13 @@ is its key. `always`: runs whatever is there. `not asked for`: the recipe leaves
 
 def verdicts(form: Form, store: Path, runs: Path) -> dict[str, Verdict]:
     """By step, for a run on this machine with this store."""
-    settings: dict[str, Any] = slices(fill_in(form)) | {RESOLVE: form.model_dump(), REPORT: {}}
+    recipe = fill_in(form)
+    settings: dict[str, Any] = slices(recipe) | {RESOLVE: form.model_dump(), REPORT: {}}
     found: dict[str, Verdict] = {}
     manifests: dict[str, Manifest] = {}
     # Where the steps of a run would look; the index of digests lies there too.
     with entered(current().model_copy(update={"store": store, "run": runs / "plan"})) as here:
-        for row in STEPS:
+        for row in recipe.pipeline.steps:
             inputs = {name: manifests[step] for name, step in row.inputs.items() if step in manifests}
             if row.always:
                 found[row.name] = "always"

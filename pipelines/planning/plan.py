@@ -19,7 +19,7 @@ from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.site import Site
-from nvila.components.contracts.steps import PREFLIGHT, STAGES, STEPS
+from nvila.components.contracts.steps import PREFLIGHT, STAGES
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.model.shape import Shape
@@ -39,7 +39,7 @@ from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.passes import passes
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
-from nvila.pipelines.planning.shape import shape_of, stage_shapes
+from nvila.pipelines.planning.shape import is_small, located, shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
 from nvila.pipelines.show.watch import print_line
@@ -93,7 +93,7 @@ class Plan:
     parameters: dict[str, int] | None
     stages: list[StagePlan]
     pruning: list[PrunePlan]
-    """Each prune step, then both together."""
+    """Each prune step, then both together; nothing of a pipeline without them."""
     assumptions: Assumptions
     speed_here: Speed | None
     """Of this machine, in whose minutes pruning is told where the recipe does without a GPU."""
@@ -140,17 +140,18 @@ def make_plan(
         ConfigError: the recipe or an option is wrong.
         PreflightError: the cluster does not answer.
     """
-    form, checked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
+    form, asked = asked_for(recipe, overrides)  # as `nvila run` does, or the keys would not be those of a run
+    checked = located(asked, runs)
     known = cost.subsets(checked.data, samples)
     shape = shape_of(checked.model)
     if shape:
         require(shape.config.llm, checked.train.run)
-    if PRECISIONS[checked.train.precision].fp8 and not assumptions.gpu.fp8 and checked.model.base.llm:
+    small = is_small(checked, shape)
+    if PRECISIONS[checked.train.precision].fp8 and not assumptions.gpu.fp8 and not small:
         raise ConfigError(
             f"{assumptions.gpu.name} has no products in FP8", where="--gpu", do="Name another, or train.precision bf16"
         )
-    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
-    small = checked.model.base.llm is None
+    needs = preflight.Settings.model_validate(slices(asked)[PREFLIGHT])
     opened = open_samples(checked.data)
     here = speed_here(shape, known, store, checked.train.precision) if small and shape and known else None
     rates = Rates(assumptions.gpu, assumptions.mfu, assumptions.gpu_hour_price, here)
@@ -161,7 +162,7 @@ def make_plan(
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
     if cluster:
         try:
-            site, findings = look(cluster, Need.of(checked), assumptions.gpu.name)
+            site, findings = look(cluster, Need.of(checked, small=small), assumptions.gpu.name)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
         except ApiError as error:
             if insist:
@@ -171,7 +172,7 @@ def make_plan(
         recipe=checked.name,
         remarks=remarks(recipe, checked) + preflight.remarks(needs),
         store=found,
-        places={row.name: work(row, checked, site) for row in STEPS},
+        places={row.name: work(row, checked, site) for row in checked.pipeline.steps},
         parameters=shape.parameters if shape else None,
         stages=[
             _stage(step, stage, checked, shaped, known, rates, done)
@@ -182,9 +183,9 @@ def make_plan(
         assumptions=assumptions,
         speed_here=here,
         assumed=assumed,
-        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs.weights, runs),
+        here=preflight.problems(needs, runs, store, demo_can_be_built=True) + _weights(needs, runs),
         opened=opened,
-        not_asked=[uri for uri in needs.weights if uri.startswith("hf://")],
+        not_asked=_on_hub(needs),
         looked=looked,
         findings=findings,
         fits_at_most=fits(checked, shape, assumptions.gpu) if fit else None,
@@ -242,17 +243,21 @@ def _stage(
     shares = (0.0, 0.0) if step in done else (operations, fp8.operations(shape, stage, train.run, tokens))
     effort = rates.effort(shares[0], PRECISIONS[train.precision].products, shares[1])
     hours = effort.gpu_hours / train.gpus
-    gpu = recipe.model.base.llm is not None
-    packing = passes(shape, stage, train.run, drawn, known, gpu=gpu)
+    packing = passes(shape, stage, train.run, drawn, known, gpu=not is_small(recipe, shape))
     return StagePlan(step, train.gpus, need, samples, tokens, hours, effort.price, effort.minutes_here, packing)
 
 
-def _weights(weights: Iterable[str], runs: Path) -> list[str]:
+def _weights(needs: preflight.Settings, runs: Path) -> list[str]:
     """What is wrong with weights that are not on the hub: a plan does without the internet."""
     try:
-        return weights_problems((uri for uri in weights if not uri.startswith("hf://")), runs)
+        found = weights_problems((uri for uri in needs.weights if not uri.startswith("hf://")), runs)
+        return found or ([] if needs.start in _on_hub(needs) else preflight.start_problems(needs, runs))
     except Unreachable as error:
         return [str(error)]
+
+
+def _on_hub(needs: preflight.Settings) -> list[str]:
+    return [uri for uri in needs.weights if uri.startswith("hf://")]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -272,7 +277,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def show(plan: Plan, console: Console) -> None:
     """For a person."""
     asked = [_fits(plan.fits_at_most)] if plan.fits_at_most else []
-    console.print(_steps(plan), _pruning(plan), _memory(plan), *asked)
+    pruning = [_pruning(plan)] if plan.pruning else []
+    console.print(_steps(plan), *pruning, _memory(plan), *asked)
     for line in (*_notes(plan), "", *_refusals(plan)):
         print_line(console, tell(line))
 
@@ -365,7 +371,7 @@ def _notes(plan: Plan) -> list[str]:
         states.FORMULA,
         "",
         cost.FORMULA,
-        *([pruned.FORMULA] if plan.pruning[-1].sources else []),
+        *([pruned.FORMULA] if plan.pruning and plan.pruning[-1].sources else []),
         "",
     ]
     speed, gpu = plan.speed_here, given.gpu

@@ -9,7 +9,7 @@ from nvila.components.contracts.gpus import Gpu
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.prune import Reference
 from nvila.components.contracts.recipe.recipe import Recipe
-from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, STAGES
+from nvila.components.contracts.steps import PRUNE_IMAGE, PRUNE_VIDEO, PRUNES, STAGES
 from nvila.components.model.shape import Seen, Shape
 from nvila.components.model.work import forward, operations
 from nvila.pipelines.planning import fp8
@@ -107,7 +107,7 @@ class PrunePlan:
 def plans(
     recipe: Recipe, known: Mapping[str, Subset], rates: Rates, done: Collection[str] = ()
 ) -> tuple[list[PrunePlan], list[str]]:
-    """Each prune step, the last of them all together; and what was assumed of references.
+    """Each prune step of the recipe's pipeline, the last of them all together; and what was assumed of references.
 
     Args:
         recipe: the recipe.
@@ -115,6 +115,8 @@ def plans(
         rates: what operations are worth.
         done: steps whose work is there already: they cost nothing, and nothing is saved in them.
     """
+    if not recipe.pipeline.rows.keys() & PRUNES:
+        return [], []
     whole = shape_of(recipe.model)
     shapes, assumed = _shapes(recipe, whole)
     steps = [

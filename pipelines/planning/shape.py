@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.recipe.model import DecoderSizes, ModelSettings
+from nvila.components.contracts.places import is_version
+from nvila.components.contracts.recipe.model import Base, DecoderSizes, ModelSettings
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.model.shape import Shape, count
+from nvila.components.tracking.trained import folder_of
+
+SMALL_PARAMETERS = 10**8
+"""A model of at most so many is trained without a GPU as well."""
+
+
+def located(recipe: Recipe, runs: Path) -> Recipe:
+    """The recipe with the folder of the registered model that it starts from, for what asks for shapes; unchanged where
+    it names none, or none that is here."""
+    place = recipe.model.base.model
+    if place is None or not is_version(place):
+        return recipe
+    try:
+        model = ModelSettings(base=Base(model=str(folder_of(place, runs))))
+    except NvilaError:  # preflight says it
+        return recipe
+    return recipe.model_copy(update={"model": model})
+
+
+def is_small(recipe: Recipe, shape: Shape | None) -> bool:
+    """Whether the model can do without a GPU: one that is made here, or a whole one of its size."""
+    base = recipe.model.base
+    return base.made_here or (base.model is not None and shape is not None and shape.total <= SMALL_PARAMETERS)
 
 
 def stage_shapes(recipe: Recipe) -> list[Shape | None]:
     """Of the model in each stage of the recipe, after its changes; None where the sizes are not known."""
+    if place := recipe.model.base.model:
+        return list(_changed(shape_at(place), recipe))
     found: list[Shape | None] = []
     last = None
     for index in range(len(recipe.train.stages)):
@@ -21,6 +49,21 @@ def stage_shapes(recipe: Recipe) -> list[Shape | None]:
         found.append(found[-1] if now == last else shape_of(now[0], time_tokens=now[1]))
         last = now
     return found
+
+
+def _changed(shape: Shape | None, recipe: Recipe) -> Iterator[Shape | None]:
+    """Of a whole model that each stage changes."""
+    from nvila.components.model.checkpoint.changes import reconfigured
+    from nvila.components.model.config.config import with_vocabulary
+
+    for stage in recipe.train.stages:
+        if stage and shape:
+            config = reconfigured(shape.config, stage.model)
+            if (timed := stage.model.time_tokens or 0) > config.time_tokens:
+                rows = int(config.llm["vocab_size"]) + timed - config.time_tokens
+                config = replace(with_vocabulary(config, rows), time_tokens=timed)
+            shape = shape if config == shape.config else count(config)
+        yield shape
 
 
 def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None, *, time_tokens: int = 0) -> Shape | None:
@@ -34,6 +77,8 @@ def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None, *, ti
     from nvila.components.model.fresh import with_decoder
 
     base = settings.base
+    if base.model:
+        return shape_at(base.model)
     if base.vision_tower and base.llm:
         vision, llm = _named(base.vision_tower, "vision_config"), _named(base.llm)
         if vision is None or llm is None:
@@ -48,14 +93,14 @@ def shape_of(settings: ModelSettings, decoder: DecoderSizes | None = None, *, ti
 def shape_at(place: str) -> Shape | None:
     """Counts of a whole model by where it lies: a folder, or `hf://` with the name of a published variant; None where
     that does not say."""
-    from nvila.components.model.checkpoint.layouts import checkpoint_root, read_native_config
+    from nvila.components.model.checkpoint.trainable import read_trainable
     from nvila.components.model.config.variants import VARIANTS
 
     if "://" in place:
         name = place.rpartition("/")[2].partition("@")[0]
         return count(VARIANTS[name]) if name in VARIANTS else None
     try:
-        return count(read_native_config(checkpoint_root(Path(place))))
+        return count(read_trainable(Path(place)).config)
     except (NvilaError, OSError):
         return None
 

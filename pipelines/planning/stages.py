@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from nvila.components.contracts.recipe.recipe import Recipe
+from nvila.components.contracts.recipe.train import Stage
 from nvila.components.contracts.steps import STAGES
 from nvila.components.model.learning import trained
+from nvila.components.model.shape import Shape
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
 from nvila.pipelines.planning import cost
 from nvila.pipelines.planning.cost import Subset
-from nvila.pipelines.planning.shape import stage_shapes
+from nvila.pipelines.planning.shape import located, stage_shapes
 from nvila.pipelines.show.watch import print_line
 
 ESTIMATE = (
@@ -51,22 +54,25 @@ class StageRow:
     weight_decay: float
     clip_norm: float | None
     warmup_ratio: float
-    max_length_tokens: int
+    max_length_tokens: int | None
     """Longest row: the stage's limit, or the model's where that is less."""
-    frames: int
+    frames: int | None
     """Of a clip, at most where the model has a rate."""
-    pool_sizes: list[tuple[int, int, int]]
-    time_tokens: int
+    pool_sizes: list[tuple[int, int, int]] | None
+    time_tokens: int | None
     """In the vocabulary."""
 
 
-def table(recipe: str, overrides: Iterable[str], samples: Mapping[str, int]) -> list[StageRow]:
-    """The rows of a recipe.
+def table(
+    recipe: str, overrides: Iterable[str], samples: Mapping[str, int], runs: Path = Path("runs")
+) -> list[StageRow]:
+    """The rows of a recipe; `runs` has the registry of what it may start from.
 
     Raises:
         ConfigError: the recipe or an option is wrong.
     """
     _, checked = asked_for(recipe, overrides)
+    checked = located(checked, runs)
     return rows(checked, cost.subsets(checked.data, samples))
 
 
@@ -76,7 +82,7 @@ def rows(recipe: Recipe, known: Mapping[str, Subset]) -> list[StageRow]:
     for index, (step, shape) in enumerate(zip(STAGES, stage_shapes(recipe), strict=False)):
         if (stage := recipe.train.stages[index]) is None:
             continue
-        model, gpus = recipe.model_at(index), recipe.train.gpus
+        gpus = recipe.train.gpus
         drawn = cost.samples_of(stage, known, recipe.prune)
         number, micro = None if drawn is None else sum(drawn.values()), stage.samples_at_once(gpus)
         found.append(
@@ -96,13 +102,26 @@ def rows(recipe: Recipe, known: Mapping[str, Subset]) -> list[StageRow]:
                 weight_decay=stage.weight_decay,
                 clip_norm=stage.clip_norm,
                 warmup_ratio=stage.warmup_ratio,
-                max_length_tokens=min(stage.max_length_tokens, model.max_length_tokens),
-                frames=model.video.frames,
-                pool_sizes=list(model.video.pool_sizes),
-                time_tokens=recipe.time_tokens_at(index),
+                **_of_model(recipe, index, shape, stage),
             )
         )
     return found
+
+
+def _of_model(recipe: Recipe, index: int, shape: Shape | None, stage: Stage) -> dict[str, Any]:
+    """What the model brings to a row: by the recipe, or by a whole one that it starts from, as far as that is known."""
+    if recipe.model.base.model is None:
+        model = recipe.model_at(index)
+        length, video, timed = model.max_length_tokens, model.video, recipe.time_tokens_at(index)
+        frames, pools = video.frames, list(video.pool_sizes)
+    elif shape is None:
+        return dict.fromkeys(("max_length_tokens", "frames", "pool_sizes", "time_tokens"))
+    else:
+        config = shape.config
+        length, frames, pools = config.max_length_tokens, config.sampling.frames, list(config.video_pool_sizes)
+        timed = config.time_tokens
+    longest = min(stage.max_length_tokens, length)
+    return {"max_length_tokens": longest, "frames": frames, "pool_sizes": pools, "time_tokens": timed}
 
 
 def as_json(found: Iterable[StageRow]) -> dict[str, Any]:
@@ -138,10 +157,14 @@ def _words(row: StageRow) -> dict[str, str]:
         "weight decay": f"{row.weight_decay:g}",
         "clip norm": "none" if row.clip_norm is None else f"{row.clip_norm:g}",
         "warm-up": f"{row.warmup_ratio:g} of the steps",
-        "longest row": f"{row.max_length_tokens:,} tokens",
-        "frames, pooling": f"{row.frames}, {' and '.join('x'.join(map(str, pool)) for pool in row.pool_sizes)}",
-        "time tokens": str(row.time_tokens) if row.time_tokens else "none",
+        "longest row": f"{_number(row.max_length_tokens)} tokens",
+        "frames, pooling": f"{_number(row.frames)}, {_pools(row.pool_sizes)}",
+        "time tokens": "none" if row.time_tokens == 0 else _number(row.time_tokens),
     }
+
+
+def _pools(sizes: list[tuple[int, int, int]] | None) -> str:
+    return "unknown" if sizes is None else " and ".join("x".join(map(str, pool)) for pool in sizes)
 
 
 def _number(value: float | None) -> str:

@@ -22,7 +22,7 @@ from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.results.accuracy import Evaluation
 from nvila.components.contracts.results.result import Measured
 from nvila.components.contracts.results.run import Registration, Resolution, Rollout
-from nvila.components.contracts.steps import ROWS, STAGES, VALIDATE
+from nvila.components.contracts.steps import STAGES, VALIDATE
 from nvila.components.contracts.surroundings import has_proxy
 from nvila.components.contracts.text import shell_word, visible, visible_lines
 from nvila.components.metrics.standing import Compared
@@ -53,7 +53,7 @@ def show_closing(run: Run, summary: Summary, console: Console) -> None:
         f"{summary.run}: {summary.decision} after {minutes:.1f} min "
         f"(overhead {summary.seconds_overhead:.1f} s, peak memory {gib:.1f} GiB)"
     )
-    steps = [StepState(step.name, step.in_the_end, step.seconds, "") for step in map(run.step, ROWS)]
+    steps = [StepState(step.name, step.in_the_end, step.seconds, "") for step in map(run.step, run.pipeline.rows)]
     _print_table(console, title, step_table(steps, notes=False))
     if summary.message:
         print_line(console, f"\n{visible_lines(summary.message)}", style="bold")
@@ -148,7 +148,8 @@ def _held_out(run: Run) -> tuple[Path, str] | None:
 
 def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("source", "n", "majority", "question only", "trained", "quantized"):
+    tuned = any(m.base for m in accuracy.values())
+    for column in ("source", "n", "majority", "question only", *(("base",) if tuned else ()), "trained", "quantized"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source, m in accuracy.items():
         table.add_row(
@@ -156,6 +157,7 @@ def _accuracy_table(accuracy: Mapping[str, Compared]) -> Table:
             str(m.full.n),
             f"{m.majority.value:.3f}",
             f"{_interval(m.question_only)} {m.question_only.kind}",
+            *((_interval(m.base),) if tuned else ()),
             _interval(m.full),
             _interval(m.quantized),
         )

@@ -9,10 +9,11 @@ from nvila.components.contracts.errors import NvilaError, Preempted, to_record
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import write_atomic
 from nvila.components.contracts.meter import METER, Measures, measures
+from nvila.components.contracts.pipelines import PipelineName
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
 from nvila.components.contracts.results.result import Measured, Result
 from nvila.components.contracts.results.run import Resolution, Rollout
-from nvila.components.contracts.steps import QUANTIZE, ROWS, STAGES
+from nvila.components.contracts.steps import QUANTIZE, STAGES
 from nvila.components.metrics.standing import Compared, Headline, compared, headline
 from nvila.components.report.quarantine import Reason, quarantine_file, reasons, set_aside
 from nvila.components.runner.status import Run, Status, StepStatus
@@ -57,6 +58,7 @@ class Summary(Result):
     version: str
     """Of this package."""
     run: str
+    pipeline: PipelineName = "lifecycle"
     recipe: str | None
     exit_code: Exit
     decision: str
@@ -92,6 +94,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
     summary = Summary(
         version=product(),
         run=run.name,
+        pipeline=run.pipeline.name,
         recipe=recipe.name if recipe else None,
         exit_code=Exit(exit_code),
         decision=_decision(rollout, exit_code),
@@ -106,7 +109,7 @@ def write_summary(run: Run, seconds_total: float, peak_pss_bytes: int, exit_code
                 seconds=round(step.seconds, 3),
                 cached=step.status is Status.CACHED,
             )
-            for step in map(run.step, ROWS)
+            for step in map(run.step, run.pipeline.rows)
         ],
         quarantine=reasons(set_aside(run)),
         headline=verdict(run).text,

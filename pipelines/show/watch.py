@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nvila.components.contracts.steps import ROWS
 from nvila.components.contracts.text import visible
 from nvila.components.runner.status import Status, StepStatus, progress
 
@@ -48,9 +47,9 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def read_states(run_dir: Path) -> list[StepState]:
-    """State of every step of the DAG, in order; `waiting` where no status file is there yet."""
-    return [StepState.of(StepStatus.read(run_dir, name), progress(run_dir, name)) for name in ROWS]
+def read_states(run_dir: Path, names: Iterable[str]) -> list[StepState]:
+    """State of every one of these steps, in order; `waiting` where no status file is there yet."""
+    return [StepState.of(StepStatus.read(run_dir, name), progress(run_dir, name)) for name in names]
 
 
 class Watch:

@@ -25,7 +25,7 @@ def _compiled() -> Iterator[Row]:
     """Every recipe goes through the same compiled pipeline: checked first, then compiled, as `nvila submit` does."""
     from kfp.compiler import Compiler
 
-    from nvila.pipelines.lifecycle import build
+    from nvila.pipelines.build import build
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "out.yaml")

@@ -32,7 +32,7 @@ def _compile() -> tuple[str, str, float, float, str]:
         target = str(Path(folder, "out.yaml"))
         ours = _seconds([sys.executable, "-m", "nvila.pipelines.cli", "compile", target])
         code = (
-            "from kfp.compiler import Compiler; from nvila.pipelines.lifecycle import build; "
+            "from kfp.compiler import Compiler; from nvila.pipelines.build import build; "
             f"Compiler().compile(build(), {target!r})"
         )
         plain = _seconds([sys.executable, "-c", code])

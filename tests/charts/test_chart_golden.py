@@ -10,11 +10,12 @@ import yaml
 from helming import CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
+from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.site import Site
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
-from nvila.pipelines.compile.package import NAME, compiled
+from nvila.pipelines.compile.package import compiled, resource_name
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
@@ -23,7 +24,7 @@ CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in
 def _without_the_pipeline(rendered: str) -> str:
     """The compiled pipeline has a golden file of its own; its text and digests would drown everything else."""
     rendered = re.sub(r"(\n  pipelineSpec:\n)(?:    .*\n|\n|  platformSpec:\n)+", r"\1    (files/)\n", rendered)
-    return re.sub(r"(nvila-(?:upload|lifecycle)-)[0-9a-f]{12}\b", r"\1DIGEST", rendered)
+    return re.sub(r"(nvila-(?:upload|lifecycle|finetune)-)[0-9a-f]{12}\b", r"\1DIGEST", rendered)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,15 +46,18 @@ def test_lint_finds_nothing(values: Path | None) -> None:
     assert ran.returncode == 0, ran.stdout
 
 
-def test_the_native_pipeline_is_the_compiled_one() -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_native_pipeline_is_the_compiled_one(name: PipelineName) -> None:
     """The template cuts it out as text; a lost line or a number turned to a float would show first in a failed run."""
     images = {"base": "registry.example/base:1", "quantize": "registry.example/nvila-python:0.1.0-cuda"}
     sets = [f'images.{key}="{image}"' for key, image in images.items()]
     documents = render(sets=[*sets, 'pipelines.mode="native"'])
-    (version,) = [d for d in documents if d["kind"] == "PipelineVersion"]
-    assert version["spec"]["pipelineName"] == find(documents, "Pipeline", NAME)["metadata"]["name"]
+    pipeline, called = find(documents, "Pipeline", resource_name(name)), resource_name(name)
+    (version,) = [d for d in documents if d["kind"] == "PipelineVersion" and d["spec"]["pipelineName"] == called]
+    spec, platform = compiled(pipeline=name)
+    assert pipeline["spec"]["description"] == spec["pipelineInfo"]["description"]
     rendered = [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]]
-    wanted = json.dumps(compiled())
+    wanted = json.dumps([spec, platform])
     for placeholder, image in ((QUANTIZE_IMAGE, images["quantize"]), (IMAGE, images["base"])):
         wanted = wanted.replace(f'"{placeholder}"', f'"{image}"')
     assert rendered == json.loads(wanted)
@@ -67,10 +71,11 @@ def test_each_namespace_has_its_native_pipeline() -> None:
         return [(d["kind"], d["metadata"]["namespace"]) for d in documents if d["kind"].startswith("Pipeline")]
 
     kinds = ("Pipeline", "PipelineVersion")
-    assert namespaces() == [(kind, "nvila") for kind in kinds]
+    both = len(PIPELINES)
+    assert sorted(namespaces()) == sorted([(kind, "nvila") for kind in kinds] * both)
     teams = 'namespaces=["team-a","team-b"]'
-    assert sorted(namespaces(teams)) == [(kind, f"team-{x}") for kind in kinds for x in "ab"]
-    assert namespaces(teams, 'pipelines.namespace="shared"') == [(kind, "shared") for kind in kinds]
+    assert sorted(namespaces(teams)) == sorted([(kind, f"team-{x}") for kind in kinds for x in "ab"] * both)
+    assert sorted(namespaces(teams, 'pipelines.namespace="shared"')) == sorted([(k, "shared") for k in kinds] * both)
 
 
 def test_the_upload_is_a_command_that_exists() -> None:

@@ -44,7 +44,7 @@ def previous(tmp_path: Path) -> Path:
     shutil.copytree(CHART, chart)
     for name in ("kueue.yaml", "monitoring.yaml"):
         (chart / "templates" / name).unlink()
-    for path in (chart / "files").glob("lifecycle*.yaml"):
+    for path in (chart / "files/pipelines").glob("lifecycle.yaml"):
         path.write_text(path.read_text(encoding="utf-8").replace("NVILA lifecycle", "NVILA"), encoding="utf-8")
     description = chart / "Chart.yaml"
     text = re.sub(r"(?m)^version: .*", "version: 0.0.9", description.read_text(encoding="utf-8"))
@@ -57,12 +57,12 @@ def test_install_upgrade_rollback_uninstall(make_place: Callable[..., Place], pr
     place = make_place("team-a", "team-b")
     said = place.release(previous)
     first = _names(place, "PipelineVersion")
-    assert len(first) == 1 and not _names(place, "ClusterQueue")
+    assert len(first) == 2 and not _names(place, "ClusterQueue")
     _reports(place, said)
 
     place.release()
     second = _names(place, "PipelineVersion")
-    assert len(second) == 1 and second != first
+    assert len(second) == 2 and second != first
     assert (_names(place, "ClusterQueue"), _names(place, "PrometheusRule")) == ({"nvila"}, {"nvila"})
     for namespace in place.extra:
         assert {f"LocalQueue/{namespace}/nvila", f"ConfigMap/{namespace}/nvila-site"} <= _objects(place)

@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.reader import document, layers, shipped, shipped_document
 from nvila.pipelines import cli
 from nvila.pipelines.commands import ask, recipes
@@ -257,6 +258,6 @@ def test_a_run_finds_a_shell_whatever_the_path(
 
     popen = subprocess.Popen
     monkeypatch.setattr(local_run.subprocess, "Popen", start)
-    assert local_run._watched(tmp_path, tmp_path, Console(quiet=True), local_run._Stop()) == 7
+    assert local_run._watched(tmp_path, PIPELINES["lifecycle"], tmp_path, Console(quiet=True), local_run._Stop()) == 7
     client, *others = started[0]["PATH"].split(os.pathsep)
     assert Path(client).name.startswith("nvila-") and others == [*([path] if path else []), *os.defpath.split(":")]

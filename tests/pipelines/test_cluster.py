@@ -1,4 +1,4 @@
-"""The compiled pipeline. `make golden` writes tests/golden/lifecycle.json and the chart's copies anew."""
+"""The compiled pipelines. `make golden` writes their files in tests/golden and the chart's copies anew."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.placement import ON_GPUS, parameters
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import shipped
@@ -23,8 +24,8 @@ from nvila.pipelines.compile import names as site
 from nvila.pipelines.compile.package import SIZE_LIMIT_BYTES, compile_pipeline, compiled
 from nvila.pipelines.compile.references import dangling_references
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "lifecycle.json"
-CHART_FILES = Path(__file__).parents[2] / "charts" / "nvila-platform" / "files"
+GOLDEN = Path(__file__).parents[1] / "golden"
+CHART_FILES = Path(__file__).parents[2] / "charts" / "nvila-platform" / "files" / "pipelines"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,12 @@ def documents() -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def spec(documents: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
     return documents[0]
+
+
+@pytest.fixture(scope="module")
+def tuning() -> dict[str, Any]:
+    """The pipeline that fine-tunes."""
+    return compiled("registry.example/nvila@sha256:0", "registry.example/nvila-quantize@sha256:1", "finetune")[0]
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +79,22 @@ def _structure(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_structure_is_the_golden_one(spec: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_structure_is_the_golden_one(spec: dict[str, Any], tuning: dict[str, Any], name: str) -> None:
     """An edge lost in a refactoring changes what runs when; the diff of the golden file shows it."""
-    structure = _structure(spec)
+    structure, path = _structure({"lifecycle": spec, "finetune": tuning}[name]), GOLDEN / f"{name}.json"
     if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(json.dumps(structure, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    assert structure == json.loads(GOLDEN.read_text(encoding="utf-8")), "`make golden`, then look at the diff"
+        path.write_text(json.dumps(structure, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    assert structure == json.loads(path.read_text(encoding="utf-8")), "`make golden`, then look at the diff"
+
+
+def test_fine_tuning_is_the_same_without_pruning(spec: dict[str, Any], tuning: dict[str, Any]) -> None:
+    """A table of its own would drift: a step left out hands its input on, and everything else is the lifecycle's."""
+    whole, tuned = _structure(spec)["tasks"], _structure(tuning)["tasks"]
+    assert whole.keys() - tuned.keys() == {"prune-image", "prune-video", "train-4", "train-5"}
+    assert tuned["evaluate"]["artifacts"]["model"] == tuned["quantize"]["artifacts"]["model"] == "train-3"
+    assert {name for name, task in tuned.items() if task != whole[name]} == {"evaluate", "quantize"}
+    assert list(dangling_references(tuning)) == []
 
 
 def test_tasks_are_called_like_the_steps(spec: dict[str, Any]) -> None:
@@ -101,13 +117,17 @@ def test_the_report_is_written_for_failed_runs_too(spec: dict[str, Any]) -> None
     assert _tasks(spec)["report"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
 
 
-def test_form_fields_are_explained(spec: dict[str, Any]) -> None:
+def test_form_fields_are_explained(spec: dict[str, Any], tuning: dict[str, Any]) -> None:
     """The form in the UI shows these texts and nothing else; a choice that they leave out is not found."""
-    fields = spec["root"]["inputDefinitions"]["parameters"]
-    assert len(fields) <= 8
-    assert [name for name, field in fields.items() if len(field.get("description", "")) < 20] == []
-    assert [name for name in shipped() if name not in fields["recipe"]["description"]] == []
-    assert all(target in fields["target"]["description"] for target in TARGETS)
+    said = ""
+    for form in (spec, tuning):
+        fields = form["root"]["inputDefinitions"]["parameters"]
+        assert len(fields) <= 8
+        assert [name for name, field in fields.items() if len(field.get("description", "")) < 20] == []
+        assert all(target in fields["target"]["description"] for target in TARGETS)
+        said += fields["recipe"]["description"]
+    assert [name for name in shipped() if name not in said] == []
+    assert "start_from" in fields and "start_from" not in spec["root"]["inputDefinitions"]["parameters"]
 
 
 def test_a_run_from_the_form_serves_nothing_unless_asked(spec: dict[str, Any]) -> None:
@@ -126,6 +146,7 @@ def test_every_executor_has_its_image_and_knows_where_things_lie(spec: dict[str,
             "NVILA_STORE": "/nvila/store",
             "NVILA_RUN": "/nvila/runs/$NVILA_RUN_ID",
             "NVILA_ROOT": "/nvila",
+            "NVILA_PIPELINE": "lifecycle",
             "NVILA_CODE": code_digest(),
         }, name
 
@@ -183,10 +204,11 @@ def test_resolve_gives_every_parameter_in_this_order() -> None:
     assert list(made.items()) == [(name, kinds[type(value)]) for name, value in found.items()]
 
 
-def test_the_charts_copy_is_the_compiled_pipeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_charts_copy_is_the_compiled_pipeline(tmp_path: Path, name: PipelineName) -> None:
     """An install would bring the pipeline of an older commit."""
-    fresh, kept = tmp_path / "fresh.yaml", CHART_FILES / "lifecycle.yaml"
-    size = compile_pipeline(fresh, format="manifests")
+    fresh, kept = tmp_path / "fresh.yaml", CHART_FILES / f"{name}.yaml"
+    size = compile_pipeline(fresh, pipeline=name, format="manifests")
     if os.environ.get("UPDATE_GOLDEN"):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(fresh.read_bytes())

@@ -20,6 +20,7 @@ from rich.console import Console
 from nvila.components.contracts.children import killed_by
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.status import Run, note_killed
 from nvila.pipelines.local import run as local
@@ -34,6 +35,8 @@ fcntl.flock(log, fcntl.LOCK_SH)
 subprocess.Popen([sys.executable, "-c", "print(1, flush=True); import time; time.sleep(float(input()))"], stdout=log)
 time.sleep(60)
 """
+
+LIFECYCLE = PIPELINES["lifecycle"]
 
 
 def left(run: Path, *done: str, running: str = "") -> Path:
@@ -94,7 +97,7 @@ def test_a_stop_that_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "python").chmod(0o755)
     run = left(tmp_path / "runs" / "r")
-    assert local._watched(run, tmp_path / "store", Console(file=io.StringIO()), _Asked()) == said
+    assert local._watched(run, LIFECYCLE, tmp_path / "store", Console(file=io.StringIO()), _Asked()) == said
 
 
 def test_a_killed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +107,7 @@ def test_a_killed_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "python").chmod(0o755)
     run = left(tmp_path / "runs" / "r", "resolve")
     with local._Stop() as stop:
-        code = local._watched(run, tmp_path / "store", Console(file=io.StringIO()), stop)
+        code = local._watched(run, LIFECYCLE, tmp_path / "store", Console(file=io.StringIO()), stop)
     finished = Run.read(run)
     assert _exit_code(finished, code) == Exit.FAULT
     assert "runs the steps was killed by signal 9" in (write_summary(finished, 1.0, 0, Exit.FAULT).message or "")
@@ -178,7 +181,7 @@ def test_a_second_signal_ends_a_run_that_hears_none(
     with local._Stop() as stop:
         asking = threading.Thread(target=ask)
         asking.start()
-        assert local._watched(run, tmp_path / "store", Console(file=io.StringIO()), stop) == Exit.PREEMPTED
+        assert local._watched(run, LIFECYCLE, tmp_path / "store", Console(file=io.StringIO()), stop) == Exit.PREEMPTED
         asking.join()
     process = psutil.Process(pid) if psutil.pid_exists(pid := int(left_behind.read_text())) else None
     assert process is None or process.wait(5) is None

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DamagedError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.form import Form
 from nvila.components.runner.execute import _Status
 from nvila.components.runner.status import Status
@@ -34,11 +36,13 @@ def test_damaged_work_is_done_again_by_the_same_command(
         error = DamagedError("damaged output of step initialize", where=f"store/initialize/{number}.bin")
         code = {"damaged": Exit.FAULT, "rejected": Exit.REJECTED, "failed": Exit.FAULT}[how]
         status = Status.REJECTED if how == "rejected" else Status.FAILED
-        _Status(run_dir, "train-1", on_cluster=False).end(status, code, message=str(error), damaged=how == "damaged")
+        _Status(Environment(run=run_dir), "train-1").end(status, code, message=str(error), damaged=how == "damaged")
         return 1
 
     monkeypatch.setattr(local, "_watched", watched)
-    code = local._run_checked(Form(recipe="micro"), run_dir, tmp_path / "store", local._Stop()).exit_code
+    code = local._run_checked(
+        Form(recipe="micro"), PIPELINES["lifecycle"], run_dir, tmp_path / "store", local._Stop()
+    ).exit_code
     assert (len(done), int(code)) == (calls, 3 if ends[calls - 1] == "rejected" else 1)
     assert capsys.readouterr().out.count("the damaged work is done again") == calls - 1
     assert json.loads((run_dir / "summary.json").read_text())["exit_code"] == int(code)

@@ -16,7 +16,7 @@ import pytest
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.steps import ROWS, STEPS, Step, nearest
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
-from nvila.pipelines.lifecycle import component
+from nvila.pipelines.build import component
 
 ROOT = Path(__file__).parents[2]
 SLICED = [row for row in STEPS if row.recipe]

@@ -25,17 +25,19 @@ from typer.testing import CliRunner
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.steps import ROWS
 from nvila.components.runner.code import code_digest
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile import package as cluster
-from nvila.pipelines.compile.package import NAME
+from nvila.pipelines.compile.package import resource_name
 from nvila.pipelines.kubeflow import submit as submitting
 from nvila.pipelines.kubeflow.server import Server, ServerDown
 from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
 from nvila.pipelines.show.watch import Watch
 
+NAME = resource_name("lifecycle")
 SHARED = Wanted()
 COMPILED = functools.cache(cluster.compiled)
 """It takes seconds."""
@@ -136,7 +138,7 @@ def test_a_pipeline_may_be_everybodys(kfp: StandIn, namespace: str | None) -> No
     arguments += ["--namespace", namespace] if namespace else []
     ended = CliRunner().invoke(app, ["submit", *arguments])
     assert ended.exit_code == 0, ended.output
-    assert [pipeline.get("namespace") for pipeline in kfp.pipelines] == [namespace] and len(kfp.versions) == 1
+    assert [pipeline.get("namespace") for pipeline in kfp.pipelines] == [namespace] * 2 and len(kfp.versions) == 2
 
 
 def test_the_newest_installed_version_is_taken(kfp: StandIn) -> None:
@@ -379,7 +381,7 @@ def test_every_step_has_a_row() -> None:
     """The table is the DAG, also before the server knows of it."""
     from kfp_server_api import V2beta1Run
 
-    assert [state.name for state in submitting.states(V2beta1Run())] == list(ROWS)
+    assert [state.name for state in submitting.states(V2beta1Run(), PIPELINES["lifecycle"])] == list(ROWS)
 
 
 @pytest.mark.parametrize(

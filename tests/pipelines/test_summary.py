@@ -74,12 +74,13 @@ def test_summary_holds_the_numbers_for_programs(run_dir: Path) -> None:
     assert [step.name for step in summary.steps] == list(ROWS)
     told = json.loads((run_dir / "summary.json").read_text())
     row = told["accuracy"]["digits"]
-    assert {name: (row[name]["metric"], row[name]["value"], row[name]["n"]) for name in row} == {
+    assert {name: (row[name]["metric"], row[name]["value"], row[name]["n"]) for name in row if row[name]} == {
         "full": ("accuracy", 0.7, 1000),
         "quantized": ("accuracy", 0.69, 1000),
         "majority": ("accuracy", 0.1, 1000),
         "question_only": ("accuracy", 0.3, 1000),
     }
+    assert row["base"] is None and told["pipeline"] == "lifecycle"
     assert (told["schema_version"], told["stages"]["train-4"]["digits"]["value"]) == (3, 0.6)
     assert told["version"] == version("nvila") and told["error"] is told["failed_step"] is None
 
@@ -348,7 +349,7 @@ def test_names_and_messages_steer_no_terminal(run_dir: Path, monkeypatch: pytest
     path.write_text(json.dumps(json.loads(path.read_text()) | {"message": f"{HOSTILE} password=hunter2"}))
     finished, out = Run.read(run_dir), io.StringIO()
     console = Console(file=out, width=400)
-    with Watch(HOSTILE, lambda: read_states(run_dir), console) as watch:
+    with Watch(HOSTILE, lambda: read_states(run_dir, ROWS), console) as watch:
         watch.refresh()
     summary = write_summary(finished, 1.0, 0, 1)
     closing.show_closing(finished, summary.model_copy(update={"decision": HOSTILE, "run": HOSTILE}), console)
@@ -389,7 +390,7 @@ def test_memory_counts_children_and_forgets_nothing(tmp_path: Path) -> None:
 def test_plain_output_says_when_steps_start_and_end(run_dir: Path) -> None:
     """A log of CI has no live table: each change is one line, once."""
     out = io.StringIO()
-    with Watch(run_dir.name, lambda: read_states(run_dir), Console(file=out, width=140)) as watch:
+    with Watch(run_dir.name, lambda: read_states(run_dir, ROWS), Console(file=out, width=140)) as watch:
         watch.refresh()
         watch.refresh()
     lines = out.getvalue().splitlines()
@@ -426,14 +427,14 @@ def test_a_damaged_status_file_is_shown_as_such(run_dir: Path, left: str) -> Non
     run = Run.read(run_dir)
     assert "the status file is damaged" in str(run.step("train-1").message)
     assert "the status file is damaged" in render(run)
-    assert [state.note for state in read_states(run_dir) if "damaged" in state.note]
+    assert [state.note for state in read_states(run_dir, ROWS) if "damaged" in state.note]
     write_summary(run, 1.0, 1, 1)
 
 
 def test_a_status_file_speaks_for_its_own_step(run_dir: Path) -> None:
     """A file that was copied by hand would give another step two rows and its own none."""
     (run_dir / "steps" / "train-1.json").write_text('{"name": "evaluate", "status": "running", "started": 1}')
-    assert [state.name for state in read_states(run_dir)] == list(ROWS)
+    assert [state.name for state in read_states(run_dir, ROWS)] == list(ROWS)
 
 
 @pytest.mark.parametrize("left", ["", "[", "[]", "null", '{"what": 1}', "[" * 100_000])
@@ -441,4 +442,4 @@ def test_damaged_progress_is_none(run_dir: Path, left: str) -> None:
     """The terminal reads it four times a second, of steps that are killed at any time."""
     (run_dir / "progress").mkdir()
     (run_dir / "progress" / "train-1.json").write_text(left)
-    assert not [state.note for state in read_states(run_dir) if state.note]
+    assert not [state.note for state in read_states(run_dir, ROWS) if state.note]

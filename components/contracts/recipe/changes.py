@@ -35,11 +35,13 @@ class ModelChanges(Section):
     answers about a clip are read and said by them."""
 
     def of(self, model: ModelSettings) -> ModelSettings:
-        """The model's section after the changes.
+        """The model's section after the changes; of a whole model, whose architecture it does not hold, the same one.
 
         Raises:
             ValidationError: what comes out does not go together.
         """
+        if model.base.model is not None:
+            return model
         content: dict[str, Any] = model.model_dump()
         changes = self.model_dump(exclude_none=True, exclude={"time_tokens"})
         content["video"] |= changes.pop("video")

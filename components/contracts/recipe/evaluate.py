@@ -22,11 +22,18 @@ class Gate(Section):
     """Each source's 95% interval must lie above that of its strongest question-only baseline."""
     least_questions: Questions = LEAST_QUESTIONS
     """A source with fewer held-out questions is refused."""
+    not_below_base: list[Name] | None = Field(default=None, max_length=MOST_ENTRIES)
+    """Fine-tuning: sources on which the model may not have become worse than the one it started from: the 95% interval
+    of the change, question by question, must not lie below 0. null: those that its stages draw."""
+    max_forgotten: dict[Name, Share] = Field(default={}, max_length=MOST_ENTRIES)
+    """Fine-tuning: how far it may have fallen on other sources, by source: the 95% interval of the fall must end there
+    or below."""
 
     @property
     def open(self) -> bool:
         """Whether every model passes that has been asked enough."""
-        return not self.above_question_only and not any(self.min_accuracy.values())
+        held = self.above_question_only or any(self.min_accuracy.values())
+        return not held and not self.not_below_base and not self.max_forgotten
 
 
 class Tasks(Section):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.pipelines import Pipeline
 from nvila.components.contracts.recipe.layers import Layers
 from nvila.components.contracts.recipe.reader import document, layers
 from nvila.components.contracts.recipe.recipe import Recipe
@@ -17,17 +18,27 @@ class Form(Section):
     """The pipeline's parameters. KFP's UI shows their names, and one line for each to write in."""
 
     recipe: str
-    """Name of a shipped recipe, or the text of one: YAML, or in one line JSON, which is YAML too."""
+    """RECIPES; or the text of your own recipe: YAML, or JSON in one line, which is all that a field of the UI's form
+    takes."""
+    start_from: str = ""
+    """The model to fine-tune: a version of the registry (NAME@champion, NAME/3), hf://owner/name@revision,
+    s3://bucket/prefix, or a folder on the shared volume; empty takes the recipe's."""
     data_uri: str = ""
-    """Folder with one folder per source; empty keeps the recipe's paths."""
+    """Folder that holds one folder per source of the recipe; a relative one begins at the shared volume. Empty takes
+    the recipe's own paths."""
     model_name: str = ""
-    """Name in the registry; empty keeps the recipe's."""
+    """Name in the model registry; empty takes the recipe's."""
     keep_ratio: float = 0.0
-    """Share of the SFT data that stays; 0 keeps the recipe's."""
+    """Share of the SFT data that pruning keeps, above 0 up to 1; 0 takes the recipe's."""
     target: str = ""
-    """Where to serve; empty keeps the recipe's."""
+    """Where to serve: TARGETS; empty takes the recipe's."""
     overrides: str = "{}"
-    """JSON object laid over the recipe."""
+    """JSON object laid over the recipe, such as {"evaluate": {"limit": 200}}."""
+
+
+def given(form: Form, pipeline: Pipeline) -> dict[str, Any]:
+    """The parameters of a run: the fields that this pipeline asks for."""
+    return form.model_dump(include=set(pipeline.form))
 
 
 def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
@@ -42,6 +53,8 @@ def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
         ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
     """
     laid = recipe or layers(document(form.recipe))
+    if form.start_from:
+        laid = laid.over({"model": {"base": {"model": form.start_from}}}, "start_from")
     if form.model_name:
         laid = laid.over({"register": {"model_name": form.model_name}}, "model_name")
     if form.keep_ratio:

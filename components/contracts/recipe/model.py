@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from nvila.components.contracts.projectors import projection
 from nvila.components.contracts.recipe.section import Batch, Disagreement, Name, Passes, Rate, Section, Tokens, Weights
@@ -73,8 +73,12 @@ class DecoderSizes(Section):
 
 
 class Base(Section):
-    """Where stage 1 starts: published weights, or (tiny recipes) a small model made here."""
+    """Where stage 1 starts: published weights, or (tiny recipes) a small model made here; or a whole model."""
 
+    model: Weights | None = None
+    """Folder (of any layout), `s3://` URI, `hf://id@revision` or version of the registry (`NAME@ALIAS`, `NAME/NUMBER`)
+    of a whole NVILA that the recipe fine-tunes; None makes one of the parts below. All else of `model` is then the
+    checkpoint's."""
     vision_tower: Weights | None = None
     """Path, `s3://` URI or `hf://id@revision` of a SigLIP tower; None makes one from `tower`."""
     llm: Weights | None = None
@@ -90,8 +94,17 @@ class Base(Section):
     batch: Batch = 128
     """Label records of an optimizer step of a tower made from scratch."""
 
+    @property
+    def made_here(self) -> bool:
+        """Whether the model is a small one, made from nothing."""
+        return self.llm is None and self.model is None
+
     def disagreements(self) -> Iterator[Disagreement]:
-        """A model is made of two parts of one origin."""
+        """A model is made of two parts of one origin, or is whole already."""
+        if self.model is not None:
+            for name in sorted(self.model_fields_set - {"model"}):
+                yield Disagreement(name, f"base.model is a whole model, which has its own {name}: take it out")
+            return
         if (self.vision_tower is None) != (self.llm is None):
             missing = "llm" if self.llm is None else "vision_tower"
             yield Disagreement(
@@ -142,6 +155,12 @@ class ModelSettings(Section):
     base: Base
     """Where stage 1 starts."""
 
+    @model_serializer(mode="wrap")
+    def _told(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of a whole model where it lies, and no defaults of ours as if they were its own."""
+        content: dict[str, Any] = told(self)
+        return content if self.base.model is None else {"base": {"model": content["base"]["model"]}}
+
     @field_validator("projector")
     @classmethod
     def _is_one(cls, name: str) -> str:
@@ -153,7 +172,14 @@ class ModelSettings(Section):
         return self.s2_scales[0]
 
     def disagreements(self) -> Iterator[Disagreement]:
-        """Scales, tiles, projector, pooling and tower fit each other."""
+        """Scales, tiles, projector, pooling and tower fit each other; or are those of a whole model."""
+        if self.base.model is not None:
+            for name in sorted(self.model_fields_set - {"base"}):
+                why = f"{name} is what the model of base.model has: take it out"
+                if name in ("video", "max_length_tokens"):
+                    why += f" (a stage changes it: train.stages.train-1.model.{name})"
+                yield Disagreement(name, why)
+            return
         yield from self._disagreements_of_scales()
         base, side = self.base, self.tile_pixels
         if base.vision_tower is not None:

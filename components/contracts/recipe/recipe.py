@@ -10,17 +10,18 @@ from pydantic_core import to_jsonable_python
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.linears import decoder_linears, fp8_linears, no_fp8
+from nvila.components.contracts.pipelines import Pipeline, pipeline_of
 from nvila.components.contracts.places import is_version
 from nvila.components.contracts.precisions import PRECISIONS
 from nvila.components.contracts.recipe.data import SPLITS, DataSettings
-from nvila.components.contracts.recipe.evaluate import EvaluateSettings
+from nvila.components.contracts.recipe.evaluate import EvaluateSettings, Gate
 from nvila.components.contracts.recipe.model import ModelSettings
 from nvila.components.contracts.recipe.prune import PruneSettings, Reference
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.rollout import TARGETS, RegisterSettings, RolloutSettings
 from nvila.components.contracts.recipe.section import MOST_CHARACTERS, Disagreement, Section
 from nvila.components.contracts.recipe.train import TrainSettings
-from nvila.components.contracts.steps import STEPS, Step
+from nvila.components.contracts.steps import Step
 
 
 class Needs(Section):
@@ -59,6 +60,11 @@ class Recipe(Section):
     """What preflight asks of the machine."""
 
     @property
+    def pipeline(self) -> Pipeline:
+        """The table of a run of it: one that starts from a whole model is fine-tuned."""
+        return pipeline_of(self.model.base.model is not None)
+
+    @property
     def pruned_images(self) -> list[str] | None:
         """Names of the sources of pictures that are pruned, as a stage takes what is kept of them; None without any."""
         return [name for name in self.data.images if name in self.train.pruned] or None
@@ -78,7 +84,8 @@ class Recipe(Section):
         """Where weights are taken from: folders, `s3://`, `hf://`, and versions of the registry (`is_version`)."""
         base = [uri for uri in (self.model.base.vision_tower, self.model.base.llm) if uri]
         references = [one.path for one in self.references.values() if one.path]
-        return [f"./{uri}" if is_version(uri) else uri for uri in base] + references
+        whole = [self.model.base.model] if self.model.base.model else []
+        return [f"./{uri}" if is_version(uri) else uri for uri in base] + whole + references
 
     @property
     def drawn(self) -> dict[str, dict[str, list[str]]]:
@@ -110,9 +117,19 @@ class Recipe(Section):
         return scored or self.quantize.through_vllm or TARGETS[self.rollout.target].serves_here
 
     @property
+    def gate(self) -> Gate:
+        """What the evaluation's gate asks; where fine-tuning does not say otherwise, of every source that is drawn."""
+        asked = self.evaluate.gate
+        if self.model.base.model is None or asked.not_below_base is not None:
+            return asked
+        drawn = {subset.partition(".")[0] for stage in self.train.stages if stage for subset in stage.data}
+        own = [source for source in self.evaluate.sources if source in drawn]
+        return asked.model_copy(update={"not_below_base": own})
+
+    @property
     def open_gates(self) -> str:
         """Which gates every model passes, in words; empty where they all ask something."""
-        found = ["evaluate.gate (above_question_only is false, no min_accuracy)"] if self.evaluate.gate.open else []
+        found = ["evaluate.gate (above_question_only is false, no min_accuracy)"] if self.gate.open else []
         found += ["quantize.gate (max_loss is 1)"] if self.quantize.gate.open else []
         return f"every model passes {' and '.join(found)}" if found else ""
 
@@ -138,10 +155,17 @@ class Recipe(Section):
                     why = f"{subset!r} is not SOURCE.SPLIT with a source of {names} and a split sft or captions"
                     yield Disagreement(f"train.stages.{index}.data", why)
         yield from self._disagreements_of_changes()
+        if self.model.base.model is None:
+            for name in ("not_below_base", "max_forgotten"):
+                if getattr(self.evaluate.gate, name):
+                    why = "no whole model is fine-tuned (model.base.model), so there is none to hold it against"
+                    yield Disagreement(f"evaluate.gate.{name}", why)
         for option, used, known in (
             ("evaluate.sources", self.evaluate.sources, names),
             ("evaluate.metrics", list(self.evaluate.metrics), self.evaluate.sources),
             ("evaluate.gate.min_accuracy", list(self.evaluate.gate.min_accuracy), self.evaluate.sources),
+            ("evaluate.gate.not_below_base", self.evaluate.gate.not_below_base or [], self.evaluate.sources),
+            ("evaluate.gate.max_forgotten", list(self.evaluate.gate.max_forgotten), self.evaluate.sources),
             ("prune.keep_ratio_of", list(self.prune.keep_ratio_of), names),
         ):
             for name in used:
@@ -180,19 +204,20 @@ class Recipe(Section):
 
     def _disagreements_of_models(self) -> Iterator[Disagreement]:
         """Of what is made here with what is asked of it; of published weights the steps find it out."""
-        if self.evaluate.max_new_tokens >= self.model.max_length_tokens:
+        known = self.model.base.model is None
+        if known and self.evaluate.max_new_tokens >= self.model.max_length_tokens:
             why = f"no room for a question: a row has {self.model.max_length_tokens} tokens (model.max_length_tokens)"
             yield Disagreement("evaluate.max_new_tokens", why, self.evaluate.max_new_tokens)
         asked = self.quantize.limit or self.evaluate.limit
         if asked and asked < self.quantize.gate.least_questions and self.quantize.limit is None:
             why = f"the gate refuses sources with fewer than {self.quantize.gate.least_questions} questions"
             yield Disagreement("quantize.gate.least_questions", f"{why}, and evaluate.limit is {asked}")
-        if self.model.base.llm is None and PRECISIONS[self.train.precision].fp8:
+        if self.model.base.made_here and PRECISIONS[self.train.precision].fp8:
             decoder, least = self.model.base.decoder, self.train.fp8.min_features
             linears = decoder_linears(decoder.hidden, decoder.heads, decoder.kv_heads, decoder.mlp)
             if not fp8_linears(linears, least):
                 yield Disagreement("train.fp8.min_features", no_fp8(linears.values(), least), least)
-        if self.model.base.llm is None and self.quantize.llm != "none":
+        if self.model.base.made_here and self.quantize.llm != "none":
             size = self.quantize.group_size
             for name in ("hidden", "mlp"):
                 if (features := getattr(self.model.base.decoder, name)) % size:
@@ -200,8 +225,9 @@ class Recipe(Section):
                     yield Disagreement("quantize.group_size", why, size)
 
 
-def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str, Any] | None]:
-    """Each step's part of the recipe, by step name; None where the recipe leaves the step out.
+def slices(recipe: Recipe, steps: Sequence[Step] | None = None) -> dict[str, dict[str, Any] | None]:
+    """Each step's part of the recipe, by step name, for its pipeline or another table; None where the recipe leaves the
+    step out.
 
     A step's content key depends on its slice and nothing else of the recipe.
 
@@ -209,6 +235,7 @@ def slices(recipe: Recipe, steps: Sequence[Step] = STEPS) -> dict[str, dict[str,
         ConfigError: the recipe has more stages than the pipeline has steps for them, or a stage takes what pruning kept
             of a source whose scores its step does not read.
     """
+    steps = steps or recipe.pipeline.steps
     places, stages = sum("stage" in row.recipe for row in steps), len(recipe.train.stages)
     if stages > places:
         raise ConfigError(

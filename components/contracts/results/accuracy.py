@@ -13,6 +13,16 @@ class Baseline(Measured):
     kind: str
 
 
+class Base(Measured):
+    """The whole model that training started from, on the same questions."""
+
+    fall: float
+    """How far the value fell since, question by question; a gain is negative."""
+    fall_low: float
+    """With `fall_high` its 95% interval."""
+    fall_high: float
+
+
 class Scored(Measured):
     """The full model on one source, beside what needs no picture."""
 
@@ -21,6 +31,8 @@ class Scored(Measured):
     question_only: Baseline
     """The strongest of the baselines."""
     baselines: dict[str, Measured]
+    base: Base | None = None
+    """None of a model that was made by its run."""
 
 
 class Retained(Measured):

@@ -25,7 +25,9 @@ class Initialization(Result):
     parameters: dict[str, int]
     """By part of the model."""
     weights: dict[str, dict[str, str]] | None = None
-    """What was fetched, by part; None of a model made from nothing, which alone has what follows."""
+    """What was fetched, by part, or of a whole `model`; None of one made from nothing, which alone has what follows."""
+    start: str | None = None
+    """Where a whole model was taken from, as the recipe names it."""
     vocabulary: int | None = None
     label_pictures: int | None = None
     labels: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +39,9 @@ def identity(name: str) -> dict[str, str]:
     return {"commit": _commit(name)[0]}
 
 
-def fetch(name: str) -> tuple[Path, dict[str, str]]:
-    """The folder of the wanted files, and the commit that they are of. Locks and partial files are the client's own.
+def fetch(name: str, patterns: Sequence[str] = WANTED) -> tuple[Path, dict[str, str]]:
+    """The folder of the files of these patterns, and the commit that they are of. Locks and partial files are the
+    client's own.
 
     Raises:
         ConfigError, DataError, Unreachable: as `identity`.
@@ -50,7 +51,7 @@ def fetch(name: str) -> tuple[Path, dict[str, str]]:
 
     repository, revision = _split(name)
     commit, online = _commit(name)
-    options: dict[str, Any] = {"cache_dir": _cache_dir(), "allow_patterns": list(WANTED)}
+    options: dict[str, Any] = {"cache_dir": _cache_dir(), "allow_patterns": list(patterns)}
 
     def bring() -> Path:
         # By the commit: the name may have become another one since. So the cache is told what the name is.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +23,7 @@ from nvila.components.data.remote.insist import insist
 from nvila.components.data.remote.received import Received
 from nvila.components.data.remote.s3client import asked, connect, passes
 from nvila.components.data.remote.s3object import Object, download
-from nvila.components.data.remote.wanted import is_wanted
+from nvila.components.data.remote.wanted import WANTED, is_wanted
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def identity(name: str) -> dict[str, str]:
     return {name: item.version for name, item in sorted(Place.of(name).objects().items())}
 
 
-def fetch(name: str) -> tuple[Path, dict[str, str]]:
-    """The folder with the objects, and the version of each that was fetched (as `identity` has it).
+def fetch(name: str, patterns: Sequence[str] = WANTED) -> tuple[Path, dict[str, str]]:
+    """The folder with the objects of these patterns, and the version of each that was fetched (as `identity` has it).
 
     Raises:
         DataError: nothing there, or the server refuses.
@@ -98,7 +99,8 @@ def fetch(name: str) -> tuple[Path, dict[str, str]]:
             targets = {name: _inside(folder, name) for name in objects}
             _keep_only(folder, set(targets.values()))
             record = {name: was for name, was in received.read(book).items() if name in objects}
-            for name, item in track(sorted(objects.items()), f"files of {place.uri}"):
+            asked_for = [(name, item) for name, item in sorted(objects.items()) if is_wanted(name, patterns)]
+            for name, item in track(asked_for, f"files of {place.uri}"):
                 record[name] = _bring(place, item, targets[name], record.get(name), partials)
                 received.write(book, record)
             shutil.rmtree(partials, ignore_errors=True)

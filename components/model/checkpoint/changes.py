@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.projectors import projection
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.checkpoint.layouts import Checkpoint
 from nvila.components.model.checkpoint.tensorfile import DTYPES, put, values
@@ -18,6 +19,7 @@ from nvila.components.model.config.config import with_vocabulary
 if TYPE_CHECKING:
     from nvila.components.contracts.recipe.changes import ModelChanges
     from nvila.components.model.checkpoint.tensorfile import Stored
+    from nvila.components.model.config.config import ModelConfig
 
 
 def changed(checkpoint: Checkpoint, changes: ModelChanges) -> Checkpoint:
@@ -26,15 +28,35 @@ def changed(checkpoint: Checkpoint, changes: ModelChanges) -> Checkpoint:
     Raises:
         ConfigError: it has another number of time tokens, or a configuration comes out that is not computed.
     """
-    config, video = checkpoint.config, changes.video
+    return _timed(replace(checkpoint, config=reconfigured(checkpoint.config, changes)), changes.time_tokens or 0)
+
+
+def reconfigured(config: ModelConfig, changes: ModelChanges) -> ModelConfig:
+    """The configuration after the changes, but for time tokens.
+
+    Raises:
+        ConfigError: one comes out that is not computed.
+    """
+    video = changes.video
     sampling = Sampling(
         config.sampling.frames if video.frames is None else video.frames,
         config.sampling.fps if video.fps is None else video.fps,
     )
     pools = config.video_pool_sizes if video.pool_sizes is None else tuple((t, h, w) for t, h, w in video.pool_sizes)
+    if (sampling.frames, pools) != (config.sampling.frames, config.video_pool_sizes):
+        _require_even_pools(config, sampling.frames, pools)
     length = changes.max_length_tokens or config.max_length_tokens
-    config = replace(config, sampling=sampling, video_pool_sizes=pools, max_length_tokens=length)
-    return _timed(replace(checkpoint, config=config), changes.time_tokens or 0)
+    return replace(config, sampling=sampling, video_pool_sizes=pools, max_length_tokens=length)
+
+
+def _require_even_pools(config: ModelConfig, frames: int, pools: Iterable[tuple[int, int, int]]) -> None:
+    """Each pool divides the frames, and the tokens of a frame; with S2 these depend on the scales as well."""
+    side = None if config.is_s2 else projection(config.projector).side(config.features_per_side)
+    for time, rows, columns in pools:
+        if frames % time or (side and (side % rows or side % columns)):
+            tokens = f" of {side} x {side} tokens" if side else ""
+            why = f"does not divide {frames} frames{tokens}"
+            raise ConfigError(f"a pool {why}", where="video.pool_sizes", value=(time, rows, columns))
 
 
 def _timed(checkpoint: Checkpoint, number: int) -> Checkpoint:

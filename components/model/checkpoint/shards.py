@@ -49,6 +49,11 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def count(folder: Path) -> int:
+    """Values in the weights of a folder, from the headers."""
+    return sum(stored.elements for stored in read_folder(folder).values())
+
+
 def require_nothing_beside(folder: Path, read: list[str]) -> None:
     """Refuse weights of a folder that are not among the files `read`.
 

@@ -40,7 +40,7 @@ EDITS = {
         "argmin(dim=-1)",
         "evaluate evaluate_quantized prune register",
     ),
-    "the projector": ("model/vision/projector.py", "nn.GELU()", "nn.ReLU()", MODEL),
+    "the projector": ("model/vision/projector.py", "nn.GELU()", "nn.ReLU()", f"{MODEL} preflight rollout"),
     "the learning rate": ("train/schedule.py", "0.5 *", "0.4 *", "train"),
     "what the vision tower loses": ("quantize/smooth.py", "1e-5", "1e-4", "quantize"),
     "the report's page": ("report/page.html", "<html", "<html dir='ltr'", "report"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from buckets import Bucket
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, DataError
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.model import ModelSettings
@@ -21,6 +22,8 @@ from nvila.components.initialize.labels import tower_labels
 from nvila.components.initialize.scratch import make
 from nvila.components.initialize.tower import read_label_records, train_tower
 from nvila.components.model.checkpoint.native import load_native
+
+HERE = Environment()
 
 
 def settings(**changes: Any) -> ModelSettings:
@@ -220,7 +223,7 @@ def test_the_tower_never_sees_questions_or_answers(small: Any, tmp_path: Path) -
 def test_the_step_writes_a_model_that_loads_and_is_the_same_again(small: Any, tmp_path: Path) -> None:
     """A base that differs from run to run makes every stage after it a new piece of work."""
     given = step.Settings(model=settings(), seed=3, max_skipped_share=0.01)
-    outcomes = [step.run(given, {"samples": small.samples}, tmp_path / name) for name in "ab"]
+    outcomes = [step.run(given, {"samples": small.samples}, tmp_path / name, HERE) for name in "ab"]
     assert outcomes[0].result == outcomes[1].result
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
@@ -267,7 +270,7 @@ def test_published_weights_arrive_unchanged(published: Path, tmp_path: Path, tow
 
     base = {"vision_tower": str(published / tower), "llm": str(published / "qwen2")}
     given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01)
-    outcome = step.run(given, {}, tmp_path)
+    outcome = step.run(given, {}, tmp_path, HERE)
     model, tokenizer = load_native(tmp_path / "model")
     ours = {name.removeprefix("vision_model."): p for name, p in model.vision_tower.state_dict().items()}
     theirs = load_file(published / tower / "model.safetensors")
@@ -288,7 +291,7 @@ def test_published_weights_with_an_adapter_are_refused(published: Path, tmp_path
     (tmp_path / "tuned" / "adapter_config.json").write_text("{}")
     base = {"vision_tower": str(published / "tower"), "llm": str(tmp_path / "tuned")}
     with pytest.raises(DataError, match=r"adapter.*left out"):
-        step.run(step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01), {}, tmp_path / "out")
+        step.run(step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01), {}, tmp_path / "out", HERE)
 
 
 @pytest.mark.parametrize("fault", ["integers", "missing", "broken"])
@@ -340,13 +343,13 @@ def test_local_weights_belong_to_the_key(published: Path, tmp_path: Path) -> Non
         shutil.copytree(published / name, tmp_path / name)
     base = {"vision_tower": str(tmp_path / "tower"), "llm": str(tmp_path / "qwen2")}
     given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01).model_dump(mode="json")
-    before = step.external(given)
+    before = step.external(given, HERE)
     (tmp_path / "tower" / "README.md").write_text("a note")
-    assert step.external(given) == before
+    assert step.external(given, HERE) == before
     (tmp_path / "tower" / "model.safetensors").write_bytes(b"other")
-    assert step.external(given) != before
+    assert step.external(given, HERE) != before
     scratch = step.Settings(model=settings(), seed=0, max_skipped_share=0.01).model_dump(mode="json")
-    assert step.external(scratch) == {"vision_tower": {}, "llm": {}}
+    assert step.external(scratch, HERE) == {"vision_tower": {}, "llm": {}}
 
 
 def test_a_missing_folder_of_weights_is_the_users_error(tmp_path: Path) -> None:
@@ -354,9 +357,9 @@ def test_a_missing_folder_of_weights_is_the_users_error(tmp_path: Path) -> None:
     base = {"vision_tower": str(tmp_path / "nowhere"), "llm": str(tmp_path / "nowhere")}
     given = step.Settings(model=settings(base=base), seed=0, max_skipped_share=0.01)
     with pytest.raises(DataError, match="nowhere: no such folder of weights"):
-        step.external(given.model_dump(mode="json"))
+        step.external(given.model_dump(mode="json"), HERE)
     with pytest.raises(DataError, match="nowhere: no such folder of weights"):
-        step.run(given, dict[str, Manifest](), tmp_path)
+        step.run(given, dict[str, Manifest](), tmp_path, HERE)
 
 
 def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_path: Path, s3: Bucket) -> None:
@@ -367,12 +370,12 @@ def test_replaced_weights_in_a_bucket_are_other_weights(published: Path, tmp_pat
     given = step.Settings(
         model=settings(base={"vision_tower": "s3://b/tower", "llm": "s3://b/qwen2"}), seed=0, max_skipped_share=0.01
     )
-    before = step.external(given.model_dump(mode="json"))
-    made = step.run(given, dict[str, Manifest](), tmp_path)
+    before = step.external(given.model_dump(mode="json"), HERE)
+    made = step.run(given, dict[str, Manifest](), tmp_path, HERE)
     assert made.read == before and made.result.weights == before
     changed = bytearray(s3.objects["tower/model.safetensors"].body)
     changed[-1] ^= 1
     s3.put("tower/model.safetensors", bytes(changed))
-    after = step.external(given.model_dump(mode="json"))
+    after = step.external(given.model_dump(mode="json"), HERE)
     assert after["llm"] == before["llm"] and after["vision_tower"] != before["vision_tower"]
-    assert step.run(given, dict[str, Manifest](), tmp_path / "again").read == after
+    assert step.run(given, dict[str, Manifest](), tmp_path / "again", HERE).read == after

@@ -12,9 +12,10 @@ from telling import retained, scored
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.steps import STEPS
 from nvila.components.data.samples import QUARANTINE_FILE
 from nvila.components.report.close_run import Ending, notice
-from nvila.components.report.flow import SHOWN, duration, lanes
+from nvila.components.report.flow import duration, lanes
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
 from nvila.components.runner.status import Run, Status, StepStatus
@@ -22,6 +23,7 @@ from nvila.pipelines.show.summary import write_summary
 
 MakeRun = Callable[..., Path]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}</style></title>"
+SHOWN = tuple(row for row in STEPS if not row.at_exit)
 VOID = {"meta", "img", "br"}
 
 

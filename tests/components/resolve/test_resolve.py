@@ -11,6 +11,7 @@ import yaml
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.keys import content_key
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe import reader
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.reader import Document, document, shipped, shipped_document
@@ -201,7 +202,8 @@ def test_another_table_of_steps_cuts_anew(monkeypatch: pytest.MonkeyPatch) -> No
     """A step that was added would find no slice of its own in the store, and a new setting would stay away."""
 
     def parts(**changed: object) -> object:
-        monkeypatch.setattr(step, "STEPS", (*STEPS[:-2], replace(STEPS[-2], **changed), STEPS[-1]))
+        steps = (*STEPS[:-2], replace(STEPS[-2], **changed), STEPS[-1])
+        monkeypatch.setattr(step, "PIPELINES", {"lifecycle": replace(PIPELINES["lifecycle"], steps=steps)})
         return step.external({"recipe": "tiny"}, Environment.read())
 
     before = parts()

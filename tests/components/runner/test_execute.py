@@ -178,6 +178,7 @@ def test_work_is_done_once_and_then_found(bench: Bench) -> None:
     first = Manifest.load(bench.root / "output" / "try.json")
     assert bench.status() | {"started": 0, "ended": 0, "pid": 0} == {
         "name": "try",
+        "pipeline": "lifecycle",
         "status": "done",
         "exit_code": 0,
         "manifest": f"{bench.folder()}/manifest.json",
