@@ -230,11 +230,6 @@ class TrainSettings(Run):
             yield Disagreement(
                 "fp8.scaling", f"rowwise would have no effect: {self.precision} has a scaling of its own"
             )
-        if PRECISIONS[self.precision].fp8:
-            for index, stage in enumerate(self.stages):
-                if stage and "llm" in stage.adapted and stage.method("llm") == "qlora":
-                    why = f"llm's Linears lie in four bits: {self.precision} would take none; say lora, or bf16"
-                    yield Disagreement(f"stages.{index}.methods.llm", why, "qlora")
         if not any(self.stages):
             yield Disagreement("stages", "no stage is left")
         for index, stage in enumerate(self.stages):
@@ -247,7 +242,7 @@ class TrainSettings(Run):
         """Each rule of the matrix that a stage breaks; of the stages' options at each of them, of others once."""
         told = set()
         for index, stage in enumerate(self.stages):
-            learning = {part: stage.method(part) for part in stage.trainable} if stage else {}
+            learning = stage.learning if stage else {}
             cell = Cell.of(learning, self.zero, self.precision, self.offload, self.packing)
             for rule in refusals(cell):
                 option = rule.option.replace("*", str(index))
