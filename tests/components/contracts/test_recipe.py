@@ -162,15 +162,6 @@ def test_a_scaling_that_a_precision_does_not_have_is_refused() -> None:
     assert parse_recipe(recipe).train.run.fp8.scaling == "rowwise"
 
 
-def test_fp8_and_weights_in_four_bits_do_not_go_together() -> None:
-    """Every Linear that FP8 could take is quantized already."""
-    recipe = changed("train.fp8", {"min_features": 16})
-    recipe["train"]["precision"] = "fp8-current"
-    recipe["train"]["stages"][3] |= {"trainable": ["llm"], "methods": {"llm": "qlora"}}
-    with pytest.raises(ConfigError, match=r"methods\.llm: llm's Linears lie in four bits: fp8-current would take none"):
-        parse_recipe(recipe)
-
-
 def affected(dotted: str, value: Any) -> set[str]:
     """Steps whose slice changes with the option."""
     before, after = (slices(parse_recipe(_tuned(recipe))) for recipe in (changed("seed", 0), changed(dotted, value)))
