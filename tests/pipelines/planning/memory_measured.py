@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nvila.components.contracts.precisions import PRECISIONS, Precision
 from nvila.components.contracts.recipe.form import Form, fill_in
-from nvila.components.contracts.recipe.methods import ADAPTERS
+from nvila.components.contracts.recipe.methods import ADAPTERS, Lora
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.train import Fp8, Run, Stage
 from nvila.components.model.config.variants import SIGLIP, VARIANTS
@@ -26,7 +26,7 @@ from nvila.components.model.text.tokenizer import TokenIds
 from nvila.components.model.vision.preprocess import Visual
 from nvila.components.train.tuning import tune
 from nvila.pipelines.planning import fp8
-from nvila.pipelines.planning.memory import MicroBatch, activations, largest, memory
+from nvila.pipelines.planning.memory import RESERVE_BYTES, MicroBatch, activations, largest, memory
 from nvila.pipelines.planning.shape import shape_of
 
 SIZE = 1000
@@ -246,6 +246,22 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
         )
         assert (offloaded.gradients, offloaded.optimizer, offloaded.activations) == (0, 0, here.activations)
         assert offloaded.weights == (0 if zero == 3 else 2 * shape.total)
+
+
+@pytest.mark.parametrize(("recipe", "gigabytes"), [("nvila-8b", 20.9), ("nvila-lite-8b", 15.7)])
+def test_eight_billion_fit_a_card_of_24_gb(recipe: str, gigabytes: float) -> None:
+    """What the paper promises for layer norms and QLoRA: the one stage that people without a data centre can train."""
+    shape = shape_of(fill_in(Form(recipe=recipe)).model)
+    assert shape is not None
+    run, row = Run(precision="bf16"), _stage(vision_tower="layernorm", llm="qlora")
+    wide = {"micro_batch": 1, "batch": 1, "max_length_tokens": 8192, "gradient_checkpointing": True, "lora": Lora()}
+    stage = row.model_copy(update=wide)
+    peak = max(memory(shape, batch, stage, run).peak for batch in largest(shape, stage, run, [shape.image]))
+    assert peak / 1e9 == pytest.approx(gigabytes, abs=0.1)
+    assert peak + RESERVE_BYTES <= 24e9
+    half = stage.model_copy(update={"methods": {"vision_tower": "layernorm", "llm": "lora"}})
+    least = min(memory(shape, batch, half, run).peak for batch in largest(shape, half, run, [shape.image]))
+    assert least + RESERVE_BYTES > 24e9, "LoRA on bf16 would do"
 
 
 def test_a_packed_row_is_full_of_media_or_of_text() -> None:
