@@ -256,7 +256,7 @@ def plan(
     override: Annotated[
         list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="GPU to count with: a100, l40s, h100, h200 or b200.")] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU to count with: a100, l4, 4090, l40s, h100, h200 or b200.")] = "h100",
     mfu: Annotated[float, typer.Option(help="Share of the GPU's stated speed that training reaches.")] = 0.3,
     gpu_hour_price: Annotated[float, typer.Option(help="Price of one GPU for an hour.")] = 2.5,
     samples: Annotated[

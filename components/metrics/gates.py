@@ -42,7 +42,7 @@ def _since_the_base(gate: Gate, measured: Mapping[str, Scored]) -> list[str]:
         if source in (gate.not_below_base or ()) and base.fall_low > 0:
             reasons.append(f"{what} {ends} since training started")
         if most is not None and base.fall_high > most:
-            reasons.append(f"{what}, perhaps, {ends}, more than {most} (max_forgotten)")
+            reasons.append(f"{what} {ends}, in truth perhaps by more than {most} (max_forgotten)")
     return reasons
 
 

@@ -145,7 +145,11 @@ def _learnt(told: Training | None) -> str:
         for part, number in told.trained_parameters.items()
     ]
     adapter = f", adapters of {told.adapter_bytes / 1e6:,.1f} MB" if told.adapter_bytes else ""
-    return f"trained parameters: {', '.join(parts)}{adapter}" if parts else ""
+    words = [f"trained parameters: {', '.join(parts)}{adapter}"] if parts else []
+    if told.fp8:
+        taken = f"{sum(told.fp8.linears.values())} Linears of the decoder in FP8 ({told.fp8.scaling})"
+        words.append(f"{taken} by {told.fp8.backend} {told.fp8.version}")
+    return "; ".join(words)
 
 
 def quarantine(run: Run) -> dict[str, Any]:

@@ -60,14 +60,14 @@ def steps_table() -> str:
 
 
 def recipes_table() -> str:
-    """Each shipped recipe: the first sentence of its file, and the language model that it starts from."""
+    """Each shipped recipe: the first sentence of its file, and the language or whole model that it starts from."""
     rows = []
     for name in (*FIRST, *(name for name in shipped() if name not in FIRST)):
-        llm = fill_in(Form(recipe=name)).model.base.llm
+        base = fill_in(Form(recipe=name)).model.base
         sentence = shipped_document(name).about
-        start = f"`{llm}`" if llm else f"blank, made by `{INITIALIZE}`"
+        start = f"`{base.model or base.llm}`" if base.model or base.llm else f"blank, made by `{INITIALIZE}`"
         rows.append((f"[`{name}`](pipelines/recipes/{name}.yaml)", sentence, start))
-    return _table(("recipe", "what it is", "language model"), rows)
+    return _table(("recipe", "what it is", "starts from"), rows)
 
 
 def commands_table() -> str:

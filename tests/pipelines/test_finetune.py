@@ -15,12 +15,11 @@ from turns import turn_of
 
 from nvila.components.contracts.recipe.data import Source
 from nvila.components.data.demo import ensure
+from nvila.components.tracking.trace import trace
 from nvila.pipelines.commands.finetune import start_from, with_ratio
+from nvila.pipelines.commands.overrides import asked_for
+from nvila.pipelines.planning.hits import verdicts
 
-RECIPE = {
-    "extends": "micro-tune.yaml",
-    "name": "mine",
-}
 TUNED: dict[str, Any] = {
     "name": "mine",
     "model": {"base": {"model": "start"}},
@@ -73,7 +72,9 @@ def test_the_rate_of_the_tower_is_a_share_of_the_stages(tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not turn_of(3, 1), reason="its turn comes on another day: EVERY_TEST=1 runs it")
-def test_a_model_is_fine_tuned_and_held_against_what_it_was(small_nvila: Path, tmp_path: Path) -> None:
+def test_a_model_is_fine_tuned_and_held_against_what_it_was(
+    small_nvila: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every step of the other table with the real runner, on data that have questions and nothing else."""
     ensure(Source(name="digits", kind="image", path=str(tmp_path / "data/digits"), demo="digits", demo_scale=0.02))
     for name in ("captions", "labels"):
@@ -88,13 +89,16 @@ def test_a_model_is_fine_tuned_and_held_against_what_it_was(small_nvila: Path, t
     assert summary["pipeline"] == "finetune" and told["base"]["n"] == told["full"]["n"] == 32
     card = next((tmp_path / "store/register").glob("*/model_card.md")).read_text()
     assert "before tuning" in card and "Fine-tuned from `start`" in card
-    again = _finetune(tmp_path, "--vision-rate-ratio", "0.1")
-    cached = {step["name"] for step in again["steps"] if step["cached"]}
-    assert {"initialize", "train-1", "evaluate", "quantize"} <= cached
-    traced = subprocess.run(
-        [*NVILA, "trace", "nvila-mine@challenger"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert "initialize" in traced.stdout
+    tree = trace(tmp_path / "store", "nvila-mine@challenger", runs=tmp_path / "runs")
+    assert tree.unchanged and {"initialize", "train-1"} <= {node.step for node in tree.nodes}
+    # The same command again finds the work, and does not when the model is another.
+    monkeypatch.chdir(tmp_path)
+    overrides = with_ratio("mine.yaml", [], 0.1, "start")
+    form, _ = asked_for("mine.yaml", overrides, start_from="start")
+    found = verdicts(form, tmp_path / "store", tmp_path / "runs")
+    assert {found[name] for name in ("initialize", "train-1", "evaluate", "quantize")} == {"hit"}
+    (tmp_path / "start/llm/generation_config.json").write_text('{"temperature": 0.5}')
+    assert verdicts(form, tmp_path / "store", tmp_path / "runs")["initialize"] == "miss"
 
 
 NVILA = [sys.executable, "-m", "nvila.pipelines.cli"]

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from telling import evaluation, retained, scored
@@ -9,7 +10,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.recipe.evaluate import Gate
 from nvila.components.contracts.recipe.quantize import QuantizeGate
-from nvila.components.contracts.results.accuracy import Baseline, Retained, Scored
+from nvila.components.contracts.results.accuracy import Base, Baseline, Retained, Scored
 from nvila.components.gate.step import Settings, run
 from nvila.components.metrics import accuracy
 from nvila.components.metrics.gates import objections, objections_to_quantized
@@ -111,3 +112,29 @@ def test_refusal_ends_with_exit_code_three(tmp_path: Path) -> None:
     with pytest.raises(Rejected, match=r"s: exact match 0\.100") as caught:
         run(settings, {"metrics": metrics}, tmp_path)
     assert caught.value.exit_code == Exit.REJECTED
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "gate", "refused"),
+    [
+        ([1] * 90 + [0] * 10, [1] * 95 + [0] * 5, {"not_below_base": ["s"]}, 0),
+        ([1] * 90 + [0] * 10, [1] * 89 + [0] * 11, {"not_below_base": ["s"]}, 0),
+        ([1] * 90 + [0] * 10, [1] * 75 + [0] * 25, {"not_below_base": ["s"]}, 1),
+        ([1] * 90 + [0] * 10, [1] * 75 + [0] * 25, {"max_forgotten": {"s": 0.3}}, 0),
+        ([1] * 90 + [0] * 10, [1] * 80 + [0] * 20, {"max_forgotten": {"s": 0.1}}, 1),
+        (None, [1] * 80, {"max_forgotten": {"s": 0.1}}, 1),
+        ([1] * 90 + [0] * 10, [1] * 75 + [0] * 25, {}, 0),
+    ],
+)
+def test_a_tuned_model_is_held_against_what_it_was(
+    before: list[float] | None, after: list[float], gate: dict[str, Any], refused: int
+) -> None:
+    """Tuned on one thing a model forgets others; noise of few questions must neither hide that nor look like it."""
+    model = scored(sum(after) / len(after), n=len(after))
+    if before is not None:
+        fall, low, high = accuracy.fall_interval(before, after)
+        assert low <= fall <= high
+        told = accuracy.measured("accuracy", before).model_dump()
+        model = model.model_copy(update={"base": Base(**told, fall=fall, fall_low=low, fall_high=high)})
+    asked = Gate.model_validate({"above_question_only": False, **gate})
+    assert len(objections(asked, {"s": model})) == refused

@@ -150,6 +150,7 @@ def test_harmless_tensors_of_older_checkpoints(saved: Path, tmp_path: Path) -> N
         saved / LLM,
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),
         model__rotary_emb__inv_freq=torch.ones(4),
+        model__layers__0__mlp__up_proj___extra_state=torch.zeros(8, dtype=torch.uint8),  # scales of training in FP8
     )
     change(
         saved / TOWER,

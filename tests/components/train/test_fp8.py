@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matrix
@@ -13,6 +15,9 @@ from test_worker import Stop, losses, weights
 from turns import some
 
 from nvila.components.contracts.errors import ConfigError, Preempted
+from nvila.components.contracts.results.model import Fp8Products
+from nvila.components.precision.products import Products
+from nvila.components.train.engine import Engine
 from nvila.components.train.job import Job
 from nvila.components.train.loop import train
 
@@ -121,6 +126,35 @@ def test_weights_in_four_bits_leave_nothing_to_fp8(make_job: MakeJob) -> None:
     """The Linears would be multiplied in bf16, under the name of FP8."""
     with pytest.raises(ConfigError, match="no Linear of the decoder is left"):
         train(make_job("qlora", stage={"methods": {"llm": "qlora"}}, run=FP8), Stop())
+
+
+def test_a_pass_is_told_whether_the_weights_have_changed(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of them in FP8 are kept over the passes of a step: kept longer, a step would be taken from old ones."""
+    told: list[bool] = []
+
+    @contextmanager
+    def noted(first: bool) -> Iterator[None]:
+        told.append(first)
+        yield
+
+    about = Fp8Products(backend="none", version="0", scaling="none", linears={})
+    monkeypatch.setattr("nvila.components.train.engine.use", lambda model, run: Products(about, noted))
+    train(make_job("told", stage={"micro_batch": 2}, run={"precision": "bf16", "packing": "padded"}), Stop())
+    assert told == [True, False, False, False] * 6
+
+
+def test_processes_that_choose_scales_together_go_through_as_many_passes() -> None:
+    """Without ZeRO each has as many as its samples need, and who had more would wait for the others for ever."""
+    about = Fp8Products(backend="none", version="0", scaling="delayed", linears={})
+    plain = SimpleNamespace(world_size=2, zero_optimization_stage=lambda: 0)
+    others = iter([True, True, True, False])  # the other process has three passes
+
+    class Two(Engine):
+        def total(self, *numbers: float) -> list[float]:
+            return [number + next(others) for number in numbers]
+
+    assert list(Two(plain, products=Products(about, meets=True)).together([1], 0)) == [1, 0, 0]
+    assert list(Two(plain, products=Products(about)).together([1], 0)) == [1]
 
 
 @pytest.mark.parametrize("precision", some(["fp8-delayed", "fp8-block"], 1))
