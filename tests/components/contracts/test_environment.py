@@ -134,7 +134,7 @@ def test_few_places_ask_what_they_were_not_given() -> None:
         "pipelines/ablate/experiment.py",
         "pipelines/ablate/plan.py",
         "pipelines/ablate/prepare.py",
-        "pipelines/ablate/spatial.py",
+        "pipelines/ablate/trials.py",
         "pipelines/ablate/work.py",
         "pipelines/commands/ui.py",
         "pipelines/commands/validate.py",
