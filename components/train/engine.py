@@ -169,8 +169,9 @@ class Engine:
         return [item for some in found for item in some]
 
     def not_finite(self) -> list[str]:
-        """Names of some weights that are not finite, on any process. Every process must call this."""
-        named = self.deepspeed.module.named_parameters()
+        """Names of some trained weights that are not finite, on any process; frozen ones were looked at when they were
+        read. Every process must call this."""
+        named = [(name, one) for name, one in self.deepspeed.module.named_parameters() if one.requires_grad]
         bad = [name for name, parameter in named if not finite(getattr(parameter, "ds_tensor", parameter))]
         return sorted(set(self.gather(bad[:3])))
 

@@ -75,7 +75,8 @@ def _make_room(error: BaseException, out: Path) -> None:
         caused = caused.__context__
     with suppress(OSError):
         clear(out / CHECKPOINTS)
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    for name in (PARTIAL, ADAPTER):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def train(job: Job, stop: StopRequest) -> None:

@@ -53,6 +53,7 @@ def peak_bytes(shape: Shape, stage: Stage, run: Run, video: bool, wanted: Iterab
     with suppress(torch.OutOfMemoryError), started(shape, stage, run) as (engine, model, packed):
         for rows in wanted:
             batch = largest_batch(model, rows, video, packed=packed)
+            batch["multiple"] = PRECISIONS[run.precision].multiple
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(2):  # the second with the optimizer's states

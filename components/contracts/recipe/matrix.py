@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from nvila.components.contracts.precisions import PRECISIONS, Precision
-from nvila.components.contracts.recipe.methods import METHODS, Method, Part
+from nvila.components.contracts.recipe.methods import METHODS, Method
 
 Zero = Literal[0, 1, 2, 3]
 Offload = Literal["none", "cpu"]
@@ -31,7 +31,7 @@ class Cell:
 
     @classmethod
     def of(
-        cls, learning: Mapping[Part, Method], zero: Zero, precision: Precision, offload: Offload, packing: Packing
+        cls, learning: Mapping[str, Method], zero: Zero, precision: Precision, offload: Offload, packing: Packing
     ) -> Cell:
         """Of a stage whose trainable parts learn so."""
         return cls(

@@ -242,7 +242,7 @@ class TrainSettings(Run):
         """Each rule of the matrix that a stage breaks; of the stages' options at each of them, of others once."""
         told = set()
         for index, stage in enumerate(self.stages):
-            learning = {part: stage.method(part) for part in stage.trainable} if stage else {}
+            learning = stage.learning if stage else {}
             cell = Cell.of(learning, self.zero, self.precision, self.offload, self.packing)
             for rule in refusals(cell):
                 option = rule.option.replace("*", str(index))

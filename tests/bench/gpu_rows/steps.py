@@ -49,6 +49,7 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
     """
     import torch
 
+    from nvila.components.contracts.precisions import PRECISIONS
     from nvila.components.model.batch import Batch
     from nvila.components.model.work import operations
     from nvila.components.train.meter import counted
@@ -56,6 +57,7 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
 
     with _alone(), started(shape, stage, run) as (engine, model, packed):
         batch = largest_batch(model, rows, video, packed=packed)
+        batch["multiple"] = PRECISIONS[run.precision].multiple
         torch.cuda.reset_peak_memory_stats()
         for step in range(WARM + STEPS):
             if step == WARM:
@@ -66,7 +68,7 @@ def steps(shape: Shape, stage: Stage, run: Run, rows: int, *, video: bool) -> Me
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - began) / STEPS
         seen = counted(Batch(**batch), model.config, model.tokens)
-        work = operations(shape, stage, seen.load(supervised))
+        work = operations(shape, stage.learning, seen.load(supervised))
         return Measured(seconds, torch.cuda.max_memory_allocated(), int(seen.positions), work)
 
 
