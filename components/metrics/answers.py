@@ -21,23 +21,23 @@ Show = Literal["own", "blank", "other"]
 
 @dataclass
 class Questions:
-    """Held-out samples of one source with their media preprocessed once for all models."""
+    """Held-out samples with their media preprocessed once for all models."""
 
     samples: list[Sample]
     shown: dict[tuple[str, ...], Prompt]
-    """A prompt with the tiles of each picture or clip, by its media names."""
+    """A prompt with the tiles of each picture or clip, by the places of its media: sources may call theirs alike."""
 
     @classmethod
     def prepare(cls, samples: list[Sample], feed: Feed) -> Questions:
         """Decode and preprocess each picture or clip once, however many questions ask about it."""
-        distinct = {sample.media: sample for sample in samples}
+        distinct = {_places(sample): sample for sample in samples}
         what = f"{samples[0].source} pictures" if samples else "pictures"
         return cls(samples, {media: feed.prompt(sample) for media, sample in track(distinct.items(), what)})
 
     def prompts(self, show: Show, limit: int | None = None) -> list[Prompt]:
         """Prompts for the first `limit` questions, each with the picture that `show` says."""
         chosen = self.samples[:limit]
-        media = [sample.media for sample in chosen]
+        media = [_places(sample) for sample in chosen]
         if show == "other":
             media = _displaced(media)
         prompts = []
@@ -68,6 +68,10 @@ def answers(
         for i, text in zip(some, said, strict=True):
             found[i] = text
     return found
+
+
+def _places(sample: Sample) -> tuple[str, ...]:
+    return tuple(str(sample.root / name) for name in sample.media)
 
 
 def _question(sample: Sample) -> list[Turn]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +109,21 @@ def test_a_question_too_long_for_the_decoder_is_unanswered(
     said = answers(model, tokenizer, [prompts[0], long, *prompts[1:]], **how)
     assert said == [said[0], "", *answers(model, tokenizer, prompts, **how)[1:]]
     assert "final: 1 of 4 questions are too long for the decoder's 256 positions" in capsys.readouterr().err
+
+
+def test_sources_may_call_their_pictures_alike(small: Any, tmp_path: Path) -> None:
+    """Asked together, the questions of one source were put to the pictures of another that have the same names."""
+    import shutil
+    from dataclasses import replace
+
+    import torch
+
+    model, tokenizer = load_native(small.model.dir("model"))
+    samples = read_samples(small.samples.path("samples.parquet"), split="heldout", sources=["colours"])
+    first = samples[0]
+    different = next(sample for sample in samples if sample.answer != first.answer and sample.media != first.media)
+    shutil.copyfile(different.root / different.media[0], tmp_path / first.media[0])
+    other = replace(first, id="o/heldout/0", source="o", root=tmp_path, media_sha256=different.media_sha256)
+    both = Questions.prepare([first, other], Feed(tokenizer, model.config)).prompts("own")
+    seen = [prompt.visuals[0].tiles for prompt in both]
+    assert not torch.equal(*seen)
