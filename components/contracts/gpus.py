@@ -34,7 +34,7 @@ GPUS = {
     )
 }
 
-_SLOWER = re.compile(r"\b(H100|H200)\b.*\b(PCIe|NVL)\b|\bNVL\b.*\b(H100|H200)\b")
+_SLOWER = re.compile(r"\b(H100|H200)\b.*\b(PCIe|NVL)\b|\bNVL\b.*\b(H100|H200)\b|\b4090 (D|Laptop)\b")
 """Boards of the same name that are clocked lower."""
 
 

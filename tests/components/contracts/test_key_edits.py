@@ -101,7 +101,7 @@ def test_what_runs_again_after_an_edit(tree: Path, before: dict[str, str], edit:
 def test_training_reaches_no_answers(tree: Path) -> None:
     """How models answer, are served, fetched and judged is worked on while others train for weeks."""
     reached = {name.split(".")[2] for name in keys.import_closure(TRAIN) if name.count(".") >= 2}
-    assert reached == {"contracts", "data", "model", "train"}
+    assert reached == {"contracts", "data", "model", "precision", "train"}
     for room in ("nvila.components.model.decode", "nvila.components.data.remote"):
         assert room not in keys.import_closure(TRAIN)
 
