@@ -34,6 +34,8 @@ def settle() -> list[str]:
     """
     if sys.getfilesystemencoding() != "utf-8":  # a locale of old: libraries could not even read their own files
         os.environ["PYTHONUTF8"] = "1"
+    # transformers imports torchao, which asks whether there is a GPU: by CUDA itself no fork could use one any more.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     _spare_loopback()
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
 
     `arguments` are the listening descriptor, the run's folder, and the parent's process id.
     """
+    settle()  # before what is imported for all forks
     descriptor, run_dir, parent = arguments
     leave = _Leave()
     forks = _Forks(socket.socket(fileno=int(descriptor)), Path(run_dir), int(parent))
