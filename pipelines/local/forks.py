@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from nvila.components.contracts.children import die_with_parent, killed_by
 from nvila.components.contracts.environment import for_child, take_over
 from nvila.components.contracts.keys import library_versions
+from nvila.components.contracts.surroundings import settle
 from nvila.components.runner.execute import ALWAYS
 from nvila.components.runner.status import Status, note_killed, statuses
 from nvila.components.tracking.connect import load_client
