@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.recipe.recipe import Recipe, slices
 from nvila.components.contracts.steps import PREFLIGHT
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
@@ -62,8 +62,7 @@ def prune(
     if dry_run:
         show_plan(experiment, jobs or cores, console)
         return
-    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
-    preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
+    _refuse_early(checked, places)
     result = experiment.run(jobs or cores, say)
     show(result, console)
     _told(places, console)
@@ -92,8 +91,7 @@ def of_models(
             table.add_row(case.name, "finished" if finished else "")
         console.print(table)
         return
-    needs = preflight.Settings.model_validate(slices(checked)[PREFLIGHT])
-    preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
+    _refuse_early(checked, places)
     result = experiment.run(jobs or len(os.sched_getaffinity(0)), say)
     head, rows = experiment.lines(result)
     table = Table(*head)
@@ -103,6 +101,17 @@ def of_models(
     console.print(table)
     print_line(console, f"{result['cpu_seconds'] / 60:.0f} CPU minutes")
     _told(places, console)
+
+
+def _refuse_early(recipe: Recipe, places: Places) -> None:
+    """As preflight does before a run, but for the endpoint: nothing is served.
+
+    Raises:
+        PreflightError: what the machine lacks.
+    """
+    unserved = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"target": "none"})})
+    needs = preflight.Settings.model_validate(slices(unserved)[PREFLIGHT])
+    preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
 
 
 def _told(places: Places, console: Console) -> None:

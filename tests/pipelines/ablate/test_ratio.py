@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.pipelines.ablate.ratio import Experiment
 from nvila.pipelines.ablate.ratio_cases import RATIOS, SETTINGS, Case, Design, stages_of
 from nvila.pipelines.ablate.ratio_table import table
+from nvila.pipelines.commands.ablate import of_models
 from nvila.pipelines.commands.overrides import asked_for
 
 QUESTIONS = 200
@@ -96,3 +99,19 @@ def test_a_stop_half_way_leaves_whole_tables() -> None:
     runs = Design(2).runs()
     assert [case.seed for case in runs] == sorted(case.seed for case in runs)
     assert runs[:4] == [Case(0, 0, ratio) for ratio in RATIOS] and len(runs) == 2 * 21
+
+
+def test_an_endpoint_that_is_running_refuses_no_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is served: an experiment was told to choose another port."""
+
+    def stop(*_: Any) -> Any:
+        raise NvilaError("as far as the work")
+
+    monkeypatch.setattr(Experiment, "run", stop)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        options = {"jobs": 1, "out": tmp_path / "out.json", "store": tmp_path, "runs": tmp_path, "dry_run": False}
+        given = [f"rollout.port={busy.getsockname()[1]}", "needs.memory_bytes=0", "needs.disk_bytes=0"]
+        with pytest.raises(NvilaError, match="as far as the work"):
+            of_models(Experiment, "tiny-lr-ratio", given, Design(1), **options)
