@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.recipe.recipe import Recipe, slices
+from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.steps import PREFLIGHT
 from nvila.components.contracts.text import say, visible
 from nvila.components.preflight import step as preflight
@@ -62,7 +62,7 @@ def prune(
     if dry_run:
         show_plan(experiment, jobs or cores, console)
         return
-    _refuse_early(checked, places)
+    _refuse_early(recipe, overrides, places)
     result = experiment.run(jobs or cores, say)
     show(result, console)
     _told(places, console)
@@ -91,7 +91,7 @@ def of_models(
             table.add_row(case.name, "finished" if finished else "")
         console.print(table)
         return
-    _refuse_early(checked, places)
+    _refuse_early(recipe, overrides, places)
     result = experiment.run(jobs or len(os.sched_getaffinity(0)), say)
     head, rows = experiment.lines(result)
     table = Table(*head)
@@ -103,13 +103,13 @@ def of_models(
     _told(places, console)
 
 
-def _refuse_early(recipe: Recipe, places: Places) -> None:
+def _refuse_early(recipe: str, overrides: Sequence[str], places: Places) -> None:
     """As preflight does before a run, but for the endpoint: nothing is served.
 
     Raises:
         PreflightError: what the machine lacks.
     """
-    unserved = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"target": "none"})})
+    _, unserved = asked_for(recipe, [*overrides, "rollout.target=none"])
     needs = preflight.Settings.model_validate(slices(unserved)[PREFLIGHT])
     preflight.refuse(preflight.problems(needs, places.runs, places.store, demo_can_be_built=True))
 
