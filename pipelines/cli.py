@@ -12,9 +12,10 @@ import typer.core
 from nvila.components.contracts.environment import Environment, entered, name_of, notices
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.places import local_folder
 from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
+from nvila.pipelines.commands.ablations import ablations
+from nvila.pipelines.commands.options import Json, Model, Override, Runs, Store, local
 from nvila.pipelines.show.as_json import put, wanted
 from nvila.pipelines.show.as_json import run as run_for_programs
 
@@ -25,29 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _local(context: typer.Context, option: typer.CallbackParam, given: Any) -> Any:
-    """Refuse the address of an object store where a path is meant: it would become a folder `s3:` here."""
-    name = option.opts[0] if option.param_type_name == "option" else (option.name or "").upper()
-    for value in given if isinstance(given, list | tuple) else [given] if given else []:
-        local_folder(value, name)
-    return given
-
-
-Runs = Annotated[
-    Path,
-    typer.Option("--runs", callback=_local, help="Folder of the runs, the MLflow store and the endpoint's state."),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A folder or manifest.json, s3://bucket/prefix, hf://id@revision, NAME@ALIAS, NAME/NUMBER, or an alias "
-        "(champion) or number of the newest registered model."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; where it failed, with an `error` in it.")]
-Store = Annotated[Path, typer.Option("--store", callback=_local, help="Folder of finished work, shared between runs.")]
 
 
 def _version(asked: bool) -> None:
@@ -76,9 +54,7 @@ def _all(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe (micro, tiny, ...) or path of a YAML file.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     profile: Annotated[
         str, typer.Option(metavar="STAGE", help="Profile a few optimizer steps of this stage (train-4), or of all.")
     ] = "",
@@ -113,9 +89,7 @@ def finetune(
             "alias of the newest registered model; the recipe's by default.",
         ),
     ] = "",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     vision_rate_ratio: Annotated[
         float | None,
         typer.Option(help="The vision tower's learning rate as a share of the stage's (0.1); the recipe's by default."),
@@ -149,9 +123,7 @@ def finetune(
 @app.command()
 def validate(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     as_json: Json = False,
     store: Store = Path("store"),
 ) -> None:
@@ -191,9 +163,7 @@ def list_() -> None:
 @recipes.command()
 def show(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
 ) -> None:
     """Print a whole recipe as YAML, with where each value comes from.
 
@@ -220,7 +190,7 @@ def schema() -> None:
 
 @app.command(name="compile")
 def compile_(
-    out: Annotated[Path, typer.Argument(callback=_local, help="YAML file to write.")] = Path("lifecycle.yaml"),
+    out: Annotated[Path, typer.Argument(callback=local, help="YAML file to write.")] = Path("lifecycle.yaml"),
     image: Annotated[str, typer.Option(help="Container image of the steps, pinned by digest if you can.")] = "",
     quantize_image: Annotated[
         str, typer.Option(help="Image of the steps that use vLLM: the first one, and vLLM.")
@@ -253,9 +223,7 @@ def plan(
     recipe: Annotated[
         str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
     ] = "",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     gpu: Annotated[str, typer.Option(help="GPU to count with: a100, l4, 4090, l40s, h100, h200 or b200.")] = "h100",
     mfu: Annotated[float, typer.Option(help="Share of the GPU's stated speed that training reaches.")] = 0.3,
     gpu_hour_price: Annotated[float, typer.Option(help="Price of one GPU for an hour.")] = 2.5,
@@ -333,9 +301,7 @@ app.add_typer(fp8, name="fp8")
 @fp8.command()
 def doctor(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     gpu: Annotated[
         str, typer.Option(help="GPU for the bound where none is here, and for the memory: l40s, h100, h200 or b200.")
     ] = "h100",
@@ -370,18 +336,16 @@ def submit(
     ] = "",
     token_file: Annotated[
         Path | None,
-        typer.Option(callback=_local, help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment."),
+        typer.Option(callback=local, help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment."),
     ] = None,
     ca_cert: Annotated[
-        Path | None, typer.Option(callback=_local, help="PEM file to check the server's certificate with.")
+        Path | None, typer.Option(callback=local, help="PEM file to check the server's certificate with.")
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Your namespace, where the server has several users.")] = None,
     experiment: Annotated[str, typer.Option(help="Experiment that the run belongs to; made when missing.")] = "nvila",
     run_name: Annotated[str | None, typer.Option(help="Name of the run; recipe and time by default.")] = None,
     service_account: Annotated[str | None, typer.Option(help="Service account of the step pods.")] = None,
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
+    override: Override = None,
     start_from: Annotated[
         str, typer.Option("--from", metavar="MODEL", help="Model to fine-tune, as the cluster names it.")
     ] = "",
@@ -438,10 +402,10 @@ def infer(
     model: Model,
     question: Annotated[list[str], typer.Argument(help="What to ask; several are asked one after the other.")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", callback=_local, help="Picture, PDF or PDF#page=N; repeatable.")
+        list[Path] | None, typer.Option("--image", callback=local, help="Picture, PDF or PDF#page=N; repeatable.")
     ] = None,
     video: Annotated[
-        list[Path] | None, typer.Option("--video", callback=_local, help="Clip, or folder of frames; repeatable.")
+        list[Path] | None, typer.Option("--video", callback=local, help="Clip, or folder of frames; repeatable.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     system: Annotated[str | None, typer.Option(help="System prompt; the model's own by default.")] = None,
@@ -449,7 +413,7 @@ def infer(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     json_schema: Annotated[
-        Path | None, typer.Option(callback=_local, help="File with a JSON schema that each answer keeps.")
+        Path | None, typer.Option(callback=local, help="File with a JSON schema that each answer keeps.")
     ] = None,
     as_json: Json = False,
     runs: Runs = Path("runs"),
@@ -479,7 +443,7 @@ def infer(
 @app.command()
 def convert(
     source: Model,
-    target: Annotated[Path, typer.Argument(callback=_local, help="New folder to write.")],
+    target: Annotated[Path, typer.Argument(callback=local, help="New folder to write.")],
     to: Annotated[str, typer.Option("--to", help="Layout to write: native, vila, hf or serving.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default, bfloat16 for serving.")
@@ -573,122 +537,7 @@ def status(as_json: Json = False, runs: Runs = Path("runs")) -> None:
     raise typer.Exit(Exit.DONE if told["serving"] else Exit.FAULT)
 
 
-ablations = typer.Typer(help="Find out what pays, by leaving it out.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(ablations, name="ablate")
-
-
-@ablations.command(name="prune")
-def ablate_prune(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-ablate",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Which methods, with commas between them; `random` is what the others are held against.")
-    ] = "deltaloss,multimodal-gain,clusters,random",
-    ratios: Annotated[
-        str, typer.Option(help="Shares of the samples to keep, with commas between them.")
-    ] = "0.5,0.3,0.1",
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each case; with one nothing is tested.")] = 3,
-    spoilt: Annotated[
-        bool, typer.Option("--spoilt/--no-spoilt", help="Also with 30% of the answers replaced by another sample's.")
-    ] = True,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(callback=_local, help="JSON file to write, the page beside it; runs/bench/prune.json by default."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the cases and an estimate; nothing is made.")
-    ] = False,
-    runs: Runs = Path("runs"),
-    store: Store = Path("store"),
-) -> None:
-    """Train on what each pruning method keeps, and on all data; test whether it beats chance.
-
-    From one stage-3 model and one table of scores, the pruned stages are trained for every method, keep ratio and seed:
-    for one epoch over each subset, and for equal steps. Held-out questions are asked after each stage. Then the same
-    with spoilt answers. Finished cases stay in the store: after an interruption the same command goes on.
-
-    Example: nvila ablate prune --dry-run
-    """
-    from nvila.pipelines.ablate.cases import Design
-    from nvila.pipelines.commands.ablate import numbers, prune, words
-
-    design = Design(words(methods), numbers(ratios, "--ratios"), seeds, spoilt)
-    prune(recipe, override or [], design, jobs=jobs, out=out, runs=runs, store=store, dry_run=dry_run)
-
-
-@ablations.command(name="spatial")
-def ablate_spatial(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-spatial",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row; with one, rows are not compared.")] = 3,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=_local, help="JSON file to write, the page beside it; runs/bench/spatial.json by default."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cases; nothing is made.")] = False,
-    runs: Runs = Path("runs"),
-    store: Store = Path("store"),
-) -> None:
-    """Scale, then compress, on a small model: the rows of the paper's table 1 at equal data.
-
-    A model is made and trained for stages 1 to 4 for each row (plain; S2 with 2x2 and with 3x3 pooling; and that with
-    the vision tower trained in stage 2) and each seed, and asked held-out questions. Finished cases stay in the store:
-    after an interruption the same command goes on.
-
-    Example: nvila ablate spatial --seeds 1
-    """
-    from nvila.pipelines.ablate.spatial import Experiment
-    from nvila.pipelines.ablate.spatial_cases import Design
-    from nvila.pipelines.commands.ablate import of_models
-
-    places: dict[str, Path] = {"out": out or runs / "bench" / "spatial.json", "runs": runs, "store": store}
-    of_models(Experiment, recipe, override or [], Design(seeds), jobs=jobs, dry_run=dry_run, **places)
-
-
-@ablations.command(name="lr-ratio")
-def ablate_ratio(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.")] = "tiny-lr-ratio",
-    override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each case; with one, ratios are not compared.")] = 3,
-    full_rate: Annotated[
-        float, typer.Option(help="Learning rate of a language model that learns in full; by adapters the recipe's.")
-    ] = 5e-4,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cases side by side; one per core by default.")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=_local, help="JSON file to write, the page beside it; runs/bench/lr-ratio.json by default."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cases; nothing is made.")] = False,
-    runs: Runs = Path("runs"),
-    store: Store = Path("store"),
-) -> None:
-    """Fine-tune with the vision tower at 1, 1/5, 1/10 and 1/50 of the language model's rate: the paper's table 6.
-
-    One model, made once, is tuned in its recipe's last stage by LoRA, QLoRA, layer norms and in full, at each ratio and
-    seed, and asked held-out questions. Finished cases stay in the store: after an interruption the same command goes
-    on.
-
-    Example: nvila ablate lr-ratio --seeds 1
-    """
-    from nvila.pipelines.ablate.ratio import Experiment
-    from nvila.pipelines.ablate.ratio_cases import Design
-    from nvila.pipelines.commands.ablate import of_models
-
-    design = Design(seeds, full_rate)
-    places: dict[str, Path] = {"out": out or runs / "bench" / "lr-ratio.json", "runs": runs, "store": store}
-    of_models(Experiment, recipe, override or [], design, jobs=jobs, dry_run=dry_run, **places)
 
 
 @app.command()
