@@ -24,6 +24,8 @@ from nvila.components.serve.deployment import Role, Status
 
 HEADER_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10, 120, 60
 """How long a client may take for its headers (and TLS's greeting), for a whole request, and between two requests."""
+HELD_SECONDS = HEADER_SECONDS + BODY_SECONDS
+"""How long a request may hold on to the way that it was given when its headers had come."""
 CONNECT_SECONDS = 2
 HEADERS_KIB, HEADERS = 60, 100
 """Most of a request."""
@@ -89,7 +91,8 @@ def files(
         address: to listen on, as a number.
         port: to listen on.
         settings: the endpoint's limits.
-        servers: `address:port` of every server that runs, those included whose last answers are awaited.
+        servers: `address:port` of every server that runs, those included whose last answers are awaited, and of those
+            that have ended within `HELD_SECONDS`: the way to such a one leads on to the other.
         champion: the one of them that gets what the challenger does not; without one, requests are told to come again.
         challenger: the one that is tried.
         weight: per cent of the requests that it gets.
@@ -117,7 +120,8 @@ def apply(folder: Path, contents: dict[str, dict[str, Any]], admin: Admin | None
     """
     known = {one["name"]: one for one in _read(folder / "clusters.json").get("resources", [])}
     wanted = {one["name"]: one for one in contents["clusters.json"]["resources"]}
-    # A request that is still being received holds on to its route: a pair stays as long as both of it run.
+    # A request that is still being received, or waits for its second try, holds on to its route: a pair stays as long
+    # as both of it do.
     pairs = {name: one for name, one in known.items() if name.startswith(_TRIED) and set(name.split()[1:]) <= {*wanted}}
     first, last = {**known, **wanted}, {**pairs, **wanted}
     for clusters in (first, last):

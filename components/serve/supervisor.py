@@ -151,6 +151,8 @@ class Supervisor:
         self._folder = runs / deployment.SERVING
         self._wanted: Wanted | None = None
         self._servers: list[_Server] = []
+        self._ended: dict[str, float] = {}
+        """When each `address:port` of Envoy's lost its server, for as long as a request may still go that way."""
         self._guards: list[tuple[int, float]] = []
         self._standby: Program | None = None
         self._envoy: Program | None = None
@@ -302,6 +304,7 @@ class Supervisor:
         assert one.program
         one.program.end(0)  # where the process between was killed, what it would have ended
         one.program = None
+        self._ended[envoy.server_of(one.url)] = time.monotonic()
         if one.health:
             one.health.stop()
         if one.state != "draining":
@@ -381,13 +384,15 @@ class Supervisor:
     def _contents(self, wanted: Wanted) -> dict[str, Any]:
         family = socket.AF_INET6 if ":" in wanted.host else socket.AF_INET
         address = str(socket.getaddrinfo(wanted.host, wanted.port, family, socket.SOCK_STREAM)[0][4][0])
+        now = time.monotonic()
+        self._ended = {place: at for place, at in self._ended.items() if now - at < envoy.HELD_SECONDS}
         taking = {one.role: envoy.server_of(one.url) for one in self._servers if one.takes_requests}
         return envoy.files(
             self._place,
             address,
             wanted.port,
             wanted.settings,
-            [envoy.server_of(one.url) for one in self._servers if one.program],
+            [*(envoy.server_of(one.url) for one in self._servers if one.program), *self._ended],
             taking.get("champion"),
             taking.get("challenger"),
             wanted.weight,

@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from nvila.components.contracts.errors import ConfigError, PreflightError, RolloutError
 from nvila.components.contracts.processes import Process
 from nvila.components.serve import deployment, envoy, interpreter
-from nvila.components.serve.deployment import Guards, Status, Version, Wanted
+from nvila.components.serve.deployment import Guards, Role, Status, Version, Wanted
 from nvila.components.serve.ports import free_port
 from nvila.pipelines.commands import endpoint
 
@@ -238,6 +238,33 @@ def test_a_rollout_loses_no_request_and_no_stream(served: Deployment) -> None:
     done.set()
     steady.join(60)
     assert not lost and streams == ["hello" * 15]
+
+
+@pytest.mark.parametrize("killed", ["challenger", "champion"])
+def test_what_was_on_its_way_to_a_server_that_ended_is_answered_by_the_other(served: Deployment, killed: Role) -> None:
+    """The way to the two together went with the dead one: requests that had been sent that way met a 503."""
+    a, b = served.version("a"), served.version("b")
+    served.serve(champion=a)
+    served.serve(champion=a, challenger=b, weight=100, tried_by=Process.this())
+    with socket.create_connection(("127.0.0.1", served.port), 30) as client:
+        client.sendall(b"POST /v1/x HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nh")
+        wait_for(lambda: admin_of(served.status).receiving({}) == 1, "it does not come in")
+        one = served.status.of(killed)
+        assert one
+        psutil.Process(one.pid).kill()
+        wait_for(lambda: envoy.server_of(one.url) not in ways(served.status), "routed")
+        client.sendall(b"i")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def admin_of(status: Status) -> envoy.Admin:
+    return envoy.Admin(status.admin)
+
+
+def ways(status: Status) -> str:
+    """The routes that Envoy holds."""
+    dump = admin_of(status).get("/config_dump?resource=dynamic_route_configs")
+    return json.dumps(dump)
 
 
 def test_a_challenger_of_a_killed_rollout_is_dropped(served: Deployment) -> None:
