@@ -1,0 +1,315 @@
+"""The custom resource `ModelRollout`: what people decide of a served model (`spec`), and what is (`status`).
+
+One object per registered model. Which version is wanted stands only in the registry's alias `challenger`; `status` is
+the controller's own record, and with the cluster and the registry all that it knows from one round to the next.
+
+Names are camelCase in the cluster, as Kubernetes has it, and ours in Python; `nvila.infra.controller.crd` makes the
+CustomResourceDefinition of these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.contracts.recipe.rollout import Policy
+from nvila.components.contracts.recipe.section import Disagreement, Section
+from nvila.components.contracts.site import Quantity
+
+GROUP, VERSION, KIND, PLURAL, SINGULAR, SHORT = (
+    "nvila.io",
+    "v1alpha1",
+    "ModelRollout",
+    "modelrollouts",
+    "modelrollout",
+    "mro",
+)
+API = f"{GROUP}/{VERSION}"
+MANAGER = "nvila-controller"
+"""The controller's name as an owner of fields."""
+
+MODEL_LABEL, VERSION_LABEL, ROLE_LABEL = f"{GROUP}/rollout", f"{GROUP}/version", f"{GROUP}/role"
+"""Labels of what the controller makes: the ModelRollout's name, the registry's number of the version."""
+PART_LABELS = {"app.kubernetes.io/part-of": "nvila", "app.kubernetes.io/component": "serving"}
+"""Labels of every serving pod, as NetworkPolicies and monitoring select them."""
+CONTAINER, FETCH = "endpoint", "weights"
+"""In a serving pod: the container that serves, and the init container before it."""
+HTTP_PORT, METRICS_PORT = 8321, 9321
+"""Of a serving pod: the endpoint, and what it has counted (`serve/exporter.py`), which no Service names."""
+PIN_HEADER = "x-nvila-version"
+"""Header by which a client asks one version and no other."""
+
+MOST_DECISIONS = 10
+MOST_PINNED = 64
+"""Prompts that `register` keeps with a version; a policy on a cluster cannot ask for more."""
+
+Text = Annotated[str, Field(min_length=1, max_length=253)]
+Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+"""Of a version in the registry."""
+_CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class Gateway(Section):
+    """The Gateway that users come through; somebody else keeps it."""
+
+    model_config = _CAMEL
+
+    name: Text
+    """Of a Gateway of the Gateway API."""
+    namespace: Label | None = None
+    """Where it is; the ModelRollout's own namespace without."""
+    section_name: Label | None = None
+    """Its listener; all that take the route without."""
+
+
+class Pods(Section):
+    """The pods of each version."""
+
+    model_config = _CAMEL
+
+    replicas: int = Field(default=1, ge=1, le=100)
+    """Of each version."""
+    gpus: int = Field(default=1, ge=0, le=16)
+    """Of each pod; 0 serves on the CPU."""
+    gpu_resource: Text = "nvidia.com/gpu"
+    """Name under which the cluster counts GPUs."""
+    cpu: Quantity = "8"
+    """Cores of each pod, asked for; there is no limit."""
+    memory: Quantity = "32Gi"
+    """Memory of each pod, asked for and at most."""
+    shared_memory: Quantity = "4Gi"
+    """Most of the pod's `/dev/shm`, out of its memory."""
+    node_selector: dict[str, str] = {}
+    """Labels of the nodes."""
+    tolerations: list[dict[str, Any]] = Field(default=[], max_length=64)
+    """Taints of nodes that do not matter, as Kubernetes writes them."""
+    affinity: dict[str, Any] = {}
+    """Further wishes for nodes, as Kubernetes writes them."""
+    priority_class_name: str = ""
+    """Of the pods."""
+    service_account_name: str = ""
+    """Of the pods; they ask the API server nothing."""
+    image_pull_secrets: list[Label] = Field(default=[], max_length=16)
+    """Names of Secrets."""
+
+
+class ServingPolicy(Policy):
+    """When a new version becomes champion, as the recipe's `rollout.policy`."""
+
+    model_config = _CAMEL
+
+    steps: list[Annotated[int, Field(ge=1, le=100)]] = Field(default=[5, 25, 50, 100], max_length=100)
+    """Per cent of the requests that the new version gets, one step after the other; none: it takes over once the pinned
+    prompts are answered."""
+    deadline_seconds: Annotated[float, Field(ge=1, le=86_400)] = 1800.0
+    """Longest wait for the pods to get ready: nodes, images, weights and loading."""
+    drain_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """Time without new requests that the pods of a version get before they are told to end."""
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """No more prompts than a version brings along."""
+        yield from super().disagreements()
+        if self.pinned_prompts > MOST_PINNED:
+            why = f"a version in the registry has at most {MOST_PINNED} pinned prompts"
+            yield Disagreement("pinned_prompts", why, self.pinned_prompts)
+
+
+class ServingEndpoint(EndpointSettings):
+    """What the endpoint lets people do, as the recipe's `rollout.endpoint`; TLS is the Gateway's."""
+
+    model_config = _CAMEL
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Nothing that lies on one machine."""
+        yield from super().disagreements()
+        for name in ("certificate", "media_folders", "adapters"):
+            if value := getattr(self, name):
+                yield Disagreement(name, "pods have no files of people; leave it out", value)
+
+
+class Override(Section):
+    """Serve this version now, without steps. It is acted on once; another reason makes it another one."""
+
+    model_config = _CAMEL
+
+    version: Number
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    """Why, for the record; `nvila rollback` writes one."""
+
+
+class Spec(Section):
+    """What people decide. Nothing of ours changes it after the object was made."""
+
+    model_config = _CAMEL
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=150)]
+    """The registered model; also what requests call it. A model is served by one ModelRollout."""
+    image: Text
+    """Of the serving pods: the platform's image `serve`."""
+    gateway: Gateway
+    """Where users come in."""
+    hostnames: list[Annotated[str, Field(min_length=1, max_length=253)]] = Field(default=[], max_length=16)
+    """Host names that users ask; all of the Gateway's without."""
+    pods: Pods = Pods()
+    """What a pod takes, and where it may run."""
+    endpoint: ServingEndpoint = ServingEndpoint()
+    """Limits and permissions of requests; another one takes other pods, so it holds from the next version on."""
+    policy: ServingPolicy = ServingPolicy()
+    """When a new version becomes champion."""
+    paused: bool = False
+    """No version begins, advances or is promoted; one that fails is still rolled back."""
+    override: Override | None = None
+    """A version to serve now."""
+    approvers: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default=[], max_length=64)
+    """Where any are named, a version gets requests of users once its tag `nvila.approved-by` names one of them."""
+
+
+class Record(BaseModel):
+    """A part of `status`: read with patience, for an older controller may have written it."""
+
+    model_config = ConfigDict(
+        extra="ignore", frozen=True, alias_generator=to_camel, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+Phase = Literal["Empty", "Preparing", "Asking", "Shifting", "Serving", "Blocked"]
+"""Nothing is served or wanted; a version's pods start; its answers are compared; it gets requests; one serves and none
+is wanted; people have to do something first."""
+Time = str
+"""RFC 3339, in UTC, as Kubernetes writes times."""
+
+
+class Counted(Record):
+    """`rollout.policy.Counters` of one pod, or summed."""
+
+    requests: int = 0
+    errors: int = 0
+    first_tokens: int = 0
+    first_token_seconds: float = 0.0
+    tokens: int = 0
+    token_seconds: float = 0.0
+
+
+class Answered(Record):
+    """`rollout.policy.Asked`: what a version did with the pinned prompts."""
+
+    asked: int = 0
+    errors: int = 0
+    agreed: int = 0
+    right: int = 0
+    without_value: int = 0
+
+
+class Seen(Record):
+    """What the pods of one version have done since the step began."""
+
+    total: Counted = Counted()
+    last: dict[str, Counted] = {}
+    """By pod, as they were read last."""
+
+
+class Served(Record):
+    """A version that serves, or did."""
+
+    version: str
+    digest: str
+    """Of its manifest."""
+    since: Time
+
+
+class Tried(Served):
+    """The version that is tried."""
+
+    step: int = 0
+    """0 before users reach it; then as of the policy's `steps`."""
+    step_since: Time
+    pinned: Answered | None = None
+    """What it did with the pinned prompts; None before they were asked."""
+    champion_pinned: Answered | None = None
+    seen: Seen = Seen()
+    champion_seen: Seen = Seen()
+    reasons: list[str] = []
+    """Why it was let on, step by step."""
+
+
+Verdict = Literal["promoted", "rolled back", "withdrawn", "requested", "put back", "overridden", "refused"]
+
+
+class Decided(Record):
+    """A decision with its numbers."""
+
+    at: Time
+    verdict: Verdict
+    version: str
+    instead_of: str = ""
+    """The version that served then."""
+    reasons: list[str] = []
+    step: int = 0
+    weight: int = 0
+    """Per cent of the requests that it had."""
+    counted: Counted | None = None
+    champion_counted: Counted | None = None
+    pinned: Answered | None = None
+    user: str = ""
+    """Who asked for it, where that is known."""
+    told: bool = False
+    """Whether the notification webhook has it, or never will."""
+
+
+class Write(Record):
+    """Something that the registry is still to be told; each may be repeated."""
+
+    alias: Literal["challenger", "champion", "previous", ""] = ""
+    version: str = ""
+    """That the alias is to name; empty: it is to go. Of a tag, the version that gets it."""
+    expects: str = ""
+    """What the alias named when this was decided: where it names another by now, somebody has asked for that one."""
+    tag: str = ""
+    text: str = ""
+
+
+class Condition(Record):
+    """As Kubernetes has them."""
+
+    type: Literal["Ready", "RegistryReachable", "Progressing"]
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+    last_transition_time: Time
+
+
+class Status(Record):
+    """What is."""
+
+    observed_generation: int = 0
+    phase: Phase = "Empty"
+    message: str = ""
+    """The story in a line."""
+    champion: Served | None = None
+    """What serves."""
+    challenger: Tried | None = None
+    """What is tried."""
+    previous: Served | None = None
+    """What served before."""
+    leaving: list[Served] = []
+    """Versions that get no more requests, since when; their pods still answer what they have."""
+    step: int = 0
+    steps: int = 0
+    weight: int = 0
+    """Per cent of the requests that the challenger gets."""
+    overridden: Override | None = None
+    """The override that was acted on last."""
+    pending: list[Write] = []
+    decisions: list[Decided] = []
+    """The last ones, the newest first."""
+    conditions: list[Condition] = []
+
+
+def dump(record: BaseModel) -> dict[str, Any]:
+    """As the cluster has it."""
+    return record.model_dump(mode="json", by_alias=True, exclude_none=True)
