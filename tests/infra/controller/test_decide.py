@@ -30,7 +30,7 @@ class World:
 
     spec: Spec = field(default_factory=spec_of)
     status: Status = field(default_factory=Status)
-    aliases: Aliases = Aliases()
+    aliases: Aliases = field(default_factory=Aliases)
     now: float = 1_790_000_000.0
     away: bool = False
     approved: dict[str, str] = field(default_factory=dict)
