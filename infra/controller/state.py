@@ -36,6 +36,7 @@ class State:
 
     def __init__(self, spec: Spec, status: Status, sight: Sight) -> None:
         self.spec, self.sight, self.status = spec, sight, status
+        self._untold = bool(status.pending)
         if not status.model:
             self.change(model=spec.model)
 
@@ -225,6 +226,8 @@ class State:
         held = ["paused"] if self.spec.paused else []
         if self.sight.aliases is None:
             held.append(_AWAY)
+        elif self._untold:
+            held.append("the registry has not taken what was decided, so decisions wait")
         if self.blocked:
             return "Blocked", self.blocked
         if tried is None:
