@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING
 
 from nvila.components.contracts.environment import name_of
-from nvila.components.contracts.modelrollout import CONTAINER, FETCH, HTTP_PORT, METRICS_PORT, Pods, Spec
+from nvila.components.contracts.modelrollout import CONTAINER, FETCH, HTTP_PORT, METRICS_PORT, Spec
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.contracts.serving import Pods
 from nvila.components.kube.cluster import Object
 from nvila.infra.controller.seen import Registered
 
