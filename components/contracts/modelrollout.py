@@ -49,8 +49,6 @@ MOST_PINNED = 64
 
 Text = Annotated[str, Field(min_length=1, max_length=253)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
-ObjectName = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=50)]
-"""Of a ModelRollout: what is made for it adds `-v` and a number, and the name of a Service has at most 63 characters."""
 Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 """Of a version in the registry."""
 _CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from nvila.components.contracts import modelrollout as ours
 
@@ -50,7 +50,7 @@ def definition() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
-            "metadata": {"type": "object", "properties": {"name": of_type(ours.ObjectName)}},
+            "metadata": {"type": "object"},
             "spec": of_type(ours.Spec),
             "status": of_type(ours.Status),
         },
@@ -88,10 +88,9 @@ def definition() -> dict[str, Any]:
     }
 
 
-def of_type(kind: Any) -> dict[str, Any]:
-    """The structural schema of a class, or of another type with bounds."""
-    model = isinstance(kind, type) and issubclass(kind, BaseModel)
-    schema = kind.model_json_schema(by_alias=True) if model else TypeAdapter(kind).json_schema()
+def of_type(kind: type[BaseModel]) -> dict[str, Any]:
+    """The structural schema of a class."""
+    schema = kind.model_json_schema(by_alias=True)
     return _structural(schema, schema.get("$defs", {}))
 
 

@@ -52,6 +52,10 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ('mlflow.postgres.mode="external"', "/mlflow/postgres/host"),
         ('mlflow.backup.schedule="daily"', "/mlflow/backup/schedule"),
         ("mlflow.replicas=0", "/mlflow/replicas"),
+        ("controller.enabled=true", "/controller/gateway/name"),
+        ('controller={"enabled":true,"gateway":{"name":"a"}},mlflow.mode="none"', "/mlflow/mode"),
+        ('controller.gateway.name="Public"', "/controller/gateway/name"),
+        ('networkPolicies.media=["https"]', "/networkPolicies/media/0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place(setting: str, says: str) -> None:
