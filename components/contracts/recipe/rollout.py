@@ -52,10 +52,10 @@ class Policy(Section):
     max_error_rate: Share = 0.0
     """Largest share of pinned prompts, and at each step of requests, that end in an error of the server."""
     deadline_seconds: Seconds = 300.0
-    """Longest wait for the server to get ready."""
+    """Longest wait for the server to get ready; 1800 with the target `kubernetes`: nodes and images come first."""
     steps: list[Annotated[int, Field(ge=1, le=100)]] = Field(default=[10, 50], max_length=MOST_STEPS)
     """Per cent of the requests that the new version gets beside the champion, one step after the other; none: it takes
-    over once the pinned prompts are answered."""
+    over once the pinned prompts are answered. 5, 25, 50, 100 with the target `kubernetes`."""
     min_requests: int = Field(default=12, ge=0, le=10**7)
     """Requests that the new version has to have answered at each step; where users ask fewer, pinned prompts are asked
     of both versions."""
@@ -93,11 +93,10 @@ class RolloutSettings(Section):
     `replace`: the champion is stopped before the new version starts, nothing is served meanwhile, and the champion is
     started again where the new version is refused."""
     policy: Policy = Policy()
-    """When the version becomes champion. With `kubernetes` the steps are 5, 25, 50 and 100, and `deadline_seconds` is
-    1800, where the recipe does not say otherwise; it holds for a model that the cluster does not serve yet."""
+    """When the version becomes champion. On a cluster that serves the model already, its ModelRollout's holds."""
 
     endpoint: EndpointSettings = EndpointSettings()
-    """What the endpoint lets people do. With `kubernetes` it holds for a model that the cluster does not serve yet."""
+    """What the endpoint lets people do. On a cluster that serves the model already, its ModelRollout's holds."""
 
     @model_validator(mode="before")
     @classmethod
