@@ -129,6 +129,21 @@ def registered_inputs(version: Version) -> list[InputRef]:
     return list(refs.values())
 
 
+def challenge(runs: Path, name: str, version: str) -> None:
+    """Ask for a version: who rolls the model out tries the one that `challenger` names."""
+    with connected(runs) as client:
+        _point(client, name, CHALLENGER, version)
+
+
+def withdraw(runs: Path, name: str, version: str) -> bool:
+    """Ask for it no more, unless somebody has asked for another one since. Returns whether it was asked for."""
+    with connected(runs) as client:
+        asked = _find(client, name, CHALLENGER)
+        if ours := asked is not None and asked.version == version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        return ours
+
+
 def promote(runs: Path, name: str, version: str) -> str | None:
     """Make `version` the champion; the old champion becomes `previous`. Returns the old one's number, if it differs."""
     with connected(runs) as client:
