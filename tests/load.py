@@ -40,6 +40,8 @@ class Reply:
     whole: bool = True
     """Whether the answer ended as its form says: a stream with `[DONE]` and its last chunk."""
     error: str = ""
+    began: float = 0.0
+    """When it was sent, as of `time.monotonic`."""
 
     @property
     def answered(self) -> bool:
@@ -62,10 +64,11 @@ def send(url: str, request: Request, timeout_seconds: float = 120.0, key: str = 
             body += piece
     except (OSError, HTTPException) as error:
         body += getattr(error, "partial", b"")
-        return Reply(status, time.monotonic() - began, body, whole=False, error=repr(error))
+        return Reply(status, time.monotonic() - began, body, whole=False, error=repr(error), began=began)
     finally:
         connection.close()
-    return Reply(status, time.monotonic() - began, body, whole=not stream or body.rstrip().endswith(b"[DONE]"))
+    whole = not stream or body.rstrip().endswith(b"[DONE]")
+    return Reply(status, time.monotonic() - began, body, whole, began=began)
 
 
 def chat(model: str, *content: dict[str, Any] | str, **options: Any) -> Request:

@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.contracts.recipe.rollout import Policy
 from nvila.components.contracts.recipe.section import Disagreement, Section
-from nvila.components.contracts.site import Quantity
+from nvila.components.contracts.serving import CAMEL, Serving
 
 GROUP, VERSION, KIND, PLURAL, SINGULAR, SHORT = (
     "nvila.io",
@@ -47,61 +47,15 @@ MOST_DECISIONS = 10
 MOST_PINNED = 64
 """Prompts that `register` keeps with a version; a policy on a cluster cannot ask for more."""
 
-Text = Annotated[str, Field(min_length=1, max_length=253)]
-Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+Alias = Literal["challenger", "champion", "previous"]
 Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 """Of a version in the registry."""
-_CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True)
-
-
-class Gateway(Section):
-    """The Gateway that users come through; somebody else keeps it."""
-
-    model_config = _CAMEL
-
-    name: Text
-    """Of a Gateway of the Gateway API."""
-    namespace: Label | None = None
-    """Where it is; the ModelRollout's own namespace without."""
-    section_name: Label | None = None
-    """Its listener; all that take the route without."""
-
-
-class Pods(Section):
-    """The pods of each version."""
-
-    model_config = _CAMEL
-
-    replicas: int = Field(default=1, ge=1, le=100)
-    """Of each version."""
-    gpus: int = Field(default=1, ge=0, le=16)
-    """Of each pod; 0 serves on the CPU."""
-    gpu_resource: Text = "nvidia.com/gpu"
-    """Name under which the cluster counts GPUs."""
-    cpu: Quantity = "8"
-    """Cores of each pod, asked for; there is no limit."""
-    memory: Quantity = "32Gi"
-    """Memory of each pod, asked for and at most."""
-    shared_memory: Quantity = "4Gi"
-    """Most of the pod's `/dev/shm`, out of its memory."""
-    node_selector: dict[str, str] = {}
-    """Labels of the nodes."""
-    tolerations: list[dict[str, Any]] = Field(default=[], max_length=64)
-    """Taints of nodes that do not matter, as Kubernetes writes them."""
-    affinity: dict[str, Any] = {}
-    """Further wishes for nodes, as Kubernetes writes them."""
-    priority_class_name: str = ""
-    """Of the pods."""
-    service_account_name: str = ""
-    """Of the pods; they ask the API server nothing."""
-    image_pull_secrets: list[Label] = Field(default=[], max_length=16)
-    """Names of Secrets."""
 
 
 class ServingPolicy(Policy):
     """When a new version becomes champion, as the recipe's `rollout.policy`."""
 
-    model_config = _CAMEL
+    model_config = CAMEL
 
     steps: list[Annotated[int, Field(ge=1, le=100)]] = Field(default=[5, 25, 50, 100], max_length=100)
     """Per cent of the requests that the new version gets, one step after the other; none: it takes over once the pinned
@@ -122,7 +76,7 @@ class ServingPolicy(Policy):
 class ServingEndpoint(EndpointSettings):
     """What the endpoint lets people do, as the recipe's `rollout.endpoint`; TLS is the Gateway's."""
 
-    model_config = _CAMEL
+    model_config = CAMEL
 
     def disagreements(self) -> Iterator[Disagreement]:
         """Nothing that lies on one machine."""
@@ -135,30 +89,24 @@ class ServingEndpoint(EndpointSettings):
 class Override(Section):
     """Serve this version now, without steps. It is acted on once; another reason makes it another one."""
 
-    model_config = _CAMEL
+    model_config = CAMEL
 
     version: Number
     reason: Annotated[str, Field(min_length=1, max_length=500)]
     """Why, for the record; `nvila rollback` writes one."""
 
 
-class Spec(Section):
-    """What people decide. Nothing of ours changes it after the object was made."""
+class Spec(Serving):
+    """What people decide; nothing of ours changes it after the object was made, but for `nvila rollback`.
 
-    model_config = _CAMEL
+    Another image, other pods or another endpoint hold at once, also for the version that serves: Kubernetes replaces
+    its pods one by one, each when the new one is ready.
+    """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=150)]
-    """The registered model; also what requests call it. A model is served by one ModelRollout."""
-    image: Text
-    """Of the serving pods: the platform's image `serve`."""
-    gateway: Gateway
-    """Where users come in."""
-    hostnames: list[Annotated[str, Field(min_length=1, max_length=253)]] = Field(default=[], max_length=16)
-    """Host names that users ask; all of the Gateway's without."""
-    pods: Pods = Pods()
-    """What a pod takes, and where it may run."""
+    """The registered model; also what requests call it. It is served by one ModelRollout, and never becomes another."""
     endpoint: ServingEndpoint = ServingEndpoint()
-    """Limits and permissions of requests; another one takes other pods, so it holds from the next version on."""
+    """Limits and permissions of requests."""
     policy: ServingPolicy = ServingPolicy()
     """When a new version becomes champion."""
     paused: bool = False
@@ -178,8 +126,8 @@ class Record(BaseModel):
 
 
 Phase = Literal["Empty", "Preparing", "Asking", "Shifting", "Serving", "Blocked"]
-"""Nothing is served or wanted; a version's pods start; its answers are compared; it gets requests; one serves and none
-is wanted; people have to do something first."""
+"""Nothing is served or tried; a version's pods start; its answers are compared; it gets requests; one serves and none
+is tried; people have to do something first."""
 Time = str
 """RFC 3339, in UTC, as Kubernetes writes times."""
 
@@ -225,6 +173,8 @@ class Served(Record):
 class Tried(Served):
     """The version that is tried."""
 
+    override: bool = False
+    """Whether it takes over as soon as its pods are ready, as people said."""
     step: int = 0
     """0 before users reach it; then as of the policy's `steps`."""
     step_since: Time
@@ -238,6 +188,8 @@ class Tried(Served):
 
 
 Verdict = Literal["promoted", "rolled back", "withdrawn", "requested", "put back", "overridden", "refused"]
+"""It serves now; it does not, as the policy says; people want another or none; the alias `champion` was moved to it by
+hand, so it is tried; that alias was gone; it serves now, as people said; it cannot be tried at all."""
 
 
 class Decided(Record):
@@ -264,11 +216,12 @@ class Decided(Record):
 class Write(Record):
     """Something that the registry is still to be told; each may be repeated."""
 
-    alias: Literal["challenger", "champion", "previous", ""] = ""
+    alias: Alias | None = None
     version: str = ""
     """That the alias is to name; empty: it is to go. Of a tag, the version that gets it."""
-    expects: str = ""
-    """What the alias named when this was decided: where it names another by now, somebody has asked for that one."""
+    expects: str | None = None
+    """What the alias named when this was decided: where it names another by now, somebody has asked for that one. None:
+    whatever it names."""
     tag: str = ""
     text: str = ""
 
@@ -287,6 +240,8 @@ class Status(Record):
     """What is."""
 
     observed_generation: int = 0
+    model: str = ""
+    """Of the registry, that all else here is about."""
     phase: Phase = "Empty"
     message: str = ""
     """The story in a line."""

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.serving import Quantity, Serving
 
 KEY = "NVILA_SITE"
-Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
-"""As Kubernetes writes it, such as `500m` or `1200Gi`."""
+CONFIG_MAP = "nvila-site"
+"""In the namespace of a run."""
 
 
 class Site(BaseModel):
@@ -37,6 +38,9 @@ class Site(BaseModel):
     """Of those pods, for the taints of such nodes."""
     queue: str = ""
     """Kueue's LocalQueue; empty leaves Kueue out."""
+    serving: Serving | None = None
+    """What models are served with here, in the form of a ModelRollout's `spec`: `image`, `gateway` {`name`,
+    `namespace`, `sectionName`}, `hostnames`, `pods`; none: no model is served on this cluster."""
 
     @classmethod
     def read(cls, variables: Mapping[str, str]) -> Site | None:
@@ -85,6 +89,6 @@ class Site(BaseModel):
         return processes // self.gpus_per_node, self.gpus_per_node
 
 
-_NEW = {"launcher", "gpu_labels", "tolerations"}
+_NEW = {"launcher", "gpu_labels", "tolerations", "serving"}
 OLD_KEYS = {f"NVILA_{field.upper()}": field for field in Site.model_fields if field not in _NEW}
 """The old form, read for one release: a key for each old field, and the launcher's bare name as `NVILA_SITE`."""

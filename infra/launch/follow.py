@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +16,7 @@ from nvila.components.contracts.progress import waiting_for
 from nvila.components.contracts.site import Site
 from nvila.components.contracts.step import Outcome
 from nvila.components.kube.requests import Patience
+from nvila.components.kube.stopping import undisturbed
 from nvila.components.runner.handover import folder_of, hand_over, read_outcome
 from nvila.components.runner.work import Work
 from nvila.components.tracking.redact import tell
@@ -144,8 +143,8 @@ def cancelled_with_us(jobs: Jobs, work: Work) -> Iterator[None]:
     try:
         yield
     except (Preempted, KeyboardInterrupt):
-        with _undisturbed():
-            if _is_moved(jobs, work):
+        with undisturbed():
+            if jobs.moved(work.here):
                 say(work, f"job {job_name(work)}: goes on; this pod is being moved")
                 raise
             _cancel(jobs, work)
@@ -164,24 +163,6 @@ def _cancel(jobs: Jobs, work: Work) -> None:
                 return
     except NvilaError as error:
         say(work, f"job {name}: NOT cancelled: {error}. Delete it by hand, or run again to go on with it.")
-
-
-def _is_moved(jobs: Jobs, work: Work) -> bool:
-    """Whether Kubernetes says that this pod's node, and not this pipeline run, is the reason to stop."""
-    pod = jobs.pod(work.here.hostname) if work.here.in_cluster else None
-    return pod is not None and pod.moved
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """A second request to stop must not interrupt the answer to the first."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait_until_gone(jobs: Jobs, job: Job) -> None:

@@ -78,8 +78,6 @@ class Pod:
     has_log: bool
     waits: str
     """Why it does not run yet, where Kubernetes says so."""
-    moved: bool
-    """Whether Kubernetes takes it from its node, for reasons that are not the run's."""
     end: End | None
 
     @classmethod
@@ -95,7 +93,6 @@ class Pod:
             runs=status.get("phase") in ("Running", "Succeeded", "Failed"),
             has_log=any("running" in state or "terminated" in state for state in states),
             waits=next(_waits(found, states), ""),
-            moved=any(c["type"] == "DisruptionTarget" and c["status"] == "True" for c in conditions(found)),
             end=_end(status, states),
         )
 

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.kube.cluster import EVENT, POD, Cluster, Kind, Object
 from nvila.components.kube.errors import ApiError, Conflict, NotThere
 from nvila.components.kube.requests import Advice, Patience
+from nvila.components.kube.stopping import is_moved
 from nvila.infra.launch.job import Job, Pod, conditions, said
 from nvila.infra.launch.trainjob import API, RUN_LABEL
 
@@ -85,10 +87,9 @@ class Jobs:
             return None
         return [Pod.of(pod) for pod in sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))]
 
-    def pod(self, name: str) -> Pod | None:
-        """A single pod, or None where it cannot be read quickly."""
-        found = self._aside(POD, fields=f"metadata.name={name}")
-        return Pod.of(found[0]) if found else None
+    def moved(self, here: Environment) -> bool:
+        """Whether this process's pod is only being moved."""
+        return is_moved(self._cluster, here)
 
     def warnings(self, prefix: str) -> list[str]:
         """What the cluster complains about objects whose name begins so, oldest first, as far as it can be read."""

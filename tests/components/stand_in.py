@@ -79,7 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         end_headers()  # they go out with the first token, as the middleware has it
         del self.flush_headers
         for number in range(body.get("max_tokens", 4)):
-            self.chunk(b'data: {"choices": [{"delta": {"content": "x"}}]}\\n\\n')
+            token = {"choices": [{"delta": {"content": "" if number else text}}]}
+            self.chunk(b"data: %s\\n\\n" % json.dumps(token).encode())
             if not known and how.get("ends"):
                 os._exit(9)
             if not known and how.get("breaks"):
@@ -100,12 +101,12 @@ ThreadingHTTPServer((host, port), Handler).serve_forever()
 """
 
 
-def write_interpreter(place: Path, envoy: Path) -> Path:
-    """A program that stands in for the serving interpreter, with the real Envoy beside it."""
+def write_interpreter(place: Path, envoy: Path, python: str = sys.executable) -> Path:
+    """A program that stands in for the serving interpreter, run by `python`, with the real Envoy beside it."""
     place.mkdir()
     (place / "envoy").symlink_to(envoy)
     script = place / "python"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c {shlex.quote(SERVER)} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {python} -c {shlex.quote(SERVER)} "$@"\n')
     script.chmod(0o755)
     return script
 

@@ -27,6 +27,9 @@ class OneJob:
         self.job = Job.of({"metadata": {"name": "j", "labels": {KEY_LABEL: "a" * 63, RUN_LABEL: run}}})
         self.deleted = False
 
+    def moved(self, here: Environment) -> bool:
+        return False
+
     def get(self, name: str, patience: Patience) -> Job:
         return self.job
 

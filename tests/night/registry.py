@@ -1,0 +1,116 @@
+"""A real MLflow server that may be killed, and versions in it as `register` lays them out, each with a behaviour."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "components"))
+from stand_in import write_folder
+
+from nvila.components.contracts.addresses import sqlite_url
+from nvila.components.contracts.environment import for_child
+from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.register.package import log_model
+from nvila.components.serve.ports import free_port
+from nvila.components.serve.server import wait_ready
+from nvila.components.tracking.connect import load_client
+from nvila.components.tracking.registry import DECISION_TAG, lineage_tags, register_version
+from nvila.components.tracking.runs import open_step
+
+PINNED = tuple(f"pinned question {number}" for number in range(4))
+WEIGHTS_BYTES = 2**20
+PATIENCE_SECONDS = 90.0
+
+
+class Registry:
+    """On an address of this machine that pods reach; its artifacts go through it."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self._folder, self._address, self._port = folder, address, free_port(address)
+        self._kept = folder / "artifacts"
+        self._runs = folder / "runs"
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """For `MLFLOW_TRACKING_URI`."""
+        return f"http://{self._address}:{self._port}"
+
+    def start(self) -> None:
+        """Start it, or start it again with what it had."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", self._address, "--port", str(self._port)]
+        command += ["--workers", "1", "--backend-store-uri", sqlite_url(self._folder / "mlflow.db")]
+        command += ["--serve-artifacts", "--artifacts-destination", str(self._kept)]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "mlflow.log").open("ab") as log:
+            self._server = subprocess.Popen(
+                command, stdout=log, stderr=log, env=for_child(quiet), start_new_session=True
+            )
+        wait_ready(self.url, 180, self._server.pid, self._folder / "mlflow.log")
+
+    def kill(self) -> None:
+        """End all its processes in the middle of whatever they do."""
+        if self._server:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+
+    def register(self, model: str, number: int, **behaviour: Any) -> None:
+        """Version `number` of a model, which is the next one; it says `v<number>` where its behaviour says no other."""
+        folder = self._folder / "made" / model / str(number)
+        write_folder(
+            folder / "model", **({"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes")} | behaviour)
+        )
+        (folder / "model" / "model.safetensors").write_bytes(f"{model} {number} ".encode() * (WEIGHTS_BYTES // 8))
+        made = Manifest(step="quantize", key="0" * 64, kind="model", files=describe_files(folder), folder=str(folder))
+
+        def log(client: Any) -> dict[str, Any]:
+            run = open_step(client, self._runs / "night", "register")
+            return log_model(client, made, folder / "upload", run=run, name=model, params={}, tags={})
+
+        tags = lineage_tags({"model": made})
+        version = register_version(self._runs, model, made.digest, log, description="", tags=tags)
+        assert version.version == str(number), version
+
+    def corrupt(self, model: str, number: int) -> None:
+        """Change a byte of a version's weights where the server keeps them; size and time of the file stay."""
+        whole = (self._folder / "made" / model / str(number) / "model" / "model.safetensors").read_bytes()
+        (path,) = [path for path in self._kept.rglob("model.safetensors") if path.read_bytes() == whole]
+        with path.open("r+b") as file:
+            file.seek(WEIGHTS_BYTES // 2)
+            file.write(b"#")
+
+    def point(self, model: str, alias: str, number: str) -> None:
+        """Set an alias, as a person does; without a number it is removed."""
+        if number:
+            self._ask(lambda client: client.set_registered_model_alias(model, alias, number))
+        else:
+            self._ask(lambda client: client.delete_registered_model_alias(model, alias))
+
+    def aliases(self, model: str) -> dict[str, str]:
+        """What each alias names."""
+        return dict(self._ask(lambda client: client.get_registered_model(model).aliases))
+
+    def decision(self, model: str, number: str) -> str:
+        """What the version's tag says of its rollout."""
+        tags = self._ask(lambda client: client.get_model_version(model, number).tags)
+        return str(tags.get(DECISION_TAG, ""))
+
+    def _ask(self, what: Callable[[Any], Any]) -> Any:
+        """The answer; while the server is away it is asked again, as people do."""
+        from mlflow.exceptions import MlflowException
+
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return what(load_client()(self.url))
+            except MlflowException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)

@@ -1,0 +1,172 @@
+"""One cell's place: a namespace with served models of its own, the controller beside it, and what people do to them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from asking import Asking
+from ground import Ground
+from kube import default_account, wait_for, write_kubeconfig
+from timeline import Timeline
+
+from nvila.components.contracts.environment import for_child, named
+from nvila.components.contracts.modelrollout import API, PLURAL, Gateway, Pods, ServingPolicy, Spec, dump
+from nvila.components.kube.connect import connect
+from nvila.components.kube.requests import MERGE, Patience, Requests
+
+POLICY = ServingPolicy(
+    pinned_prompts=4,
+    steps=[25, 60, 100],
+    min_requests=6,
+    min_seconds=1.5,
+    step_deadline_seconds=90,
+    deadline_seconds=90,
+    drain_seconds=3,
+)
+"""Times of a rollout that is over in half a minute."""
+USER = 65532
+"""Of pods."""
+
+
+class Stage:
+    """The names of its ModelRollouts are the scenario's; those of their models are this cell's own."""
+
+    def __init__(self, ground: Ground, cell: str, names: Sequence[str], **policy: Any) -> None:
+        self.ground, self.namespace, self.names = ground, cell, names
+        self.timelines: dict[str, Timeline] = {}
+        self.asking: dict[str, Asking] = {}
+        self._policy = POLICY.model_copy(update=policy)
+        self._folder = ground.folder / cell
+        self._controller: subprocess.Popen[bytes] | None = None
+
+    def model(self, name: str) -> str:
+        """The registered model of a ModelRollout."""
+        return f"{self.namespace}.{name}"
+
+    @contextmanager
+    def standing(self) -> Iterator[Stage]:
+        """With the controller running, as long as the context is open."""
+        self._folder.mkdir()
+        self.kubeconfig = write_kubeconfig(self.ground.kubeconfig, self._folder / "kubeconfig", self.namespace)
+        try:
+            self._make()
+            self.start_controller()
+            with ExitStack() as stack:
+                for name in self.names:
+                    watcher = Requests(connect(str(self.kubeconfig)), Patience.once(3))
+                    timeline = Timeline(watcher, self.namespace, name)
+                    self.timelines[name] = stack.enter_context(timeline.kept())
+                yield self
+        finally:
+            self.kill_controller()
+            admin = self.ground.admin
+            admin.ask("DELETE", f"/api/v1/namespaces/{self.namespace}")
+            admin.ask("DELETE", f"/api/v1/persistentvolumes/{self.namespace}")
+
+    def start_controller(self) -> None:
+        """Or another one, after the first was killed."""
+        command = [sys.executable, "-m", "nvila.infra.controller", "--namespace", self.namespace]
+        variables = {"KUBECONFIG": str(self.kubeconfig)} | named(mlflow_tracking_uri=self.ground.registry.url)
+        with (self._folder / "controller.log").open("ab") as log:
+            self._controller = subprocess.Popen(command, stdout=log, stderr=log, env=for_child(variables))
+
+    def kill_controller(self) -> None:
+        """In the middle of whatever it does."""
+        if self._controller:
+            self._controller.kill()
+            self._controller.wait()
+
+    @property
+    def controller(self) -> int:
+        """Its process id."""
+        assert self._controller and self._controller.poll() is None, self.said()
+        return self._controller.pid
+
+    def said(self) -> str:
+        """The end of the controller's log."""
+        return (self._folder / "controller.log").read_text(errors="replace")[-3000:]
+
+    def champion(self, name: str, **behaviour: Any) -> None:
+        """Have version 1 serve, which nobody served before, and clients ask for it."""
+        self.ground.registry.register(self.model(name), 1, **behaviour)
+        self.ground.registry.point(self.model(name), "challenger", "1")
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """With clients, once version 1 of each model serves."""
+        for name, timeline in self.timelines.items():
+            wait_for(
+                lambda t=timeline: t.last.weights == {"1": 100} and t.last.status.get("phase") == "Serving",
+                f"version 1 of {name} does not serve: {timeline.last}\n{self.said()}",
+                120,
+            )
+        with ExitStack() as stack:
+            for name in self.names:
+                asking = Asking(self.ground.front, self.host(name), self.model(name))
+                self.asking[name] = stack.enter_context(asking.kept_up())
+            yield
+
+    def host(self, name: str) -> str:
+        """That users ask."""
+        return f"{name}.{self.namespace}.test"
+
+    def change(self, name: str, **spec: Any) -> None:
+        """Fields of a ModelRollout's spec, as `kubectl patch` does."""
+        path = f"/apis/{API}/namespaces/{self.namespace}/{PLURAL}/{name}"
+        self.ground.admin.ask("PATCH", path, body={"spec": spec}, form=MERGE)
+
+    def run(self, *command: str) -> str:
+        """`nvila` as a person types it, with this cluster and registry; its output."""
+        program = [sys.executable, "-m", "nvila.pipelines.cli", *command]
+        variables = {"KUBECONFIG": str(self.kubeconfig)}
+        ran = subprocess.run(program, env=for_child(variables), capture_output=True, text=True, cwd=self._folder)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    def _make(self) -> None:
+        admin, core = self.ground.admin, f"/api/v1/namespaces/{self.namespace}"
+        admin.ask("POST", "/api/v1/namespaces", body={"metadata": {"name": self.namespace}})
+        default_account(admin, self.namespace)
+        site = named(mlflow_tracking_uri=self.ground.registry.url)
+        admin.ask("POST", f"{core}/configmaps", body={"metadata": {"name": "nvila-site"}, "data": site})
+        self._volume(self._folder / "cache")
+        listener = {"name": "http", "port": 80, "protocol": "HTTP"}
+        gateway = {"gatewayClassName": "night", "listeners": [listener]}
+        body = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "metadata": {"name": "gateway"}}
+        path = f"/apis/gateway.networking.k8s.io/v1/namespaces/{self.namespace}/gateways"
+        admin.ask("POST", path, body=body | {"spec": gateway})
+        for name in self.names:
+            spec = Spec(
+                model=self.model(name),
+                image=self.ground.image,
+                gateway=Gateway(name="gateway"),
+                hostnames=[self.host(name)],
+                pods=Pods(gpus=0, cpu="50m", memory="1Gi", shared_memory="64Mi"),
+                policy=self._policy,
+            )
+            made = {"apiVersion": API, "kind": "ModelRollout", "metadata": {"name": name}, "spec": dump(spec)}
+            admin.ask("POST", f"/apis/{API}/namespaces/{self.namespace}/{PLURAL}", body=made)
+
+    def _volume(self, folder: Path) -> None:
+        """A folder of this machine as the node's cache: the test cluster has no storage class."""
+        folder.mkdir()
+        os.chown(folder, USER, USER)
+        spec = {
+            "capacity": {"storage": "1Gi"},
+            "accessModes": ["ReadWriteMany"],
+            "storageClassName": "",
+            "claimRef": {"namespace": self.namespace, "name": "nvila-cache"},
+            "hostPath": {"path": str(folder), "type": "Directory"},
+        }
+        admin = self.ground.admin
+        admin.ask("POST", "/api/v1/persistentvolumes", body={"metadata": {"name": self.namespace}, "spec": spec})
+        claim = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+        claim |= {"resources": {"requests": {"storage": "1Gi"}}}
+        path = f"/api/v1/namespaces/{self.namespace}/persistentvolumeclaims"
+        admin.ask("POST", path, body={"metadata": {"name": "nvila-cache"}, "spec": claim})
