@@ -1,6 +1,7 @@
-"""Where the night test's modules are found."""
+"""Where modules of other folders are found that the night test uses."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "cluster"))
+for name in ("cluster", "charts"):
+    sys.path.append(str(Path(__file__).parents[1] / name))

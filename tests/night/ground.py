@@ -19,8 +19,9 @@ from nvila.components.contracts.environment import name_of
 from nvila.components.kube.connect import connect
 from nvila.components.kube.requests import Patience, Requests
 from nvila.components.serve.ports import free_port
+from nvila.infra.controller import crd
 
-NEEDED = ("KUBECONFIG", "NVILA_CRDS", "NVILA_KUBE_TOOLS", "NVILA_STAND_IN_IMAGE")
+NEEDED = ("KUBECONFIG", "NVILA_CRDS", "NVILA_KUBE_TOOLS", "NVILA_NODE_IMAGE")
 """Variables, as `.ci/cluster` sets them."""
 GATEWAY_CRDS = ("gateway.networking.k8s.io_gateways", "gateway.networking.k8s.io_httproutes")
 
@@ -45,12 +46,12 @@ def prepared() -> Iterator[Ground]:
     """Everything runs as long as the context is open; the registry is this process' own, too."""
     kubeconfig, crds, tools, image = (os.environ[name] for name in NEEDED)
     admin, state = Requests(connect(kubeconfig), Patience.within(60)), Path(kubeconfig).parent
-    with tempfile.TemporaryDirectory(prefix="nvila-night-", dir="/tmp") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="nvila-night-", dir="/tmp") as made:
+        folder = Path(made)
         folder.chmod(0o755)
-        for crd in GATEWAY_CRDS:
-            install_crd(admin, Path(crds, f"{crd}.yaml"))
-        install_crd(admin, _our_definition(folder))
+        for name in GATEWAY_CRDS:
+            install_crd(admin, Path(crds, f"{name}.yaml"))
+        install_crd(admin, crd.PATH)
         registry = Registry(folder, _address(admin))
         os.environ[name_of("mlflow_tracking_uri")] = registry.url
         place, port = folder / "gateway", free_port("127.0.0.1")
@@ -66,17 +67,6 @@ def prepared() -> Iterator[Ground]:
             gateway.terminate()
             gateway.wait()
             registry.kill()
-
-
-def _our_definition(folder: Path) -> Path:
-    """The definition of ModelRollout, as the chart has it."""
-    import yaml
-
-    from nvila.infra.controller.crd import definition
-
-    path = folder / "modelrollout.yaml"
-    path.write_text(yaml.safe_dump(definition()))
-    return path
 
 
 def _address(admin: Requests) -> str:

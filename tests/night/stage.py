@@ -16,9 +16,11 @@ from kube import default_account, wait_for, write_kubeconfig
 from timeline import Timeline
 
 from nvila.components.contracts.environment import for_child, named
-from nvila.components.contracts.modelrollout import API, PLURAL, Gateway, Pods, ServingPolicy, Spec, dump
+from nvila.components.contracts.modelrollout import API, PLURAL, ServingPolicy, Spec, dump
+from nvila.components.contracts.serving import Gateway, Pods
 from nvila.components.kube.connect import connect
 from nvila.components.kube.requests import MERGE, Patience, Requests
+from nvila.components.serve.ports import free_port
 
 POLICY = ServingPolicy(
     pinned_prompts=4,
@@ -44,6 +46,7 @@ class Stage:
         self._policy = POLICY.model_copy(update=policy)
         self._folder = ground.folder / cell
         self._controller: subprocess.Popen[bytes] | None = None
+        self._port = free_port("127.0.0.1")
 
     def model(self, name: str) -> str:
         """The registered model of a ModelRollout."""
@@ -57,21 +60,26 @@ class Stage:
         try:
             self._make()
             self.start_controller()
-            with ExitStack() as stack:
-                for name in self.names:
-                    watcher = Requests(connect(str(self.kubeconfig)), Patience.once(3))
-                    timeline = Timeline(watcher, self.namespace, name)
-                    self.timelines[name] = stack.enter_context(timeline.kept())
-                yield self
+            for name in self.names:
+                watcher = Requests(connect(str(self.kubeconfig)), Patience.once(3))
+                self.timelines[name] = Timeline(watcher, self.namespace, name)
+            yield self
         finally:
+            self.stop_looking()
             self.kill_controller()
             admin = self.ground.admin
             admin.ask("DELETE", f"/api/v1/namespaces/{self.namespace}")
             admin.ask("DELETE", f"/api/v1/persistentvolumes/{self.namespace}")
 
+    def stop_looking(self) -> None:
+        """No timeline goes on."""
+        for timeline in self.timelines.values():
+            timeline.stop()
+
     def start_controller(self) -> None:
         """Or another one, after the first was killed."""
         command = [sys.executable, "-m", "nvila.infra.controller", "--namespace", self.namespace]
+        command += ["--fetch-image", self.ground.image, "--host", "127.0.0.1", "--port", str(self._port)]
         variables = {"KUBECONFIG": str(self.kubeconfig)} | named(mlflow_tracking_uri=self.ground.registry.url)
         with (self._folder / "controller.log").open("ab") as log:
             self._controller = subprocess.Popen(command, stdout=log, stderr=log, env=for_child(variables))
@@ -87,6 +95,11 @@ class Stage:
         """Its process id."""
         assert self._controller and self._controller.poll() is None, self.said()
         return self._controller.pid
+
+    @property
+    def metrics(self) -> str:
+        """URL of what it says of itself."""
+        return f"http://127.0.0.1:{self._port}/metrics"
 
     def said(self) -> str:
         """The end of the controller's log."""
