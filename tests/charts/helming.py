@@ -19,8 +19,10 @@ EXAMPLES = sorted((CHART / "examples").glob("values-*.yaml"))
 EVERYTHING = Path(__file__).parent / "values-everything.yaml"
 """Every part switched on."""
 APIS = (
+    "gateway.networking.k8s.io/v1/HTTPRoute",
     "jobset.x-k8s.io/v1alpha2/JobSet",
     "kueue.x-k8s.io/v1beta2/ClusterQueue",
+    "monitoring.coreos.com/v1/PodMonitor",
     "monitoring.coreos.com/v1/PrometheusRule",
     "monitoring.coreos.com/v1/ServiceMonitor",
     "pipelines.kubeflow.org/v2beta1/PipelineVersion",
@@ -75,17 +77,22 @@ def find(documents: Sequence[Document], kind: str, name: str) -> Document:
     return found
 
 
-def pod_specs(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
-    """Name and pod specification of everything that becomes a pod, the training runtime's among them."""
+def pod_templates(documents: Sequence[Document]) -> Iterator[tuple[Document, Document]]:
+    """Everything that becomes a pod, the training runtime's among them, with the pod's template."""
     for document in documents:
-        name = f"{document['kind']}/{document['metadata']['name']}"
         spec = document.get("spec", {})
         if document["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job"):
-            yield name, spec["template"]["spec"]
+            yield document, spec["template"]
         elif document["kind"] == "CronJob":
-            yield name, spec["jobTemplate"]["spec"]["template"]["spec"]
+            yield document, spec["jobTemplate"]["spec"]["template"]
         elif document["kind"] == "ClusterTrainingRuntime":
             for job in spec["template"]["spec"]["replicatedJobs"]:
-                yield f"{name}/{job['name']}", job["template"]["spec"]["template"]["spec"]
+                yield document, job["template"]["spec"]["template"]
         else:
-            assert "template" not in spec, f"{name} may become pods, and no test looks at them"
+            assert "template" not in spec, f"{document['kind']} may become pods, and no test looks at them"
+
+
+def pod_specs(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
+    """Name and pod specification of everything that becomes a pod."""
+    for document, template in pod_templates(documents):
+        yield f"{document['kind']}/{document['metadata']['name']}", template["spec"]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helming import CHART, EVERYTHING, EXAMPLES, find, helm, render, template
+from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
+from nvila.components.contracts.modelrollout import GROUP, PLURAL
 from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.site import Site
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.infra.controller.crd import definition
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
 from nvila.pipelines.compile.package import compiled, resource_name
@@ -21,8 +23,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {"default": None, **{path.stem.removeprefix("values-"): path for path in EXAMPLES}}
 
 
-def _without_the_pipeline(rendered: str) -> str:
-    """The compiled pipeline has a golden file of its own; its text and digests would drown everything else."""
+def _without_the_files(rendered: str) -> str:
+    """The compiled pipeline and the definition have files of their own, whose text would drown everything else."""
+    rendered = re.sub(r"(\nkind: CustomResourceDefinition\n(?:.*\n)*?spec:\n)(?:  .*\n)+", r"\1  (files/)\n", rendered)
     rendered = re.sub(r"(\n  pipelineSpec:\n)(?:    .*\n|\n|  platformSpec:\n)+", r"\1    (files/)\n", rendered)
     return re.sub(r"(nvila-(?:upload|lifecycle|finetune)-)[0-9a-f]{12}\b", r"\1DIGEST", rendered)
 
@@ -33,7 +36,7 @@ def test_render_is_the_golden_one(case: str) -> None:
     ran = template(*filter(None, [CASES[case]]))
     assert ran.returncode == 0, ran.stderr
     path = GOLDEN / f"chart-{case}.yaml"
-    rendered = _without_the_pipeline(ran.stdout)
+    rendered = _without_the_files(ran.stdout)
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(rendered, encoding="utf-8")
     assert rendered == path.read_text(encoding="utf-8"), "`make golden`, then look at the diff"
@@ -110,6 +113,11 @@ def test_another_image_is_another_version() -> None:
         ([], "trainer.kubeflow.org/v1alpha1/ClusterTrainingRuntime", "trainer.enabled=false"),
         (['pipelines.mode="native"'], "pipelines.kubeflow.org/v2beta1/PipelineVersion", "pipelines.mode=upload"),
         (["kueue.enabled=true"], "kueue.x-k8s.io/v1beta1/ClusterQueue", "kueue.enabled=false"),
+        (
+            ['controller={"enabled":true,"gateway":{"name":"public"}}'],
+            "gateway.networking.k8s.io/v1/HTTPRoute",
+            "controller.enabled=false",
+        ),
         (["monitoring.rules=true"], "monitoring.coreos.com/v1/PrometheusRule", "monitoring.rules=false"),
         (
             ["monitoring.serviceMonitor=true"],
@@ -124,6 +132,22 @@ def test_a_part_that_the_cluster_cannot_hold_is_refused_by_name(sets: list[str],
     ran = template(sets=[*off, *sets], apis=())
     assert ran.returncode != 0
     assert missing in ran.stderr and remedy in ran.stderr
+
+
+def test_a_definition_that_nobody_brings_is_refused_by_name() -> None:
+    """The controller would start, and be refused every look at the models, on a cluster without the definition."""
+    sets = ['controller={"enabled":true,"definition":false,"gateway":{"name":"public"}}']
+    ran = template(sets=sets)
+    assert ran.returncode != 0 and "controller.definition=true" in ran.stderr
+    documents = render(sets=sets, apis=[*APIS, "nvila.io/v1alpha1/ModelRollout"])
+    assert "CustomResourceDefinition" not in {d["kind"] for d in documents}
+
+
+def test_the_definition_stays_when_the_release_goes() -> None:
+    """With the definition every ModelRollout would go, and with those the pods that serve."""
+    crd = find(render(EVERYTHING), "CustomResourceDefinition", f"{PLURAL}.{GROUP}")
+    assert crd["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert crd["spec"] == definition()["spec"]
 
 
 def test_a_warm_up_of_a_volume_that_nobody_mounts_is_refused() -> None:

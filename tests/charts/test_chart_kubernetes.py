@@ -16,6 +16,8 @@ from nvila.infra.launch.jobs import JOBSET_LABEL
 VERSIONS = [f"1.{minor}" for minor in range(29, 36)]
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]
 CUSTOM = ("kueue.x-k8s.io", "monitoring.coreos.com", "pipelines.kubeflow.org", "trainer.kubeflow.org")
+WITHOUT_SCHEMA = {("monitoring.coreos.com/v1", "PodMonitor")}
+"""Of those the tests' folder may have no definition; `test_chart_monitoring.py` looks at their fields."""
 
 
 def _custom(document: Document) -> bool:
@@ -81,7 +83,7 @@ def _strict(schema: Any) -> Any:
 def test_the_custom_resources_fit_their_definitions(values: tuple[Path, ...]) -> None:
     """helm and kubectl know nothing of these; the controllers' API servers refuse what does not fit."""
     schemas = _schemas()
-    documents = [document for document in render(*values) if _custom(document)]
+    documents = [d for d in render(*values) if _custom(d) and (d["apiVersion"], d["kind"]) not in WITHOUT_SCHEMA]
     assert documents
     for document in documents:
         schema = copy.deepcopy(schemas[document["apiVersion"], document["kind"]])

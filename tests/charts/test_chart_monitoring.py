@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import pytest
 from helming import EVERYTHING, find, render, template
 
+from nvila.components.contracts.modelrollout import PART_LABELS
+
 EXPORTED = {
     # kube-state-metrics
     "kube_cronjob_created",
     "kube_cronjob_status_last_successful_time",
     "kube_deployment_status_replicas_available",
     "kube_job_failed",
+    "kube_pod_container_status_restarts_total",
     "kube_pod_container_status_terminated_reason",
     "kube_pod_status_phase",
     # the kubelet, and cAdvisor within it
@@ -26,6 +29,24 @@ EXPORTED = {
     # MLflow with --expose-prometheus
     "mlflow_http_request_duration_seconds_bucket",
     "mlflow_http_request_total",
+    # the controller
+    "nvila_controller_errors_total",
+    "nvila_controller_leader",
+    "nvila_controller_round_seconds",
+    "nvila_controller_rounds_total",
+    "nvila_registry_reachable",
+    "nvila_rollout_decisions_total",
+    "nvila_rollout_phase",
+    "nvila_rollout_step",
+    "nvila_rollout_weight",
+    # the pods that serve
+    "nvila_endpoint_active",
+    "nvila_endpoint_errors_total",
+    "nvila_endpoint_first_token_seconds_total",
+    "nvila_endpoint_first_tokens_total",
+    "nvila_endpoint_requests_total",
+    "nvila_endpoint_restarts_total",
+    "nvila_endpoint_tokens_total",
 }
 
 
@@ -48,7 +69,7 @@ def test_prometheus_reads_every_expression() -> None:
 
 def test_expressions_ask_for_metrics_that_exist() -> None:
     """An alert on a misspelt metric never fires."""
-    name = re.compile(r"\b((?:kube|kubelet|container|mlflow|DCGM)_\w+)")
+    name = re.compile(r"\b((?:kube|kubelet|container|mlflow|nvila|DCGM)_\w+)")
     assert {metric for expression in _expressions() for metric in name.findall(expression)} <= EXPORTED
 
 
@@ -69,10 +90,27 @@ def test_the_monitor_selects_the_server() -> None:
     assert service["spec"]["selector"].items() <= pod.items()
 
 
+def test_the_monitors_select_the_pods_of_promotions() -> None:
+    """The same of a PodMonitor, which also passes over a port that no container names."""
+    documents = render(EVERYTHING)
+    monitors = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "PodMonitor"}
+    pod = find(documents, "Deployment", "nvila-controller")["spec"]["template"]
+    wanted = {"nvila-controller": pod["metadata"]["labels"], "nvila-serving": PART_LABELS}
+    for name, labels in wanted.items():
+        assert monitors[name]["selector"]["matchLabels"].items() <= labels.items()
+        (endpoint,) = monitors[name]["podMetricsEndpoints"]
+        assert endpoint["port"] == "metrics" and endpoint["path"] == "/metrics"
+    assert pod["spec"]["containers"][0]["ports"][0]["name"] == "metrics"
+    assert monitors["nvila-serving"]["namespaceSelector"] == {"matchNames": ["team-a", "team-b"]}
+    # The controller speaks of namespaces other than its own.
+    assert monitors["nvila-controller"]["podMetricsEndpoints"][0]["honorLabels"] is True
+
+
 def test_a_label_of_the_site_replaces_the_charts() -> None:
     """The same key twice in a document is an error for strict readers, and a matter of luck for others."""
     ran = template(EVERYTHING, sets=['monitoring.labels={"app.kubernetes.io/instance":"prometheus"}'])
-    for kind in ("ServiceMonitor", "PrometheusRule"):
-        (text,) = [part for part in ran.stdout.split("\n---\n") if f"\nkind: {kind}\n" in part]
-        labels = text.partition("\nspec:")[0]
+    parts = [part for part in ran.stdout.split("\n---\n") if "\napiVersion: monitoring.coreos.com/" in part]
+    assert len(parts) == 4
+    for part in parts:
+        labels = part.partition("\nspec:")[0]
         assert labels.count("app.kubernetes.io/instance") == 1 and "instance: prometheus" in labels

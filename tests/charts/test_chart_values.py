@@ -10,6 +10,7 @@ import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 
 from nvila.components.contracts.environment import kept
+from nvila.components.contracts.serving import Serving
 from nvila.components.contracts.site import Site
 from nvila.pipelines.compile import names as site
 
@@ -52,6 +53,10 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ('mlflow.postgres.mode="external"', "/mlflow/postgres/host"),
         ('mlflow.backup.schedule="daily"', "/mlflow/backup/schedule"),
         ("mlflow.replicas=0", "/mlflow/replicas"),
+        ("controller.enabled=true", "/controller/gateway/name"),
+        ('controller={"enabled":true,"gateway":{"name":"a"}},mlflow.mode="none"', "/mlflow/mode"),
+        ('controller.gateway.name="Public"', "/controller/gateway/name"),
+        ('networkPolicies.media=["https"]', "/networkPolicies/media/0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_place(setting: str, says: str) -> None:
@@ -126,6 +131,27 @@ def test_values_and_schema_have_the_same_keys() -> None:
     free = (".cache.warmup.weights", ".gpu.nodeLabels", ".trainer.nccl", ".monitoring.labels", ".global")
     known = {where for where, _ in _objects(SCHEMA) if "[]" not in where}
     assert {key for key in keys(VALUES) if not key.startswith(free)} == {k for k in known if not k.startswith(free)}
+
+
+def test_a_run_can_ask_for_a_model_to_be_served() -> None:
+    """The step `rollout` makes a ModelRollout of this; on a cluster without a controller it says that there is none."""
+
+    def serving(*sets: str) -> Serving | None:
+        documents = render(EVERYTHING, sets=sets)
+        data = next(d["data"] for d in documents if d["metadata"]["name"] == site.CONFIG_MAP)
+        found = Site.read(data)
+        assert found is not None
+        return found.serving
+
+    found = serving("controller.pods.gpus=2", 'controller.hostnames=["ai.example"]')
+    assert found is not None and found.image == VALUES["images"]["serve"]
+    assert (found.gateway.name, found.gateway.namespace, found.gateway.section_name) == ("public", "gateways", "https")
+    assert found.hostnames == ["ai.example"] and (found.pods.gpus, found.pods.memory) == (2, "32Gi")
+    assert found.pods.node_selector == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
+    assert found.pods.tolerations == VALUES["gpu"]["tolerations"]
+    plain = serving('controller.gateway={"name":"public","namespace":"","sectionName":""}')
+    assert plain is not None and plain.gateway.namespace is None
+    assert serving("controller.enabled=false") is None
 
 
 def test_no_value_is_a_secret() -> None:

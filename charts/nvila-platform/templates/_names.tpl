@@ -19,6 +19,12 @@ app.kubernetes.io/part-of: nvila
 app.kubernetes.io/component: training
 {{- end }}
 
+{{- /* The pods that the controller makes. */ -}}
+{{- define "nvila.serving" -}}
+app.kubernetes.io/part-of: nvila
+app.kubernetes.io/component: serving
+{{- end }}
+
 {{- /* A JSON list: include passes text only. */ -}}
 {{- define "nvila.namespaces" -}}
 {{- .Values.namespaces | default (list .Release.Namespace) | toJson }}
