@@ -57,7 +57,7 @@ test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) an
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 .PHONY: night
-night: $(MAIN) tools ## Play every scenario of a promotion with every kill point; in .ci/cluster (an hour, goes on where it was)
+night: $(MAIN) tools ## Play every scenario of a promotion with every kill point (.ci/cluster make night)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/night/run.py
 
 .PHONY: tools

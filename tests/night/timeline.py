@@ -38,6 +38,10 @@ class Look:
         """Versions that may answer a request without a header: of the second try, too."""
         return frozenset(self.weights) | {self.champion}
 
+    def serves_alone(self, version: str) -> bool:
+        """Whether it does, with nobody beside it."""
+        return self.weights == {version: 100} and self.status.get("phase") == "Serving"
+
     @property
     def state(self) -> tuple[Any, ...]:
         """What a kill point waits for a change of."""

@@ -12,14 +12,11 @@ import re
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "night"))
-import psutil
 from ground import NEEDED, Ground, prepared
-from kube import wait_for
 from run import OUT
 from stage import Stage
 
@@ -65,18 +62,15 @@ def _of_cells(cells: list[dict[str, float]]) -> Iterator[Row]:
 
 def _at_rest(ground: Ground, models: int) -> Iterator[Row]:
     """Nothing is promoted: what a round takes, and what the process does."""
-    stage = Stage(ground, f"night-{uuid.uuid4().hex[:8]}", [f"m{number}" for number in range(models)])
+    stage = Stage(ground, [f"m{number}" for number in range(models)])
     with stage.standing():
         for name in stage.names:
             stage.champion(name)
-        wait_for(
-            lambda: all(line.last.status.get("phase") == "Serving" for line in stage.timelines.values()),
-            stage.said(),
-            600,
-        )
+        for name in stage.names:
+            stage.wait(name, lambda look: look.serves_alone("1"), "it does not serve", 600)
         stage.stop_looking()
         time.sleep(5)
-        process = psutil.Process(stage.controller)
+        process = stage.controller.process()
         before, busy = _rounds(stage), sum(process.cpu_times()[:2])
         time.sleep(REST_SECONDS)
         seconds, count = (now - then for now, then in zip(_rounds(stage), before, strict=True))
@@ -90,5 +84,5 @@ def _at_rest(ground: Ground, models: int) -> Iterator[Row]:
 
 def _rounds(stage: Stage) -> tuple[float, float]:
     """Seconds of all rounds so far, and their number."""
-    found = dict(_SUM.findall(get(stage.metrics) or ""))
+    found = dict(_SUM.findall(get(stage.controller.metrics) or ""))
     return float(found["sum"]), float(found["count"])
