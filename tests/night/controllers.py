@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Protocol
 
 import psutil
+import yaml
 from ground import Ground
-from helming import CHART, helm
+from helming import template
 from kube import wait_for
 from places import Cluster
 
@@ -17,6 +19,7 @@ from nvila.components.contracts.environment import for_child, named
 from nvila.components.serve.ports import free_port
 
 MODULE = "nvila.infra.controller"
+KINDS = ("ServiceAccount", "Role", "RoleBinding", "Deployment")
 
 
 class Controller(Protocol):
@@ -74,18 +77,20 @@ class InPod:
         self._ground, self._namespace, self._cluster = ground, namespace, Cluster(str(kubeconfig))
 
     def start(self) -> None:
-        shown = [part for name in ("", "-rbac") for part in ("--show-only", f"templates/controller{name}.yaml")]
         values = {
-            "controller.enabled": "true",
+            "controller.enabled": True,
             "controller.gateway.name": "gateway",
             "images.controller": self._ground.image,
             "mlflow.mode": "external",
             "mlflow.uri": self._ground.registry.url,
         }
-        sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-        made = helm("template", "nvila", CHART, "--namespace", self._namespace, *shown, *sets)
+        sets = [f"{name}={json.dumps(value)}" for name, value in values.items()]
+        made = template(sets=sets, namespace=self._namespace)
         assert made.returncode == 0, made.stderr
-        self._cluster.kubectl("apply", "--namespace", self._namespace, "--filename", "-", given=made.stdout)
+        found = [one for one in yaml.safe_load_all(made.stdout) if one and one["kind"] in KINDS]
+        mine = [one for one in found if one["metadata"]["name"].startswith("nvila-controller")]
+        given = yaml.safe_dump_all(mine)
+        self._cluster.kubectl("apply", "--namespace", self._namespace, "--filename", "-", given=given)
 
     def kill(self) -> None:
         for process in self._processes():
