@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "cluster"))
+import elsewhere  # noqa: F401
 from kube import ApiServer, install_crd
+from places import connect as connect_with
 from registry import Registry
 
 from nvila.components.contracts.children import leashed
@@ -23,7 +24,6 @@ from nvila.infra.controller import crd
 
 NEEDED = ("KUBECONFIG", "NVILA_CRDS", "NVILA_KUBE_TOOLS", "NVILA_NODE_IMAGE")
 """Variables, as `.ci/cluster` sets them."""
-GATEWAY_CRDS = ("gateway.networking.k8s.io_gateways", "gateway.networking.k8s.io_httproutes")
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ def prepared() -> Iterator[Ground]:
     with tempfile.TemporaryDirectory(prefix="nvila-night-", dir="/tmp") as made:
         folder = Path(made)
         folder.chmod(0o755)
-        for name in GATEWAY_CRDS:
-            install_crd(admin, Path(crds, f"{name}.yaml"))
+        address = connect_with(kubeconfig, Path(crds)).address()
         install_crd(admin, crd.PATH)
-        registry = Registry(folder, _address(admin))
+        registry = Registry(folder, address)
         os.environ[name_of("mlflow_tracking_uri")] = registry.url
         place, port = folder / "gateway", free_port("127.0.0.1")
         place.mkdir()
@@ -67,9 +66,3 @@ def prepared() -> Iterator[Ground]:
             gateway.terminate()
             gateway.wait()
             registry.kill()
-
-
-def _address(admin: Requests) -> str:
-    """At which the node's pods reach this machine."""
-    addresses = admin.ask("GET", "/api/v1/nodes")["items"][0]["status"]["addresses"]
-    return str(next(one["address"] for one in addresses if one["type"] == "InternalIP"))
