@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import elsewhere  # noqa: F401
-from stand_in import write_folder
 
 from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.environment import for_child
@@ -25,7 +26,6 @@ from nvila.components.tracking.registry import DECISION_TAG, lineage_tags, regis
 from nvila.components.tracking.runs import open_step
 
 PINNED = tuple(f"pinned question {number}" for number in range(4))
-WEIGHTS_BYTES = 2**20
 PATIENCE_SECONDS = 90.0
 
 
@@ -64,10 +64,9 @@ class Registry:
     def register(self, model: str, number: int, **behaviour: Any) -> None:
         """Version `number` of a model, which is the next one; it says `v<number>` where its behaviour says no other."""
         folder = self._folder / "made" / model / str(number)
-        write_folder(
-            folder / "model", **({"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes")} | behaviour)
-        )
-        (folder / "model" / "model.safetensors").write_bytes(f"{model} {number} ".encode() * (WEIGHTS_BYTES // 8))
+        shutil.copytree(self._servable(), folder / "model")
+        how = {"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes"), "of": f"{model} {number}"} | behaviour
+        (folder / "model" / "behaviour.json").write_text(json.dumps(how))
         made = Manifest(step="quantize", key="0" * 64, kind="model", files=describe_files(folder), folder=str(folder))
 
         def log(client: Any) -> dict[str, Any]:
@@ -79,12 +78,14 @@ class Registry:
         assert version.version == str(number), version
 
     def corrupt(self, model: str, number: int) -> None:
-        """Change a byte of a version's weights where the server keeps them; size and time of the file stay."""
-        whole = (self._folder / "made" / model / str(number) / "model" / "model.safetensors").read_bytes()
-        (path,) = [path for path in self._kept.rglob("model.safetensors") if path.read_bytes() == whole]
-        with path.open("r+b") as file:
-            file.seek(WEIGHTS_BYTES // 2)
-            file.write(b"#")
+        """Change a byte of a version's weights where the server keeps them; the size stays."""
+        mine = (self._folder / "made" / model / str(number) / "model" / "behaviour.json").read_bytes()
+        (kept,) = [path for path in self._kept.rglob("behaviour.json") if path.read_bytes() == mine]
+        with kept.with_name("model.safetensors").open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
 
     def point(self, model: str, alias: str, number: str) -> None:
         """Set an alias, as a person does; without a number it is removed."""
@@ -101,6 +102,17 @@ class Registry:
         """What the version's tag says of its rollout."""
         tags = self._ask(lambda client: client.get_model_version(model, number).tags)
         return str(tags.get(DECISION_TAG, ""))
+
+    def _servable(self) -> Path:
+        """A tiny model that vLLM can serve, made once."""
+        folder = self._folder / "servable"
+        if not folder.exists():
+            from servable import servable_model
+
+            from nvila.components.model.checkpoint.serving import write_serving
+
+            write_serving(*servable_model(), folder)
+        return folder
 
     def _ask(self, what: Callable[[Any], Any]) -> Any:
         """The answer; while the server is away it is asked again, as people do."""
