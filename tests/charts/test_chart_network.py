@@ -145,7 +145,8 @@ def test_endpoints_are_open_where_no_gateway_is_named() -> None:
 
 def test_an_external_registry_is_reached_by_its_port() -> None:
     """The controller and the pods that fetch weights would wait for a server of the chart that there is not."""
-    sets = ['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example.org:8443/team"']
+    own = ['mlflow.mode="external"', "mlflow.auth.enabled=false"]
+    sets = [*own, 'mlflow.uri="https://mlflow.example.org:8443/team"']
     documents = render(EVERYTHING, sets=sets)
     found = _policies(documents)
     for pod in (_pods(documents)["controller"], _serving("team-a")):
