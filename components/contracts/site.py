@@ -11,6 +11,8 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.serving import Quantity, Serving
 
 KEY = "NVILA_SITE"
+CONFIG_MAP = "nvila-site"
+"""In the namespace of a run."""
 
 
 class Site(BaseModel):

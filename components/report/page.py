@@ -76,7 +76,8 @@ def verdict(run: Run) -> dict[str, str]:
     rollout = run.result(Rollout)
     version = f"{rollout.model} version {rollout.version}" if rollout else "the model"
     where = f"Rollout: {rollout.decision}" if rollout else ""
-    state, text = ("serving", rollout.endpoint) if rollout and rollout.endpoint else ("registered", where)
+    served = rollout and (rollout.endpoint or ", ".join(rollout.hostnames))
+    state, text = ("serving", served) if served else ("registered", where)
     found = headline(run.result(Evaluation), run.result(QuantizedEvaluation))
     if found.good:
         return {"tone": "good", "title": f"{version} is {state}", "text": text}

@@ -7,7 +7,9 @@ It reconciles: when the version is served already, nothing happens; a dead endpo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
@@ -17,7 +19,8 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.step import Outcome
-from nvila.components.rollout.local import Candidate, Served, reconcile
+from nvila.components.rollout import kubernetes
+from nvila.components.rollout.local import Candidate, reconcile
 from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
 from nvila.components.serve.deployment import Version
@@ -44,7 +47,8 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         DamagedError: the model's files are not what quantize wrote.
         PreflightError: the port is held by a program that is not ours.
         Rejected: the policy said no, or the registry holds another model under this version.
-        RolloutError: the promoted version did not come up at its address.
+        RolloutError: the promoted version did not come up at its address, or no controller of the cluster answers.
+        ApiError, Cancelled, ConfigError: as of `kubernetes.roll_out`.
     """
     return ACTS[settings.rollout.target](settings.rollout, inputs, here)
 
@@ -74,25 +78,31 @@ def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Envir
         raise
     promote(runs, version.name, version.version)
     decided(runs, version.name, version.version, "promoted: " + "; ".join(made.reasons))
-    return Outcome(kind="endpoint", result=_told(version, "promoted", made), measured=made.measured)
+    told = _told(version, "promoted", endpoint=made.url, pinned=made.pinned, reasons=made.reasons)
+    return Outcome(kind="endpoint", result=told, measured=made.measured)
+
+
+def _kubernetes(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Environment) -> Outcome:
+    version, runs = inputs["version"].told(Registration), Place.of(here).run_dir.parent
+    wait_for(runs, NEEDED_SECONDS)
+    _agree(runs, version.name, version.version, inputs["model"])
+    asked = kubernetes.Asked(version.name, version.version, datetime.fromisoformat(inputs["version"].created))
+    made = kubernetes.roll_out(asked, rollout, runs, here)
+    told = _told(version, "promoted", pinned=made.pinned, reasons=made.reasons, hostnames=made.hostnames)
+    return Outcome(kind="endpoint", result=told)
 
 
 ACTS: dict[Target, Callable[[RolloutSettings, Mapping[str, Manifest], Environment], Outcome]] = {
     "local": _local,
     "none": _none,
+    "kubernetes": _kubernetes,
 }
 """What each target does with the version. What it needs for that stands in `contracts/recipe/rollout.py`."""
 
 
-def _told(version: Registration, decision: str, made: Served | None = None) -> Rollout:
-    return Rollout(
-        model=version.name,
-        version=version.version,
-        endpoint=made.url if made else None,
-        decision=decision,
-        pinned=made.pinned if made else {},
-        reasons=made.reasons if made else [],
-    )
+def _told(version: Registration, decision: str, **said: Any) -> Rollout:
+    whole: dict[str, Any] = {"endpoint": None, "pinned": {}, "reasons": []} | said
+    return Rollout(model=version.name, version=version.version, decision=decision, **whole)
 
 
 def _agree(runs: Path, name: str, number: str, model: Manifest) -> None:

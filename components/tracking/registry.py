@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from nvila.components.contracts.addresses import below
 from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
-CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+CHALLENGER: Final = "challenger"
+CHAMPION: Final = "champion"
+PREVIOUS: Final = "previous"
 DIGEST_TAG = "nvila.digest"
 """Tag of a version: digest of the model's manifest. Two versions never share it."""
 INPUT_TAG = "nvila.input."
@@ -125,6 +127,21 @@ def registered_inputs(version: Version) -> list[InputRef]:
             do="Run the recipe again, which registers the model, or name a folder.",
         ) from error
     return list(refs.values())
+
+
+def challenge(runs: Path, name: str, version: str) -> None:
+    """Ask for a version: who rolls the model out tries the one that `challenger` names."""
+    with connected(runs) as client:
+        _point(client, name, CHALLENGER, version)
+
+
+def withdraw(runs: Path, name: str, version: str) -> bool:
+    """Ask for it no more, unless somebody has asked for another one since. Returns whether it was asked for."""
+    with connected(runs) as client:
+        asked = _find(client, name, CHALLENGER)
+        if ours := asked is not None and asked.version == version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        return ours
 
 
 def promote(runs: Path, name: str, version: str) -> str | None:

@@ -1,6 +1,7 @@
 """Names that the compiled pipeline shares with the chart and with the launcher of training jobs."""
 
 from nvila.components.contracts.environment import kept
+from nvila.components.contracts.site import CONFIG_MAP as CONFIG_MAP
 from nvila.components.contracts.site import OLD_KEYS
 
 VOLUME_CLAIM = "nvila"
@@ -10,8 +11,6 @@ CACHE_CLAIM = "nvila-cache"
 """Claim of downloaded weights, verified on arrival; may be local to a node."""
 CACHE_MOUNT = "/cache"
 
-CONFIG_MAP = "nvila-site"
-"""ConfigMap in the namespace of the run: how the cluster is set up."""
 CONFIG_KEYS = (*kept("config"), *OLD_KEYS)
 """Each becomes an environment variable of that name; every one may be missing."""
 SECRET = "nvila-credentials"

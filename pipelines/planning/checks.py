@@ -11,10 +11,11 @@ from typing import Any
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import KEY, Site
-from nvila.components.kube.cluster import CONFIG_MAP, NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
+from nvila.components.kube.cluster import NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
 from nvila.components.kube.connect import connect
 from nvila.components.kube.errors import Denied, NoCluster
 from nvila.components.kube.requests import Patience, Requests
+from nvila.components.kube.rollouts import site_settings
 from nvila.pipelines.compile import names
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
@@ -74,7 +75,7 @@ def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:
     Raises:
         ApiError: the cluster does not answer, or lets nobody in.
     """
-    settings = _settings(cluster)
+    settings = site_settings(cluster)
     site, old = Site.read(settings) or Site(), Site.notice(settings)
     if site.gpus_per_node == 0:  # jobs of this site run on CPUs and ask for no GPU
         need = replace(need, gpus=0)
@@ -97,14 +98,6 @@ def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]
         return list(check())
     except Denied:
         return [Finding(False, f"{what}: this account may not look, so it is not checked")]
-
-
-def _settings(cluster: Cluster) -> Mapping[str, str]:
-    """The site's ConfigMap, which may be missing."""
-    try:
-        return (cluster.get(CONFIG_MAP, names.CONFIG_MAP) or {}).get("data") or {}
-    except Denied:
-        return {}
 
 
 def _namespace(cluster: Cluster) -> Iterator[Finding]:

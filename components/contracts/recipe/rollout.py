@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from nvila.components.contracts.recipe.endpoint import EndpointSettings, host_name
 from nvila.components.contracts.recipe.section import Disagreement, Section, Share
 
-Target = Literal["local", "none"]
+Target = Literal["local", "none", "kubernetes"]
 Strategy = Literal["side-by-side", "replace"]
 Seconds = Annotated[float, Field(ge=1, le=86_400)]
 Ratio = Annotated[float, Field(ge=1, le=1000)]
@@ -31,6 +31,7 @@ class Serving:
 TARGETS: dict[Target, Serving] = {
     "none": Serving("registers the model only", serves_here=False),
     "local": Serving("starts a server beside the run (not on a cluster)", serves_here=True),
+    "kubernetes": Serving("has the cluster's controller bring it to users, step by step", serves_here=False),
 }
 
 
@@ -51,10 +52,10 @@ class Policy(Section):
     max_error_rate: Share = 0.0
     """Largest share of pinned prompts, and at each step of requests, that end in an error of the server."""
     deadline_seconds: Seconds = 300.0
-    """Longest wait for the server to get ready."""
+    """Longest wait for the server to get ready; 1800 with the target `kubernetes`: nodes and images come first."""
     steps: list[Annotated[int, Field(ge=1, le=100)]] = Field(default=[10, 50], max_length=MOST_STEPS)
     """Per cent of the requests that the new version gets beside the champion, one step after the other; none: it takes
-    over once the pinned prompts are answered."""
+    over once the pinned prompts are answered. 5, 25, 50, 100 with the target `kubernetes`."""
     min_requests: int = Field(default=12, ge=0, le=10**7)
     """Requests that the new version has to have answered at each step; where users ask fewer, pinned prompts are asked
     of both versions."""
@@ -81,7 +82,8 @@ class RolloutSettings(Section):
     """Where and how the model is served."""
 
     target: Target = "local"
-    """`local` starts vLLM on this machine; `none` registers only."""
+    """`local` starts vLLM on this machine; `none` registers only; `kubernetes` asks the controller of a cluster
+    (docs/promotion.md)."""
     host: Annotated[str, Field(min_length=1, max_length=253), AfterValidator(host_name)] = "127.0.0.1"
     """Address to listen on, or a name of this machine."""
     port: int = Field(default=8321, ge=1, le=65535)
@@ -91,7 +93,35 @@ class RolloutSettings(Section):
     `replace`: the champion is stopped before the new version starts, nothing is served meanwhile, and the champion is
     started again where the new version is refused."""
     policy: Policy = Policy()
-    """When the version becomes champion."""
+    """When the version becomes champion. On a cluster that serves the model already, its ModelRollout's holds."""
 
     endpoint: EndpointSettings = EndpointSettings()
-    """What the endpoint lets people do."""
+    """What the endpoint lets people do. On a cluster that serves the model already, its ModelRollout's holds."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _policy_of_pods(cls, content: Any) -> Any:
+        """What a recipe does not say of the policy is as in a ModelRollout, where that is what it becomes."""
+        if not isinstance(content, Mapping) or content.get("target") != "kubernetes":
+            return content
+        from nvila.components.contracts.modelrollout import ServingPolicy
+
+        said = content.get("policy", {})
+        if not isinstance(said, Mapping):
+            return content
+        fields = {name: ServingPolicy.model_fields[name].default for name in Policy.model_fields}
+        return {**content, "policy": {**fields, **said}}
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Nothing is said that pods cannot do."""
+        if self.target != "kubernetes":
+            return
+        from nvila.components.contracts.modelrollout import ServingEndpoint, ServingPolicy
+
+        for name in ("host", "port", "strategy"):
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                yield Disagreement(name, "has no effect with the target kubernetes; leave it out", value)
+        for part, kind in (("policy", ServingPolicy), ("endpoint", ServingEndpoint)):
+            there = kind.model_construct(**dict(getattr(self, part)))
+            for option, why, value in there.disagreements():
+                yield Disagreement(f"{part}.{option}", why, value)

@@ -47,3 +47,5 @@ class Rollout(Result):
     """What the version did with the pinned prompts."""
     reasons: list[str] = []
     """Why it was decided so, step by step."""
+    hostnames: list[str] = []
+    """Names that users ask on a cluster; none where the Gateway has its own."""

@@ -1,0 +1,108 @@
+"""The model registry, asked and told by MLflow's REST API: aliases, versions, tags and small files of a version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlsplit
+
+from nvila.components.contracts.addresses import below, file_path
+from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.errors import NvilaError
+from nvila.components.tracking.columns import TAG, fitted
+from nvila.components.tracking.redact import redact_text
+from nvila.components.tracking.registry import DIGEST_TAG
+from nvila.infra.controller.artifacts import from_disk, from_s3
+from nvila.infra.controller.mlflow_server import MlflowServer, Unknown
+from nvila.infra.controller.seen import Aliases, Registered
+
+PINNED_TAG: Final = "nvila.pinned"
+"""Tag of a version: SHA-256 of its file of pinned prompts."""
+APPROVED_TAG: Final = "nvila.approved-by"
+"""Tag of a version: who lets users' requests reach it."""
+MODELS_A_PAGE = 200
+ARTIFACT_SECONDS = 120.0
+_API = "/api/2.0/mlflow"
+_ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+
+
+class Registry:
+    """The one that the environment names. Each of its methods raises what `MlflowServer.ask` does."""
+
+    def __init__(self, here: Environment) -> None:
+        """Nothing is asked yet.
+
+        Raises:
+            ConfigError: no server is named.
+        """
+        self._server = MlflowServer(here)
+
+    def aliases(self) -> dict[str, Aliases]:
+        """What the aliases of each model name."""
+        names = [one.name for one in fields(Aliases)]
+        found, page = dict[str, Aliases](), {"max_results": str(MODELS_A_PAGE)}
+        while True:
+            said = self._server.ask("GET", f"{_API}/registered-models/search", page)
+            for model in said.get("registered_models", []):
+                named = {one["alias"]: str(one["version"]) for one in model.get("aliases", [])}
+                found[model["name"]] = Aliases(**{name: named[name] for name in names if name in named})
+            token = said.get("next_page_token", "")
+            if not token or token == page.get("page_token"):
+                return found
+            page["page_token"] = token
+
+    def version(self, model: str, number: str) -> Registered | None:
+        """What is registered as this version; None where nothing is, or it was deleted."""
+        try:
+            found = self._get("get", model, number)["model_version"]
+        except Unknown:
+            return None
+        tags = {one["key"]: one.get("value", "") for one in found.get("tags", [])}
+        return Registered(
+            model=model,
+            version=number,
+            digest=tags.get(DIGEST_TAG, ""),
+            pinned=tags.get(PINNED_TAG, ""),
+            source=found.get("source", ""),
+            approved_by=tags.get(APPROVED_TAG, ""),
+            user=found.get("user_id", ""),
+        )
+
+    def point(self, model: str, alias: str, version: str) -> None:
+        """Have an alias name a version; `Unknown` where that is gone."""
+        given = {"name": model, "alias": alias, "version": version}
+        self._server.ask("POST", f"{_API}/registered-models/alias", given)
+
+    def drop(self, model: str, alias: str) -> None:
+        """Have an alias name nothing; `Unknown` where the model is gone."""
+        self._server.ask("DELETE", f"{_API}/registered-models/alias", {"name": model, "alias": alias})
+
+    def tag(self, model: str, version: str, key: str, text: str) -> None:
+        """Keep a text with a version, as long as MLflow takes it and without secrets; `Unknown` where that is gone."""
+        given = {"name": model, "version": version, "key": key, "value": fitted(redact_text(text), TAG)}
+        self._server.ask("POST", f"{_API}/model-versions/set-tag", given)
+
+    def artifact(self, registered: Registered, name: str, most_bytes: int) -> Iterator[bytes]:
+        """A file of a version, piece by piece.
+
+        Args:
+            registered: the version.
+            name: of the file, below the version's folder.
+            most_bytes: of the file; a larger one is an error.
+        """
+        place = str(self._get("get-download-uri", registered.model, registered.version)["artifact_uri"])
+        url, parts = below(place, name), urlsplit(place)
+        if parts.scheme == "mlflow-artifacts" and not parts.netloc:  # of this very server
+            path = f"{_ARTIFACTS}/{quote(below(parts.path, name).strip('/'))}"
+            return self._server.stream("GET", path, most=most_bytes, seconds=ARTIFACT_SECONDS)
+        if parts.scheme == "s3":
+            return from_s3(url, most_bytes)
+        folder = Path(place) if place.startswith("/") else file_path(place)
+        if folder is None:
+            raise NvilaError("no place that files of a version are fetched from", where=redact_text(url))
+        return from_disk(folder / name, most_bytes)
+
+    def _get(self, what: str, model: str, number: str) -> dict[str, Any]:
+        return self._server.ask("GET", f"{_API}/model-versions/{what}", {"name": model, "version": number})
