@@ -18,11 +18,12 @@ import elsewhere  # noqa: F401
 from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.environment import for_child
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.modelrollout import PINNED_FILE
 from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
-from nvila.components.serve.server import wait_ready
+from nvila.components.serve.server import chat_request, wait_ready
 from nvila.components.tracking.connect import load_client
-from nvila.components.tracking.registry import DECISION_TAG, lineage_tags, register_version
+from nvila.components.tracking.registry import DECISION_TAG, keep_pinned, lineage_tags, register_version
 from nvila.components.tracking.runs import open_step
 
 PINNED = tuple(f"pinned question {number}" for number in range(4))
@@ -76,6 +77,7 @@ class Registry:
         tags = lineage_tags({"model": made})
         version = register_version(self._runs, model, made.digest, log, description="", tags=tags)
         assert version.version == str(number), version
+        keep_pinned(self._runs, version, _pinned(folder, model))
 
     def corrupt(self, model: str, number: int) -> None:
         """Change a byte of a version's weights where the server keeps them; the size stays."""
@@ -126,3 +128,14 @@ class Registry:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
+
+
+def _pinned(folder: Path, model: str) -> Path:
+    """The file of pinned prompts, with what the evaluation said and the truth."""
+    path = folder / PINNED_FILE
+    said = {"expected": "yes", "answer": "yes"}
+    lines = [
+        {"id": text, "body": chat_request(model, text, max_tokens=4) | {"logprobs": True}} | said for text in PINNED
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
