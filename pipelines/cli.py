@@ -500,6 +500,17 @@ def serve(
     foreground: Annotated[
         bool, typer.Option("--foreground", help="Stay, as in a container; SIGTERM gives the last answers and ends it.")
     ] = False,
+    version: Annotated[
+        str | None, typer.Option(help="With --foreground: number in the registry of what the folder holds.")
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(help="With --foreground: host:port of the endpoint that is asked what this one fails to answer."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="With --foreground: port where it tells of itself: /metrics, /health."),
+    ] = None,
     as_json: Json = False,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -507,10 +518,11 @@ def serve(
 
     Example: nvila serve champion --port 8321
     """
+    from nvila.pipelines.commands.endpoint import Foreground
     from nvila.pipelines.commands.endpoint import serve as start
 
-    key = context.obj.api_key
-    served = start(model, host, port, runs, key, name=name, options=option or [], foreground=foreground)
+    stays = Foreground.of(foreground, version=version, fallback=fallback, metrics_port=metrics_port)
+    served = start(model, host, port, runs, context.obj.api_key, name=name, options=option or [], foreground=stays)
     if served is None:
         return
     one = served.of("champion")

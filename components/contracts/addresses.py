@@ -32,3 +32,15 @@ def http_url(host: str, port: int) -> str:
 def below(url: str, name: str) -> str:
     """The URL of the file `name` below a folder's URL; an object store's keys stand in its URLs as they are."""
     return f"{url.rstrip('/')}/{quote(name) if urlsplit(url).scheme == 'file' else name}"
+
+
+def host_and_port(place: str) -> tuple[str, int]:
+    """The two of `host:port`; an IPv6 address stands in brackets there, and here without.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    found = urlsplit(f"//{place}")
+    if not found.hostname or not found.port or found.netloc != place or "@" in place:
+        raise ValueError(f"{place!r} is not host:port")
+    return found.hostname, found.port

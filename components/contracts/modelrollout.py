@@ -47,6 +47,7 @@ MOST_DECISIONS = 10
 MOST_PINNED = 64
 """Prompts that `register` keeps with a version; a policy on a cluster cannot ask for more."""
 
+Alias = Literal["challenger", "champion", "previous"]
 Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 """Of a version in the registry."""
 
@@ -96,12 +97,16 @@ class Override(Section):
 
 
 class Spec(Serving):
-    """What people decide. Nothing of ours changes it after the object was made."""
+    """What people decide; nothing of ours changes it after the object was made, but for `nvila rollback`.
+
+    Another image, other pods or another endpoint hold at once, also for the version that serves: Kubernetes replaces
+    its pods one by one, each when the new one is ready.
+    """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=150)]
-    """The registered model; also what requests call it. A model is served by one ModelRollout."""
+    """The registered model; also what requests call it. It is served by one ModelRollout, and never becomes another."""
     endpoint: ServingEndpoint = ServingEndpoint()
-    """Limits and permissions of requests; another one takes other pods, so it holds from the next version on."""
+    """Limits and permissions of requests."""
     policy: ServingPolicy = ServingPolicy()
     """When a new version becomes champion."""
     paused: bool = False
@@ -121,8 +126,8 @@ class Record(BaseModel):
 
 
 Phase = Literal["Empty", "Preparing", "Asking", "Shifting", "Serving", "Blocked"]
-"""Nothing is served or wanted; a version's pods start; its answers are compared; it gets requests; one serves and none
-is wanted; people have to do something first."""
+"""Nothing is served or tried; a version's pods start; its answers are compared; it gets requests; one serves and none
+is tried; people have to do something first."""
 Time = str
 """RFC 3339, in UTC, as Kubernetes writes times."""
 
@@ -168,6 +173,8 @@ class Served(Record):
 class Tried(Served):
     """The version that is tried."""
 
+    override: bool = False
+    """Whether it takes over as soon as its pods are ready, as people said."""
     step: int = 0
     """0 before users reach it; then as of the policy's `steps`."""
     step_since: Time
@@ -181,6 +188,8 @@ class Tried(Served):
 
 
 Verdict = Literal["promoted", "rolled back", "withdrawn", "requested", "put back", "overridden", "refused"]
+"""It serves now; it does not, as the policy says; people want another or none; the alias `champion` was moved to it by
+hand, so it is tried; that alias was gone; it serves now, as people said; it cannot be tried at all."""
 
 
 class Decided(Record):
@@ -207,11 +216,12 @@ class Decided(Record):
 class Write(Record):
     """Something that the registry is still to be told; each may be repeated."""
 
-    alias: Literal["challenger", "champion", "previous", ""] = ""
+    alias: Alias | None = None
     version: str = ""
     """That the alias is to name; empty: it is to go. Of a tag, the version that gets it."""
-    expects: str = ""
-    """What the alias named when this was decided: where it names another by now, somebody has asked for that one."""
+    expects: str | None = None
+    """What the alias named when this was decided: where it names another by now, somebody has asked for that one. None:
+    whatever it names."""
     tag: str = ""
     text: str = ""
 
@@ -230,6 +240,8 @@ class Status(Record):
     """What is."""
 
     observed_generation: int = 0
+    model: str = ""
+    """Of the registry, that all else here is about."""
     phase: Phase = "Empty"
     message: str = ""
     """The story in a line."""

@@ -22,10 +22,10 @@ from nvila.components.contracts.errors import PreflightError, Rejected, RolloutE
 from nvila.components.contracts.processes import Process
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.rollout import Policy, Strategy
-from nvila.components.rollout import pinned, watch
+from nvila.components.rollout import pinned
 from nvila.components.rollout.pinned import Pinned
 from nvila.components.rollout.policy import Asked, Counters, Observation, Window, against, decide, weight
-from nvila.components.serve import deployment, interpreter
+from nvila.components.serve import counted, deployment, interpreter
 from nvila.components.serve.deployment import Decision, Role, Status, Version, VersionStatus, Wanted
 
 ROUND_SECONDS = 0.5
@@ -234,10 +234,10 @@ class _Rollout:
         asked = self.asked[role]
         said = {
             "pinned prompts": Counters(requests=asked.asked, errors=asked.errors),
-            f"Envoy, {one.url}": watch.requests(status, role),
-            f"vLLM, {one.pid}": watch.times(one.url),
+            f"Envoy, {one.url}": counted.requests(status.admin, one.url),
+            f"vLLM, {one.pid}": counted.times(one.url),
         }
-        self.windows[role] = self.windows[role].read({of: counted for of, counted in said.items() if counted})
+        self.windows[role] = self.windows[role].read({of: counters for of, counters in said.items() if counters})
         return Observation(
             ready=one.state == "ready",
             ended=one.restarts,
@@ -271,7 +271,7 @@ def _decided(runs: Path, version: Version, decision: Literal["promoted", "rolled
 def _begin(runs: Path, candidate: Candidate, **fields: object) -> Wanted:
     """Write down what is wanted, and have a supervisor look after it."""
     with deployment.exclusive(runs):
-        wanted = deployment.change(runs, key=deployment.fingerprint(candidate.key), **fields)
+        wanted = deployment.change(runs, key=deployment.fingerprint(candidate.key), fallback=None, **fields)
         deployment.ensure_supervisor(runs, candidate.key)
     return wanted
 

@@ -75,6 +75,8 @@ class Wanted(_Record):
     """The champion that was stopped to make room for the challenger; it comes back where that is dropped."""
     tried_by: Process | None = None
     """Who tries the challenger: it is dropped where that process is gone. None: nobody does."""
+    fallback: str | None = None
+    """`host:port` of the endpoint that is asked what the only server of this one fails to answer; of a pod."""
     stopped: bool = False
     """Everything is to end."""
 

@@ -18,9 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from nvila.components.contracts.addresses import host_and_port
 from nvila.components.contracts.files import digest_json
+from nvila.components.contracts.modelrollout import PIN_HEADER
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
-from nvila.components.serve.deployment import Role, Status
+from nvila.components.serve.routes import TRIED, Ways, probed, routes, tried
 
 HEADER_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10, 120, 60
 """How long a client may take for its headers (and TLS's greeting), for a whole request, and between two requests."""
@@ -33,9 +35,6 @@ RETRY_AFTER_SECONDS = 5
 _MEMORY_BYTES = 2**31
 """Most that bodies in hand may take; the largest requests are ended on the way there."""
 _DRAIN_SECONDS = 600
-
-_TRIED = "tried "
-"""Before the names of a challenger and a champion: the two together."""
 
 _HTTP = "type.googleapis.com/envoy.extensions"
 _FORGED = (
@@ -80,9 +79,7 @@ def files(
     port: int,
     settings: EndpointSettings,
     servers: Iterable[str],
-    champion: str | None = None,
-    challenger: str | None = None,
-    weight: int = 0,
+    ways: Ways,
 ) -> dict[str, dict[str, Any]]:
     """Contents by file name, in the order in which a new server comes into use.
 
@@ -93,19 +90,20 @@ def files(
         settings: the endpoint's limits.
         servers: `address:port` of every server that runs, those included whose last answers are awaited, and of those
             that have ended within `HELD_SECONDS`: the way to such a one leads on to the other.
-        champion: the one of them that gets what the challenger does not; without one, requests are told to come again.
-        challenger: the one that is tried.
-        weight: per cent of the requests that it gets.
+        ways: which of them gets which requests.
     """
-    trying = f"{_TRIED}{challenger} {champion}" if challenger and champion else challenger
     clusters = [_cluster(server, settings) for server in sorted(set(servers))]
-    if challenger and champion:
-        clusters.append(_either(f"{_TRIED}{challenger} {champion}", challenger, champion, settings))
+    if ways.champion:
+        clusters.append(_cluster(ways.champion, settings) | {"name": probed(ways.champion)})
+    if ways.fallback:
+        clusters.append(_elsewhere(ways.fallback, settings))
+    if pair := ways.pair:
+        clusters.append(_either(*pair, settings))
     made = {
         "bootstrap.json": _bootstrap(folder, settings),
         "certificate.json": _resources("tls.Secret", [_certificate(folder)]) if settings.certificate else {},
         "clusters.json": _resources("cluster.Cluster", clusters, "config"),
-        "routes.json": _resources("route.RouteConfiguration", [_routes(settings, champion, trying, weight)], "config"),
+        "routes.json": _resources("route.RouteConfiguration", [routes(settings, ways)], "config"),
         "listeners.json": _resources("listener.Listener", [_listener(folder, address, port, settings)], "config"),
     }
     return {name: content for name, content in made.items() if content}
@@ -122,7 +120,7 @@ def apply(folder: Path, contents: dict[str, dict[str, Any]], admin: Admin | None
     wanted = {one["name"]: one for one in contents["clusters.json"]["resources"]}
     # A request that is still being received, or waits for its second try, holds on to its route: a pair stays as long
     # as both of it do.
-    pairs = {name: one for name, one in known.items() if name.startswith(_TRIED) and set(name.split()[1:]) <= {*wanted}}
+    pairs = {name: one for name, one in known.items() if name.startswith(TRIED) and set(name.split()[1:]) <= {*wanted}}
     first, last = {**known, **wanted}, {**pairs, **wanted}
     for clusters in (first, last):
         # In one order: Envoy does not note the version of a change that changes nothing.
@@ -303,7 +301,7 @@ def _manager(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
             "headers_with_underscores_action": "REJECT_REQUEST",
         },
         "local_reply_config": {
-            "mappers": [_reply(status, settings) for status in _REASONS],
+            "mappers": [_not_served(), *(_reply(status, settings) for status in _REASONS)],
             "body_format": _body("server_error", "%LOCAL_REPLY_BODY%"),
         },
     }
@@ -320,54 +318,27 @@ def _reply(status: int, settings: EndpointSettings) -> dict[str, Any]:
     }
 
 
-def _body(kind: str, message: str) -> dict[str, Any]:
+def _not_served() -> dict[str, Any]:
+    """To who asks for a version that is not served."""
+    equal = {"op": "EQ", "value": {"default_value": 404, "runtime_key": "replies.404"}}
+    missing = {"status_code_filter": {"comparison": equal}}
+    pinned = {"header_filter": {"header": {"name": PIN_HEADER, "present_match": True}}}
+    message = f"the version of the model that {PIN_HEADER} names is not served here"
+    return {
+        "filter": {"and_filter": {"filters": [missing, pinned]}},
+        "body_format_override": _body("invalid_request_error", message, "version_not_served"),
+    }
+
+
+def _body(kind: str, message: str, code: str = "%RESPONSE_CODE%") -> dict[str, Any]:
     """OpenAI's form of an error."""
-    return {"json_format": {"error": {"message": message, "type": kind, "param": None, "code": "%RESPONSE_CODE%"}}}
-
-
-def _routes(settings: EndpointSettings, champion: str | None, trying: str | None, weight: int) -> dict[str, Any]:
-    """Probes ask the champion; of all else the challenger gets its share, and the champion, or an error, the rest."""
-    away: dict[str, Any] = {"direct_response": {"status": 503}}
-    rest = {"route": _to(champion, settings, ["connect-failure", "refused-stream", "reset-before-request"])}
-    rest = rest if champion else away
-    routes = [{"match": {"path": path}, **rest} for path in ("/health", "/ping", "/metrics")]
-    if trying and weight:
-        share = {"default_value": {"numerator": weight, "denominator": "HUNDRED"}, "runtime_key": "challenger"}
-        again = ["connect-failure", "refused-stream", "reset", "reset-before-request", "retriable-status-codes"]
-        routes.append({"match": {"prefix": "/", "runtime_fraction": share}, "route": _to(trying, settings, again)})
-    routes.append({"match": {"prefix": "/"}, **rest})
-    return {
-        "name": "endpoint",
-        "virtual_hosts": [{"name": "endpoint", "domains": ["*"], "routes": routes}],
-        "request_headers_to_remove": ["x-envoy-internal"],
-        "response_headers_to_remove": ["server", "x-powered-by"],
-    }
-
-
-def _to(cluster: str | None, settings: EndpointSettings, again: Sequence[str]) -> dict[str, Any]:
-    return {
-        "cluster": cluster,
-        "timeout": f"{settings.request_seconds}s",
-        "retry_policy": {
-            "retry_on": ",".join(again),
-            "retriable_status_codes": [500, 502, 503, 504],
-            "num_retries": 1,
-            "retry_back_off": {"base_interval": "0.05s"},
-            "retry_priority": {
-                "name": "the other one",
-                "typed_config": {
-                    "@type": f"{_HTTP}.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
-                    "update_frequency": 1,
-                },
-            },
-        },
-    }
+    return {"json_format": {"error": {"message": message, "type": kind, "param": None, "code": code}}}
 
 
 def _cluster(server: str, settings: EndpointSettings) -> dict[str, Any]:
     """Of one server; what it can take at a time is the middleware's to say."""
-    address, _, port = server.rpartition(":")
-    place = {"socket_address": {"address": address.strip("[]"), "port_value": int(port)}}
+    address, port = host_and_port(server)
+    place = {"socket_address": {"address": address, "port_value": port}}
     return {
         "name": server,
         "type": "STATIC",
@@ -388,16 +359,22 @@ def _cluster(server: str, settings: EndpointSettings) -> dict[str, Any]:
     }
 
 
+def _elsewhere(server: str, settings: EndpointSettings) -> dict[str, Any]:
+    """Of an endpoint that is found by its name, which may have no address now: nothing waits for that."""
+    named = {"type": "STRICT_DNS", "dns_lookup_family": "V4_PREFERRED", "wait_for_warm_on_init": False}
+    return _cluster(server, settings) | named
+
+
 def _breakers(settings: EndpointSettings) -> dict[str, Any]:
     """None but the connections that come in."""
     limits = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
     return {"thresholds": [dict.fromkeys(limits, 2 * settings.max_connections + 64)]}
 
 
-def _either(name: str, challenger: str, champion: str, settings: EndpointSettings) -> dict[str, Any]:
-    """The challenger, and for one more try the champion."""
+def _either(first: str, second: str, settings: EndpointSettings) -> dict[str, Any]:
+    """The one, and for one more try the other."""
     return {
-        "name": name,
+        "name": tried(first, second),
         "connect_timeout": f"{CONNECT_SECONDS}s",
         "circuit_breakers": _breakers(settings),
         "lb_policy": "CLUSTER_PROVIDED",
@@ -405,7 +382,7 @@ def _either(name: str, challenger: str, champion: str, settings: EndpointSetting
             "name": "envoy.clusters.aggregate",
             "typed_config": {
                 "@type": f"{_HTTP}.clusters.aggregate.v3.ClusterConfig",
-                "clusters": [challenger, champion],
+                "clusters": [first, second],
             },
         },
     }
@@ -454,16 +431,6 @@ class Counters(BaseModel):
     """Requests that it has now."""
 
 
-def counters(status: Status, role: Role) -> Counters | None:
-    """What Envoy has seen of the server that has this role; None where there is none, or Envoy does not answer."""
-    if (one := status.of(role)) is None:
-        return None
-    try:
-        return Admin(status.admin).counters().get(server_of(one.url))
-    except OSError:
-        return None
-
-
 def server_of(url: str) -> str:
     """`address:port` of a server's URL, as `files` takes it."""
     return url.removeprefix("http://")
@@ -492,7 +459,7 @@ class Admin:
         self._ask("POST", path)
 
     def counters(self) -> dict[str, Counters]:
-        """Of every server that it knows, by `address:port`.
+        """Of every server that it knows, by `address:port`, and of probes beside them, by `routes.probed`.
 
         Raises:
             OSError: it does not answer.

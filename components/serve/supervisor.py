@@ -33,9 +33,13 @@ from nvila.components.contracts.files import discard
 from nvila.components.contracts.processes import Process, birth
 from nvila.components.serve import deployment, envoy, interpreter, ports, server
 from nvila.components.serve.deployment import Guards, Role, State, Status, Version, VersionStatus, Wanted
+from nvila.components.serve.exporter import Exporter
 from nvila.components.serve.programs import Program, reap
+from nvila.components.serve.routes import Ways
 
 TICK_SECONDS = 0.25
+ROUND_SECONDS = 60.0
+"""Most that one round of the loop may take; an Envoy that does not answer takes half of that."""
 SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 60.0
 """Wait before a server that has ended starts again: twice as long each time."""
 STABLE_SECONDS = 60.0
@@ -45,7 +49,7 @@ HANG_SECONDS = 30.0
 DRAIN_SECONDS = 120.0
 """Most that last answers of a server that nobody wants any more may take."""
 END_SECONDS = 20.0
-"""The same where everything ends."""
+"""The same where everything ends, and people wait for that: in a pod nobody does."""
 GRACE_SECONDS = 12.0
 """How long a server may take to end: a little more than the process between gives it."""
 LOG_BYTES = 8 * 2**20
@@ -166,6 +170,7 @@ class Supervisor:
         self._print = deployment.fingerprint(self._key)
         self._known: tuple[str | None, bool] | None = None
         self._told = threading.Event()
+        self._looked = time.monotonic()
         self._take_over()
 
     def run(self) -> None:
@@ -175,6 +180,7 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._guard()
         while not self._told.is_set():
+            self._looked = time.monotonic()
             reap()
             self._wanted = deployment.read(self._runs, Wanted) or self._wanted
             if not self._roles():
@@ -186,6 +192,11 @@ class Supervisor:
             self._record()
             self._told.wait(TICK_SECONDS)
         self._end()
+
+    @property
+    def goes_round(self) -> bool:
+        """Whether its loop has looked lately."""
+        return time.monotonic() - self._looked < ROUND_SECONDS
 
     def _roles(self) -> dict[Role, Version]:
         """Which versions are to have a server. A challenger whose rollout was killed is none."""
@@ -322,8 +333,7 @@ class Supervisor:
 
     def _drained(self, one: _Server, seconds: float) -> bool:
         """Whether its last answers have been given, or have had their time."""
-        assert self._wanted
-        if seconds > min(DRAIN_SECONDS, self._wanted.settings.request_seconds) or not self._applied:
+        if seconds > self._longest() or not self._applied:
             return True
         if envoy.server_of(one.url) in repr(self._applied["routes.json"]).replace("'", " ").split():
             return False  # Envoy still sends it requests
@@ -334,6 +344,10 @@ class Supervisor:
             # A request that is still being received may be on its way there.
             return mine.active == 0 and admin.receiving(counted) == 0
         return False
+
+    def _longest(self) -> float:
+        """How long last answers may take, in seconds."""
+        return min(DRAIN_SECONDS, self._wanted.settings.request_seconds) if self._wanted else 0.0
 
     def _look_after_envoy(self, wanted: Wanted) -> str:
         """Have Envoy run and do as it should; what is in the way of that."""
@@ -387,15 +401,24 @@ class Supervisor:
         now = time.monotonic()
         self._ended = {place: at for place, at in self._ended.items() if now - at < envoy.HELD_SECONDS}
         taking = {one.role: envoy.server_of(one.url) for one in self._servers if one.takes_requests}
+        roles = self._roles()
+        # Before it gets a share of the requests, a challenger is nobody's to ask for. Where two versions have one
+        # number, as two folders have, it means the champion.
+        asked = [role for role in ("challenger", "champion") if role in roles and (wanted.weight or role == "champion")]
+        ways = Ways(
+            taking.get("champion"),
+            taking.get("challenger"),
+            wanted.weight,
+            {roles[role].version: taking.get(role) for role in asked},
+            wanted.fallback,
+        )
         return envoy.files(
             self._place,
             address,
             wanted.port,
             wanted.settings,
             [*(envoy.server_of(one.url) for one in self._servers if one.program), *self._ended],
-            taking.get("champion"),
-            taking.get("challenger"),
-            wanted.weight,
+            ways,
         )
 
     def _end_envoy(self) -> None:
@@ -479,11 +502,13 @@ class Supervisor:
         if self._standby:
             self._standby.end(0)
         admin = envoy.Admin(str(self._place / "admin"))
-        deadline = time.monotonic() + END_SECONDS
+        seconds = self._longest() if self._alone else END_SECONDS
+        deadline = time.monotonic() + seconds
         with suppress(OSError):
             admin.post("/healthcheck/fail")
             admin.post("/drain_listeners")
-            while time.monotonic() < deadline and any(one.active for one in admin.counters().values()):
+            while time.monotonic() < deadline and _busy(admin):
+                self._looked = time.monotonic()
                 time.sleep(TICK_SECONDS)
         programs = [one.program for one in self._servers if one.program] + ([self._envoy] if self._envoy else [])
         threads = [threading.Thread(target=program.end, args=(GRACE_SECONDS,)) for program in programs]
@@ -496,6 +521,12 @@ class Supervisor:
         for record in (Status, Guards, *([Wanted] if not self._roles() else [])):
             discard(deployment.place(self._runs, record))  # type: ignore[arg-type]
         _say("ended")
+
+
+def _busy(admin: envoy.Admin) -> bool:
+    """Whether a server has a request, or one is being received."""
+    counted = admin.counters()
+    return any(one.active for one in counted.values()) or admin.receiving(counted) > 0
 
 
 def _cut(log: Path, most: int = LOG_BYTES) -> None:
@@ -511,17 +542,26 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def supervise(runs: Path, *, alone: bool = False) -> None:
+def supervise(runs: Path, *, alone: bool = False, metrics: tuple[str, int] | None = None) -> None:
     """Look after what is wanted in a folder of runs until nothing is, or a signal comes.
+
+    Args:
+        runs: the folder.
+        alone: nobody stands by.
+        metrics: address and port where it tells of itself (`exporter`).
 
     Raises:
         PreflightError: there is no serving environment.
         Unreachable: another supervisor does so.
+        OSError: nothing can listen at `metrics`.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with locks.alone(runs / deployment.SERVING / ".supervisor.lock", "another supervisor", 30.0):
-        Supervisor(runs, Environment.read(), alone=alone).run()
+        one = Supervisor(runs, Environment.read(), alone=alone)
+        if metrics:
+            Exporter(runs, lambda: one.goes_round).listen(*metrics)
+        one.run()
 
 
 def main() -> None:

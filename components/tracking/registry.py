@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from nvila.components.contracts.addresses import below
 from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
-CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+CHALLENGER: Final = "challenger"
+CHAMPION: Final = "champion"
+PREVIOUS: Final = "previous"
 DIGEST_TAG = "nvila.digest"
 """Tag of a version: digest of the model's manifest. Two versions never share it."""
 INPUT_TAG = "nvila.input."

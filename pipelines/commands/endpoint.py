@@ -6,11 +6,13 @@ import http.client
 import ssl
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
+from nvila.components.contracts.addresses import host_and_port
 from nvila.components.contracts.errors import ConfigError, PreflightError, RolloutError
 from nvila.components.contracts.processes import Process
 from nvila.components.contracts.progress import Progress
@@ -24,6 +26,38 @@ DEADLINE_SECONDS = 300.0
 OPTION = "--option"
 
 
+@dataclass(frozen=True)
+class Foreground:
+    """What is said to an endpoint that stays in its process, as in a pod."""
+
+    version: str | None = None
+    """Number in the registry of what the folder holds; 0 without."""
+    fallback: str | None = None
+    """`host:port` of the endpoint that is asked what this one fails to answer."""
+    metrics_port: int | None = None
+    """Where it tells of itself."""
+
+    @classmethod
+    def of(cls, stays: bool, **given: Any) -> Foreground | None:
+        """The options of the command line; None of one that does not stay.
+
+        Raises:
+            ConfigError: one of them has no effect then, or the other endpoint has no port.
+        """
+        if not stays:
+            for name, value in given.items():
+                if value is not None:
+                    where = f"--{name.replace('_', '-')}"
+                    raise ConfigError("only an endpoint that stays has this", where=where, do="Say --foreground too.")
+            return None
+        if given.get("fallback") is not None:
+            try:
+                host_and_port(given["fallback"])
+            except ValueError:
+                raise ConfigError("not host:port", where="--fallback", value=given["fallback"]) from None
+        return cls(**given)
+
+
 def serve(
     reference: str,
     host: str,
@@ -33,7 +67,7 @@ def serve(
     *,
     name: str | None = None,
     options: Iterable[str] = (),
-    foreground: bool = False,
+    foreground: Foreground | None = None,
 ) -> Status | None:
     """Start the endpoint of a model, wait until it answers, and tell of it; nothing to do when it runs already.
 
@@ -45,7 +79,7 @@ def serve(
         key: what requests must show; an endpoint that runs with another one is started again.
         name: what requests call the model; its own name without it.
         options: `key=value` pairs of the recipe's section `rollout.endpoint`.
-        foreground: look after it in this process until a signal comes, and return None then.
+        foreground: look after it in this process until a signal comes, and return None then; how.
 
     Raises:
         ConfigError: no such model or option, or a model that vLLM does not read.
@@ -56,6 +90,8 @@ def serve(
     runs, given = runs.absolute(), [*options]
     settings = settings_of(given)
     deployment.require_address(runs, host, port)  # before anything is read or downloaded
+    if foreground and foreground.metrics_port is not None:
+        server.require_address(host, foreground.metrics_port)
     interpreter.envoy()
     version = _version(reference, runs, name).model_copy(update={"settings": settings})
     with deployment.rolling(runs):
@@ -66,9 +102,10 @@ def serve(
             if (served, before.host, before.port) != (version, host, port) or foreground:
                 at = f"{served.name} version {served.version} is being served at {before.host}:{before.port}"
                 raise PreflightError(f"{at}, as it is", do="`nvila stop` first.")
-        asked: dict[str, Any] = {"host": host, "port": port, "weight": 0}
+        fallback = foreground.fallback if foreground else None
+        asked: dict[str, Any] = {"host": host, "port": port, "weight": 0, "fallback": fallback}
         if foreground:
-            _in_foreground(runs, asked | {"champion": version}, key)
+            _in_foreground(runs, asked | {"champion": version}, key, foreground)
             return None
         try:
             if not served:
@@ -221,13 +258,16 @@ def _until_ready(runs: Path, role: Role, fields: dict[str, Any], key: SecretStr 
     return deployment.wait_for(runs, wanted.generation, ready, DEADLINE_SECONDS, lambda status: progress.update(0))
 
 
-def _in_foreground(runs: Path, fields: dict[str, Any], key: SecretStr | None) -> None:
+def _in_foreground(runs: Path, fields: dict[str, Any], key: SecretStr | None, how: Foreground) -> None:
     from nvila.components.serve.supervisor import supervise
 
+    if how.version is not None:
+        fields["champion"] = fields["champion"].model_copy(update={"version": how.version})
     with deployment.exclusive(runs):
         deployment.end(runs)
         deployment.change(runs, key=deployment.fingerprint(key), **fields)
-    supervise(runs, alone=True)
+    metrics = None if how.metrics_port is None else (fields["host"], how.metrics_port)
+    supervise(runs, alone=True, metrics=metrics)
 
 
 def _answers(wanted: Wanted) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+import elsewhere  # noqa: F401
 from load import Reply, Request, Steady, chat
 from timeline import Timeline
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -52,7 +51,7 @@ class Row:
 def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
     """Play it once."""
     moment = Moment.of(f"{scenario.name}:{kill}")
-    stage = Stage(ground, f"night-{uuid.uuid4().hex[:8]}", list(scenario.ends), **scenario.policy)
+    stage = Stage(ground, list(scenario.ends), scenario.controller, **scenario.policy)
     with stage.standing():
         for name in stage.names:
             stage.champion(name)
@@ -66,7 +65,7 @@ def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
                 scenario.act(stage)
             ended = _wait(stage, scenario)
             time.sleep(scenario.held_seconds)
-            memory = _memory_mb(stage)
+            memory = round(stage.controller.process().memory_info().rss / 1e6, 1)
         faults = [fault for name in stage.names for fault in _faults(stage, name, scenario.ends[name], began)]
         judged = total([stage.asking[name].judge(stage.timelines[name], scenario.crashing) for name in stage.names])
         faults += [f"no clients: {judged.asked} requests"] if judged.asked < 50 else []
@@ -177,9 +176,3 @@ def _back(timeline: Timeline, began: float) -> float | None:
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 2)
-
-
-def _memory_mb(stage: Stage) -> float:
-    import psutil
-
-    return round(psutil.Process(stage.controller).memory_info().rss / 1e6, 1)

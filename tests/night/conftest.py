@@ -1,6 +1,3 @@
-"""Where the night test's modules are found."""
+"""Modules of other folders that the night test uses."""
 
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / "cluster"))
+import elsewhere  # noqa: F401

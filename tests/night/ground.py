@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "cluster"))
+import elsewhere  # noqa: F401
 from kube import ApiServer, install_crd
+from places import connect as connect_with
 from registry import Registry
 
 from nvila.components.contracts.children import leashed
@@ -19,10 +20,10 @@ from nvila.components.contracts.environment import name_of
 from nvila.components.kube.connect import connect
 from nvila.components.kube.requests import Patience, Requests
 from nvila.components.serve.ports import free_port
+from nvila.infra.controller import crd
 
-NEEDED = ("KUBECONFIG", "NVILA_CRDS", "NVILA_KUBE_TOOLS", "NVILA_STAND_IN_IMAGE")
+NEEDED = ("KUBECONFIG", "NVILA_CRDS", "NVILA_KUBE_TOOLS", "NVILA_NODE_IMAGE")
 """Variables, as `.ci/cluster` sets them."""
-GATEWAY_CRDS = ("gateway.networking.k8s.io_gateways", "gateway.networking.k8s.io_httproutes")
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ def prepared() -> Iterator[Ground]:
     """Everything runs as long as the context is open; the registry is this process' own, too."""
     kubeconfig, crds, tools, image = (os.environ[name] for name in NEEDED)
     admin, state = Requests(connect(kubeconfig), Patience.within(60)), Path(kubeconfig).parent
-    with tempfile.TemporaryDirectory(prefix="nvila-night-", dir="/tmp") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="nvila-night-", dir="/tmp") as made:
+        folder = Path(made)
         folder.chmod(0o755)
-        for crd in GATEWAY_CRDS:
-            install_crd(admin, Path(crds, f"{crd}.yaml"))
-        install_crd(admin, _our_definition(folder))
-        registry = Registry(folder, _address(admin))
+        address = connect_with(kubeconfig, Path(crds)).address()
+        install_crd(admin, crd.PATH)
+        registry = Registry(folder, address)
         os.environ[name_of("mlflow_tracking_uri")] = registry.url
         place, port = folder / "gateway", free_port("127.0.0.1")
         place.mkdir()
@@ -66,20 +66,3 @@ def prepared() -> Iterator[Ground]:
             gateway.terminate()
             gateway.wait()
             registry.kill()
-
-
-def _our_definition(folder: Path) -> Path:
-    """The definition of ModelRollout, as the chart has it."""
-    import yaml
-
-    from nvila.infra.controller.crd import definition
-
-    path = folder / "modelrollout.yaml"
-    path.write_text(yaml.safe_dump(definition()))
-    return path
-
-
-def _address(admin: Requests) -> str:
-    """At which the node's pods reach this machine."""
-    addresses = admin.ask("GET", "/api/v1/nodes")["items"][0]["status"]["addresses"]
-    return str(next(one["address"] for one in addresses if one["type"] == "InternalIP"))

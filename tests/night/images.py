@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "components"))
+import elsewhere  # noqa: F401
 from stand_in import write_interpreter
 
 from nvila.components.serve.interpreter import envoy

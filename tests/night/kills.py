@@ -19,8 +19,8 @@ MLFLOW_SECONDS, SERVER_SECONDS = 3.0, 3.0
 
 
 def _controller(stage: Stage) -> None:
-    stage.kill_controller()
-    stage.start_controller()
+    stage.controller.kill()
+    stage.controller.start()
 
 
 def _mlflow(stage: Stage) -> None:

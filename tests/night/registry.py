@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1] / "components"))
+import elsewhere  # noqa: F401
 from stand_in import write_folder
 
 from nvila.components.contracts.addresses import sqlite_url

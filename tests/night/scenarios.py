@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kube import wait_for
+from controllers import InPod, OnMachine
 from stage import Stage
 from timeline import Look
 
@@ -56,6 +56,8 @@ class Scenario:
     """A version whose streams may end in the middle."""
     held_seconds: float = 2.0
     """How long the end has to stay."""
+    controller: type[OnMachine | InPod] = OnMachine
+    """Where it runs."""
 
 
 def _new(*behaviours: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -71,9 +73,8 @@ def _set(alias: str, version: str = "2") -> Act:
 
 
 def _once(stage: Stage, there: Callable[[Look], bool], what: str) -> None:
-    (name,) = stage.names
-    timeline = stage.timelines[name]
-    wait_for(lambda: there(timeline.last), f"{what}: {timeline.last}\n{stage.said()}", 120)
+    for name in stage.names:
+        stage.wait(name, there, what)
 
 
 def _another(stage: Stage) -> None:
@@ -89,7 +90,7 @@ def _overridden(stage: Stage) -> None:
 
 def _promoted(stage: Stage) -> None:
     _set("challenger")(stage)
-    _once(stage, lambda look: look.weights == {"2": 100} and look.status["phase"] == "Serving", "2 does not serve")
+    _once(stage, lambda look: look.serves_alone("2"), "2 does not serve")
 
 
 def _rolled_back(stage: Stage) -> None:
@@ -130,6 +131,7 @@ def _unseen(reason: str) -> End:
 
 SCENARIOS = (
     Scenario("good", _set("challenger"), {"m": GOOD}),
+    Scenario("good in a pod", _set("challenger"), {"m": GOOD}, controller=InPod),
     Scenario("wrong answers", _set("challenger"), {"m": _unseen("pinned")}, _new({"answers": {}})),
     Scenario("slow", _set("challenger"), {"m": _back("first token")}, _new({"slow": 0.6})),
     Scenario(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from asking import Asking
+from controllers import InPod, OnMachine
 from ground import Ground
-from kube import default_account, wait_for, write_kubeconfig
-from timeline import Timeline
+from kube import default_account, write_kubeconfig
+from timeline import Look, Timeline
 
 from nvila.components.contracts.environment import for_child, named
-from nvila.components.contracts.modelrollout import API, PLURAL, Gateway, Pods, ServingPolicy, Spec, dump
+from nvila.components.contracts.modelrollout import API, PLURAL, ServingPolicy, Spec, dump
+from nvila.components.contracts.serving import Gateway, Pods
 from nvila.components.kube.connect import connect
 from nvila.components.kube.requests import MERGE, Patience, Requests
 
@@ -37,13 +41,17 @@ USER = 65532
 class Stage:
     """The names of its ModelRollouts are the scenario's; those of their models are this cell's own."""
 
-    def __init__(self, ground: Ground, cell: str, names: Sequence[str], **policy: Any) -> None:
-        self.ground, self.namespace, self.names = ground, cell, names
+    def __init__(
+        self, ground: Ground, names: Sequence[str], controller: type[OnMachine | InPod] = OnMachine, **policy: Any
+    ) -> None:
+        self.ground, self.names, self.namespace = ground, names, f"night-{uuid.uuid4().hex[:8]}"
         self.timelines: dict[str, Timeline] = {}
         self.asking: dict[str, Asking] = {}
         self._policy = POLICY.model_copy(update=policy)
-        self._folder = ground.folder / cell
-        self._controller: subprocess.Popen[bytes] | None = None
+        self._folder = ground.folder / self.namespace
+        self._folder.mkdir()
+        self.kubeconfig = write_kubeconfig(ground.kubeconfig, self._folder / "kubeconfig", self.namespace)
+        self.controller = controller(ground, self.namespace, self.kubeconfig, self._folder / "controller.log")
 
     def model(self, name: str) -> str:
         """The registered model of a ModelRollout."""
@@ -52,45 +60,28 @@ class Stage:
     @contextmanager
     def standing(self) -> Iterator[Stage]:
         """With the controller running, as long as the context is open."""
-        self._folder.mkdir()
-        self.kubeconfig = write_kubeconfig(self.ground.kubeconfig, self._folder / "kubeconfig", self.namespace)
         try:
             self._make()
-            self.start_controller()
-            with ExitStack() as stack:
-                for name in self.names:
-                    watcher = Requests(connect(str(self.kubeconfig)), Patience.once(3))
-                    timeline = Timeline(watcher, self.namespace, name)
-                    self.timelines[name] = stack.enter_context(timeline.kept())
-                yield self
+            self.controller.start()
+            for name in self.names:
+                watcher = Requests(connect(str(self.kubeconfig)), Patience.once(3))
+                self.timelines[name] = Timeline(watcher, self.namespace, name)
+            yield self
         finally:
-            self.kill_controller()
+            self.stop_looking()
+            self.controller.kill()
             admin = self.ground.admin
             admin.ask("DELETE", f"/api/v1/namespaces/{self.namespace}")
             admin.ask("DELETE", f"/api/v1/persistentvolumes/{self.namespace}")
 
-    def start_controller(self) -> None:
-        """Or another one, after the first was killed."""
-        command = [sys.executable, "-m", "nvila.infra.controller", "--namespace", self.namespace]
-        variables = {"KUBECONFIG": str(self.kubeconfig)} | named(mlflow_tracking_uri=self.ground.registry.url)
-        with (self._folder / "controller.log").open("ab") as log:
-            self._controller = subprocess.Popen(command, stdout=log, stderr=log, env=for_child(variables))
-
-    def kill_controller(self) -> None:
-        """In the middle of whatever it does."""
-        if self._controller:
-            self._controller.kill()
-            self._controller.wait()
-
-    @property
-    def controller(self) -> int:
-        """Its process id."""
-        assert self._controller and self._controller.poll() is None, self.said()
-        return self._controller.pid
+    def stop_looking(self) -> None:
+        """No timeline goes on."""
+        for timeline in self.timelines.values():
+            timeline.stop()
 
     def said(self) -> str:
         """The end of the controller's log."""
-        return (self._folder / "controller.log").read_text(errors="replace")[-3000:]
+        return self.controller.said()
 
     def champion(self, name: str, **behaviour: Any) -> None:
         """Have version 1 serve, which nobody served before, and clients ask for it."""
@@ -100,17 +91,20 @@ class Stage:
     @contextmanager
     def asked(self) -> Iterator[None]:
         """With clients, once version 1 of each model serves."""
-        for name, timeline in self.timelines.items():
-            wait_for(
-                lambda t=timeline: t.last.weights == {"1": 100} and t.last.status.get("phase") == "Serving",
-                f"version 1 of {name} does not serve: {timeline.last}\n{self.said()}",
-                120,
-            )
+        for name in self.names:
+            self.wait(name, lambda look: look.serves_alone("1"), "version 1 does not serve")
         with ExitStack() as stack:
             for name in self.names:
                 asking = Asking(self.ground.front, self.host(name), self.model(name))
                 self.asking[name] = stack.enter_context(asking.kept_up())
             yield
+
+    def wait(self, name: str, there: Callable[[Look], bool], what: str, seconds: float = 150.0) -> None:
+        """Until something is stored of a ModelRollout."""
+        deadline = time.monotonic() + seconds
+        while not there(look := self.timelines[name].last):
+            assert time.monotonic() < deadline, f"{name}: {what}: {look}\n{self.said()}"
+            time.sleep(0.05)
 
     def host(self, name: str) -> str:
         """That users ask."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +38,10 @@ class Look:
         """Versions that may answer a request without a header: of the second try, too."""
         return frozenset(self.weights) | {self.champion}
 
+    def serves_alone(self, version: str) -> bool:
+        """Whether it does, with nobody beside it."""
+        return self.weights == {version: 100} and self.status.get("phase") == "Serving"
+
     @property
     def state(self) -> tuple[Any, ...]:
         """What a kill point waits for a change of."""
@@ -49,23 +51,19 @@ class Look:
 
 
 class Timeline:
-    """Of one ModelRollout; a thread looks again and again."""
+    """Of one ModelRollout: a thread looks again and again. While the API server is away there are no looks."""
 
     def __init__(self, requests: Requests, namespace: str, name: str) -> None:
         self.looks: list[Look] = []
         self._requests, self._namespace, self._name = requests, namespace, name
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
-    @contextmanager
-    def kept(self) -> Iterator[Timeline]:
-        """As long as the context is open. While the API server is away there are no looks."""
-        thread = threading.Thread(target=self._watch, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._over.set()
-            thread.join()
+    def stop(self) -> None:
+        """No look comes after this."""
+        self._over.set()
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_SECONDS):

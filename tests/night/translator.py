@@ -65,8 +65,9 @@ def _action(rule: Object, namespace: str, addresses: Addresses) -> Object:
     weighted = [{"name": name, "weight": weight} for name, weight in sorted(weights.items()) if weight]
     if not weighted:
         return {"direct_response": {"status": 500}}
+    longest = rule.get("timeouts", {}).get("request", "0s")
     again = {"retry_on": "connect-failure,reset-before-request", "num_retries": 1}
-    return {"route": {"weighted_clusters": {"clusters": weighted}, "timeout": "0s", "retry_policy": again}}
+    return {"route": {"weighted_clusters": {"clusters": weighted}, "timeout": longest, "retry_policy": again}}
 
 
 def _cluster(name: str) -> Object:
@@ -122,9 +123,8 @@ def _accept(requests: Requests, route: Object) -> None:
         said = {"status": "True", "message": "", "observedGeneration": generation, "lastTransitionTime": now}
         conditions = [{"type": kind, "reason": kind, **said} for kind in ("Accepted", "ResolvedRefs")]
         by = {"controllerName": "nvila.test/translator", "conditions": conditions}
-        status = {"parents": [{"parentRef": ref, **by} for ref in route["spec"]["parentRefs"]]}
-        path = "{}/namespaces/{}/httproutes/{}/status".format(API, *_name(route))
-        requests.ask("PATCH", path, body={"status": status}, form=MERGE)
+        body = {"status": {"parents": [{"parentRef": ref, **by} for ref in route["spec"]["parentRefs"]]}}
+        requests.ask("PATCH", "{}/namespaces/{}/httproutes/{}/status".format(API, *_name(route)), body=body, form=MERGE)
 
 
 def main(folder: Path, port: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from nvila.components.contracts.recipe.rollout import Policy
 from nvila.components.rollout.policy import Asked, Counters, Observation, Window, decide, weight
-from nvila.components.rollout.watch import read_times
+from nvila.components.serve.counted import read_times
 
 POLICY = Policy(
     pinned_prompts=20, min_agreement=0.75, max_error_rate=0.05, deadline_seconds=300, steps=[10, 50], min_requests=20,

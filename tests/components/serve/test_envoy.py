@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from nvila.components.contracts.modelrollout import PIN_HEADER
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.contracts.surroundings import own_folder
 from nvila.components.serve import envoy, interpreter
 from nvila.components.serve.ports import free_port
+from nvila.components.serve.routes import LAST_HEADER, Ways
 
 SETTINGS = EndpointSettings(max_body_mib=2, max_connections=20)
 NEW, OLD = "new", "old"
@@ -101,7 +103,7 @@ class Front:
     def route(self, **options: Any) -> None:
         """As `envoy.files` takes it; returns when it holds."""
         made = envoy.files(
-            self.folder, self.address, self.port, self.settings, [self.new.address, self.old.address], **options
+            self.folder, self.address, self.port, self.settings, [self.new.address, self.old.address], Ways(**options)
         )
         envoy.link_certificate(self.folder, self.settings)
         admin = self.admin if (self.folder / "admin").exists() else None
@@ -243,6 +245,76 @@ def test_a_champion_that_fails_is_not_asked_twice(endpoint: Front) -> None:
     assert status == 503 and "retry-after" in headers
     assert json.loads(body)["error"]["code"] == 503
     assert endpoint.admin.counters()[endpoint.old.address].requests == before + 1
+
+
+def pinned(front: Front, version: str, body: bytes | None = b"hi", path: str = "/v1/x") -> tuple[int, bytes]:
+    return front.ask(body, path, {PIN_HEADER: version})[:2]
+
+
+def test_a_version_that_is_named_answers_and_no_other(endpoint: Front) -> None:
+    """A client that compares two versions got either, or the champion's answer for that of a challenger that failed."""
+    versions = {"1": endpoint.old.address, "2": endpoint.new.address, "3": None}
+    both = {"champion": endpoint.old.address, "challenger": endpoint.new.address}
+    endpoint.route(**both, weight=50, versions=versions)
+    assert {pinned(endpoint, "1")[1] for _ in range(8)} == {b"old 2"}
+    assert {pinned(endpoint, "2")[1] for _ in range(8)} == {b"new 2"}
+    assert pinned(endpoint, "1", None, "/health")[0] == 200
+    endpoint.new.mode = "500"
+    before = endpoint.admin.counters()[endpoint.new.address].requests
+    assert pinned(endpoint, "2") == (500, b"fault")
+    assert endpoint.admin.counters()[endpoint.new.address].requests == before + 1
+    assert pinned(endpoint, "3")[0] == 503
+    for other in ("4", "", "1,2", "01", "1.0"):
+        status, body = pinned(endpoint, other)
+        assert (status, json.loads(body)["error"]["code"]) == (404, "version_not_served"), other
+
+
+@pytest.mark.parametrize("mode", ["reset", "500", "gone"])
+def test_what_the_only_server_of_a_pod_fails_to_answer_another_endpoint_answers(endpoint: Front, mode: str) -> None:
+    """A newcomer's faults were its users' wherever the Gateway tries nothing twice; a request that fails everywhere
+    went round between two endpoints for ever."""
+    elsewhere, alone = {"champion": endpoint.new.address, "fallback": endpoint.old.address}, {LAST_HEADER: "1"}
+    endpoint.route(**elsewhere, versions={"2": endpoint.new.address})
+    assert endpoint.ask()[:2] == (200, b"new 2")
+    if mode == "gone":
+        endpoint.new.end()
+    endpoint.new.mode = mode
+    failed = {"reset": 503, "500": 500, "gone": 503}[mode]
+    try:
+        assert endpoint.ask()[:2] == (200, b"old 2")
+        assert pinned(endpoint, "2")[0] == failed
+        assert endpoint.ask(headers=alone)[0] == failed
+        endpoint.old.mode = mode if mode != "gone" else "500"
+        assert endpoint.ask()[0] in (500, 503)
+    finally:
+        if mode == "gone":
+            endpoint.new = Upstream(NEW)
+
+
+def test_probes_are_no_requests(endpoint: Front) -> None:
+    """A rollout that waits for so many requests of users went on for those of a load balancer."""
+    before = endpoint.admin.counters()[endpoint.old.address]
+    assert endpoint.ask(None, "/health")[0] == 200
+    assert endpoint.admin.counters()[endpoint.old.address] == before
+
+
+def test_another_endpoint_knows_a_last_try(endpoint: Front) -> None:
+    """Two endpoints that are each other's would send a request round."""
+    endpoint.route(champion=endpoint.new.address, fallback=endpoint.old.address)
+    assert LAST_HEADER in json.loads(endpoint.ask(None, "/seen")[1])
+    endpoint.route(fallback=endpoint.old.address)
+    assert LAST_HEADER in json.loads(endpoint.ask(None, "/seen")[1])
+    assert endpoint.ask(None, "/health")[0] == 503, "a pod without a server is not ready"
+    assert endpoint.ask(headers={LAST_HEADER: "1"})[0] == 503
+
+
+@pytest.mark.parametrize("nowhere", ["nobody.invalid:8321", "127.0.0.1:1", "[::1]:1"])
+def test_another_endpoint_that_is_not_there_takes_nothing_away(endpoint: Front, nowhere: str) -> None:
+    """While no champion is served, its Service has no address, and the first version could not start."""
+    endpoint.route(champion=endpoint.new.address, fallback=nowhere)
+    assert {endpoint.ask()[:2] for _ in range(8)} == {(200, b"new 2")}
+    endpoint.new.mode = "500"
+    assert endpoint.ask()[0] in (500, 503)
 
 
 @pytest.mark.parametrize("weight", [0, 100])

@@ -227,7 +227,7 @@ def test_a_rollout_loses_no_request_and_no_stream(served: Deployment) -> None:
     steady = threading.Thread(target=client, daemon=True)
     steady.start()
     place = Path(served.status.admin).parent
-    assert place.stat().st_mode & 0o077 == 0 and envoy.counters(served.status, "champion")
+    assert place.stat().st_mode & 0o077 == 0 and admin_of(served.status).counters()
     served.serve(champion=a, challenger=b, weight=50, tried_by=Process.this())
     stream = threading.Thread(target=lambda: streams.append(served.ask(b"stream")), daemon=True)
     stream.start()
@@ -445,7 +445,7 @@ def test_in_the_foreground_it_ends_with_a_signal(served: Deployment) -> None:
     code += (
         "with entered(Environment.read()): endpoint.serve('a', '127.0.0.1', int(sys.argv[2]), Path(sys.argv[3]), None,"
     )
-    code += " foreground=True)"
+    code += " foreground=endpoint.Foreground())"
     words = [sys.executable, "-c", code, served.version("a").model_dump_json(), str(served.port), str(served.runs)]
     pod = subprocess.Popen(words)
     wait_for(lambda: served.ask() == "a None", "it does not start")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from nvila.components.rollout.policy import Counters
+from nvila.components.contracts.counters import Counters
 from nvila.components.serve import envoy, server
-from nvila.components.serve.deployment import Role, Status
 
 _LINE = re.compile(r"^(vllm:[a-z_]+)(?:\{.*\})? ([0-9][-+0-9.e]*)$", re.MULTILINE)
 """Of a metric of vLLM in Prometheus' text form: its name, and a value that is a number."""
@@ -20,13 +19,19 @@ def times(url: str) -> Counters | None:
     return None if text is None else read_times(text)
 
 
-def requests(status: Status, role: Role) -> Counters | None:
-    """What Envoy has sent to the server in this role, and how much of that failed; None where it does not say."""
-    counted = envoy.counters(status, role)
-    if counted is None:
+def requests(admin: str, url: str) -> Counters | None:
+    """What Envoy has sent to a server, and how much of that failed; None where it does not say."""
+    try:
+        seen = envoy.Admin(admin).counters().get(envoy.server_of(url))
+    except OSError:
         return None
-    # Of an answer that broke off, Envoy has seen a good beginning.
-    return Counters(requests=counted.requests, errors=max(counted.errors, counted.broken))
+    return sent(seen) if seen else None
+
+
+def sent(seen: envoy.Counters) -> Counters:
+    """The same of what Envoy says."""
+    # Of an answer that broke off, it has seen a good beginning.
+    return Counters(requests=seen.requests, errors=max(seen.errors, seen.broken))
 
 
 def read_times(metrics: str) -> Counters:
