@@ -126,7 +126,7 @@ def told(one: ModelRollout) -> dict[str, Any]:
     """For programs: the status, and what of the spec goes with it."""
     kept = {"name": one.name, "model": one.model, "paused": bool(one.said.get("paused"))}
     asked = {"hostnames": one.said.get("hostnames") or [], "override": one.said.get("override")}
-    left: dict[str, Any] = {"pending": True, "challenger": {"seen", "champion_seen"}}
+    left: dict[str, Any] = {"model": True, "pending": True, "challenger": {"seen", "champion_seen"}}
     return kept | asked | one.status.model_dump(mode="json", exclude=left)
 
 
