@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+from nvila.components.contracts.modelrollout import Spec
+from nvila.infra.controller.objects import Owner, Platform, deployment
+from nvila.infra.controller.seen import Registered
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "nvila-platform"
 EXAMPLES = sorted((CHART / "examples").glob("values-*.yaml"))
@@ -96,3 +100,11 @@ def pod_specs(documents: Sequence[Document]) -> Iterator[tuple[str, Document]]:
     """Name and pod specification of everything that becomes a pod."""
     for document, template in pod_templates(documents):
         yield f"{document['kind']}/{document['metadata']['name']}", template["spec"]
+
+
+def serving_pod(namespace: str) -> Document:
+    """The template of the pods that the controller makes for a version."""
+    spec = Spec.model_validate({"model": "m", "image": "serve:1", "gateway": {"name": "public"}})
+    version = Registered(model="m", version="7", digest="d")
+    made = deployment(Owner("m", namespace, "uid"), spec, version, Platform("controller:1"))
+    return dict(made["spec"]["template"])

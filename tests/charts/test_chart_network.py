@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from helming import EVERYTHING, Document, pod_templates, render
+from helming import EVERYTHING, Document, pod_templates, render, serving_pod
 from policies import Pod, allowed, fits, matches, peers, selects
 
-from nvila.components.contracts.modelrollout import HTTP_PORT, METRICS_PORT, PART_LABELS
+from nvila.components.contracts.modelrollout import HTTP_PORT, METRICS_PORT
 
 NAMESPACES = ("nvila", "team-a", "team-b")
 API, DNS = 6443, 53
@@ -26,7 +26,9 @@ OTHERS = {
 
 
 def _serving(namespace: str) -> Pod:
-    return Pod(namespace, PART_LABELS, (HTTP_PORT, METRICS_PORT))
+    made = serving_pod(namespace)
+    ports = tuple(port["containerPort"] for port in made["spec"]["containers"][0]["ports"])
+    return Pod(namespace, made["metadata"]["labels"], ports)
 
 
 def _pods(documents: Sequence[Document]) -> dict[str, Pod]:
@@ -63,7 +65,7 @@ WANTED = [
     ("prometheus", "mlflow", 5000),
     ("mlflow", "postgres", 5432),
     ("backup", "postgres", 5432),
-    *((pod, "store", 8333) for pod in ("mlflow", "backup", "warmup", "serving-a")),
+    *((pod, "store", 8333) for pod in ("mlflow", "backup", "warmup", "serving-a", "controller")),
     ("warmup", "outside", 443),
     ("training-a", "training-a", 29500),
     ("controller", "mlflow", 5000),
@@ -145,7 +147,8 @@ def test_endpoints_are_open_where_no_gateway_is_named() -> None:
 
 def test_an_external_registry_is_reached_by_its_port() -> None:
     """The controller and the pods that fetch weights would wait for a server of the chart that there is not."""
-    sets = ['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example.org:8443/team"']
+    own = ['mlflow.mode="external"', "mlflow.auth.enabled=false"]
+    sets = [*own, 'mlflow.uri="https://mlflow.example.org:8443/team"']
     documents = render(EVERYTHING, sets=sets)
     found = _policies(documents)
     for pod in (_pods(documents)["controller"], _serving("team-a")):

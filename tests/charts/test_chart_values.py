@@ -53,6 +53,8 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ('mlflow.postgres.mode="external"', "/mlflow/postgres/host"),
         ('mlflow.backup.schedule="daily"', "/mlflow/backup/schedule"),
         ("mlflow.replicas=0", "/mlflow/replicas"),
+        ('mlflow={"mode":"external","uri":"https://mlflow.example","auth":{"enabled":true}}', "/mlflow/mode"),
+        ('mlflow.auth.defaultPermission="ADMIN"', "/mlflow/auth/defaultPermission"),
         ("controller.enabled=true", "/controller/gateway/name"),
         ('controller={"enabled":true,"gateway":{"name":"a"}},mlflow.mode="none"', "/mlflow/mode"),
         ('controller.gateway.name="Public"', "/controller/gateway/name"),

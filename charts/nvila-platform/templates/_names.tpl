@@ -40,6 +40,19 @@ app.kubernetes.io/component: serving
 {{- end }}
 {{- end }}
 
+{{- define "nvila.mlflowStore" -}}
+postgresql+psycopg2:///{{ .Values.mlflow.postgres.database }}
+{{- end }}
+
+{{- /* Users and what they may stand in the same database, and so in its backups. */ -}}
+{{- define "nvila.mlflowAuth" -}}
+[mlflow]
+default_permission = {{ .Values.mlflow.auth.defaultPermission }}
+database_uri = {{ include "nvila.mlflowStore" . }}
+# Checking a password takes a third of a second: what was right stays right for a minute in each of the server's processes.
+auth_cache_ttl_seconds = 60
+{{- end }}
+
 {{- define "nvila.postgresHost" -}}
 {{- if eq .Values.mlflow.postgres.mode "own" }}nvila-postgres{{ else }}{{ .Values.mlflow.postgres.host }}{{ end }}
 {{- end }}
