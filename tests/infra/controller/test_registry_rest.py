@@ -85,7 +85,9 @@ def test_what_a_run_registers_is_read(ours: Registry, client: Any, tmp_path: Pat
     file.write_bytes(os.urandom(300_000))
     client.log_model_artifacts(logged.model_id, str(tmp_path))
     tags = {DIGEST_TAG: "d" * 64, PINNED_TAG: "e" * 64, APPROVED_TAG: "grace"}
-    made = client.create_model_version(MODEL, logged.artifact_location, run.info.run_id, tags=tags)
+    made = client.create_model_version(
+        MODEL, logged.artifact_location, run.info.run_id, tags=tags, model_id=logged.model_id
+    )
     found = ours.version(MODEL, str(made.version))
     assert found and found.source == logged.artifact_location
     assert (found.digest, found.pinned, found.approved_by) == ("d" * 64, "e" * 64, "grace")
