@@ -6,7 +6,6 @@ sent and judged by itself, so that memory holds a few of them, however many vers
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import threading
@@ -67,17 +66,14 @@ class Prompts:
     def _fetch(self, registered: Registered, registry: Registry, path: Path) -> None:
         for old in sorted(path.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[: 1 - MOST_FILES]:
             old.unlink()
-        digest = hashlib.sha256()
         partial = path.with_name("partial")
-        with partial.open("wb") as stream:
-            for piece in registry.artifact(registered, FILE, MOST_BYTES):
-                digest.update(piece)
-                stream.write(piece)
-        if digest.hexdigest() != registered.pinned:
+        partial.unlink(missing_ok=True)
+        digest = registry.artifact(registered, FILE, partial, MOST_BYTES)
+        if digest != registered.pinned:
             raise DamagedError(
                 "the pinned prompts are not those that were registered",
                 where=f"{registered.model} version {registered.version}: {FILE}",
-                value=digest.hexdigest(),
+                value=digest,
             )
         partial.rename(path)
 

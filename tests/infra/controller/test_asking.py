@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,13 +38,13 @@ class Files:
     def __init__(self, content: bytes | NvilaError = PINNED) -> None:
         self.content, self.asked = content, 0
 
-    def artifact(self, registered: Registered, name: str, most_bytes: int) -> Iterator[bytes]:
-        assert name == FILE
+    def artifact(self, registered: Registered, name: str, partial: Path, most_bytes: int) -> str:
+        assert name == FILE and not partial.exists()
         self.asked += 1
         if isinstance(self.content, NvilaError):
             raise self.content
-        yield self.content[:7]
-        yield self.content[7:]
+        partial.write_bytes(self.content)
+        return hashlib.sha256(self.content).hexdigest()
 
 
 def said(text: str, logprob: float = -0.1) -> bytes:
