@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -61,14 +61,29 @@ def observe(url: str, model: str, prompts: Sequence[Pinned], max_tokens: int, ap
 
 def ask(url: str, model: str, prompt: Pinned, max_tokens: int, api_key: str) -> Asked:
     """Ask it one."""
+    return judged(
+        lambda: server.ask(url, model, prompt.question, max_tokens=max_tokens, api_key=api_key),
+        prompt.expected,
+        prompt.answer,
+    )
+
+
+def judged(ask: Callable[[], server.Answer], expected: str, answer: str) -> Asked:
+    """What one question comes to.
+
+    Args:
+        ask: asks it.
+        expected: what the evaluated model said.
+        answer: the truth.
+    """
     try:
-        said = server.ask(url, model, prompt.question, max_tokens=max_tokens, api_key=api_key)
+        said = ask()
     except RolloutError:
         return Asked(asked=1, errors=1)
     return Asked(
         asked=1,
-        agreed=is_correct(said.text, prompt.expected),
-        right=is_correct(said.text, prompt.answer),
+        agreed=is_correct(said.text, expected),
+        right=is_correct(said.text, answer),
         without_value=not said.finite,
     )
 

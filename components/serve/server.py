@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -51,6 +51,9 @@ theirs meets its end."""
 
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """The server is on this machine, whatever its address is called: no proxy that is set for all else leads there."""
+
+_MOST_BYTES = 16 * 2**20
+"""Of an answer: ten times what the longest one takes with its log probabilities."""
 
 NO_LOGPROB = -9999.0
 """What vLLM says in place of a logarithm of nothing; `nan` compares as smaller than nothing."""
@@ -229,21 +232,36 @@ def ask(
         RolloutError: the server refused or did not answer.
     """
     body = chat_request(model, question, image=image, video=video, max_tokens=max_tokens) | {"logprobs": True}
+    return send(url, json.dumps(body).encode(), api_key=api_key, timeout_seconds=timeout_seconds)
+
+
+def send(
+    url: str,
+    body: bytes,
+    *,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float = 120.0,
+) -> Answer:
+    """The answer to a request as of `chat_request` that asks for `logprobs`.
+
+    Raises:
+        RolloutError: the server refused, did not answer, or said too much.
+    """
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+        f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json", **key, **(headers or {})}
     )
     try:
         with _DIRECTLY.open(request, timeout=timeout_seconds) as answer:
-            choice = json.load(answer)["choices"][0]
+            choice = json.loads(answer.read(_MOST_BYTES))["choices"][0]
             told = ((choice.get("logprobs") or {}).get("content")) or []
             finite = all(isinstance(token["logprob"], float | int) and token["logprob"] > NO_LOGPROB for token in told)
             return Answer(mend(str(choice["message"]["content"] or "").strip()), finite)
     except urllib.error.HTTPError as error:
-        detail = error.read().decode(errors="replace")[:500]
+        detail = error.read(500).decode(errors="replace")
         raise RolloutError(f"the server answered {error.code}: {detail}", where=url) from None
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RolloutError(f"the server did not answer: {error}", where=url) from None
 
 

@@ -9,8 +9,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from nvila.components.contracts.counters import Counters
 from nvila.components.contracts.modelrollout import METRICS_PORT
-from nvila.components.rollout.policy import Counters
 from nvila.infra.controller.seen import Pod, Running
 
 SECONDS = 2.0

@@ -53,8 +53,8 @@ class Place:
         last = re.sub(r"[^A-Za-z0-9._-]", "_", (self.prefix.rstrip("/") or self.bucket).rpartition("/")[2])[:60]
         return cache() / "s3" / f"{sha256(named.encode()).hexdigest()[:16]}-{last}"
 
-    def objects(self) -> dict[str, Object]:
-        """The wanted objects as they are now, by name below the prefix.
+    def objects(self, patterns: Sequence[str] = WANTED) -> dict[str, Object]:
+        """The objects of these patterns as they are now, by name below the prefix.
 
         Raises:
             DataError: there are none, or the server refuses.
@@ -67,7 +67,7 @@ class Place:
                 Object.of(item)
                 for page in pages
                 for item in page.get("Contents", [])
-                if is_wanted(item["Key"]) and not item["Key"].endswith("/")
+                if is_wanted(item["Key"], patterns) and not item["Key"].endswith("/")
             ]
 
         found = asked(lambda: insist(listed, passes, self.uri), self.uri)

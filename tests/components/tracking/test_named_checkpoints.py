@@ -13,11 +13,13 @@ import pytest
 
 from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.errors import DamagedError, DataError
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.preflight.checks import weights_problems
 from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
 from nvila.components.serve.server import stop, wait_ready
+from nvila.components.serve.weights import main as bring
 from nvila.components.tracking.checkpoints import fetch_version, find_model, identity
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DIGEST_TAG, INPUT_TAG, lineage_tags, promote, register_version
@@ -152,6 +154,10 @@ def test_a_version_of_another_machine_is_brought_here(tmp_path: Path, server: Pa
         assert (found.folder / "model.safetensors").read_text() == "weights" and found.digest == manifest.digest
         assert (found.name, found.version) == ("small", "1")
     assert find_model(str(found.folder), tmp_path).digest == manifest.digest  # as rollout's start looks at it
+    pod = ["--model", "small", "--version", "1", "--digest", manifest.digest, "--into", str(tmp_path / "node")]
+    assert bring(pod) == Exit.DONE
+    assert (tmp_path / "node" / manifest.digest / "model" / "model.safetensors").read_text() == "weights"
+    shutil.rmtree(tmp_path / "node")
     (found.folder / "model.safetensors").write_text("WEIGHTS")
     assert (find_model("champion", runs).folder / "model.safetensors").read_text() == "weights"
 
@@ -160,7 +166,10 @@ def test_a_version_of_another_machine_is_brought_here(tmp_path: Path, server: Pa
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(DamagedError, match="safetensors"):
         find_model("champion", runs)
+    assert bring(pod) == Exit.REJECTED
+    assert bring([*pod[:3], "2", *pod[4:]]) == Exit.USER
     kept.unlink()
+    assert bring(pod) == Exit.USER
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(DataError, match=r"does not give the file model/model\.safetensors"):
         find_model("champion", runs)
