@@ -55,7 +55,7 @@ def test_every_account_may_what_it_must_and_nothing_else(make_place: Callable[..
     for account in ACCOUNTS:
         wanted = {
             ("nvila-controller", home): _of("nvila-controller-lease"),
-            ("nvila-controller", team): _of("nvila-controller", "nvila-controller-gateway"),
+            ("nvila-controller", team): _of("nvila-controller"),
             ("nvila-upload", home): _of("nvila-upload"),
         }
         for namespace in (home, team, "default"):
