@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from nvila.components.contracts.addresses import below, file_path
@@ -13,15 +13,11 @@ from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import NvilaError
 from nvila.components.tracking.columns import TAG, fitted
 from nvila.components.tracking.redact import redact_text
-from nvila.components.tracking.registry import DIGEST_TAG
+from nvila.components.tracking.registry import APPROVED_TAG, DIGEST_TAG, PINNED_TAG
 from nvila.infra.controller.artifacts import from_disk, from_s3
 from nvila.infra.controller.mlflow_server import MlflowServer, Unknown
 from nvila.infra.controller.seen import Aliases, Registered
 
-PINNED_TAG: Final = "nvila.pinned"
-"""Tag of a version: SHA-256 of its file of pinned prompts."""
-APPROVED_TAG: Final = "nvila.approved-by"
-"""Tag of a version: who lets users' requests reach it."""
 MODELS_A_PAGE = 200
 ARTIFACT_SECONDS = 120.0
 _API = "/api/2.0/mlflow"
