@@ -18,7 +18,7 @@ from typing import Any
 from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.digests import is_sha256
 from nvila.components.contracts.errors import DamagedError, DataError, NvilaError, Unreachable
-from nvila.components.contracts.modelrollout import HTTP_PORT, PIN_HEADER
+from nvila.components.contracts.modelrollout import HTTP_PORT, MOST_PINNED_BYTES, PIN_HEADER, PINNED_FILE
 from nvila.components.rollout import pinned
 from nvila.components.rollout.policy import Asked
 from nvila.components.serve import server
@@ -26,10 +26,6 @@ from nvila.infra.controller.registry import Registry
 from nvila.infra.controller.seen import Registered
 from nvila.infra.controller.tell import say
 
-FILE = "pinned.jsonl"
-"""Of a version: a prompt a line."""
-MOST_BYTES = 32 * 2**20
-"""Of that file."""
 MOST_FILES = 8
 """Kept on the disk."""
 AT_ONCE = 8
@@ -68,11 +64,11 @@ class Prompts:
             old.unlink()
         partial = path.with_name("partial")
         partial.unlink(missing_ok=True)
-        digest = registry.artifact(registered, FILE, partial, MOST_BYTES)
+        digest = registry.artifact(registered, PINNED_FILE, partial, MOST_PINNED_BYTES)
         if digest != registered.pinned:
             raise DamagedError(
                 "the pinned prompts are not those that were registered",
-                where=f"{registered.model} version {registered.version}: {FILE}",
+                where=f"{registered.model} version {registered.version}: {PINNED_FILE}",
                 value=digest,
             )
         partial.rename(path)

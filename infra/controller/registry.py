@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.remote.artifacts import of_version
 from nvila.components.tracking.columns import TAG, fitted
 from nvila.components.tracking.redact import redact_text
-from nvila.components.tracking.registry import DIGEST_TAG
+from nvila.components.tracking.registry import APPROVED_TAG, DIGEST_TAG, PINNED_TAG
 from nvila.infra.controller.mlflow_server import MlflowServer, Unknown
 from nvila.infra.controller.seen import Aliases, Registered
 
-PINNED_TAG: Final = "nvila.pinned"
-"""Tag of a version: SHA-256 of its file of pinned prompts."""
-APPROVED_TAG: Final = "nvila.approved-by"
-"""Tag of a version: who lets users' requests reach it."""
 MODELS_A_PAGE = 200
 _API = "/api/2.0/mlflow"
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.errors import NvilaError, Unreachable
+from nvila.components.contracts.modelrollout import PINNED_FILE
 from nvila.components.rollout.policy import Asked
 from nvila.infra.controller import ask
-from nvila.infra.controller.ask import FILE, MOST_FILES, Asking
+from nvila.infra.controller.ask import MOST_FILES, Asking
 from nvila.infra.controller.seen import Registered
 
 KEY = "a-key"
@@ -39,7 +40,7 @@ class Files:
         self.content, self.asked = content, 0
 
     def artifact(self, registered: Registered, name: str, partial: Path, most_bytes: int) -> str:
-        assert name == FILE and not partial.exists()
+        assert name == PINNED_FILE and not partial.exists()
         self.asked += 1
         if isinstance(self.content, NvilaError):
             raise self.content

@@ -19,10 +19,10 @@ import pytest
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, DataError, NvilaError, Unreachable
 from nvila.components.serve.ports import free_port
-from nvila.components.tracking.registry import DIGEST_TAG
+from nvila.components.tracking.registry import APPROVED_TAG, DIGEST_TAG, PINNED_TAG
 from nvila.infra.controller import mlflow_server, registry
 from nvila.infra.controller.mlflow_server import Unknown
-from nvila.infra.controller.registry import APPROVED_TAG, PINNED_TAG, Registry
+from nvila.infra.controller.registry import Registry
 from nvila.infra.controller.seen import Aliases, Registered
 
 MODEL = "nvila-8b"
