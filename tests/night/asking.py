@@ -79,6 +79,7 @@ class Asking:
                 what = _fault(kind, reply, timeline, crashing)
                 if what:
                     setattr(found, what, getattr(found, what) + 1)
+                if what in ("lost", "wrong"):
                     examples.append(f"{what}: {kind.name}, {reply.status}, {reply.error}{reply.body[:120]!r}")
         found.examples = tuple(dict.fromkeys(examples))[:8]
         return found

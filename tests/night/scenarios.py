@@ -132,7 +132,9 @@ def _unseen(reason: str) -> End:
 SCENARIOS = (
     Scenario("good", _set("challenger"), {"m": GOOD}),
     Scenario("good in a pod", _set("challenger"), {"m": GOOD}, controller=InPod),
-    Scenario("wrong answers", _set("challenger"), {"m": _unseen("pinned")}, _new({"answers": {}})),
+    Scenario(
+        "wrong answers", _set("challenger"), {"m": _unseen("equal those of the evaluation")}, _new({"answers": {}})
+    ),
     Scenario("slow", _set("challenger"), {"m": _back("first token")}, _new({"slow": 0.6})),
     Scenario(
         "crashes under load",
@@ -141,13 +143,16 @@ SCENARIOS = (
         _new({"ends": True}),
         crashing="2",
     ),
-    Scenario("no such image", _without_image, {"m": _unseen("mage")}, policy={"deadline_seconds": 15}),
+    Scenario("no such image", _without_image, {"m": _unseen("mage")}, policy={"deadline_seconds": 40}),
     Scenario(
-        "never ready", _set("challenger"), {"m": _unseen("ready")}, _new({"hangs": True}), {"deadline_seconds": 15}
+        "never ready", _set("challenger"), {"m": _unseen("ready")}, _new({"hangs": True}), {"deadline_seconds": 40}
     ),
     Scenario("corrupted file", _corrupted, {"m": _unseen("model.safetensors")}),
     Scenario(
-        "two models", _set("challenger"), {"a": GOOD, "b": _unseen("pinned")}, {"a": [{}], "b": [{"answers": {}}]}
+        "two models",
+        _set("challenger"),
+        {"a": GOOD, "b": _unseen("equal those of the evaluation")},
+        {"a": [{}], "b": [{"answers": {}}]},
     ),
     Scenario(
         "second challenger",
