@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllers import InPod, OnMachine
-from stage import Stage
+from stage import STAND_IN, VLLM, Served, Stage
 from timeline import Look
 
 Act = Callable[[Stage], None]
@@ -58,6 +58,8 @@ class Scenario:
     """How long the end has to stay."""
     controller: type[OnMachine | InPod] = OnMachine
     """Where it runs."""
+    served: Served = STAND_IN
+    """What it is served with."""
 
 
 def _new(*behaviours: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -131,6 +133,13 @@ def _unseen(reason: str) -> End:
 
 SCENARIOS = (
     Scenario("good", _set("challenger"), {"m": GOOD}),
+    Scenario(
+        "real",
+        _set("challenger"),
+        {"m": GOOD},
+        policy={"deadline_seconds": 600, "max_first_token_ratio": 1000},
+        served=VLLM,
+    ),
     Scenario("good in a pod", _set("challenger"), {"m": GOOD}, controller=InPod),
     Scenario(
         "wrong answers", _set("challenger"), {"m": _unseen("equal those of the evaluation")}, _new({"answers": {}})
