@@ -46,6 +46,9 @@ PIN_HEADER = "x-nvila-version"
 MOST_DECISIONS = 10
 MOST_PINNED = 64
 """Prompts that `register` keeps with a version; a policy on a cluster cannot ask for more."""
+PINNED_FILE, MOST_PINNED_BYTES = "pinned.jsonl", 32 * 2**20
+"""The file that has them, beside the version's manifest: a line of JSON each, with `id`, `body` (the chat request with
+its media), `expected` (what the evaluated model said) and `answer` (the truth). And most that it takes."""
 
 Alias = Literal["challenger", "champion", "previous"]
 Number = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]

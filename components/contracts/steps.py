@@ -241,7 +241,7 @@ STEPS = (
     Step(
         name=REGISTER,
         folder="register",
-        about="a version in the MLflow registry with metrics, card and lineage; alias `challenger`",
+        about="a version in the MLflow registry with metrics, card, lineage and pinned prompts",
         remark="version in the registry",
         result=Registration,
         recipe={"register": "register_"},

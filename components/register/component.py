@@ -17,7 +17,7 @@ def register(
     card: dsl.Output[dsl.Markdown],
     out: dsl.Output[dsl.Artifact],
 ) -> None:
-    """Register the quantized model with its metrics, card and lineage; alias it `challenger`."""
+    """Register the quantized model with its metrics, card, lineage and pinned prompts."""
     import shutil
 
     from nvila.components.runner.execute import execute

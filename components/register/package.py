@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.files import link_or_copy
 from nvila.components.contracts.manifest import MANIFEST, Manifest
 from nvila.components.register.served import MAX_NEW_TOKENS
 from nvila.components.tracking.columns import model_name
-from nvila.components.tracking.connect import unhurried
-from nvila.components.tracking.redact import redact_text
+from nvila.components.tracking.connect import uploading
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,8 +67,6 @@ def log_model(
     Raises:
         NvilaError: the place of artifacts does not take it.
     """
-    from mlflow.exceptions import MlflowException
-
     logged = client.create_logged_model(
         run.info.experiment_id,
         name=model_name(name),
@@ -79,18 +75,13 @@ def log_model(
         tags=dict(tags),
         model_type="nvila",
     )
+    kept = f"Nothing is lost: it is in {made.folder}, and the same command goes on from here."
     try:
-        _lay_out(made, scratch, logged.model_id)
-        with unhurried():
+        with uploading("the model", logged.artifact_location, kept):
+            _lay_out(made, scratch, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(scratch))
-    except BaseException as error:
+    except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
-        if isinstance(error, Exception) and not isinstance(error, MlflowException):
-            raise NvilaError(
-                f"the model could not be uploaded: {type(error).__name__}: {redact_text(str(error))}",
-                where=redact_text(logged.artifact_location),
-                do=f"Nothing is lost: it is in {made.folder}, and the same command goes on from here.",
-            ) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""Step `register`: the quantized model becomes a version in the registry, aliased `challenger`. Rollout comes next.
+"""Step `register`: the quantized model becomes a version in the registry. No alias names it: that is rollout's.
 
-It reconciles: whoever runs it again finds the same version, with its card, tags and alias put right.
+It reconciles: whoever runs it again finds the same version, with its card, tags and pinned prompts put right.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import REGISTER
 from nvila.components.register.card import model_card, whole_card
 from nvila.components.register.package import log_model
+from nvila.components.register.pinned import write_pinned
 from nvila.components.register.record import record_metrics
 from nvila.components.runner.execute import Place
 from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
-from nvila.components.tracking.registry import CHALLENGER, lineage_tags, register_version
+from nvila.components.tracking.registry import keep_pinned, lineage_tags, register_version
 from nvila.components.tracking.runs import open_step
 
 if TYPE_CHECKING:
@@ -74,7 +76,9 @@ def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Env
         return logged
 
     card = model_card(name, inputs)
-    version = register_version(runs, name, model.digest, log, description=card, tags=lineage, alias=CHALLENGER)
+    version = register_version(runs, name, model.digest, log, description=card, tags=lineage)
+    keep_pinned(runs, version, write_pinned(out / "upload", name, inputs))
+    shutil.rmtree(out / "upload")
     return Outcome(
         kind="version", result=Registration(name=name, version=version.version, model_uri=version.uri), files=(CARD,)
     )

@@ -22,8 +22,8 @@ from nvila.components.contracts.errors import PreflightError, Rejected, RolloutE
 from nvila.components.contracts.processes import Process
 from nvila.components.contracts.progress import Progress
 from nvila.components.contracts.recipe.rollout import Policy, Strategy
+from nvila.components.metrics.pinned import Pinned
 from nvila.components.rollout import pinned
-from nvila.components.rollout.pinned import Pinned
 from nvila.components.rollout.policy import Asked, Counters, Observation, Window, against, decide, weight
 from nvila.components.serve import counted, deployment, interpreter
 from nvila.components.serve.deployment import Decision, Role, Status, Version, VersionStatus, Wanted

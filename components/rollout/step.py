@@ -19,13 +19,13 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.results.accuracy import QuantizedEvaluation
 from nvila.components.contracts.results.run import Registration, Rollout
 from nvila.components.contracts.step import Outcome
+from nvila.components.metrics.pinned import choose
 from nvila.components.rollout import kubernetes
 from nvila.components.rollout.local import Candidate, reconcile
-from nvila.components.rollout.pinned import choose
 from nvila.components.runner.execute import Place
 from nvila.components.serve.deployment import Version
 from nvila.components.tracking.connect import NEEDED_SECONDS, wait_for
-from nvila.components.tracking.registry import DIGEST_TAG, decided, find, promote, refuse
+from nvila.components.tracking.registry import DIGEST_TAG, challenge, decided, find, promote, refuse
 
 
 class Settings(Section):
@@ -71,6 +71,7 @@ def _local(rollout: RolloutSettings, inputs: Mapping[str, Manifest], here: Envir
     candidate = Candidate(served, rollout.host, rollout.port, here.api_key)
     prompts = choose(inputs["metrics"], inputs["samples"], rollout.policy.pinned_prompts)
     longest = inputs["metrics"].told(QuantizedEvaluation).max_new_tokens
+    challenge(runs, version.name, version.version)
     try:
         made = reconcile(runs, candidate, prompts, rollout.policy, rollout.strategy, longest)
     except Rejected as refused:

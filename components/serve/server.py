@@ -27,7 +27,7 @@ from nvila.components.contracts.foreign import read_object, reading
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.data.sampling import Sampling
 from nvila.components.model.text.controls import mend
-from nvila.components.model.text.conversation import Part, Place
+from nvila.components.model.text.conversation import File, Part, Place
 from nvila.components.serve import adapters
 from nvila.components.serve.interpreter import serve_python, serve_variables
 from nvila.components.serve.ports import why_not
@@ -57,9 +57,6 @@ _MOST_BYTES = 16 * 2**20
 
 NO_LOGPROB = -9999.0
 """What vLLM says in place of a logarithm of nothing; `nan` compares as smaller than nothing."""
-
-File = tuple[Literal["image", "video"], Path]
-"""A picture or a clip."""
 
 
 class Answer(NamedTuple):
@@ -281,6 +278,9 @@ def chat_request(
         image: a picture in front of the question.
         video: a clip in front of the question.
         max_tokens: longest answer.
+
+    Raises:
+        DataError: a file cannot be read.
     """
     parts: list[Part[File]] = [question] if isinstance(question, str) else list(question)
     given: list[tuple[Literal["image", "video"], Path | None]] = [("image", image), ("video", video)]
@@ -301,7 +301,8 @@ def chat_request(
 
 def _data_url(path: Path) -> str:
     kind = mimetypes.guess_type(f"file{path.suffix}")[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    with reading(path):
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _tail(log_path: Path | None, count: int = 8) -> str:

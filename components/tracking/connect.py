@@ -242,14 +242,25 @@ def answered(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def unhurried() -> Iterator[None]:
-    """Time for uploads: a server answers when it has passed the whole file on to its own store."""
+def uploading(what: str, where: str, do: str) -> Iterator[None]:
+    """Time for an upload: a server answers when it has passed the whole file on to its own store.
+
+    Raises:
+        NvilaError: the place of artifacts, which may be another's than MLflow's, does not take it; `what`, `where` and
+            `do` are for the message.
+    """
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as TIMEOUT
+    from mlflow.exceptions import MlflowException
 
     before = TIMEOUT.get()
     TIMEOUT.set(max(before, _UPLOAD_SECONDS))
     try:
         yield
+    except (MlflowException, NvilaError):
+        raise
+    except Exception as error:
+        said = f"{what} could not be uploaded: {type(error).__name__}: {redact_text(str(error))}"
+        raise NvilaError(said, where=redact_text(where), do=do) from error
     finally:
         TIMEOUT.set(before)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from nvila.components.contracts.addresses import below
+from nvila.components.contracts.digests import sha256_file
 from nvila.components.contracts.errors import ConfigError, DamagedError, DataError, NvilaError, Unreachable
 from nvila.components.contracts.manifest import InputRef, Manifest
 from nvila.components.contracts.store import MANIFEST
 from nvila.components.tracking.columns import DESCRIPTION, TAG, fitted
-from nvila.components.tracking.connect import answered, connected, pages
+from nvila.components.tracking.connect import answered, connected, pages, uploading
 from nvila.components.tracking.redact import redact, redact_text
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ DECISION_TAG = "nvila.rollout"
 """Tag of a version: what the last rollout decided of it, and why."""
 LOGGED_MODEL_TAG = "nvila.logged_model"
 """Tag of a version: the id of its logged model, which MLflow's SQL registry does not keep."""
+PINNED_TAG: Final = "nvila.pinned"
+"""Tag of a version: SHA-256 of its file of pinned prompts."""
+APPROVED_TAG: Final = "nvila.approved-by"
+"""Tag of a version, which people set: who lets users' requests reach it."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,10 @@ def register_version(
     *,
     description: str,
     tags: Mapping[str, str],
-    alias: str | None = None,
 ) -> Version:
     """The version of model `name` that holds the model with this digest, made when missing, with this card and tags.
 
-    Of several runs at once, on this machine or on others, all get the same version of the same model, and the alias is
-    that of the last.
+    Of several runs at once, on this machine or on others, all get the same version of the same model.
 
     Args:
         runs: the runs folder, which holds the local registry.
@@ -83,7 +86,6 @@ def register_version(
         log_model: called only when there is no such version yet.
         description: the model card, Markdown.
         tags: lineage and the like; secrets are redacted.
-        alias: is pointed at it.
     """
     with connected(runs) as client:
         found = _with_digest(client, name, digest)
@@ -98,8 +100,6 @@ def register_version(
         for key, value in redact({**tags, DIGEST_TAG: digest}).items():
             if found.tags.get(key) != value:
                 client.set_model_version_tag(name, found.version, key, value)
-        if alias:
-            _point(client, name, alias, found.version)
         return _version(client.get_model_version(name, found.version))
 
 
@@ -127,6 +127,24 @@ def registered_inputs(version: Version) -> list[InputRef]:
             do="Run the recipe again, which registers the model, or name a folder.",
         ) from error
     return list(refs.values())
+
+
+def keep_pinned(runs: Path, version: Version, file: Path) -> None:
+    """Have the version's logged model hold this file of pinned prompts, and its tag the SHA-256.
+
+    The tag comes last: where this is cut in between, it names another file, and nobody believes either.
+
+    Raises:
+        NvilaError: the place of artifacts does not take it.
+        Unreachable: MLflow does not answer.
+    """
+    sha256 = sha256_file(file)
+    if version.tags.get(PINNED_TAG) == sha256:
+        return
+    with connected(runs) as client:
+        with uploading("the pinned prompts", version.uri, "Nothing is lost: the same command goes on from here."):
+            client.log_model_artifact(version.tags[LOGGED_MODEL_TAG], str(file))
+        client.set_model_version_tag(version.name, version.version, PINNED_TAG, sha256)
 
 
 def challenge(runs: Path, name: str, version: str) -> None:

@@ -26,8 +26,8 @@ from servable import clip, picture, servable_model
 
 from nvila.components.contracts.errors import Rejected
 from nvila.components.contracts.recipe.rollout import Policy
+from nvila.components.metrics.pinned import Pinned
 from nvila.components.rollout.local import Candidate, reconcile
-from nvila.components.rollout.pinned import Pinned
 from nvila.components.serve import deployment, server
 from nvila.components.serve.deployment import Status, Version
 from nvila.components.serve.interpreter import serve_python, serve_variables

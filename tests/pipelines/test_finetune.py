@@ -89,7 +89,7 @@ def test_a_model_is_fine_tuned_and_held_against_what_it_was(
     assert summary["pipeline"] == "finetune" and told["base"]["n"] == told["full"]["n"] == 32
     card = next((tmp_path / "store/register").glob("*/model_card.md")).read_text()
     assert "before tuning" in card and "Fine-tuned from `start`" in card
-    tree = trace(tmp_path / "store", "nvila-mine@challenger", runs=tmp_path / "runs")
+    tree = trace(tmp_path / "store", "nvila-mine/1", runs=tmp_path / "runs")
     assert tree.unchanged and {"initialize", "train-1"} <= {node.step for node in tree.nodes}
     # The same command again finds the work, and does not when the model is another.
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from nvila.components.contracts.errors import DataError
@@ -34,6 +35,7 @@ __all__ = [
     "SENTINEL_TOKEN",
     "VIDEO_TOKEN",
     "Encoded",
+    "File",
     "Message",
     "Part",
     "Place",
@@ -54,6 +56,8 @@ IGNORED = -100
 T = TypeVar("T")
 _LITERAL = re.compile(f"({IMAGE_TOKEN}|{VIDEO_TOKEN})")
 _Kind = Literal["image", "video"]
+File = tuple[_Kind, Path]
+"""A picture or a clip."""
 _KINDS: dict[str, _Kind] = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 

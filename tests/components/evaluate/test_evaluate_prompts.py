@@ -10,9 +10,9 @@ from servable import picture, servable_model
 from nvila.components.data.samples import Sample, Turn
 from nvila.components.evaluate_quantized.step import Settings, _through_vllm
 from nvila.components.metrics.answers import Questions
+from nvila.components.metrics.pinned import _pinned
 from nvila.components.model.checkpoint.serving import chat_template
 from nvila.components.model.feed import Feed
-from nvila.components.rollout.pinned import _pinned
 from nvila.components.serve import batch, batch_process, server
 
 QUESTIONS = {

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import sys
 import types
+from hashlib import sha256
 from pathlib import Path
 
 import pandas
@@ -19,10 +21,11 @@ from nvila.components.contracts.results.model import Pruning
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration
 from nvila.components.data.sampling import Sampling
+from nvila.components.register import pinned
 from nvila.components.register.card import model_card
 from nvila.components.register.step import Settings, run
 from nvila.components.tracking.connect import connected
-from nvila.components.tracking.registry import CHALLENGER, find, registered_inputs
+from nvila.components.tracking.registry import PINNED_TAG, find, registered_inputs
 
 SETTINGS = Settings.model_validate({"register": {"model_name": "small"}})
 
@@ -41,19 +44,18 @@ def runs(tracked_run: Path) -> Path:
     return tracked_run.parent
 
 
-def test_register_twice_is_one_version_with_card_lineage_and_alias(
+def test_register_twice_is_one_version_with_card_and_lineage_and_no_alias(
     runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest]
 ) -> None:
-    """A repeated step must not fill the registry with copies, and a removed alias must come back."""
+    """A repeated step must not fill the registry with copies; an alias would have a cluster serve what no run asks it
+    to."""
     out = tmp_path / "out"
     out.mkdir()
     first = run(SETTINGS, register_inputs, out, Environment.read())
-    with connected(runs) as client:
-        client.delete_registered_model_alias("small", CHALLENGER)
     second = run(SETTINGS, register_inputs, out, Environment.read())
     assert first.result == second.result == Registration(name="small", version="1", model_uri="models:/small/1")
-    version = find(runs, "small", CHALLENGER)
-    assert version is not None and version.version == "1"
+    version = find(runs, "small", "1")
+    assert version is not None and version.aliases == ()
     assert version.tags["nvila.digest"] == register_inputs["model"].digest
     assert {ref.digest for ref in registered_inputs(version)} == {m.digest for m in register_inputs.values()}
     with connected(runs) as client:
@@ -71,9 +73,44 @@ def test_register_twice_is_one_version_with_card_lineage_and_alias(
     assert history["evaluate-quantized/accuracy/digits/accuracy"].dataset_name == "validate"
     place = file_path(logged.artifact_location)
     stored = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
-    assert {"MLmodel", "manifest.json", "model/config.json", "model/model.safetensors"} <= stored
+    wanted = {"MLmodel", "manifest.json", "pinned.jsonl", "model/config.json", "model/model.safetensors"}
+    assert wanted <= stored
     assert not any(p.is_symlink() for p in place.rglob("*"))
     assert not (out / "upload").exists()
+
+
+def kept(runs: Path) -> tuple[bytes, str]:
+    """The pinned prompts of version 1 as its logged model has them, and the tag."""
+    with connected(runs) as client:
+        made = client.get_model_version("small", "1")
+        place = file_path(client.get_logged_model(made.tags["nvila.logged_model"]).artifact_location)
+    return Path(place, "pinned.jsonl").read_bytes(), made.tags[PINNED_TAG]
+
+
+def test_a_version_brings_its_pinned_prompts_along(
+    runs: Path, tmp_path: Path, register_inputs: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster has neither the data nor the evaluation: it could not tell whether a version answers as it did."""
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
+    content, tag = kept(runs)
+    assert sha256(content).hexdigest() == tag
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert {line["id"] for line in lines} == {f"digits/heldout/{i}" for i in range(3)}
+    by_id = {line["id"]: line for line in lines}
+    assert (by_id["digits/heldout/1"]["expected"], by_id["digits/heldout/1"]["answer"]) == ("7", "1")
+    for line in lines:
+        assert {"model": "small", "max_tokens": 8, "temperature": 0, "logprobs": True}.items() <= line["body"].items()
+        (message,) = line["body"]["messages"]
+        (medium,) = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+        number = line["id"].rpartition("/")[2]
+        assert base64.b64decode(medium.partition(",")[2]) == (tmp_path / f"{number}.png").read_bytes()
+
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
+    assert kept(runs) == (content, tag)
+    monkeypatch.setattr(pinned, "MOST_PINNED_BYTES", 2 * len(content) // 3)
+    run(SETTINGS, register_inputs, tmp_path, Environment.read())
+    less, other = kept(runs)
+    assert less.count(b"\n") == 2 and sha256(less).hexdigest() == other != tag
 
 
 def test_a_name_that_only_the_registry_takes_is_registered(
@@ -119,8 +156,7 @@ def test_another_model_is_another_version(runs: Path, tmp_path: Path, register_i
     changed = register_inputs["model"].model_copy(update={"result": quantization(linears={})})
     again = run(SETTINGS, register_inputs | {"model": changed}, tmp_path, Environment.read())
     assert isinstance(again.result, Registration) and again.result.version == "2"
-    challenger = find(runs, "small", CHALLENGER)
-    assert challenger is not None and challenger.version == "2"
+    assert find(runs, "small", "2") is not None
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -171,7 +207,7 @@ def test_registered_model_loads_through_mlflow_and_answers(
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
     mlflow.set_tracking_uri(sqlite_url(runs / "mlflow.db"))
     try:
-        model = mlflow.pyfunc.load_model("models:/small@challenger")
+        model = mlflow.pyfunc.load_model("models:/small/1")
     finally:
         mlflow.set_tracking_uri(None)
     stream = io.BytesIO()

@@ -27,9 +27,9 @@ from nvila.components.contracts.errors import DamagedError, PreflightError, Reje
 from nvila.components.contracts.manifest import Manifest, describe_files
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
 from nvila.components.contracts.recipe.rollout import Policy, Strategy
+from nvila.components.metrics.pinned import Pinned
 from nvila.components.rollout import local
 from nvila.components.rollout.local import Candidate, Served, reconcile
-from nvila.components.rollout.pinned import Pinned
 from nvila.components.serve import deployment, interpreter, server
 from nvila.components.serve.deployment import Decision, Status, Version, Wanted
 from nvila.components.serve.ports import free_port

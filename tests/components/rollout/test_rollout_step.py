@@ -12,10 +12,10 @@ from nvila.components.contracts.errors import DamagedError, Rejected
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.contracts.results.result import Result
 from nvila.components.contracts.results.run import Registration, Rollout
+from nvila.components.metrics.pinned import Pinned, choose
 from nvila.components.model.text.conversation import Place
 from nvila.components.rollout import step as rollout
 from nvila.components.rollout.local import Candidate, Served
-from nvila.components.rollout.pinned import Pinned, choose
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.registry import DECISION_TAG, find
 
@@ -92,6 +92,8 @@ def test_promotion_moves_the_aliases(
     def reconcile(
         runs: Path, candidate: Candidate, prompts: list[Pinned], policy: object, strategy: str, longest: int
     ) -> Served:
+        tried = find(runs, "small", "challenger")
+        assert tried is not None and tried.version == "2", "who looks at the registry meanwhile sees nothing of it"
         asked.append((candidate, prompts, longest))
         return Served("http://127.0.0.1:1", {"asked": 3}, ["3 of 3"], {"seconds_until_asked": 1.0})
 
@@ -120,7 +122,6 @@ def test_refused_version_loses_its_aliases(
         for _ in range(2):
             client.create_model_version("small", source="file:///nowhere")
         client.set_registered_model_alias("small", "champion", "1")
-        client.set_registered_model_alias("small", "challenger", "2")
 
     def refuse(*_: object) -> Served:
         raise Rejected("rollout refuses the new version: 3 of 4 requests failed")
