@@ -16,6 +16,7 @@ from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.ablations import ablations
 from nvila.pipelines.commands.options import Json, Model, Override, Runs, Store, local
+from nvila.pipelines.commands.rollouts import rollback, rollouts
 from nvila.pipelines.show.as_json import put, wanted
 from nvila.pipelines.show.as_json import run as run_for_programs
 
@@ -351,6 +352,10 @@ def submit(
     ] = "",
     data_uri: Annotated[str, typer.Option(help="Folder with one folder per source, on the shared volume.")] = "",
     model_name: Annotated[str, typer.Option(help="Name in the registry; the recipe's by default.")] = "",
+    target: Annotated[
+        str,
+        typer.Option(help="kubernetes or none; the recipe's by default, none where that serves on its own machine."),
+    ] = "",
     image: Annotated[
         str, typer.Option(help="Upload the pipeline of this checkout with this image, instead of the installed one.")
     ] = "",
@@ -382,7 +387,7 @@ def submit(
             upload(server, version, shared, console, name)
         return
     wanted = Wanted(namespace, experiment, run_name, service_account)
-    named = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from}
+    named = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from, "target": target}
     raise typer.Exit(start(recipe, override or [], server, version, wanted, console, **named, wait=wait))
 
 
@@ -549,6 +554,8 @@ def status(as_json: Json = False, runs: Runs = Path("runs")) -> None:
     raise typer.Exit(Exit.DONE if told["serving"] else Exit.FAULT)
 
 
+app.command()(rollouts)
+app.command()(rollback)
 app.add_typer(ablations, name="ablate")
 
 

@@ -21,6 +21,7 @@ from nvila.components.contracts.pipelines import Pipeline, PipelineName
 from nvila.components.contracts.recipe.form import given
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import slices
+from nvila.components.contracts.recipe.rollout import TARGETS
 from nvila.components.contracts.steps import ROWS
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
@@ -115,6 +116,7 @@ def submit(
     data_uri: str = "",
     model_name: str = "",
     start_from: str = "",
+    target: str = "",
     wait: bool = False,
 ) -> int:
     """Start a run and return the exit code: 0 once it is started, or with `wait` that of the run (see `Exit`).
@@ -127,8 +129,15 @@ def submit(
 
     if not recipe:
         raise ConfigError("which recipe?", where="RECIPE", do=f"Shipped are: {', '.join(shipped())}.")
-    fields = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from, "target": "none"}
+    fields = {"data_uri": data_uri, "model_name": model_name, "start_from": start_from, "target": target}
     form, checked = asked_for(recipe, overrides, here=False, **fields)
+    if not target and TARGETS[checked.rollout.target].serves_here:
+        form, checked = asked_for(recipe, overrides, here=False, **fields | {"target": "none"})
+    if TARGETS[checked.rollout.target].serves_here:
+        able = ", ".join(name for name, one in TARGETS.items() if not one.serves_here)
+        raise ConfigError(
+            "no pod can serve so", where="rollout.target", value=checked.rollout.target, do=f"Take one of {able}."
+        )
     slices(checked)  # refuses what resolve would
     namespace = namespace_of(server, wanted.namespace)
     pipeline = checked.pipeline

@@ -14,13 +14,14 @@ from nvila.components.contracts.site import KEY, Site
 from nvila.components.kube.cluster import NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
 from nvila.components.kube.connect import connect
 from nvila.components.kube.errors import Denied, NoCluster
-from nvila.components.kube.requests import Patience, Requests
+from nvila.components.kube.requests import Advice, Patience, Requests
 from nvila.components.kube.rollouts import site_settings
 from nvila.pipelines.compile import names
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"
 TIMEOUT_SECONDS = 10
+ADVICE = Advice()
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Need:
         )
 
 
-def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
+def configured(kubeconfig: str | None, namespace: str | None, advice: Advice = ADVICE) -> Cluster | None:
     """The cluster of the current context, or the one that this process runs in; None where none is configured.
 
     Raises:
@@ -66,7 +67,7 @@ def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
         connection = connect(kubeconfig or (str(default) if default.is_file() else None), namespace)
     except NoCluster:
         return None
-    return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS)))
+    return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS), advice))
 
 
 def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:

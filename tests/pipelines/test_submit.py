@@ -55,13 +55,15 @@ def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         yield stand_in
 
 
-def _submit(kfp: StandIn, version: Version = OWN, wanted: Wanted = SHARED, **options: Any) -> tuple[int, str]:
+def _submit(
+    kfp: StandIn, version: Version = OWN, wanted: Wanted = SHARED, recipe: str = "micro", **options: Any
+) -> tuple[int, str]:
     """Exit code and what the terminal showed."""
     out = io.StringIO()
     console = Console(file=out, width=200)
     overrides = options.pop("overrides", [])
     code = submitting.submit(
-        "micro", overrides, Server(kfp.url, Environment.read()), version, wanted, console, **options
+        recipe, overrides, Server(kfp.url, Environment.read()), version, wanted, console, **options
     )
     return code, out.getvalue()
 
@@ -94,12 +96,24 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
         "data_uri": "data/plates",
         "model_name": "plates",
         "keep_ratio": 0.0,
-        "target": "none",
+        "target": "",
         "overrides": '{"evaluate": {"limit": 17}}',
     }
     executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
     assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"
     assert {"name": "NVILA_CODE", "value": code_digest()} in executors["exec-initialize"]["container"]["env"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "taken"), [("micro", "kubernetes", "kubernetes"), ("tiny", "", "none"), ("micro", "", "")]
+)
+def test_a_run_is_served_where_a_pod_can_have_it_served(kfp: StandIn, recipe: str, target: str, taken: str) -> None:
+    """A recipe of one machine runs on a cluster too; what somebody has asked for is not replaced in silence."""
+    _submit(kfp, recipe=recipe, target=target)
+    assert kfp.runs[0]["runtime_config"]["parameters"]["target"] == taken
+    for options in ({"target": "local"}, {"overrides": ["rollout.target=local"]}):
+        with pytest.raises(ConfigError, match=r"rollout\.target: no pod can serve so .*none, kubernetes"):
+            _submit(kfp, **options)
 
 
 def test_a_recipe_with_more_stages_than_the_pipeline_starts_nothing(kfp: StandIn) -> None:
