@@ -87,12 +87,12 @@ class Place:
     """Whether pods run here."""
     extra: list[str] = field(default_factory=list)
 
-    def release(self, chart: Path = CHART, seconds: int = 240, **changes: Any) -> str:
-        """Install or upgrade with this place's values; waits until all is ready where pods run."""
+    def release(self, chart: Path = CHART, *more: str, seconds: int = 240, **changes: Any) -> str:
+        """Install or upgrade with this place's values and more options; waits until all is ready where pods run."""
         values = self.folder / "values.yaml"
         values.write_text(yaml.safe_dump(merged(self.values, changes)), encoding="utf-8")
         wait = ["--wait", "--timeout", f"{seconds}s"] if self.images else []
-        options = ["--install", "--namespace", self.namespace, "--values", values, *wait]
+        options = ["--install", "--namespace", self.namespace, "--values", values, *wait, *more]
         return self.cluster.helm("upgrade", RELEASE, chart, *options)
 
     def uninstall(self) -> None:

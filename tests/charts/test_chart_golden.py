@@ -10,10 +10,12 @@ import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.modelrollout import GROUP, PLURAL
 from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.site import Site
 from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
+from nvila.infra.controller import __main__ as program
 from nvila.infra.controller.crd import definition
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
@@ -94,6 +96,21 @@ def test_the_upload_is_a_command_that_exists() -> None:
     assert context.params["namespace"] == "team-a"
     mounts = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
     assert context.params["token_file"].parent in mounts
+
+
+def test_the_controller_is_started_with_options_that_it_has() -> None:
+    """They are written by hand here too; and a Lease of another name is one that it has no right to."""
+    documents = render(EVERYTHING)
+    (container,) = find(documents, "Deployment", "nvila-controller")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", program.__spec__.parent]
+    asked = program._parser().parse_args(container["args"])
+    assert (asked.namespace, asked.lease_namespace) == (["team-a", "team-b"], "nvila")
+    assert (asked.fetch_image, asked.pull_policy) == (container["image"], "IfNotPresent")
+    assert (asked.pull_secret, asked.port) == (["registry"], container["ports"][0]["containerPort"])
+    (named,) = [r for r in find(documents, "Role", "nvila-controller-lease")["rules"] if "resourceNames" in r]
+    assert named["resourceNames"] == [program.LEASE]
+    known = {str(field.alias) for field in Environment.model_fields.values()}
+    assert {one["name"] for one in container["env"]} - known == {"MLFLOW_S3_ENDPOINT_URL"}
 
 
 def test_another_image_is_another_version() -> None:

@@ -132,11 +132,11 @@ def test_containers_are_read_only_limited_and_without_a_token(values: tuple[Path
 
 
 LOOK = ("get", "list", "watch")
-MAKE = (*LOOK, "create", "patch", "delete")
+KEEP = ("list", "create", "patch", "delete")
 RIGHTS = {
     # of the pods of a run
     "nvila-launcher": {
-        "trainjobs": MAKE,
+        "trainjobs": (*LOOK, "create", "patch", "delete"),
         "pods": LOOK,
         "pods/log": LOOK,
         "events": ("list",),
@@ -145,17 +145,15 @@ RIGHTS = {
     "nvila-rollout": {"modelrollouts": ("get", "list", "create")},
     "nvila-upload": {"pipelines": ("create", "get", "list"), "pipelines/versions": ("create", "get", "list")},
     "nvila-controller": {
-        "modelrollouts": LOOK,
-        "modelrollouts/status": ("get", "patch", "update"),
-        "deployments": MAKE,
-        "services": MAKE,
-        "httproutes": MAKE,
-        "pods": LOOK,
-        "replicasets": LOOK,
-        "events": ("create", "patch"),
+        "modelrollouts": ("list",),
+        "modelrollouts/status": ("patch",),
+        "deployments": KEEP,
+        "services": KEEP,
+        "httproutes": KEEP,
+        "pods": ("list",),
+        "events": ("create",),
     },
-    "nvila-controller-gateway": {"gateways": ("get",)},
-    "nvila-controller-lease": {"leases": ("create", "get", "update", "patch")},
+    "nvila-controller-lease": {"leases": ("create", "get", "patch")},
 }
 """By role. Whoever may write a ModelRollout's spec may skip its steps: that is people's."""
 
@@ -181,15 +179,14 @@ def test_the_controller_has_rights_where_models_are_served() -> None:
     documents = render(EVERYTHING)
     found = {(d["metadata"]["name"], d["metadata"]["namespace"]): d for d in documents if d["kind"] == "RoleBinding"}
     for team in ("team-a", "team-b"):
-        for role in ("nvila-controller", "nvila-controller-gateway"):
-            (account,) = found[role, team]["subjects"]
-            assert account == {"kind": "ServiceAccount", "name": "nvila-controller", "namespace": "nvila"}
+        (account,) = found["nvila-controller", team]["subjects"]
+        assert account == {"kind": "ServiceAccount", "name": "nvila-controller", "namespace": "nvila"}
         accounts = found["nvila-rollout", team]["subjects"]
         assert {(a["name"], a["namespace"]) for a in accounts} == {
             ("pipeline-runner", team),
             ("default-editor", team),
         }
-    assert ("nvila-controller-gateway", "gateways") in found and ("nvila-controller-lease", "nvila") in found
+    assert ("nvila-controller-lease", "nvila") in found
     assert "nvila" not in {place for role, place in found if role == "nvila-controller"}
 
 
