@@ -1,4 +1,4 @@
-"""The objects of one namespace, by their kind: get, find, create, apply, patch, delete with preconditions, watch."""
+"""The objects of one namespace: get, find, create, apply, patch, replace, delete with preconditions, watch."""
 
 from __future__ import annotations
 
@@ -75,6 +75,15 @@ class Cluster:
     def patch(self, kind: Kind, name: str, change: Mapping[str, Any], part: str = "") -> Object:
         """Lay `change` over the object, or over its `part` (`status`)."""
         return self._requests.ask("PATCH", self.path(kind, name, part), body=change, form=MERGE)
+
+    def replace(self, kind: Kind, body: Mapping[str, Any], part: str = "") -> Object:
+        """Make the object, or its `part` (`status`), what `body` says and no more; a Conflict where its
+        `resourceVersion` is no longer the object's.
+
+        Where a custom resource is to lose a part with parts of its own, `apply` leaves nulls that its definition
+        refuses (Kubernetes 1.20).
+        """
+        return self._requests.ask("PUT", self.path(kind, body["metadata"]["name"], part), body=_typed(kind, body))
 
     def delete(self, kind: Kind, name: str, uid: str, version: str, patience: Patience | None = None) -> None:
         """Delete the object if it still is this one (else a Conflict); it goes when what it owns has gone."""

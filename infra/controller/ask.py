@@ -6,7 +6,6 @@ sent and judged by itself, so that memory holds a few of them, however many vers
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.digests import is_sha256
 from nvila.components.contracts.errors import DamagedError, DataError, NvilaError, Unreachable
-from nvila.components.contracts.modelrollout import HTTP_PORT, PIN_HEADER
+from nvila.components.contracts.modelrollout import HTTP_PORT, MOST_PINNED_BYTES, PIN_HEADER, PINNED_FILE
 from nvila.components.rollout import pinned
 from nvila.components.rollout.policy import Asked
 from nvila.components.serve import server
@@ -27,13 +26,9 @@ from nvila.infra.controller.registry import Registry
 from nvila.infra.controller.seen import Registered
 from nvila.infra.controller.tell import say
 
-FILE = "pinned.jsonl"
-"""Of a version: a prompt a line."""
-MOST_BYTES = 32 * 2**20
-"""Of that file."""
 MOST_FILES = 8
 """Kept on the disk."""
-AT_ONCE = 4
+AT_ONCE = 8
 """Versions that are asked at the same time; others wait."""
 MOST_ANSWERS = 1000
 """Kept; the oldest go first."""
@@ -43,8 +38,8 @@ class Prompts:
     """Files of pinned prompts, each fetched when it is first needed."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="nvila-pinned-")
-        self._fetching = threading.Lock()
+        self._kept = tempfile.TemporaryDirectory(prefix="nvila-pinned-")
+        self.folder, self._fetching = Path(self._kept.name), threading.Lock()
 
     def lines(self, registered: Registered, registry: Registry) -> Iterator[bytes]:
         """The lines of the version's file.
@@ -57,7 +52,7 @@ class Prompts:
         with self._fetching:
             if not is_sha256(registered.pinned):
                 raise DataError("no prompts were registered with the version", where=registered.model)
-            path = Path(self._folder.name, registered.pinned)
+            path = self.folder / registered.pinned
             if not path.is_file():
                 self._fetch(registered, registry, path)
             stream = path.open("rb")
@@ -67,17 +62,14 @@ class Prompts:
     def _fetch(self, registered: Registered, registry: Registry, path: Path) -> None:
         for old in sorted(path.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[: 1 - MOST_FILES]:
             old.unlink()
-        digest = hashlib.sha256()
         partial = path.with_name("partial")
-        with partial.open("wb") as stream:
-            for piece in registry.artifact(registered, FILE, MOST_BYTES):
-                digest.update(piece)
-                stream.write(piece)
-        if digest.hexdigest() != registered.pinned:
+        partial.unlink(missing_ok=True)
+        digest = registry.artifact(registered, PINNED_FILE, partial, MOST_PINNED_BYTES)
+        if digest != registered.pinned:
             raise DamagedError(
                 "the pinned prompts are not those that were registered",
-                where=f"{registered.model} version {registered.version}: {FILE}",
-                value=digest.hexdigest(),
+                where=f"{registered.model} version {registered.version}: {PINNED_FILE}",
+                value=digest,
             )
         partial.rename(path)
 

@@ -219,9 +219,7 @@ class _Turn:
         if not self.of.lease.valid:
             raise Conflict("another controller leads by now", where=self.owner.name)
         meta = {"name": self.owner.name, "resourceVersion": self.version}
-        written = self.cluster.apply(
-            MODEL_ROLLOUT, {"metadata": meta, "status": dump(status)}, MANAGER, "status", force=True
-        )
+        written = self.cluster.replace(MODEL_ROLLOUT, {"metadata": meta, "status": dump(status)}, "status")
         self.version = str(written["metadata"]["resourceVersion"])
         self.made = {**self.made, "status": dump(status)}
 

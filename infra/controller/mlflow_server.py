@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from nvila.components.contracts.environment import Environment, name_of, revealed
+from nvila.components.contracts.environment import Environment, name_of
 from nvila.components.contracts.errors import ConfigError, NvilaError, Unreachable
 from nvila.components.contracts.text import brief
+from nvila.components.data.remote.artifacts import Server
 from nvila.components.tracking.redact import redact_text
-from nvila.infra.controller.artifacts import bounded
 
 QUIET_SECONDS = 5.0
 """Longest wait for a connection, and for the next bytes."""
@@ -38,17 +37,10 @@ class MlflowServer:
         """
         import urllib3
 
-        uri = here.mlflow_registry_uri or here.mlflow_tracking_uri or ""
-        self._uri, self.where = uri.rstrip("/"), redact_text(uri)
-        if not uri.startswith(("http://", "https://")):
-            raise ConfigError(
-                "not the URL of an MLflow server, which the controller asks by HTTP",
-                where=name_of("mlflow_tracking_uri"),
-                value=self.where,
-                do="Name one.",
-            )
+        named = Server(here.mlflow_registry_uri or here.mlflow_tracking_uri or "", here)
+        self.where = named.where
         timeout = urllib3.Timeout(connect=QUIET_SECONDS, read=QUIET_SECONDS)
-        headers = {"Content-Type": "application/json", **_credentials(here)}
+        headers = {"Content-Type": "application/json", **named.headers}
         self._pool = urllib3.PoolManager(maxsize=8, retries=False, timeout=timeout, headers=headers)
 
     def ask(self, method: str, path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +56,7 @@ class MlflowServer:
             path, body = f"{path}?{urlencode(fields)}", None
         else:
             body = json.dumps(fields).encode()
-        content = b"".join(self.stream(method, path, body=body))
+        content = self._read(method, path, body)
         try:
             found = json.loads(content)
             if not isinstance(found, dict):
@@ -77,44 +69,33 @@ class MlflowServer:
             ) from None
         return found
 
-    def stream(
-        self, method: str, path: str, *, body: bytes | None = None, most: int = MOST_BYTES, seconds: float = SECONDS
-    ) -> Iterator[bytes]:
-        """An answer piece by piece, as it comes.
-
-        Args:
-            method: of HTTP.
-            path: below the server's URL.
-            body: JSON.
-            most: bytes of the answer.
-            seconds: for all of it.
-
-        Raises:
-            Unreachable, Unknown, ConfigError, NvilaError: as `ask`; NvilaError also where the answer is too large.
-        """
+    def _read(self, method: str, path: str, body: bytes | None) -> bytes:
         from urllib3.exceptions import HTTPError
 
-        until, where = time.monotonic() + seconds, f"{self.where}{path.partition('?')[0]}"
+        until, where, content = time.monotonic() + SECONDS, f"{self.where}{path.partition('?')[0]}", bytearray()
         try:
             response = self._open(method, path, body)
             try:
                 if response.status != 200:
                     raise self._refusal(response.status, response.read(_BLOCK), where)
-                for some in bounded(iter(lambda: response.read1(_BLOCK), b""), most, where):
+                while some := response.read1(_BLOCK):
+                    content += some
+                    if len(content) > MOST_BYTES:
+                        raise NvilaError(f"MLflow gives more than {MOST_BYTES:,} bytes", where=where)
                     if time.monotonic() > until:
-                        raise _away(f"the answer was not whole after {seconds:.0f} s", where)
-                    yield some
+                        raise _away(f"the answer was not whole after {SECONDS:.0f} s", where)
             finally:
                 response.close()  # one that was read to its end has left its connection to the next request
         except (HTTPError, OSError) as error:
             raise _away(f"{type(error).__name__}: {error}", where) from None
+        return bytes(content)
 
     def _open(self, method: str, path: str, body: bytes | None) -> Any:
         from urllib3.exceptions import ProtocolError
 
         for again in (True, False):
             try:
-                return self._pool.request(method, self._uri + path, body=body, preload_content=False)
+                return self._pool.request(method, self.where + path, body=body, preload_content=False)
             except ProtocolError:  # the server has just closed the connection that was kept
                 if not again:
                     raise
@@ -141,11 +122,3 @@ class MlflowServer:
 
 def _away(told: str, where: str) -> Unreachable:
     return Unreachable(f"MLflow does not answer: {brief(redact_text(told), 300)}", where=where)
-
-
-def _credentials(here: Environment) -> dict[str, str]:
-    """The header that MLflow's own client would send."""
-    if here.mlflow_username and here.mlflow_password:
-        pair = f"{here.mlflow_username}:{revealed(here.mlflow_password)}"
-        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
-    return {"Authorization": f"Bearer {revealed(here.mlflow_token)}"} if here.mlflow_token else {}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -150,8 +149,8 @@ def route(owner: Owner, spec: Spec, champion: str, challenger: str, weight: int)
 
 def holds(observed: Any, wanted: Any, key: str = "") -> bool:
     """Whether `observed` says all that `wanted` says: lists entry by entry, quantities by what they come to."""
-    if isinstance(wanted, Mapping):
-        return isinstance(observed, Mapping) and all(
+    if isinstance(wanted, dict):
+        return isinstance(observed, dict) and all(
             name in observed and holds(observed[name], one, key if key in _QUANTITIES else name)
             for name, one in wanted.items()
         )

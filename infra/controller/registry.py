@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
-from nvila.components.contracts.addresses import below, file_path
 from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import NvilaError
+from nvila.components.contracts.errors import DataError
+from nvila.components.data.remote.artifacts import of_version
 from nvila.components.tracking.columns import TAG, fitted
 from nvila.components.tracking.redact import redact_text
 from nvila.components.tracking.registry import APPROVED_TAG, DIGEST_TAG, PINNED_TAG
-from nvila.infra.controller.artifacts import from_disk, from_s3
 from nvila.infra.controller.mlflow_server import MlflowServer, Unknown
 from nvila.infra.controller.seen import Aliases, Registered
 
 MODELS_A_PAGE = 200
-ARTIFACT_SECONDS = 120.0
 _API = "/api/2.0/mlflow"
-_ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 
 
 class Registry:
@@ -33,7 +28,7 @@ class Registry:
         Raises:
             ConfigError: no server is named.
         """
-        self._server = MlflowServer(here)
+        self._here, self._server = here, MlflowServer(here)
 
     def aliases(self) -> dict[str, Aliases]:
         """What the aliases of each model name."""
@@ -80,25 +75,28 @@ class Registry:
         given = {"name": model, "version": version, "key": key, "value": fitted(redact_text(text), TAG)}
         self._server.ask("POST", f"{_API}/model-versions/set-tag", given)
 
-    def artifact(self, registered: Registered, name: str, most_bytes: int) -> Iterator[bytes]:
-        """A file of a version, piece by piece.
+    def artifact(self, registered: Registered, name: str, partial: Path, most_bytes: int) -> str:
+        """Have a file of a version in `partial`; returns its SHA-256.
 
         Args:
             registered: the version.
             name: of the file, below the version's folder.
-            most_bytes: of the file; a larger one is an error.
+            partial: where it is put.
+            most_bytes: of the file.
+
+        Raises:
+            DataError: there is none, or a larger one.
+            OSError: the disk.
         """
-        place = str(self._get("get-download-uri", registered.model, registered.version)["artifact_uri"])
-        url, parts = below(place, name), urlsplit(place)
-        if parts.scheme == "mlflow-artifacts" and not parts.netloc:  # of this very server
-            path = f"{_ARTIFACTS}/{quote(below(parts.path, name).strip('/'))}"
-            return self._server.stream("GET", path, most=most_bytes, seconds=ARTIFACT_SECONDS)
-        if parts.scheme == "s3":
-            return from_s3(url, most_bytes)
-        folder = Path(place) if place.startswith("/") else file_path(place)
-        if folder is None:
-            raise NvilaError("no place that files of a version are fetched from", where=redact_text(url))
-        return from_disk(folder / name, most_bytes)
+        came = 0
+
+        def count(more: int) -> None:
+            nonlocal came
+            if (came := came + more) > most_bytes:
+                raise DataError(f"larger than {most_bytes:,} bytes", where=f"{files.where}/{name}")
+
+        files = of_version(registered.model, registered.version, self._here)
+        return files.fetch(name, partial, count)
 
     def _get(self, what: str, model: str, number: str) -> dict[str, Any]:
         return self._server.ask("GET", f"{_API}/model-versions/{what}", {"name": model, "version": number})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nvila.components.contracts.modelrollout import MODEL_LABEL, VERSION_LABEL
@@ -20,8 +21,10 @@ class Looked:
 
     rollouts: tuple[Object, ...] = ()
     """The ModelRollouts, as the API server gives them."""
-    objects: Mapping[tuple[str, str], Object] = field(default_factory=dict)
-    """Deployments, Services and HTTPRoutes by kind and name; see `get`."""
+    objects: Mapping[tuple[Kind, str], Object] = field(default_factory=dict)
+    """Deployments, Services and HTTPRoutes of ours, by kind and name."""
+    owned: Mapping[str, Sequence[tuple[Kind, Object]]] = field(default_factory=dict)
+    """The same by the ModelRollout's label."""
     pods: Mapping[tuple[str, str], tuple[Pod, ...]] = field(default_factory=dict)
     """By the ModelRollout's label and the version; none that is being deleted. Those that have failed come last."""
     missing: str = ""
@@ -29,21 +32,19 @@ class Looked:
 
     def get(self, kind: Kind, name: str) -> Object | None:
         """The object of this name, where it is there and labelled as ours."""
-        return self.objects.get((kind.name, name))
+        return self.objects.get((kind, name))
 
-    def of(self, name: str) -> tuple[tuple[Kind, Object], ...]:
+    def of(self, name: str) -> Sequence[tuple[Kind, Object]]:
         """All that is there of the ModelRollout of this name, but pods; what is not wanted any more among it."""
-        kinds = {kind.name: kind for kind in (DEPLOYMENT, SERVICE, ROUTE)}
-        ours = ((kinds[kind], found) for (kind, _), found in self.objects.items())
-        return tuple((kind, found) for kind, found in ours if _label(found, MODEL_LABEL) == label_of(name))
+        return self.owned.get(label_of(name), ())
 
     def running(self, name: str, version: str) -> Running:
         """The pods of a version of the ModelRollout of this name; not asked yet what they have counted."""
-        mine = [
-            found for kind, found in self.of(name) if kind == DEPLOYMENT and _label(found, VERSION_LABEL) == version
-        ]
         pods = self.pods.get((label_of(name), version), ())
-        return Running(pods, mine[0]["spec"]["replicas"], unmade(mine[0])) if mine else Running(pods)
+        for kind, found in self.of(name):
+            if kind == DEPLOYMENT and _label(found, VERSION_LABEL) == version:
+                return Running(pods, found["spec"]["replicas"], unmade(found))
+        return Running(pods)
 
     def refused(self, name: str) -> str:
         """Why users do not come through: what a Gateway says against the route; empty where none says anything."""
@@ -69,7 +70,8 @@ class Watch:
             ApiError: one of its kinds; the cluster is away, say, or has no ModelRollouts.
         """
         rollouts = self._cluster.find(MODEL_ROLLOUT)
-        objects, missing = dict[tuple[str, str], Object](), ""
+        objects, missing = dict[tuple[Kind, str], Object](), ""
+        owned = defaultdict[str, list[tuple[Kind, Object]]](list)
         for kind in (DEPLOYMENT, SERVICE, ROUTE):
             try:
                 found = self._cluster.find(kind, labels=MODEL_LABEL)
@@ -78,14 +80,16 @@ class Watch:
                     raise
                 missing = f"the cluster does not serve {ROUTE.name} of {ROUTE.version}: install the Gateway API"
                 continue
-            objects |= {(kind.name, one["metadata"]["name"]): one for one in found}
+            for one in found:
+                objects[kind, one["metadata"]["name"]] = one
+                owned[_label(one, MODEL_LABEL)].append((kind, one))
         pods = dict[tuple[str, str], list[Pod]]()
         there = [
             one for one in self._cluster.find(POD, labels=MODEL_LABEL) if "deletionTimestamp" not in one["metadata"]
         ]
         for one in sorted(there, key=lambda one: (one.get("status") or {}).get("phase") == "Failed"):
             pods.setdefault((_label(one, MODEL_LABEL), _label(one, VERSION_LABEL)), []).append(pod_of(one))
-        return Looked(tuple(rollouts), objects, {key: tuple(some) for key, some in pods.items()}, missing)
+        return Looked(tuple(rollouts), objects, owned, {key: tuple(some) for key, some in pods.items()}, missing)
 
 
 def _label(found: Object, name: str) -> str:

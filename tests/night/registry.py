@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import elsewhere  # noqa: F401
-from stand_in import write_folder
 
 from nvila.components.contracts.addresses import sqlite_url
 from nvila.components.contracts.environment import for_child
 from nvila.components.contracts.manifest import Manifest, describe_files
+from nvila.components.contracts.modelrollout import PINNED_FILE
 from nvila.components.register.package import log_model
 from nvila.components.serve.ports import free_port
-from nvila.components.serve.server import wait_ready
+from nvila.components.serve.server import chat_request, wait_ready
 from nvila.components.tracking.connect import load_client
-from nvila.components.tracking.registry import DECISION_TAG, lineage_tags, register_version
+from nvila.components.tracking.registry import DECISION_TAG, keep_pinned, lineage_tags, register_version
 from nvila.components.tracking.runs import open_step
 
 PINNED = tuple(f"pinned question {number}" for number in range(4))
-WEIGHTS_BYTES = 2**20
 PATIENCE_SECONDS = 90.0
 
 
@@ -64,10 +65,9 @@ class Registry:
     def register(self, model: str, number: int, **behaviour: Any) -> None:
         """Version `number` of a model, which is the next one; it says `v<number>` where its behaviour says no other."""
         folder = self._folder / "made" / model / str(number)
-        write_folder(
-            folder / "model", **({"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes")} | behaviour)
-        )
-        (folder / "model" / "model.safetensors").write_bytes(f"{model} {number} ".encode() * (WEIGHTS_BYTES // 8))
+        shutil.copytree(self._servable(), folder / "model")
+        how = {"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes"), "of": f"{model} {number}"} | behaviour
+        (folder / "model" / "behaviour.json").write_text(json.dumps(how))
         made = Manifest(step="quantize", key="0" * 64, kind="model", files=describe_files(folder), folder=str(folder))
 
         def log(client: Any) -> dict[str, Any]:
@@ -77,14 +77,17 @@ class Registry:
         tags = lineage_tags({"model": made})
         version = register_version(self._runs, model, made.digest, log, description="", tags=tags)
         assert version.version == str(number), version
+        keep_pinned(self._runs, version, _pinned(folder, model))
 
     def corrupt(self, model: str, number: int) -> None:
-        """Change a byte of a version's weights where the server keeps them; size and time of the file stay."""
-        whole = (self._folder / "made" / model / str(number) / "model" / "model.safetensors").read_bytes()
-        (path,) = [path for path in self._kept.rglob("model.safetensors") if path.read_bytes() == whole]
-        with path.open("r+b") as file:
-            file.seek(WEIGHTS_BYTES // 2)
-            file.write(b"#")
+        """Change a byte of a version's weights where the server keeps them; the size stays."""
+        mine = (self._folder / "made" / model / str(number) / "model" / "behaviour.json").read_bytes()
+        (kept,) = [path for path in self._kept.rglob("behaviour.json") if path.read_bytes() == mine]
+        with kept.with_name("model.safetensors").open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
 
     def point(self, model: str, alias: str, number: str) -> None:
         """Set an alias, as a person does; without a number it is removed."""
@@ -102,6 +105,17 @@ class Registry:
         tags = self._ask(lambda client: client.get_model_version(model, number).tags)
         return str(tags.get(DECISION_TAG, ""))
 
+    def _servable(self) -> Path:
+        """A tiny model that vLLM can serve, made once."""
+        folder = self._folder / "servable"
+        if not folder.exists():
+            from servable import servable_model
+
+            from nvila.components.model.checkpoint.serving import write_serving
+
+            write_serving(*servable_model(), folder)
+        return folder
+
     def _ask(self, what: Callable[[Any], Any]) -> Any:
         """The answer; while the server is away it is asked again, as people do."""
         from mlflow.exceptions import MlflowException
@@ -114,3 +128,14 @@ class Registry:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
+
+
+def _pinned(folder: Path, model: str) -> Path:
+    """The file of pinned prompts, with what the evaluation said and the truth."""
+    path = folder / PINNED_FILE
+    said = {"expected": "yes", "answer": "yes"}
+    lines = [
+        {"id": text, "body": chat_request(model, text, max_tokens=4) | {"logprobs": True}} | said for text in PINNED
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -30,7 +30,7 @@ class Look:
     """That the Service of the champion selects."""
     deployments: frozenset[str] = frozenset()
     pods: frozenset[str] = frozenset()
-    """Versions with pods that are not on their way out."""
+    """Versions with any; those on their way out count as gone."""
     status: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -98,8 +98,9 @@ class Timeline:
         status = self._one(f"/apis/{API}", PLURAL, self._name).get("status", {})
         champion = self._one("/api/v1", "services", f"{self._name}-champion")
         selected = champion.get("spec", {}).get("selector", {}).get(VERSION_LABEL, "")
-        deployments = self._all("/apis/apps/v1", "deployments", labels)
-        pods = [one for one in self._all("/api/v1", "pods", labels) if not one["metadata"].get("deletionTimestamp")]
+        deployments, pods = (
+            self._all(*kind, labels) for kind in (("/apis/apps/v1", "deployments"), ("/api/v1", "pods"))
+        )
         rules = (
             self._one("/apis/gateway.networking.k8s.io/v1", "httproutes", self._name).get("spec", {}).get("rules", [])
         )
@@ -128,7 +129,9 @@ class Timeline:
             return {}
 
     def _all(self, api: str, plural: str, query: dict[str, str]) -> list[dict[str, Any]]:
-        return list(self._requests.ask("GET", f"{api}/namespaces/{self._namespace}/{plural}", query=query)["items"])
+        """Those that are not on their way out."""
+        found = self._requests.ask("GET", f"{api}/namespaces/{self._namespace}/{plural}", query=query)["items"]
+        return [one for one in found if not one["metadata"].get("deletionTimestamp")]
 
 
 def _versions(objects: list[dict[str, Any]]) -> frozenset[str]:

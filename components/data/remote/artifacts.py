@@ -96,7 +96,7 @@ class Server:
         self._scheme, self._host = parts.scheme, parts.netloc.rpartition("@")[2]
         self._path = parts.path.rstrip("/")
         named = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else ""
-        self._headers = {"Accept-Encoding": "identity", **credentials(here, named)}
+        self.headers = {"Accept-Encoding": "identity", **credentials(here, named)}
 
     @property
     def where(self) -> str:
@@ -109,7 +109,7 @@ class Server:
             return self
         other = object.__new__(Server)
         other._scheme, other._host, other._path = self._scheme, host, ""
-        other._headers = {"Accept-Encoding": "identity"}
+        other.headers = {"Accept-Encoding": "identity"}
         return other
 
     def ask(self, path: str, fields: dict[str, str]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Server:
 
         where = f"{self.where}/{path}"
         more = {"Range": f"bytes={start}-"} if start else {}
-        options |= {"headers": self._headers | more, "stream": True, "timeout": (CONNECT_SECONDS, quiet_seconds)}
+        options |= {"headers": self.headers | more, "stream": True, "timeout": (CONNECT_SECONDS, quiet_seconds)}
         try:
             answer = requests.get(where, **options)
         except requests.exceptions.SSLError as error:
@@ -246,9 +246,8 @@ class _Bucket:
             self._objects = self._place.objects(("*",))
         if (item := self._objects.get(name)) is None:
             raise DataError("no such object", where=f"{self.where}/{name}", do="Register the model again.")
-        digest = download(self._place.client, self._place.bucket, item, partial)
-        tell(item.size_bytes)
-        return digest
+        tell(item.size_bytes)  # who has no room for it says so before it comes
+        return download(self._place.client, self._place.bucket, item, partial)
 
 
 def _receive(blocks: Iterator[bytes], partial: Path, start: int, tell: Tell) -> str:

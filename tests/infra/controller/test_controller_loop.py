@@ -73,23 +73,23 @@ class Site:
     def get(self, kind: Kind, name: str, patience: Any = None) -> Object | None:
         return self.stored.get((kind.name, name))
 
-    def apply(self, kind: Kind, body: Object, owner: str, part: str = "", *, force: bool = False) -> Object:
-        self.change(f"apply {kind.name} {part}".strip())
-        name = body["metadata"]["name"]
-        found = self.stored.get((kind.name, name))
+    def apply(self, kind: Kind, body: Object, owner: str, *, force: bool = False) -> Object:
+        self.change(f"apply {kind.name}")
+        found = self.stored.get((kind.name, name := body["metadata"]["name"]))
         if found is None:
             return self.create(kind, body)
-        if (
-            body["metadata"].get("resourceVersion", found["metadata"]["resourceVersion"])
-            != found["metadata"]["resourceVersion"]
-        ):
+        meta = {**found["metadata"], "resourceVersion": str(next(self.versions))}
+        meta |= {key: body["metadata"][key] for key in ("labels", "annotations") if key in body["metadata"]}
+        self.stored[kind.name, name] = {**found, **body, "metadata": meta}
+        return self.stored[kind.name, name]
+
+    def replace(self, kind: Kind, body: Object, part: str) -> Object:
+        self.change(f"replace {kind.name} {part}")
+        found = self.stored[kind.name, name := body["metadata"]["name"]]
+        if body["metadata"]["resourceVersion"] != found["metadata"]["resourceVersion"]:
             raise Conflict("changed meanwhile")
         meta = {**found["metadata"], "resourceVersion": str(next(self.versions))}
-        if part:
-            self.stored[kind.name, name] = {**found, "metadata": meta, "status": body["status"]}
-        else:
-            meta |= {key: body["metadata"][key] for key in ("labels", "annotations") if key in body["metadata"]}
-            self.stored[kind.name, name] = {**found, **body, "metadata": meta}
+        self.stored[kind.name, name] = {**found, "metadata": meta, part: body[part]}
         return self.stored[kind.name, name]
 
     def delete(self, kind: Kind, name: str, uid: str, version: str, patience: Any = None) -> None:
