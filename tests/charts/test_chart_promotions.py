@@ -49,9 +49,13 @@ def _of(*roles: str) -> dict[str, set[str]]:
 def test_every_account_may_what_it_must_and_nothing_else(make_place: Callable[..., Place]) -> None:
     """Too few rights stop promotions at night; with too many a step skips the steps of a rollout, or reads Secrets."""
     place = make_place("team")
-    place.release(*TAKE, **ON, pipelines={"mode": "upload", "host": "http://127.0.0.1:9"})
+    upload = {"mode": "upload", "host": "http://127.0.0.1:9"}
+    said = place.release(*TAKE, **ON, pipelines=upload, mlflow={"auth": {"enabled": True}})
     (team,) = place.extra
     home = place.namespace
+    lacking = {line[12:].partition(":")[0] for line in said.splitlines() if line.startswith("  [missing]")}
+    login = {f"MLFLOW_TRACKING_USERNAME in Secret {name}/nvila-credentials" for name in (home, team)}
+    assert {f"Gateway {team}/public", f"Secret {home}/nvila-mlflow-auth", *login} <= lacking, said
     for account in ACCOUNTS:
         wanted = {
             ("nvila-controller", home): _of("nvila-controller-lease"),
