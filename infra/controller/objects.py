@@ -149,6 +149,8 @@ def route(owner: Owner, spec: Spec, champion: str, challenger: str, weight: int)
 
 def holds(observed: Any, wanted: Any, key: str = "") -> bool:
     """Whether `observed` says all that `wanted` says: lists entry by entry, quantities by what they come to."""
+    if observed == wanted:
+        return True
     if isinstance(wanted, dict):
         return isinstance(observed, dict) and all(
             name in observed and holds(observed[name], one, key if key in _QUANTITIES else name)
@@ -157,9 +159,7 @@ def holds(observed: Any, wanted: Any, key: str = "") -> bool:
     if isinstance(wanted, list):
         same = isinstance(observed, list) and len(observed) == len(wanted)
         return same and all(holds(one, other) for one, other in zip(observed, wanted, strict=True))
-    if key in _QUANTITIES:
-        return _amount(observed) == _amount(wanted)
-    return type(observed) is type(wanted) and bool(observed == wanted)
+    return key in _QUANTITIES and _amount(observed) == _amount(wanted)
 
 
 def _before(owner: Owner, version: str) -> Object:

@@ -16,9 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from serving_pods import PLAIN, spec
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.modelrollout import MODEL_LABEL, ServingEndpoint, Spec
 from nvila.components.contracts.recipe.endpoint import EndpointSettings
+from nvila.components.serve import weights
 from nvila.infra.controller.objects import (
     Owner,
     Platform,
@@ -33,6 +37,7 @@ from nvila.infra.controller.objects import (
 )
 from nvila.infra.controller.pod import options
 from nvila.infra.controller.seen import Registered
+from nvila.pipelines import cli
 from nvila.pipelines.commands.endpoint import settings_of
 
 ROOT = Path(__file__).parents[3]
@@ -262,3 +267,17 @@ def test_what_is_wanted_no_more_is_seen() -> None:
     assert not holds(
         route(OWNER, spec(EVERYTHING), "1", "", 0), route(OWNER, spec(EVERYTHING, hostnames=[]), "1", "", 0)
     )
+
+
+def test_both_programs_of_a_pod_read_their_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that is called otherwise by now ends every pod with a usage message."""
+    nobody = Registered("m", "12", digest="none")
+    pod = deployment(OWNER, spec(EVERYTHING), nobody, PLATFORM)["spec"]["template"]["spec"]
+    command = pod["initContainers"][0]["command"]
+    assert command[:3] == ["python", "-m", weights.__name__]
+    assert weights.main(command[3:]) == Exit.USER and "not the digest of a manifest" in capsys.readouterr().err
+    words = pod["containers"][0]["command"]
+    program = get_command(cli.app)
+    assert isinstance(program, TyperGroup) and words[:2] == ["nvila", "serve"]
+    known = {name for one in program.commands["serve"].params for name in one.opts}
+    assert {word for word in words if word.startswith("--")} <= known
