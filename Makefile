@@ -108,6 +108,7 @@ golden: $(MAIN) tools ## Write the golden files and the chart's pipeline anew; l
 .PHONY: docs
 docs: $(MAIN) ## Write the documents' tables anew from the code
 	$(BIN)/python -m nvila.pipelines.show.readme
+	$(BIN)/python -m nvila.infra.controller.page
 
 # Beside a torch that is there already: `make wheels` on a machine with a network, its folder carried along.
 .wheels/site: .typing

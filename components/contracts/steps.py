@@ -140,6 +140,7 @@ STEPS = (
         recipe={
             "data": "data",
             "rollout": "rollout",
+            "registered": "register_.model_name",
             "needs": "needs",
             "vllm": "vllm",
             "weights": "weights",

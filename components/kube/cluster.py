@@ -41,10 +41,11 @@ class Cluster:
         self._requests = requests
         self.name, self.namespace = requests.connection.name, requests.connection.namespace
 
-    def get(self, kind: Kind, name: str, patience: Patience | None = None) -> Object | None:
-        """The object; None where there is none of this name."""
+    def get(self, kind: Kind, name: str, patience: Patience | None = None, *, namespace: str = "") -> Object | None:
+        """The object, of another namespace where one is given; None where there is none of this name."""
+        path = self.path(kind, name, namespace=namespace)
         try:
-            return self._requests.ask("GET", self.path(kind, name), patience=patience)
+            return self._requests.ask("GET", path, patience=patience)
         except NotThere:
             return None
 
@@ -145,10 +146,10 @@ class Cluster:
             pass
         return None
 
-    def path(self, kind: Kind, name: str = "", part: str = "") -> str:
+    def path(self, kind: Kind, name: str = "", part: str = "", *, namespace: str = "") -> str:
         """Where the API server keeps the kind, one object of it, or a part of that object."""
         root = f"/apis/{kind.version}" if "/" in kind.version else f"/api/{kind.version}"
-        within = f"namespaces/{self.namespace}" if kind.namespaced else ""
+        within = f"namespaces/{namespace or self.namespace}" if kind.namespaced else ""
         return "/".join(filter(None, (root, within, kind.plural, name, part)))
 
 

@@ -23,8 +23,8 @@ from nvila.components.kube.requests import Advice
 
 MODEL_ROLLOUT = Kind(API, KIND, PLURAL)
 ADVICE = Advice(
-    right="Ask whoever keeps the cluster for the right; for a run's pods the chart has a Role.",
-    kind="The cluster serves no models: the platform's chart brings the kind ModelRollout and its controller.",
+    right="Ask whoever keeps the cluster for the right; a run's pods have it by the chart's Role nvila-rollout.",
+    kind="The cluster serves no models: install the platform's chart with controller.enabled.",
 )
 _LONGEST_NAME = 40
 """Of one that is made here; a digest may follow, and the names of what is made for it have more behind it."""
@@ -168,6 +168,7 @@ def serving_of(cluster: Cluster, here: Environment) -> Serving:
         raise ConfigError(
             "this cluster does not say with which image and Gateway models are served",
             where=f"{KEY}: serving",
-            do="Set the chart's serving values, or make the model's ModelRollout yourself: a run takes it as it is.",
+            do="Set the chart's controller.enabled and controller.gateway, or make the model's ModelRollout: a run "
+            "takes it as it is.",
         )
     return found.serving

@@ -25,7 +25,7 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.data.layouts import read
 from nvila.components.precision import backends
-from nvila.components.preflight import checks, enough
+from nvila.components.preflight import checks, enough, serving
 from nvila.components.preflight.enough import Held
 from nvila.components.runner.execute import Place
 from nvila.components.serve import deployment
@@ -38,6 +38,8 @@ class Settings(Section):
 
     data: DataSettings
     rollout: RolloutSettings
+    registered: str = ""
+    """Name of the model in the registry."""
     needs: Needs
     vllm: bool
     """Whether a step of the recipe starts vLLM."""
@@ -91,6 +93,8 @@ def _problems(settings: Settings, here: Environment) -> list[str]:
     place = Place.of(here)
     runs = place.run_dir.parent
     found = problems(settings, runs, place.store.root, on_cluster=here.on_cluster)
+    if TARGETS[settings.rollout.target].in_pods:
+        found += serving.problems(settings.registered, here)
     # A command does not wait for MLflow's import, where nobody else can have changed the store.
     return found + ([] if is_shared() else checks.tracking_problems(runs))
 

@@ -181,7 +181,7 @@ def _answer(now: ModelRollout, asked: Asked) -> Promoted | None:
     Raises:
         Rejected: the policy said no.
     """
-    if now.status.model not in ("", asked.model):  # people have just changed the model; a round later it is ours
+    if now.status.model not in ("", asked.model):  # people have changed spec.model, which blocks it
         return None
     decided, serves = asked.decision(now.status), now.status.champion
     if decided and decided.verdict in REFUSED:

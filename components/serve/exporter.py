@@ -3,14 +3,12 @@ that looks after the endpoint. No Service names the port, and nothing that users
 
 from __future__ import annotations
 
-import re
 import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 from nvila.components.contracts.counters import Counters, Window
 from nvila.components.serve import counted, deployment, envoy
@@ -30,7 +28,6 @@ _HELP = {
     "active": "Requests that it has now.",
 }
 _GAUGES = ("ready", "active")
-_LINE = re.compile(rf"^{PREFIX}([a-z_]+?)(?:_total)?\{{.*\}} ([0-9][-+0-9.e]*)$", re.MULTILINE)
 _SECONDS = 10.0
 """How long a client may be silent."""
 
@@ -43,13 +40,6 @@ class Told:
     restarts: int = 0
     ready: bool = False
     active: int = 0
-
-
-def read(text: str) -> Told:
-    """What a pod's `/metrics` says; of what is missing, nothing."""
-    said = {name: float(value) for name, value in _LINE.findall(text)}
-    counters: dict[str, Any] = {name: type(none)(said.get(name, 0)) for name, none in vars(Counters()).items()}
-    return Told(Counters(**counters), int(said.get("restarts", 0)), said.get("ready") == 1, int(said.get("active", 0)))
 
 
 def write(told: Told, model: str, version: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError, PreflightError
 from nvila.components.contracts.modelrollout import Counted, Decided, Override, Served
-from nvila.components.kube.rollouts import ADVICE, ModelRollout, Rollouts
+from nvila.components.kube.rollouts import ModelRollout, Rollouts
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.options import Json
 from nvila.pipelines.planning.checks import configured
@@ -85,7 +85,7 @@ def of_cluster(here: Environment, namespace: str | None) -> Rollouts:
     Raises:
         PreflightError: none is configured.
     """
-    cluster = configured(here.kubeconfig, namespace, ADVICE)
+    cluster = configured(here.kubeconfig, namespace)
     if cluster is None:
         raise PreflightError("no cluster is configured", do="Set KUBECONFIG to a file that is there.")
     return Rollouts(cluster)

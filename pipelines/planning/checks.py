@@ -14,14 +14,13 @@ from nvila.components.contracts.site import KEY, Site
 from nvila.components.kube.cluster import NAMESPACE, NODE, QUOTA, SECRET, VOLUME_CLAIM, Cluster, Kind
 from nvila.components.kube.connect import connect
 from nvila.components.kube.errors import Denied, NoCluster
-from nvila.components.kube.requests import Advice, Patience, Requests
-from nvila.components.kube.rollouts import site_settings
+from nvila.components.kube.requests import Patience, Requests
+from nvila.components.kube.rollouts import ADVICE, site_settings
 from nvila.pipelines.compile import names
 
 PRODUCT_LABEL = "nvidia.com/gpu.product"
 TRAINER, KUEUE = "trainer.kubeflow.org", "kueue.x-k8s.io"
 TIMEOUT_SECONDS = 10
-ADVICE = Advice()
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Need:
         )
 
 
-def configured(kubeconfig: str | None, namespace: str | None, advice: Advice = ADVICE) -> Cluster | None:
+def configured(kubeconfig: str | None, namespace: str | None) -> Cluster | None:
     """The cluster of the current context, or the one that this process runs in; None where none is configured.
 
     Raises:
@@ -67,7 +66,7 @@ def configured(kubeconfig: str | None, namespace: str | None, advice: Advice = A
         connection = connect(kubeconfig or (str(default) if default.is_file() else None), namespace)
     except NoCluster:
         return None
-    return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS), advice))
+    return Cluster(Requests(connection, Patience.once(TIMEOUT_SECONDS), ADVICE))
 
 
 def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:
@@ -90,11 +89,12 @@ def look(cluster: Cluster, need: Need, gpu: str) -> tuple[Site, list[Finding]]:
         ("the queue", lambda: _queue(cluster, site, need)),
         ("the nodes", lambda: _nodes(cluster, site, need, gpu)),
     ):
-        findings += _allowed(what, check)
+        findings += allowed(what, check)
     return site, sorted(findings, key=lambda finding: not finding.refused)
 
 
-def _allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def allowed(what: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """What a check finds; that this account may not look is a remark."""
     try:
         return list(check())
     except Denied:
@@ -206,7 +206,7 @@ def _queue(cluster: Cluster, site: Site, need: Need) -> Iterator[Finding]:
 def _nodes(cluster: Cluster, site: Site, need: Need, gpu: str) -> Iterator[Finding]:
     if not need.gpus:
         return
-    nodes = [node for node in cluster.find(NODE) if _takes_pods(node)]
+    nodes = [node for node in cluster.find(NODE) if takes_pods(node)]
     each = min(need.gpus, site.gpus_per_node)
     wanted = math.ceil(need.gpus / each)
     resource = site.gpu_resource
@@ -242,7 +242,8 @@ def _has_room(node: Mapping[str, Any], site: Site, processes: int) -> bool:
     )
 
 
-def _takes_pods(node: Mapping[str, Any]) -> bool:
+def takes_pods(node: Mapping[str, Any]) -> bool:
+    """Whether a node is ready and not cordoned."""
     conditions = node.get("status", {}).get("conditions", [])
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return ready and not node.get("spec", {}).get("unschedulable")

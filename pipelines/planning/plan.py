@@ -39,6 +39,7 @@ from nvila.pipelines.planning.memory import Memory
 from nvila.pipelines.planning.opened import Opened, open_samples
 from nvila.pipelines.planning.passes import passes
 from nvila.pipelines.planning.pruning import PrunePlan, Rates
+from nvila.pipelines.planning.serving import ServingPlan, serving_plan
 from nvila.pipelines.planning.shape import is_small, located, shape_of, stage_shapes
 from nvila.pipelines.planning.speed import Speed, speed_here
 from nvila.pipelines.show.as_json import refusal
@@ -109,6 +110,8 @@ class Plan:
     """Which cluster was looked at, or why none was."""
     findings: list[Finding] | None
     """About the cluster; None where none was looked at."""
+    serving: ServingPlan | None = None
+    """What pods take that serve the model; None where the recipe has none served by a cluster."""
     fits_at_most: list[Fit] | None = None
     """The largest micro batch of each stage; None where nobody asked."""
 
@@ -160,9 +163,12 @@ def make_plan(
     pruning, assumed = pruned.plans(checked, known, rates, done)
     site = Site() if not small else Site(gpus_per_node=0)  # small models can do without
     looked, findings = "no cluster is configured (KUBECONFIG) or wanted: only this machine was looked at", None
+    serving, _ = serving_plan(checked, shape, None)
     if cluster:
         try:
             site, findings = look(cluster, Need.of(checked, small=small), assumptions.gpu.name)
+            serving, more = serving_plan(checked, shape, cluster)
+            findings = sorted(findings + more, key=lambda finding: not finding.refused)
             looked = f"cluster {cluster.name}, namespace {cluster.namespace}"
         except ApiError as error:
             if insist:
@@ -188,6 +194,7 @@ def make_plan(
         not_asked=_on_hub(needs),
         looked=looked,
         findings=findings,
+        serving=serving,
         fits_at_most=fits(checked, shape, assumptions.gpu) if fit else None,
     )
 
@@ -265,6 +272,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     content = asdict(plan) | {"refused": plan.refused}
     if plan.refused:
         content |= refusal(PreflightError("the run would be refused: " + "; ".join(_reasons(plan))))
+    if plan.serving:
+        content["serving"]["pods"] = plan.serving.pods.model_dump(mode="json")
     for stage, record in zip(plan.stages, content["stages"], strict=True):
         if stage.memory:
             record["memory"]["peak"] = stage.memory.peak
@@ -388,6 +397,7 @@ def _notes(plan: Plan) -> list[str]:
         "not estimated; a step that the store has (hit) takes nothing"
     )
     lines += [f"assumed: {words}" for words in plan.assumed]
+    lines += plan.serving.lines() if plan.serving else ()
     lines += [f"{stage.step} goes through the model {stage.packing}" for stage in plan.stages if stage.packing]
     if any(stage.samples is None for stage in plan.stages):
         lines.append("unknown: the annotation files are not here; --samples SOURCE.SPLIT=NUMBER gives their size")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def steps_table() -> str:
         after = "all, however they end" if row.at_exit else ", ".join(f"`{name}`" for name in before[row.name])
         path = f"{row.folder}/step.py"
         rows.append((f"`{row.name}`", row.about, after, f"[{path}](components/{path})"))
-    return _table(("step", "what it does", "after", "code"), rows)
+    return table(("step", "what it does", "after", "code"), rows)
 
 
 def recipes_table() -> str:
@@ -67,7 +67,7 @@ def recipes_table() -> str:
         sentence = shipped_document(name).about
         start = f"`{base.model or base.llm}`" if base.model or base.llm else f"blank, made by `{INITIALIZE}`"
         rows.append((f"[`{name}`](pipelines/recipes/{name}.yaml)", sentence, start))
-    return _table(("recipe", "what it is", "starts from"), rows)
+    return table(("recipe", "what it is", "starts from"), rows)
 
 
 def commands_table() -> str:
@@ -77,7 +77,7 @@ def commands_table() -> str:
         first, _, rest = (command.help or "").partition("\n")
         example = re.search(r"Example: (.+)", rest)
         rows.append((f"`nvila {name}`", first, f"`{example[1]}`" if example else ""))
-    return _table(("command", "what it does", "example"), rows)
+    return table(("command", "what it does", "example"), rows)
 
 
 def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,7 +96,7 @@ def variables_table() -> str:
     for field, by in zip(Environment.model_fields.values(), set_by().values(), strict=True):
         default = "" if field.default in (None, "") else f"`{field.default}`"
         rows.append((f"`{field.alias}`", str(field.description), ", ".join(by), default))
-    return _table(("variable", "what it says", "set by", "else"), rows)
+    return table(("variable", "what it says", "set by", "else"), rows)
 
 
 def site_table() -> str:
@@ -105,7 +105,7 @@ def site_table() -> str:
         (f"`{name}`", str(Site.model_fields[name].description), "" if value == "" else f"`{value}`")
         for name, value in Site().model_dump(mode="json").items()
     ]
-    return _table(("field", "what it says", "else"), rows)
+    return table(("field", "what it says", "else"), rows)
 
 
 def keys_table() -> str:
@@ -114,7 +114,7 @@ def keys_table() -> str:
         (f"`{path}`", kind, default and f"`{default}`", " ".join(about.split()))
         for path, kind, default, about in every_key()
     ]
-    return _table(("key", "what it may be", "else", "what it is for"), rows)
+    return table(("key", "what it may be", "else", "what it is for"), rows)
 
 
 def values_table() -> str:
@@ -132,14 +132,14 @@ def values_table() -> str:
             rest = (f"{limit:,}", f"{model.video.frames}, {pools}", str(recipe.time_tokens_at(index) or "none"))
             rows.append((f"`{step}`", f"`{name}`", *cells, *rest))
     head = ("stage", "recipe", "trained", "learning rate", "batch", "clip norm", "longest row", "frames, pooling")
-    return _table((*head, "time tokens"), rows)
+    return table((*head, "time tokens"), rows)
 
 
 def matrix_table() -> str:
     """Which ways of training go together, and the rules behind it."""
     head, *lines = matrix.grid()
     numbered = "\n".join(f"{number}. {why}" for number, why in matrix.rules())
-    return f"{matrix.summary()}.\n\n{_table(head, lines)}\n\n{numbered}"
+    return f"{matrix.summary()}.\n\n{table(head, lines)}\n\n{numbered}"
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
@@ -151,26 +151,27 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 """By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
 
 
-def fill(text: str, document: str) -> str:
-    """`text` with every table between its markers made anew.
+def fill(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """`text` with every one of these tables between its markers made anew.
 
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for name, table in TABLES[document].items():
+    for name, made in tables.items():
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         head, opened, rest = text.partition(start)
         _, closed, tail = rest.partition(end)
         if not opened or not closed:
             raise ValueError(f"no markers for the table {name!r}")
-        text = head + start + table() + end + tail
+        text = head + start + made() + end + tail
     return text
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """In Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
 
 
 if __name__ == "__main__":
     for name in TABLES:
-        write_atomic(Path(name), fill(Path(name).read_text(encoding="utf-8"), name))
+        write_atomic(Path(name), fill(Path(name).read_text(encoding="utf-8"), TABLES[name]))

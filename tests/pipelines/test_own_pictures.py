@@ -83,6 +83,6 @@ def test_from_pictures_to_answers(folder: Path) -> None:
     assert re.search(r"^quarantine +\S*quarantine.jsonl", ran.stdout, re.MULTILINE), ran.stdout
 
     picture = "data/plates/my photos/IMG 48.JPG"
-    answered = nvila(folder, "infer", "nvila-mine/1", "--image", picture, "Which colour is the box?")
+    answered = nvila(folder, "infer", "plates/1", "--image", picture, "Which colour is the box?")
     assert answered.returncode == 0, answered.stderr
     assert answered.stdout.strip()

@@ -164,7 +164,7 @@ def test_what_is_in_the_way_is_told(
     with pytest.raises(Denied, match=r"cannot list resource.*Ask whoever keeps the cluster"):
         raise failure("rollouts")
     server.refuse, server.served = {}, {}
-    with pytest.raises(NotServed, match="brings the kind ModelRollout"):
+    with pytest.raises(NotServed, match="controller\.enabled"):
         raise failure("rollouts")
     server.away = True
     with pytest.raises(Away, match="does not answer"):

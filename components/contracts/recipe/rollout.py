@@ -26,12 +26,14 @@ class Serving:
     about: str
     serves_here: bool
     """Whether it starts a server on this machine: it then needs a free port and vLLM, and no pod can do it."""
+    in_pods: bool = False
+    """Whether pods of a cluster serve it: it then needs a cluster with the controller, and room for two versions."""
 
 
 TARGETS: dict[Target, Serving] = {
     "none": Serving("registers the model only", serves_here=False),
     "local": Serving("starts a server beside the run (not on a cluster)", serves_here=True),
-    "kubernetes": Serving("has the cluster's controller bring it to users, step by step", serves_here=False),
+    "kubernetes": Serving("has a cluster's controller bring it to users in steps", serves_here=False, in_pods=True),
 }
 
 
@@ -102,7 +104,8 @@ class RolloutSettings(Section):
     @classmethod
     def _policy_of_pods(cls, content: Any) -> Any:
         """What a recipe does not say of the policy is as in a ModelRollout, where that is what it becomes."""
-        if not isinstance(content, Mapping) or content.get("target") != "kubernetes":
+        target = content.get("target") if isinstance(content, Mapping) else None
+        if not isinstance(target, str) or target not in TARGETS or not TARGETS[target].in_pods:
             return content
         from nvila.components.contracts.modelrollout import ServingPolicy
 
@@ -114,13 +117,13 @@ class RolloutSettings(Section):
 
     def disagreements(self) -> Iterator[Disagreement]:
         """Nothing is said that pods cannot do."""
-        if self.target != "kubernetes":
+        if not TARGETS[self.target].in_pods:
             return
         from nvila.components.contracts.modelrollout import ServingEndpoint, ServingPolicy
 
         for name in ("host", "port", "strategy"):
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                yield Disagreement(name, "has no effect with the target kubernetes; leave it out", value)
+                yield Disagreement(name, f"has no effect with the target {self.target}; leave it out", value)
         for part, kind in (("policy", ServingPolicy), ("endpoint", ServingEndpoint)):
             there = kind.model_construct(**dict(getattr(self, part)))
             for option, why, value in there.disagreements():

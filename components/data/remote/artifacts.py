@@ -23,6 +23,8 @@ from nvila.components.data.remote.s3object import Object, download
 MIB = 1 << 20
 _PROXIED = "mlflow-artifacts"
 """Scheme of what a tracking server passes on."""
+_PROXIED_SECONDS = 600
+"""Without a byte for so long a try has failed there: the server brings the whole file from its own store first."""
 
 Tell = Callable[[int], None]
 """Is given how many more bytes have come."""
@@ -129,12 +131,13 @@ class Server:
         found = insist(asked, passes, f"{self.where}/{path}")
         return found if isinstance(found, dict) else {}
 
-    def get(self, path: str, start: int = 0, **options: Any) -> Any:
+    def get(self, path: str, start: int = 0, *, quiet_seconds: float = READ_SECONDS, **options: Any) -> Any:
         """The answer to one request, whose body is still to be read.
 
         Args:
             path: below its URL, quoted.
             start: first byte that is asked for.
+            quiet_seconds: without a byte for so long, a try has failed.
             options: of `requests`.
 
         Raises:
@@ -145,7 +148,7 @@ class Server:
 
         where = f"{self.where}/{path}"
         more = {"Range": f"bytes={start}-"} if start else {}
-        options |= {"headers": self.headers | more, "stream": True, "timeout": (CONNECT_SECONDS, READ_SECONDS)}
+        options |= {"headers": self.headers | more, "stream": True, "timeout": (CONNECT_SECONDS, quiet_seconds)}
         try:
             answer = requests.get(where, **options)
         except requests.exceptions.SSLError as error:
@@ -208,7 +211,7 @@ class _Proxied:
         def attempt() -> str:
             start = partial.stat().st_size if partial.exists() else 0
             try:
-                answer = self._server.get(path, start)
+                answer = self._server.get(path, start, quiet_seconds=_PROXIED_SECONDS)
             except _NothingThere:
                 partial.unlink()
                 raise

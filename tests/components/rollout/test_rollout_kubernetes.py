@@ -317,7 +317,7 @@ def test_a_cluster_that_cannot_serve_says_what_to_do(
     """No site, no definition, no right: each has another remedy."""
     monkeypatch.setattr(kubernetes, "Requests", lambda found, advice: requests.Requests(
         found, requests.Patience(denied_seconds=0.0), advice))  # fmt: skip
-    with pytest.raises(ConfigError, match=r"NVILA_SITE: serving: .*chart's serving values"):
+    with pytest.raises(ConfigError, match=r"NVILA_SITE: serving: .*chart's controller\.enabled"):
         step(server, tmp_path, environment(server, tmp_path, serving=None))
     server.refuse = {"apis/nvila.io": forbidden("modelrollouts.nvila.io")}
     with pytest.raises(Denied, match=r"cannot list resource.*for the right"):

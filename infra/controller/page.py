@@ -1,0 +1,33 @@
+"""Writes the state machine of docs/promotion.md out of its own table: a part of `make docs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvila.components.contracts.manifest import write_atomic
+from nvila.infra.controller.decide import RULES
+from nvila.pipelines.show.readme import fill, table
+
+PAGE = Path("docs/promotion.md")
+
+
+def rules() -> str:
+    """Each rule in the order in which they are tried."""
+    rows = [
+        (
+            rule.name,
+            rule.before,
+            rule.when,
+            rule.then,
+            "waits" if rule.registry else "goes on",
+            "goes on" if rule.paused else "waits",
+        )
+        for rule in RULES
+    ]
+    return table(("rule", "in", "when", "then", "while MLflow is away", "while paused"), rows)
+
+
+TABLES = {"rules": rules}
+
+if __name__ == "__main__":
+    write_atomic(PAGE, fill(PAGE.read_text(encoding="utf-8"), TABLES))
