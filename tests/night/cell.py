@@ -47,7 +47,7 @@ class Row:
 
 def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
     """Play it once."""
-    moment = Moment.of(f"{scenario.name}:{kill}")
+    moment = Moment.of(f"{scenario.name}:{kill}", scenario.changes)
     stage = Stage(ground, list(scenario.ends), scenario.controller, scenario.served, **scenario.policy)
     with stage.standing():
         for name in stage.names:
