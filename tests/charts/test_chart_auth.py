@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 from helming import EVERYTHING, Document, find, render
 
-from nvila.components.contracts.environment import for_child
+from nvila.components.contracts.environment import Environment, for_child, named
+from nvila.components.contracts.errors import NvilaError
+from nvila.infra.controller.registry import Registry
+from nvila.infra.controller.seen import Aliases
 
 ADMIN = ("admin", "a long password 1")
 SETTINGS = "/etc/nvila-mlflow/basic_auth.ini"
@@ -88,6 +91,12 @@ def _status(url: str, user: tuple[str, str] | None = None) -> int:
         return 0
 
 
+def _controller(server: str, name: str, password: str) -> Registry:
+    """Its registry, with what its pod reads of the Secret nvila-credentials."""
+    given = named(mlflow_tracking_uri=server, mlflow_username=name, mlflow_password=password)
+    return Registry(Environment.read(given))
+
+
 @pytest.mark.turns(3, 1)
 def test_strangers_are_asked_who_they_are_and_probes_are_not(server: str) -> None:
     """A kubelet that has to log in restarts the server for ever; a registry without a login is anybody's."""
@@ -130,6 +139,16 @@ def test_only_who_may_change_a_model_promotes_it(server: str, monkeypatch: pytes
     ):
         with pytest.raises(MlflowException, match="Permission denied"):
             forbidden()
+
+    # The controller speaks for itself, without MLflow's client.
+    controller = _controller(server, "nvila", "nvila's password")
+    controller.point("digits", "champion", "1")
+    assert controller.aliases()["digits"] == Aliases(challenger="1", champion="1")
+    reader = _controller(server, "reader", "reader's password")
+    assert reader.aliases()["digits"].champion == "1"
+    for refused in (lambda: reader.drop("digits", "challenger"), _controller(server, "", "").aliases):
+        with pytest.raises(NvilaError, match=r"HTTP status 40[13]"):
+            refused()
 
     be("nvila", "nvila's password")
     AuthServiceClient(server).grant_user_permission("reader", "registered_model", "digits", "EDIT")
