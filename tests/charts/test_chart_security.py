@@ -151,7 +151,7 @@ RIGHTS = {
     "nvila-upload": {"pipelines": ("create", "get", "list"), "pipelines/versions": ("create", "get", "list")},
     "nvila-controller": {
         "modelrollouts": ("list",),
-        "modelrollouts/status": ("patch",),
+        "modelrollouts/status": ("update",),
         "deployments": KEEP,
         "services": KEEP,
         "httproutes": KEEP,
