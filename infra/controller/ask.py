@@ -11,9 +11,9 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from nvila.components.contracts.addresses import http_url
 from nvila.components.contracts.digests import is_sha256
@@ -30,6 +30,8 @@ MOST_FILES = 8
 """Kept on the disk."""
 AT_ONCE = 8
 """Versions that are asked at the same time; others wait."""
+LARGE_BYTES = 2**20
+"""A larger prompt is asked while no other such is."""
 MOST_ANSWERS = 1000
 """Kept; the oldest go first."""
 
@@ -85,6 +87,7 @@ class Asking:
         """
         self._port, self._prompts = port, Prompts()
         self._lock, self._parsing, self._room = threading.Lock(), threading.Lock(), threading.Semaphore(AT_ONCE)
+        self._large = threading.Lock()
         self._under_way: dict[str, object] = {}
         self._answers: OrderedDict[str, Asked] = OrderedDict()
         self._turns: dict[str, int] = {}
@@ -180,20 +183,19 @@ class Asking:
         threading.Thread(target=run, daemon=True).start()
 
     def _ask(self, line: bytes, model: str, version: str, address: str, api_key: str) -> Asked:
-        with self._parsing:  # one at a time: a prompt with its media is in memory three times meanwhile
-            prompt = _read(line)
-            body = json.dumps({**prompt["body"], "model": model}).encode()
         url, headers = http_url(address, self._port), {PIN_HEADER: version}
-        return pinned.judged(
-            lambda: server.send(url, body, api_key=api_key, headers=headers), prompt["expected"], prompt["answer"]
-        )
+        with self._large if len(line) > LARGE_BYTES else nullcontext():
+            with self._parsing:  # one at a time: a prompt with its media is in memory several times meanwhile
+                body, expected, answer = _read(line, model)
+            return pinned.judged(lambda: server.send(url, body, api_key=api_key, headers=headers), expected, answer)
 
 
-def _read(line: bytes) -> dict[str, Any]:
+def _read(line: bytes, model: str) -> tuple[bytes, str, str]:
+    """What is sent, what the evaluated model said, and the truth."""
     try:
         prompt = json.loads(line)
         if isinstance(prompt["body"], dict) and isinstance(prompt["expected"] + prompt["answer"], str):
-            return dict(prompt)
+            return json.dumps(prompt["body"] | {"model": model}).encode(), prompt["expected"], prompt["answer"]
     except (ValueError, LookupError, TypeError):
         pass
     raise DataError("a line of the pinned prompts is none", value=line[:80])

@@ -142,11 +142,16 @@ RIGHTS = {
         "events": ("list",),
         "workloads": ("list",),
     },
-    "nvila-rollout": {"modelrollouts": ("get", "list", "create")},
+    "nvila-rollout": {
+        "modelrollouts": ("get", "list", "create"),
+        "gateways": ("get",),
+        "resourcequotas": ("list",),
+        "pods": ("list",),
+    },
     "nvila-upload": {"pipelines": ("create", "get", "list"), "pipelines/versions": ("create", "get", "list")},
     "nvila-controller": {
         "modelrollouts": ("list",),
-        "modelrollouts/status": ("patch",),
+        "modelrollouts/status": ("update",),
         "deployments": KEEP,
         "services": KEEP,
         "httproutes": KEEP,

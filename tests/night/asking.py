@@ -65,27 +65,30 @@ class Asking:
                 stack.enter_context(steady)
             yield self
 
-    def judge(self, timeline: Timeline, crashing: str = "") -> Judged:
+    def judge(self, timeline: Timeline, crashing: str = "", *, named: bool = True) -> Judged:
         """Hold every answer against what was stored when it was given.
 
         Args:
             timeline: of the ModelRollout.
             crashing: the version whose streams may end in the middle.
+            named: answers say which version gave them.
         """
         found, examples = Judged(), list[str]()
         for kind, steady in self._steady.items():
             for reply in steady.replies:
                 found.asked += 1
-                what = _fault(kind, reply, timeline, crashing)
+                what = _fault(kind, reply, timeline, crashing, named)
                 if what:
                     setattr(found, what, getattr(found, what) + 1)
+                if what in ("lost", "wrong"):
                     examples.append(f"{what}: {kind.name}, {reply.status}, {reply.error}{reply.body[:120]!r}")
         found.examples = tuple(dict.fromkeys(examples))[:8]
         return found
 
 
-def _fault(kind: Kind, reply: Reply, timeline: Timeline, crashing: str) -> str:
-    looks, version = timeline.between(reply.began, reply.began + reply.seconds), version_of(reply)
+def _fault(kind: Kind, reply: Reply, timeline: Timeline, crashing: str, named: bool) -> str:
+    looks = timeline.between(reply.began, reply.began + reply.seconds)
+    version = version_of(reply) if named else ""
     if kind.pin:
         reached = [kind.pin in look.pinned for look in looks]
         if reply.status == 404 and not all(reached):
@@ -97,7 +100,7 @@ def _fault(kind: Kind, reply: Reply, timeline: Timeline, crashing: str) -> str:
     elif version and version not in {one for look in looks for one in look.serves}:
         return "wrong"
     if reply.answered:
-        return "" if version else "wrong"
+        return "" if version or not named else "wrong"
     return "broken" if crashing and version == crashing and kind.stream else "lost"
 
 

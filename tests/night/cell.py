@@ -14,9 +14,6 @@ from scenarios import End, Scenario
 from stage import Stage
 from timeline import Look, Timeline
 
-END_SECONDS = 150.0
-"""Most that a cell may take from what people do to its end."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -50,13 +47,12 @@ class Row:
 
 def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
     """Play it once."""
-    moment = Moment.of(f"{scenario.name}:{kill}")
-    stage = Stage(ground, list(scenario.ends), scenario.controller, **scenario.policy)
+    moment = Moment.of(f"{scenario.name}:{kill}", scenario.changes)
+    stage = Stage(ground, list(scenario.ends), scenario.controller, scenario.served, **scenario.policy)
     with stage.standing():
         for name in stage.names:
-            stage.champion(name)
-            for number, behaviour in enumerate(scenario.newcomers[name], 2):
-                ground.registry.register(stage.model(name), number, **behaviour)
+            for number, behaviour in enumerate(({}, *scenario.newcomers[name]), 1):
+                stage.register(name, number, **behaviour)
         with stage.asked():
             if scenario.before:
                 scenario.before(stage)
@@ -67,7 +63,7 @@ def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
             time.sleep(scenario.held_seconds)
             memory = round(stage.controller.process().memory_info().rss / 1e6, 1)
         faults = [fault for name in stage.names for fault in _faults(stage, name, scenario.ends[name], began)]
-        judged = total([stage.asking[name].judge(stage.timelines[name], scenario.crashing) for name in stage.names])
+        judged = total([_judged(stage, name, scenario) for name in stage.names])
         faults += [f"no clients: {judged.asked} requests"] if judged.asked < 50 else []
         timeline = stage.timelines[stage.names[-1]]
         faults += list(judged.examples) + ([stage.said()] if faults else [])
@@ -86,13 +82,17 @@ def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
         )
 
 
+def _judged(stage: Stage, name: str, scenario: Scenario) -> Judged:
+    return stage.asking[name].judge(stage.timelines[name], scenario.crashing, named=not stage.served.real)
+
+
 def _counts(judged: Judged) -> dict[str, int]:
     return {name: getattr(judged, name) for name in ("asked", "lost", "broken", "wrong")}
 
 
 def _wait(stage: Stage, scenario: Scenario) -> float:
     """When everything was as it has to be, or when patience was over."""
-    deadline = time.monotonic() + END_SECONDS
+    deadline = time.monotonic() + stage.served.patience_seconds
     while time.monotonic() < deadline:
         if not any(_differs(stage, name, end) for name, end in scenario.ends.items()):
             break

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import elsewhere  # noqa: F401
+import images
 from kube import ApiServer, install_crd
 from places import connect as connect_with
 from registry import Registry
@@ -39,6 +40,11 @@ class Ground:
     front: str
     """URL of the Gateway."""
     image: str
+    """Of all pods, with the stand-in."""
+
+    def serve_image(self) -> str:
+        """The platform's own with vLLM, built and handed to the node now."""
+        return images.serve()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stage import Stage
 
 Kill = Callable[[Stage], None]
-MOST_CHANGES, LONGEST_WAIT_SECONDS = 6, 12.0
+LONGEST_WAIT_SECONDS = 60.0
 JITTER_SECONDS = 0.3
 MLFLOW_SECONDS, SERVER_SECONDS = 3.0, 3.0
 """How long each is gone before it is started again."""
@@ -53,10 +53,10 @@ class Moment:
     """What was stored then."""
 
     @classmethod
-    def of(cls, cell: str) -> Moment:
-        """Another one for each cell, always the same for one."""
+    def of(cls, cell: str, changes: int) -> Moment:
+        """Another one for each cell, always the same for one: after one to so many changes."""
         draw = hashlib.sha256(cell.encode()).digest()
-        return cls(1 + draw[0] % MOST_CHANGES, JITTER_SECONDS * draw[1] / 255)
+        return cls(1 + draw[0] % changes, JITTER_SECONDS * draw[1] / 255)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from nvila.components.tracking.registry import DECISION_TAG, keep_pinned, lineag
 from nvila.components.tracking.runs import open_step
 
 PINNED = tuple(f"pinned question {number}" for number in range(4))
+TOKENS = 4
 PATIENCE_SECONDS = 90.0
 
 
@@ -62,8 +63,11 @@ class Registry:
             os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait()
 
-    def register(self, model: str, number: int, **behaviour: Any) -> None:
-        """Version `number` of a model, which is the next one; it says `v<number>` where its behaviour says no other."""
+    def register(self, model: str, number: int, *, real: bool = False, **behaviour: Any) -> None:
+        """Version `number` of a model, which is the next one; it says `v<number>` where its behaviour says no other.
+
+        A `real` one is served by vLLM, and says what it says.
+        """
         folder = self._folder / "made" / model / str(number)
         shutil.copytree(self._servable(), folder / "model")
         how = {"default": f"v{number}", "answers": dict.fromkeys(PINNED, "yes"), "of": f"{model} {number}"} | behaviour
@@ -77,7 +81,7 @@ class Registry:
         tags = lineage_tags({"model": made})
         version = register_version(self._runs, model, made.digest, log, description="", tags=tags)
         assert version.version == str(number), version
-        keep_pinned(self._runs, version, _pinned(folder, model))
+        keep_pinned(self._runs, version, _pinned(folder, model, self._said() if real else dict.fromkeys(PINNED, "yes")))
 
     def corrupt(self, model: str, number: int) -> None:
         """Change a byte of a version's weights where the server keeps them; the size stays."""
@@ -116,6 +120,15 @@ class Registry:
             write_serving(*servable_model(), folder)
         return folder
 
+    def _said(self) -> dict[str, str]:
+        """What the tiny model says to the pinned prompts, by the library and not by vLLM."""
+        import pandas
+
+        from nvila.components.register.served import Answerer
+
+        table = pandas.DataFrame({"question": PINNED})
+        return dict(zip(PINNED, Answerer(self._servable()).predict(table, {"max_new_tokens": TOKENS}), strict=True))
+
     def _ask(self, what: Callable[[Any], Any]) -> Any:
         """The answer; while the server is away it is asked again, as people do."""
         from mlflow.exceptions import MlflowException
@@ -130,12 +143,9 @@ class Registry:
                 time.sleep(0.5)
 
 
-def _pinned(folder: Path, model: str) -> Path:
-    """The file of pinned prompts, with what the evaluation said and the truth."""
-    path = folder / PINNED_FILE
-    said = {"expected": "yes", "answer": "yes"}
-    lines = [
-        {"id": text, "body": chat_request(model, text, max_tokens=4) | {"logprobs": True}} | said for text in PINNED
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def _pinned(folder: Path, model: str, said: dict[str, str]) -> Path:
+    """The file of pinned prompts; what the evaluation said is the truth."""
+    bodies = {text: chat_request(model, text, max_tokens=TOKENS) | {"logprobs": True} for text in said}
+    lines = [{"id": text, "body": body, "expected": said[text], "answer": said[text]} for text, body in bodies.items()]
+    (folder / PINNED_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / PINNED_FILE

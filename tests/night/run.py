@@ -28,9 +28,12 @@ OUT = Path("runs/night")
 
 
 def cells(only: Sequence[str] = ()) -> Iterator[tuple[Scenario, str]]:
-    """All that these names choose, `SCENARIO` or `SCENARIO:KILL`; without names all there are."""
+    """All that these names choose, `SCENARIO` or `SCENARIO:KILL`; without names all there are.
+
+    With vLLM, which takes minutes, nothing is killed.
+    """
     for scenario in SCENARIOS:
-        for kill in KILLS:
+        for kill in ["none"] if scenario.served.real else KILLS:
             if not only or scenario.name in only or f"{scenario.name}:{kill}" in only:
                 yield scenario, kill
 

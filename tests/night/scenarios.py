@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllers import InPod, OnMachine
-from stage import Stage
+from stage import STAND_IN, VLLM, Served, Stage
 from timeline import Look
 
 Act = Callable[[Stage], None]
@@ -54,10 +54,14 @@ class Scenario:
     """What people have done before; nothing is killed in it."""
     crashing: str = ""
     """A version whose streams may end in the middle."""
+    changes: int = 3
+    """How often at least what is stored of it changes (`Look.state`), any of which may be the last before a kill."""
     held_seconds: float = 2.0
     """How long the end has to stay."""
     controller: type[OnMachine | InPod] = OnMachine
     """Where it runs."""
+    served: Served = STAND_IN
+    """What it is served with."""
 
 
 def _new(*behaviours: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
@@ -94,7 +98,7 @@ def _promoted(stage: Stage) -> None:
 
 
 def _rolled_back(stage: Stage) -> None:
-    stage.run("rollback", *stage.names)
+    stage.run("rollback", *stage.names, "--reason", "the night test says so")
 
 
 def _paused(stage: Stage) -> None:
@@ -130,33 +134,60 @@ def _unseen(reason: str) -> End:
 
 
 SCENARIOS = (
-    Scenario("good", _set("challenger"), {"m": GOOD}),
-    Scenario("good in a pod", _set("challenger"), {"m": GOOD}, controller=InPod),
-    Scenario("wrong answers", _set("challenger"), {"m": _unseen("pinned")}, _new({"answers": {}})),
-    Scenario("slow", _set("challenger"), {"m": _back("first token")}, _new({"slow": 0.6})),
+    Scenario("good", _set("challenger"), {"m": GOOD}, changes=8),
+    Scenario(
+        "real",
+        _set("challenger"),
+        {"m": GOOD},
+        policy={"deadline_seconds": 600, "max_first_token_ratio": 1000},
+        served=VLLM,
+    ),
+    Scenario("good in a pod", _set("challenger"), {"m": GOOD}, changes=8, controller=InPod),
+    Scenario(
+        "wrong answers",
+        _set("challenger"),
+        {"m": _unseen("equal those of the evaluation")},
+        _new({"answers": {}}),
+        changes=4,
+    ),
+    Scenario("slow", _set("challenger"), {"m": _back("first token")}, _new({"slow": 0.6}), changes=5),
     Scenario(
         "crashes under load",
         _set("challenger"),
         {"m": _back("")},
         _new({"ends": True}),
         crashing="2",
+        changes=5,
     ),
-    Scenario("no such image", _without_image, {"m": _unseen("mage")}, policy={"deadline_seconds": 15}),
+    Scenario("no such image", _without_image, {"m": _unseen("mage")}, policy={"deadline_seconds": 40}, changes=2),
     Scenario(
-        "never ready", _set("challenger"), {"m": _unseen("ready")}, _new({"hangs": True}), {"deadline_seconds": 15}
+        "never ready",
+        _set("challenger"),
+        {"m": _unseen("ready")},
+        _new({"hangs": True}),
+        {"deadline_seconds": 40},
+        changes=2,
     ),
     Scenario("corrupted file", _corrupted, {"m": _unseen("model.safetensors")}),
     Scenario(
-        "two models", _set("challenger"), {"a": GOOD, "b": _unseen("pinned")}, {"a": [{}], "b": [{"answers": {}}]}
+        "two models",
+        _set("challenger"),
+        {"a": GOOD, "b": _unseen("equal those of the evaluation")},
+        {"a": [{}], "b": [{"answers": {}}]},
+        changes=8,
     ),
     Scenario(
         "second challenger",
         _another,
         {"m": serves("3", ("withdrawn", "2"), ("promoted", "3"), shares=STEPS)},
         _new({}, {}),
+        changes=8,
     ),
     Scenario(
-        "champion by hand", _set("champion"), {"m": serves("2", ("requested", "2"), ("promoted", "2"), shares=STEPS)}
+        "champion by hand",
+        _set("champion"),
+        {"m": serves("2", ("requested", "2"), ("promoted", "2"), shares=STEPS)},
+        changes=8,
     ),
     Scenario("override", _overridden, {"m": serves("2", ("overridden", "2"))}, _new({"slow": 0.6})),
     Scenario(

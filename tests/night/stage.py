@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,38 @@ USER = 65532
 """Of pods."""
 
 
+@dataclass(frozen=True)
+class Served:
+    """What pods serve with."""
+
+    pods: Pods
+    pause_seconds: float
+    """Of each client between two requests."""
+    patience_seconds: float
+    """For anything to come about."""
+    real: bool = False
+    """With vLLM, which does not say which version it is."""
+
+
+STAND_IN = Served(Pods(gpus=0, cpu="50m", memory="1Gi", shared_memory="64Mi"), 0.15, 150.0)
+VLLM = Served(Pods(gpus=0, cpu="50m", memory="8Gi", shared_memory="1Gi"), 1.5, 600.0, real=True)
+
+
 class Stage:
     """The names of its ModelRollouts are the scenario's; those of their models are this cell's own."""
 
     def __init__(
-        self, ground: Ground, names: Sequence[str], controller: type[OnMachine | InPod] = OnMachine, **policy: Any
+        self,
+        ground: Ground,
+        names: Sequence[str],
+        controller: type[OnMachine | InPod] = OnMachine,
+        served: Served = STAND_IN,
+        **policy: Any,
     ) -> None:
         self.ground, self.names, self.namespace = ground, names, f"night-{uuid.uuid4().hex[:8]}"
         self.timelines: dict[str, Timeline] = {}
         self.asking: dict[str, Asking] = {}
+        self.served = served
         self._policy = POLICY.model_copy(update=policy)
         self._folder = ground.folder / self.namespace
         self._folder.mkdir()
@@ -83,10 +107,11 @@ class Stage:
         """The end of the controller's log."""
         return self.controller.said()
 
-    def champion(self, name: str, **behaviour: Any) -> None:
-        """Have version 1 serve, which nobody served before, and clients ask for it."""
-        self.ground.registry.register(self.model(name), 1, **behaviour)
-        self.ground.registry.point(self.model(name), "challenger", "1")
+    def register(self, name: str, number: int, **behaviour: Any) -> None:
+        """The next version of a model; the first one is asked for at once."""
+        self.ground.registry.register(self.model(name), number, real=self.served.real, **behaviour)
+        if number == 1:
+            self.ground.registry.point(self.model(name), "challenger", "1")
 
     @contextmanager
     def asked(self) -> Iterator[None]:
@@ -95,13 +120,13 @@ class Stage:
             self.wait(name, lambda look: look.serves_alone("1"), "version 1 does not serve")
         with ExitStack() as stack:
             for name in self.names:
-                asking = Asking(self.ground.front, self.host(name), self.model(name))
+                asking = Asking(self.ground.front, self.host(name), self.model(name), self.served.pause_seconds)
                 self.asking[name] = stack.enter_context(asking.kept_up())
             yield
 
-    def wait(self, name: str, there: Callable[[Look], bool], what: str, seconds: float = 150.0) -> None:
+    def wait(self, name: str, there: Callable[[Look], bool], what: str) -> None:
         """Until something is stored of a ModelRollout."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.served.patience_seconds
         while not there(look := self.timelines[name].last):
             assert time.monotonic() < deadline, f"{name}: {what}: {look}\n{self.said()}"
             time.sleep(0.05)
@@ -138,10 +163,10 @@ class Stage:
         for name in self.names:
             spec = Spec(
                 model=self.model(name),
-                image=self.ground.image,
+                image=self.ground.serve_image() if self.served.real else self.ground.image,
                 gateway=Gateway(name="gateway"),
                 hostnames=[self.host(name)],
-                pods=Pods(gpus=0, cpu="50m", memory="1Gi", shared_memory="64Mi"),
+                pods=self.served.pods,
                 policy=self._policy,
             )
             made = {"apiVersion": API, "kind": "ModelRollout", "metadata": {"name": name}, "spec": dump(spec)}

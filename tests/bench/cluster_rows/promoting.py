@@ -13,12 +13,13 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "night"))
 from ground import NEEDED, Ground, prepared
 from run import OUT
-from stage import Stage
+from stage import STAND_IN, Stage
 
 from nvila.components.serve.server import get
 
@@ -62,12 +63,12 @@ def _of_cells(cells: list[dict[str, float]]) -> Iterator[Row]:
 
 def _at_rest(ground: Ground, models: int) -> Iterator[Row]:
     """Nothing is promoted: what a round takes, and what the process does."""
-    stage = Stage(ground, [f"m{number}" for number in range(models)])
+    stage = Stage(ground, [f"m{number}" for number in range(models)], served=replace(STAND_IN, patience_seconds=900))
     with stage.standing():
         for name in stage.names:
-            stage.champion(name)
+            stage.register(name, 1)
         for name in stage.names:
-            stage.wait(name, lambda look: look.serves_alone("1"), "it does not serve", 600)
+            stage.wait(name, lambda look: look.serves_alone("1"), "it does not serve")
         stage.stop_looking()
         time.sleep(5)
         process = stage.controller.process()
