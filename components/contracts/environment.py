@@ -98,7 +98,7 @@ class Environment(BaseModel):
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
     """File of a token that Kubeflow renews in notebooks."""
     kubeconfig: str | None = _variable("KUBECONFIG", "user")
-    """The cluster that `nvila plan` looks at, and that takes the jobs of a site."""
+    """The cluster that `nvila plan` and `nvila rollouts` look at, that takes the jobs of a site, and serves models."""
     in_cluster: str | None = _variable("KUBERNETES_SERVICE_HOST", "kubernetes")
     """Set in every pod."""
     hostname: str = _variable("HOSTNAME", "kubernetes", default="")

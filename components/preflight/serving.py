@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from decimal import Decimal
 
-from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.environment import Environment, name_of
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.serving import Gateway, Pods, Serving
 from nvila.components.kube.cluster import QUOTA, Cluster, Kind
@@ -15,17 +15,22 @@ from nvila.components.kube.errors import Away, Denied, NoCluster, NotServed
 from nvila.components.kube.requests import Patience, Requests
 from nvila.components.kube.rollouts import ADVICE, Rollouts, serving_of
 from nvila.components.preflight import checks
+from nvila.components.tracking.connect import is_shared
 
 GATEWAY_GROUP = "gateway.networking.k8s.io"
 VERSIONS = 2
 """A new version's pods run beside the champion's."""
 _SECONDS = 10
+_OWN = (
+    f"the registry is a file of this machine, which no controller reads; set {name_of('mlflow_tracking_uri')} to the "
+    "server that the cluster's asks"
+)
 
 
 def problems(model: str, here: Environment) -> list[str]:
     """Everything that would stop a rollout of this model, one line each; what this account may not look at is left to
     the controller, which says it in the ModelRollout's status."""
-    found: list[str] = []
+    found = [] if is_shared() else [f"rollout.target: {_OWN}"]
     try:
         cluster = Cluster(Requests(connect(here.kubeconfig), Patience.once(_SECONDS), ADVICE))
         serving = serving_for(cluster, model, here)

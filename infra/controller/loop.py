@@ -8,6 +8,7 @@ in the registry that is not on record, and what is missing is made in the next r
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
@@ -60,12 +61,11 @@ class Controller:
         while not stop.is_set():
             began = time.monotonic()
             try:
-                leads = self.lease.held()
-                self.metrics.leader.set(leads)
-                if leads:
+                if self.lease.held():
                     self.round()
             except NvilaError as error:
-                self._failed("lease", error)
+                self.failed("lease", error)
+            self.metrics.leader.set(self.lease.valid)
             self.metrics.last = time.monotonic()
             stop.wait(max(0.1, ROUND_SECONDS - (time.monotonic() - began)))
         self.lease.release()
@@ -80,7 +80,7 @@ class Controller:
                 try:
                     looked = watch.look()
                 except ApiError as error:
-                    self._failed(f"namespace {cluster.namespace}", error)
+                    self.failed(f"namespace {cluster.namespace}", error)
                     shown |= {one for one in self._shown if one[0] == cluster.namespace}
                     continue
                 for made in looked.rollouts:
@@ -88,10 +88,8 @@ class Controller:
                     shown.add((cluster.namespace, made["metadata"]["name"], model))
                     try:
                         _Turn(self, cluster, looked, made, aliases).go()
-                    except Conflict as error:  # somebody wrote it meanwhile; the next round sees what
-                        self._failed(made["metadata"]["name"], error)
-                    except NvilaError as error:
-                        self._failed(made["metadata"]["name"], error)
+                    except Exception as error:  # whatever it is, other models are not to wait for it
+                        self.failed(made["metadata"]["name"], error)
             for gone in self._shown - shown:
                 self.metrics.forget(*gone)
             self._shown = shown
@@ -101,17 +99,19 @@ class Controller:
         try:
             found = self.registry.aliases()
         except Unreachable as error:
-            self._failed("registry", error)
+            self.failed("registry", error)
             return None
         self._said.pop("registry", None)
         return found
 
-    def _failed(self, what: str, error: NvilaError) -> None:
+    def failed(self, what: str, error: Exception) -> None:
         """Say it once, until it is another one."""
         self.metrics.errors.labels(what=type(error).__name__).inc()
         if self._said.get(what) != str(error):
             self._said[what] = str(error)
-            tell.say(str(error), level="error", about=what)
+            ours = isinstance(error, NvilaError)
+            trace = {} if ours else {"trace": "".join(traceback.format_exception(error))}
+            tell.say(str(error), level="error", about=what, **trace)
 
 
 class _Turn:
@@ -231,8 +231,8 @@ class _Turn:
         try:
             for one in operations(status.pending, now):
                 self._tell(spec.model, one)
-        except Unreachable as error:
-            tell.say(f"the registry is told later: {error}", rollout=self.owner.name)
+        except NvilaError as error:  # whatever it is, requests and pods are not to wait for it
+            self.of.failed(f"registry, {self.owner.name}", error)
             return status
         written = status.model_copy(update={"pending": []})
         self._store(status, written)

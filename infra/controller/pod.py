@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING
 
 from nvila.components.contracts.environment import name_of
@@ -26,6 +25,8 @@ GRACE_SECONDS = 180
 LEAVING_SECONDS = 5
 """From then until its server is told: so long may a Gateway still send it requests."""
 PROBE_SECONDS = 5
+STARTING_SECONDS = 86_400
+"""Most that a server may load. When it is late is the policy's, which must not make other pods when it is changed."""
 _FETCH_SECRETS = ("mlflow_username", "mlflow_password", "mlflow_token", "s3_key", "s3_secret")
 """What fetches the weights shows; the other credentials are nothing to it."""
 
@@ -114,7 +115,7 @@ def _endpoint(spec: Spec, version: Registered, platform: Platform, asked: Object
             {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
         ],
-        "startupProbe": _probe("http", math.ceil(spec.policy.deadline_seconds / PROBE_SECONDS)),
+        "startupProbe": _probe("http", STARTING_SECONDS // PROBE_SECONDS),
         "readinessProbe": _probe("http", 3),
         "livenessProbe": _probe("metrics", 6),
         "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(LEAVING_SECONDS)]}}},

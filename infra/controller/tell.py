@@ -14,7 +14,7 @@ from typing import Any, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.modelrollout import API, KIND, Decided, Phase, Status
+from nvila.components.contracts.modelrollout import API, KIND, Decided, Phase, Status, Verdict
 from nvila.components.kube.cluster import EVENT, Cluster
 from nvila.components.kube.errors import ApiError
 from nvila.components.tracking.redact import redact_text
@@ -62,6 +62,8 @@ class Metrics:
             self.phase.labels(*where, phase).set(phase == status.phase)
         self.weight.labels(*where).set(status.weight)
         self.step.labels(*where).set(status.step)
+        for verdict in get_args(Verdict):
+            self.decisions.labels(*where, verdict)  # from 0 on, or an increase would not see the first one
 
     def forget(self, namespace: str, rollout: str, model: str) -> None:
         """One that is gone."""

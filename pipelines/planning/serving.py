@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nvila.components.contracts.environment import current
+from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.quantize import QuantizeSettings
 from nvila.components.contracts.recipe.recipe import Recipe
@@ -72,7 +72,8 @@ def serving_plan(
     pods, findings, known = Pods(), list[Finding](), False
     if cluster:
         try:
-            serving = serving_for(cluster, recipe.register_.model_name, current())
+            # By the cluster's own ConfigMap: this machine's variables may be of another.
+            serving = serving_for(cluster, recipe.register_.model_name, Environment())
         except (ConfigError, NotServed, Denied) as error:
             findings.append(Finding(not isinstance(error, Denied), str(error)))
         else:

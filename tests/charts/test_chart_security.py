@@ -142,7 +142,12 @@ RIGHTS = {
         "events": ("list",),
         "workloads": ("list",),
     },
-    "nvila-rollout": {"modelrollouts": ("get", "list", "create")},
+    "nvila-rollout": {
+        "modelrollouts": ("get", "list", "create"),
+        "gateways": ("get",),
+        "resourcequotas": ("list",),
+        "pods": ("list",),
+    },
     "nvila-upload": {"pipelines": ("create", "get", "list"), "pipelines/versions": ("create", "get", "list")},
     "nvila-controller": {
         "modelrollouts": ("list",),

@@ -24,7 +24,8 @@ SERVING: dict[str, Any] = {
 
 
 @pytest.fixture
-def server() -> Iterator[ApiServer]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
     with running() as found:
         found.put("apis/gateway.networking.k8s.io/v1/namespaces/infra/gateways/public")
         yield found
@@ -85,6 +86,14 @@ def test_what_is_not_there_is_told(server: ApiServer, tmp_path: Path) -> None:
     server.served.clear()
     assert "controller.enabled" in problems(server, tmp_path)
     assert "set KUBECONFIG" in "".join(serving.problems("small", Environment()))
+
+
+def test_a_registry_of_this_machine_is_refused(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alias would be set in a file that no controller reads, and the run would wait until the deadline."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert "set MLFLOW_TRACKING_URI" in problems(server, tmp_path)
 
 
 def test_rights_that_only_help_are_not_asked_for(server: ApiServer, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import Unreachable
+from nvila.components.contracts.errors import ConfigError, Unreachable
 from nvila.components.contracts.modelrollout import MODEL_LABEL, VERSION_LABEL, Status
 from nvila.components.kube.cluster import EVENT, POD, Kind, Object
 from nvila.components.kube.errors import Conflict
@@ -293,6 +293,32 @@ def test_weight_0_is_stored_before_anything_else(site: Site) -> None:
     assert site.log[-6:][0] == "apply HTTPRoute" or "apply HTTPRoute" in site.log
     first = site.log.index("apply HTTPRoute")
     assert not any("challenger" in one or "tag" in one or "delete" in one for one in site.log[:first])
+
+
+def test_a_registry_that_refuses_does_not_hold_up_requests_and_pods(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An account without the right to move an alias: nothing of the decision came true, and nobody was told why."""
+    site.aliases = Aliases(challenger="1")
+    settle(site, lambda: site.aliases == Aliases(champion="1"))
+
+    def refuse(*_: str) -> None:
+        raise ConfigError("this user may not do it")
+
+    monkeypatch.setattr(site, "point", refuse)
+    monkeypatch.setattr(site, "tag", refuse)
+    site.aliases = Aliases(challenger="2", champion="1")
+    settle(site)
+    assert site.shares == {"2": 100} and site.runs == {"2"} and site.aliases.champion == "1"
+    assert site.status.pending and "has not taken what was decided" in site.status.message
+
+
+def test_one_model_that_cannot_be_read_does_not_hold_up_the_others(site: Site) -> None:
+    """A status that somebody edited by hand ended the loop of all models."""
+    broken = site.create(MODEL_ROLLOUT, {"metadata": {"name": "a"}, "spec": SPEC | {"model": "other"}})
+    broken["status"] = {"champion": {"version": ["?"]}}
+    story(site, bad=False)
+    assert site.shares == {"2": 100} and site.aliases.champion == "2"
 
 
 def test_two_objects_of_one_model_do_not_fight(site: Site) -> None:

@@ -11,7 +11,6 @@ import pytest
 from apiserver import ApiServer, forbidden, running
 from typer.testing import CliRunner
 
-from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.kube.cluster import Cluster
@@ -45,8 +44,7 @@ def found(server: ApiServer, folder: Path) -> tuple[list[str], list[str]]:
     """What is refused, and what is remarked."""
     cluster = configured(server.kubeconfig(folder), None)
     assert isinstance(cluster, Cluster)
-    with entered(Environment()):
-        _, findings = serving_plan(recipe(), None, cluster)
+    _, findings = serving_plan(recipe(), None, cluster)
     return [one.text for one in findings if one.refused], [one.text for one in findings if not one.refused]
 
 
