@@ -31,7 +31,7 @@ POLICY = ServingPolicy(
     min_requests=6,
     min_seconds=1.5,
     step_deadline_seconds=90,
-    deadline_seconds=90,
+    deadline_seconds=180,
     drain_seconds=3,
 )
 """Times of a rollout that is over in half a minute."""
