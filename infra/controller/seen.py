@@ -103,3 +103,5 @@ class Sight:
     """By version: what it did with all pinned prompts, where it was asked since it is tried."""
     missing: str = ""
     """What else is missing in the cluster, such as the Gateway."""
+    resumed: bool = False
+    """Whether the API server, or this process, was away until now: a Gateway may not yet know what is stored."""

@@ -74,9 +74,12 @@ class State:
     def observe(self) -> None:
         """Take in what the pods have done, and whose last requests have had their time."""
         kept = {self.serves, self.status.challenger.version if self.status.challenger else ""}
+        leaving = self.status.leaving
+        if self.sight.resumed:
+            leaving = [one.model_copy(update={"since": stamp(self.sight.now)}) for one in leaving]
         staying = [
             one
-            for one in self.status.leaving
+            for one in leaving
             if one.version not in kept and seconds_since(one.since, self.sight.now) < self.spec.policy.drain_seconds
         ]
         if staying != self.status.leaving:

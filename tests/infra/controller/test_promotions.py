@@ -46,6 +46,7 @@ class World:
     tags: dict[str, str] = field(default_factory=dict)
     users: int = 40
     """Requests in a second."""
+    resumed: bool = False
     rules: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +80,8 @@ class World:
         tried = self.status.challenger
         begun = tried.since if tried else ""
         asked = {v: found for (since, v), found in self.asked.items() if since == begun}
-        return Sight(self.now, None if self.away else self.aliases, {} if self.away else versions, running, asked)
+        aliases, known = (None, {}) if self.away else (self.aliases, versions)
+        return Sight(self.now, aliases, known, running, asked, resumed=self.resumed)
 
     def round(self, *, torn: bool = False, seconds: float = 1.0) -> Round:
         """One round; `torn`: the controller is killed before it has written the registry."""
@@ -196,6 +198,23 @@ BAD: dict[str, tuple[dict[str, Any], str, int]] = {
     "ends by itself": ({"restarts": {"2": 1}}, "ended by itself, once", 0),
     "other files": ({"fatal": {"2": "Digest: other files"}}, "Digest: other files", 0),
 }
+
+
+def test_pods_outlast_an_outage_in_which_no_gateway_could_see_that_they_go() -> None:
+    """Their last seconds passed while the API server was away; once back, they were deleted before a Gateway had read
+    the new weights, and requests met nobody."""
+    world = serving()
+    wish(world, "2")
+    world.until(lambda w: w.serves == "2")
+    world.now += 60
+    world.resumed = True
+    world.round()
+    world.resumed = False
+    for _ in range(3):
+        world.round()
+        assert world.runs == ["2", "1"]
+    world.round()
+    assert world.runs == ["2"]
 
 
 @pytest.mark.parametrize("harm", BAD)
