@@ -120,7 +120,7 @@ class Stage:
             for name in self.names:
                 self.wait(name, lambda look: look.serves_alone("1"), "version 1 does not serve")
                 asking = Asking(self.ground.front, self.host(name), self.model(name), self.served.pause_seconds)
-                wait_for(asking.answered, f"version 1 of {name} does not answer")
+                wait_for(asking.answered, f"version 1 of {name} does not answer", 60)
                 self.asking[name] = stack.enter_context(asking.kept_up())
             yield
 
