@@ -241,7 +241,8 @@ class State:
         said = "; ".join([*held, f"version {tried.version}", *self.judgement.reasons])
         if tried.step:
             return "Shifting", said
-        return "Asking" if self.running(tried.version).ready else "Preparing", said
+        asks = self.running(tried.version).ready and not tried.override
+        return "Asking" if asks else "Preparing", said
 
 
 def _not_ready(running: Running, seconds: float) -> str:

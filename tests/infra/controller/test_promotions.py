@@ -463,8 +463,17 @@ def test_any_order_of_events_ends_with_aliases_that_say_what_serves(events: list
             world.spec = world.spec.model_copy(update={"override": wanted})
         for _ in range(value if what == "wait" else 1):
             before = world.serves
+            phase = world.status.phase
             made = world.round(torn=torn)
             tried = made.status.challenger
+            rule = next((one for one in RULES if one.name == made.rule), None)
+            if rule and rule.after:
+                assert phase in (rule.before or (phase,)), (
+                    f"{rule.name} out of {phase}, which the drawing does not know"
+                )
+                there = {rule.after} | ({"Empty"} if not world.serves else set())
+                there |= {"Asking"} if rule.name == "begin" else set()  # where its pods have not gone yet
+                assert made.status.phase in there or rule.name == "override", "which gives way, or is done, first"
             assert (made.status.weight > 0) == bool(tried and tried.step), "a weight for nobody, or before step 1"
             if tried and tried.step:
                 assert tried.pinned and tried.pinned.agreed == 4, "users met a version that had not answered"
