@@ -313,7 +313,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "advance",
-        ("Asking", "Shifting"),
+        _TRYING,
         "Shifting",
         "the policy lets it go on, and an approver has said yes where any is named",
         "the next step, with its share of the requests",
@@ -321,7 +321,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "promote",
-        ("Asking", "Shifting"),
+        _TRYING,
         "Serving",
         "the policy lets it go on after the last step, or nothing else serves",
         "all requests are its own; `champion` names it, `previous` the old one, whose pods drain and go",
