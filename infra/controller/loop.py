@@ -187,8 +187,8 @@ class _Turn:
         if tried:
             answers = {one: self.of.asking.answer(self._question(tried.since, one)) for one in there}
             asked = {one: found for one, found in answers.items() if found is not None}
-        missing = self._missing(spec)
-        return Sight(now, aliases, known, running, asked, missing), known
+        routed, missing = self.looked.routed(self.owner.name), self._missing(spec)
+        return Sight(now, aliases, known, running, asked, routed, missing), known
 
     def _missing(self, spec: Spec) -> str:
         same = [one for one in self.looked.rollouts if one["spec"].get("model") == spec.model]

@@ -74,11 +74,11 @@ class State:
     def observe(self) -> None:
         """Take in what the pods have done, and whose last requests have had their time."""
         kept = {self.serves, self.status.challenger.version if self.status.challenger else ""}
-        staying = [
-            one
-            for one in self.status.leaving
-            if one.version not in kept and seconds_since(one.since, self.sight.now) < self.spec.policy.drain_seconds
-        ]
+        leaving = [one for one in self.status.leaving if one.version not in kept]
+        if not self.sight.routed:  # their time begins when no more requests come
+            leaving = [served(one, since=stamp(self.sight.now)) for one in leaving]
+        drain, now = self.spec.policy.drain_seconds, self.sight.now
+        staying = [one for one in leaving if not self.sight.routed or seconds_since(one.since, now) < drain]
         if staying != self.status.leaving:
             self.change(leaving=staying)
         if (tried := self.status.challenger) is None:

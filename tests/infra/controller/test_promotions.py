@@ -44,6 +44,7 @@ class World:
     counted: dict[str, Counters] = field(default_factory=dict)
     asked: dict[tuple[str, str], Asked] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    routed: bool = True
     users: int = 40
     """Requests in a second."""
     rules: list[str] = field(default_factory=list)
@@ -79,7 +80,9 @@ class World:
         tried = self.status.challenger
         begun = tried.since if tried else ""
         asked = {v: found for (since, v), found in self.asked.items() if since == begun}
-        return Sight(self.now, None if self.away else self.aliases, {} if self.away else versions, running, asked)
+        return Sight(
+            self.now, None if self.away else self.aliases, {} if self.away else versions, running, asked, self.routed
+        )
 
     def round(self, *, torn: bool = False, seconds: float = 1.0) -> Round:
         """One round; `torn`: the controller is killed before it has written the registry."""
@@ -185,6 +188,23 @@ def test_pods_of_the_old_version_answer_what_they_have() -> None:
     world.round(seconds=3)
     assert world.runs == ["2", "1"]
     world.round(seconds=3)
+    world.round()
+    assert world.runs == ["2"]
+
+
+def test_pods_stay_until_the_gateway_has_taken_the_route() -> None:
+    """The API server was away: the Gateway still sent requests to pods whose time was over, and they were lost."""
+    world = serving()
+    wish(world, "2")
+    world.until(lambda w: w.serves == "2")
+    world.routed = False
+    for _round in range(30):
+        world.round()
+    assert world.runs == ["2", "1"]
+    world.routed = True
+    world.round()
+    assert world.runs == ["2", "1"], "its time begins now"
+    world.round(seconds=5)
     world.round()
     assert world.runs == ["2"]
 
