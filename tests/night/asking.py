@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import elsewhere  # noqa: F401
-from load import Reply, Request, Steady, chat
+from load import Reply, Request, Steady, chat, send
 from timeline import Timeline
 
 from nvila.components.contracts.modelrollout import PIN_HEADER
@@ -55,7 +55,13 @@ class Asking:
     """The clients of one model."""
 
     def __init__(self, url: str, host: str, model: str, pause_seconds: float = 0.15) -> None:
+        self._once = next(_requests(KINDS[0], host, model))
+        self._url = url
         self._steady = {kind: Steady(url, _requests(kind, host, model), kind.clients, pause_seconds) for kind in KINDS}
+
+    def answered(self) -> bool:
+        """Whether one request is."""
+        return send(self._url, self._once).answered
 
     @contextmanager
     def kept_up(self) -> Iterator[Asking]:
@@ -81,7 +87,10 @@ class Asking:
                 if what:
                     setattr(found, what, getattr(found, what) + 1)
                 if what in ("lost", "wrong"):
-                    examples.append(f"{what}: {kind.name}, {reply.status}, {reply.error}{reply.body[:120]!r}")
+                    at = reply.began - timeline.looks[0].at
+                    examples.append(
+                        f"{what}: {kind.name} at {at:.1f} s, {reply.status}, {reply.error}{reply.body[:99]!r}"
+                    )
         found.examples = tuple(dict.fromkeys(examples))[:8]
         return found
 

@@ -66,7 +66,8 @@ def run_cell(ground: Ground, scenario: Scenario, kill: str) -> Row:
         judged = total([_judged(stage, name, scenario) for name in stage.names])
         faults += [f"no clients: {judged.asked} requests"] if judged.asked < 50 else []
         timeline = stage.timelines[stage.names[-1]]
-        faults += list(judged.examples) + ([stage.said()] if faults else [])
+        faults += judged.examples
+        faults += [stage.said()] if faults else []
         return Row(
             scenario=scenario.name,
             kill=kill,

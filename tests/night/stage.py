@@ -16,7 +16,7 @@ from typing import Any
 from asking import Asking
 from controllers import InPod, OnMachine
 from ground import Ground
-from kube import default_account, write_kubeconfig
+from kube import default_account, wait_for, write_kubeconfig
 from timeline import Look, Timeline
 
 from nvila.components.contracts.environment import for_child, named
@@ -31,7 +31,7 @@ POLICY = ServingPolicy(
     min_requests=6,
     min_seconds=1.5,
     step_deadline_seconds=90,
-    deadline_seconds=90,
+    deadline_seconds=180,
     drain_seconds=3,
 )
 """Times of a rollout that is over in half a minute."""
@@ -115,12 +115,12 @@ class Stage:
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """With clients, once version 1 of each model serves."""
-        for name in self.names:
-            self.wait(name, lambda look: look.serves_alone("1"), "version 1 does not serve")
+        """With clients, once version 1 of each model serves and the Gateway and the node's Services know it."""
         with ExitStack() as stack:
             for name in self.names:
+                self.wait(name, lambda look: look.serves_alone("1"), "version 1 does not serve")
                 asking = Asking(self.ground.front, self.host(name), self.model(name), self.served.pause_seconds)
+                wait_for(asking.answered, f"version 1 of {name} does not answer")
                 self.asking[name] = stack.enter_context(asking.kept_up())
             yield
 
