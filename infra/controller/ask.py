@@ -28,7 +28,7 @@ from nvila.infra.controller.tell import say
 
 MOST_FILES = 8
 """Kept on the disk."""
-AT_ONCE = 8
+AT_ONCE = 2
 """Versions that are asked at the same time; others wait."""
 LARGE_BYTES = 2**20
 """A larger prompt is asked while no other such is."""

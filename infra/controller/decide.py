@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from nvila.components.contracts.modelrollout import Seen, Spec, Status, Verdict, Write
+from nvila.components.contracts.modelrollout import Phase, Seen, Spec, Status, Verdict, Write
 from nvila.components.rollout.policy import weight
 from nvila.components.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS
 from nvila.infra.controller.seen import Sight
@@ -37,8 +38,10 @@ class Rule(NamedTuple):
     """A way from one state to another."""
 
     name: str
-    before: str
-    """Phases in which it can apply, for people."""
+    before: tuple[Phase, ...]
+    """Phases in which it can apply, for people; none: in any."""
+    after: Phase | None
+    """The phase that it leads to; None: it stays as it is."""
     when: str
     then: str
     apply: Callable[[State], bool]
@@ -207,11 +210,9 @@ def _advances(state: State) -> bool:
     return True
 
 
-def _is_promoted(state: State) -> bool:
+def _is_promoted(state: State, override: bool = False) -> bool:
     tried, old = state.status.challenger, state.status.champion
-    if tried is None or state.unapproved or state.judgement.decision != "promote":
-        return False
-    if not (tried.override or state.registry):
+    if tried is None or tried.override != override or state.unapproved or state.judgement.decision != "promote":
         return False
     # Before anything served, the alias may have named any version.
     writes = [Write(alias=CHAMPION, version=tried.version, expects=state.serves or None)]
@@ -219,10 +220,10 @@ def _is_promoted(state: State) -> bool:
         writes.append(Write(alias=PREVIOUS, version=old.version))
     writes.append(Write(alias=CHALLENGER, expects=tried.version))
     reasons = [*tried.reasons, "; ".join(state.judgement.reasons)]
-    if tried.override and state.spec.override:
+    if override and state.spec.override:
         reasons = [state.spec.override.reason]
         state.change(overridden=state.spec.override)
-    state.decided("overridden" if tried.override else "promoted", tried.version, reasons, *writes)
+    state.decided("overridden" if override else "promoted", tried.version, reasons, *writes)
     now = stamp(state.sight.now)
     state.change(
         champion=served(tried, since=now),
@@ -234,10 +235,13 @@ def _is_promoted(state: State) -> bool:
     return True
 
 
+_TRYING: tuple[Phase, ...] = ("Preparing", "Asking", "Shifting")
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "roll back",
-        "Preparing, Asking, Shifting",
+        _TRYING,
+        "Serving",
         "the policy says so, its pods do not get ready in time, or its files are not the registered ones",
         "it gets no more requests in this very round, and loses the alias `challenger`",
         _rolls_back,
@@ -246,7 +250,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "override",
-        "any",
+        (),
+        "Preparing",
         "`spec.override` is another one than the last that was acted on",
         "what is tried is withdrawn; then the version's pods start, and it takes over as soon as they are ready",
         _is_overridden,
@@ -255,7 +260,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "withdraw",
-        "Preparing, Asking, Shifting",
+        _TRYING,
+        "Serving",
         "the alias `challenger` was removed or names another version",
         "it gets no more requests; another version begins from step 0 in the next round",
         _is_withdrawn,
@@ -263,7 +269,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "request",
-        "any",
+        (),
+        None,
         "the alias `champion` was moved by hand",
         "it is put back on what serves, and `challenger` names that version",
         _was_moved,
@@ -271,36 +278,64 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "put back",
-        "Serving, Preparing, Asking, Shifting",
+        ("Serving", *_TRYING),
+        None,
         "the alias `champion` was removed by hand",
         "it names again what serves",
         _is_gone,
         paused=True,
     ),
-    Rule("serves already", "Serving", "`challenger` names what serves", "the alias goes", _serves_already, paused=True),
+    Rule(
+        "serves already",
+        ("Serving",),
+        None,
+        "`challenger` names what serves",
+        "the alias goes",
+        _serves_already,
+        paused=True,
+    ),
     Rule(
         "refuse",
-        "Empty, Serving",
+        ("Empty", "Serving"),
+        None,
         "the version has no digest, so no run of ours registered it",
         "the alias `challenger` goes",
         _is_unknown,
         paused=True,
     ),
-    Rule("begin", "Empty, Serving", "`challenger` names a version", "its pods start, at weight 0", _begins),
+    Rule(
+        "begin",
+        ("Empty", "Serving"),
+        "Preparing",
+        "`challenger` names a version",
+        "its pods start, at weight 0",
+        _begins,
+    ),
     Rule(
         "advance",
-        "Asking, Shifting",
+        _TRYING,
+        "Shifting",
         "the policy lets it go on, and an approver has said yes where any is named",
         "the next step, with its share of the requests",
         _advances,
     ),
     Rule(
         "promote",
-        "Preparing, Asking, Shifting",
-        "the policy lets it go on after the last step, nothing else serves, or an override's pods are ready",
+        _TRYING,
+        "Serving",
+        "the policy lets it go on after the last step, or nothing else serves",
         "all requests are its own; `champion` names it, `previous` the old one, whose pods drain and go",
         _is_promoted,
-        registry=False,  # which an override does not wait for
+    ),
+    Rule(
+        "take over",
+        ("Preparing",),
+        "Serving",
+        "the pods of an override's version are ready",
+        "as in a promotion",
+        partial(_is_promoted, override=True),
+        registry=False,
+        paused=True,
     ),
 )
 """In the order in which they are tried."""

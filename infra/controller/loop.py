@@ -7,7 +7,6 @@ in the registry that is not on record, and what is missing is made in the next r
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -36,8 +35,6 @@ from nvila.infra.controller.watch import Looked, Watch
 
 ROUND_SECONDS = 2.0
 """From the beginning of one round to that of the next."""
-AWAY_SECONDS = 5 * ROUND_SECONDS
-"""Without a look for so long, Gateways may have seen as little as this process."""
 
 
 @dataclass
@@ -58,8 +55,6 @@ class Controller:
         self._watches = [Watch(cluster) for cluster in self.clusters]
         self._shown: set[tuple[str, str, str]] = set()
         self._said: dict[str, str] = {}
-        self._looked: dict[str, tuple[float, float]] = {}
-        """By namespace: when it was looked at last, and how long after the time before."""
 
     def run(self, stop: Event) -> None:
         """Until told to stop."""
@@ -83,7 +78,7 @@ class Controller:
             shown = set()
             for watch, cluster in zip(self._watches, self.clusters, strict=True):
                 try:
-                    looked, resumed = watch.look(), self._resumes(cluster.namespace)
+                    looked = watch.look()
                 except ApiError as error:
                     self.failed(f"namespace {cluster.namespace}", error)
                     shown |= {one for one in self._shown if one[0] == cluster.namespace}
@@ -92,19 +87,13 @@ class Controller:
                     model = str(made["spec"].get("model", ""))
                     shown.add((cluster.namespace, made["metadata"]["name"], model))
                     try:
-                        _Turn(self, cluster, looked, made, aliases, resumed).go()
+                        _Turn(self, cluster, looked, made, aliases).go()
                     except Exception as error:  # whatever it is, other models are not to wait for it
                         self.failed(made["metadata"]["name"], error)
             for gone in self._shown - shown:
                 self.metrics.forget(*gone)
             self._shown = shown
         self.metrics.rounds.inc()
-
-    def _resumes(self, namespace: str) -> bool:
-        """Whether this is the first look at a namespace after a while. Rounds that always take so long are none."""
-        now, (before, usual) = time.monotonic(), self._looked.get(namespace, (-math.inf, 0.0))
-        self._looked[namespace] = now, now - before if before > 0 else 0.0
-        return now - before > max(AWAY_SECONDS, 3 * usual)
 
     def _aliases(self) -> Mapping[str, Aliases] | None:
         try:
@@ -135,9 +124,8 @@ class _Turn:
         looked: Looked,
         made: Object,
         aliases: Mapping[str, Aliases] | None,
-        resumed: bool,
     ) -> None:
-        self.of, self.cluster, self.looked, self.made, self.resumed = controller, cluster, looked, made, resumed
+        self.of, self.cluster, self.looked, self.made = controller, cluster, looked, made
         meta = made["metadata"]
         self.owner = Owner(meta["name"], cluster.namespace, meta["uid"])
         self.aliases = aliases
@@ -199,8 +187,8 @@ class _Turn:
         if tried:
             answers = {one: self.of.asking.answer(self._question(tried.since, one)) for one in there}
             asked = {one: found for one, found in answers.items() if found is not None}
-        missing = self._missing(spec)
-        return Sight(now, aliases, known, running, asked, missing, self.resumed), known
+        routed, missing = self.looked.routed(self.owner.name), self._missing(spec)
+        return Sight(now, aliases, known, running, asked, routed, missing), known
 
     def _missing(self, spec: Spec) -> str:
         same = [one for one in self.looked.rollouts if one["spec"].get("model") == spec.model]

@@ -16,7 +16,7 @@ def rules() -> str:
     rows = [
         (
             rule.name,
-            rule.before,
+            ", ".join(rule.before) or "any",
             rule.when,
             rule.then,
             "waits" if rule.registry else "goes on",
@@ -27,7 +27,16 @@ def rules() -> str:
     return table(("rule", "in", "when", "then", "while MLflow is away", "while paused"), rows)
 
 
-TABLES = {"rules": rules}
+def drawing() -> str:
+    """The phases and what leads from one to the next, as a diagram."""
+    lines = ["[*] --> Empty", "Preparing --> Asking: its pods are ready"]
+    for rule in RULES:
+        lines += [f"{phase} --> {rule.after}: {rule.name}" for phase in rule.before or _ANY if rule.after]
+    return "\n".join(["```mermaid", "stateDiagram-v2", *(f"    {line}" for line in lines), "```"])
+
+
+_ANY = ("Empty", "Serving", "Preparing", "Asking", "Shifting")
+TABLES = {"drawing": drawing, "rules": rules}
 
 if __name__ == "__main__":
     write_atomic(PAGE, fill(PAGE.read_text(encoding="utf-8"), TABLES))

@@ -101,7 +101,7 @@ class Sight:
     """By version."""
     asked: Mapping[str, Asked] = field(default_factory=dict)
     """By version: what it did with all pinned prompts, where it was asked since it is tried."""
+    routed: bool = True
+    """Whether the Gateway has taken up who gets which requests, as far as it says; until then no pods go."""
     missing: str = ""
     """What else is missing in the cluster, such as the Gateway."""
-    resumed: bool = False
-    """Whether the API server, or this process, was away until now: a Gateway may not yet know what is stored."""

@@ -74,14 +74,11 @@ class State:
     def observe(self) -> None:
         """Take in what the pods have done, and whose last requests have had their time."""
         kept = {self.serves, self.status.challenger.version if self.status.challenger else ""}
-        leaving = self.status.leaving
-        if self.sight.resumed:
-            leaving = [one.model_copy(update={"since": stamp(self.sight.now)}) for one in leaving]
-        staying = [
-            one
-            for one in leaving
-            if one.version not in kept and seconds_since(one.since, self.sight.now) < self.spec.policy.drain_seconds
-        ]
+        leaving = [one for one in self.status.leaving if one.version not in kept]
+        if not self.sight.routed:  # their time begins when no more requests come
+            leaving = [served(one, since=stamp(self.sight.now)) for one in leaving]
+        drain, now = self.spec.policy.drain_seconds, self.sight.now
+        staying = [one for one in leaving if not self.sight.routed or seconds_since(one.since, now) < drain]
         if staying != self.status.leaving:
             self.change(leaving=staying)
         if (tried := self.status.challenger) is None:
@@ -244,7 +241,8 @@ class State:
         said = "; ".join([*held, f"version {tried.version}", *self.judgement.reasons])
         if tried.step:
             return "Shifting", said
-        return "Asking" if self.running(tried.version).ready else "Preparing", said
+        asks = self.running(tried.version).ready and not tried.override
+        return "Asking" if asks else "Preparing", said
 
 
 def _not_ready(running: Running, seconds: float) -> str:

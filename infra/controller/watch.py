@@ -56,6 +56,13 @@ class Looked:
                     return f"the Gateway does not take the HTTPRoute {name}: {one.get('reason')}: {shown(said(one))}"
         return ""
 
+    def routed(self, name: str) -> bool:
+        """Whether every Gateway that says anything of the route has taken it up as it is now."""
+        route = self.get(ROUTE, name) or {"metadata": {}}
+        parents = (route.get("status") or {}).get("parents") or ()
+        taken = [one.get("observedGeneration", 0) for parent in parents for one in conditions({"status": parent})]
+        return all(one >= route["metadata"].get("generation", 0) for one in taken)
+
 
 class Watch:
     """Of one namespace."""

@@ -115,3 +115,13 @@ def test_a_route_that_the_gateway_does_not_take() -> None:
     no = condition("Accepted", "False", "NotAllowedByListeners", "No listeners match")
     said = looked(httproutes=[parents(no)]).refused("m")
     assert said == "the Gateway does not take the HTTPRoute m: NotAllowedByListeners: No listeners match"
+
+
+@pytest.mark.parametrize(("taken", "routed"), [((), True), ((3, 3), True), ((3, 2), False), ((2,), False)])
+def test_a_route_counts_once_every_gateway_has_taken_it_as_it_is(taken: tuple[int, ...], routed: bool) -> None:
+    """A Gateway that lagged behind sent requests to pods that were ended as if it had been told."""
+    ours = route(OWNER, spec(), "2", "", 0)
+    ours["metadata"]["generation"] = 3
+    said = [{"conditions": [{"type": "Accepted", "status": "True", "observedGeneration": one}]} for one in taken]
+    assert looked(httproutes=[ours | {"status": {"parents": said}}]).routed("m") is routed
+    assert looked().routed("m")
