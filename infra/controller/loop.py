@@ -7,6 +7,7 @@ in the registry that is not on record, and what is missing is made in the next r
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -55,13 +56,14 @@ class Controller:
         self._watches = [Watch(cluster) for cluster in self.clusters]
         self._shown: set[tuple[str, str, str]] = set()
         self._said: dict[str, str] = {}
+        self._renewed = -math.inf
 
     def run(self, stop: Event) -> None:
         """Until told to stop."""
         while not stop.is_set():
             began = time.monotonic()
             try:
-                if self.lease.held():
+                if self._leads():
                     self.round()
             except NvilaError as error:
                 self.failed("lease", error)
@@ -86,6 +88,8 @@ class Controller:
                 for made in looked.rollouts:
                     model = str(made["spec"].get("model", ""))
                     shown.add((cluster.namespace, made["metadata"]["name"], model))
+                    if not self._leads():
+                        return
                     try:
                         _Turn(self, cluster, looked, made, aliases).go()
                     except Exception as error:  # whatever it is, other models are not to wait for it
@@ -94,6 +98,17 @@ class Controller:
                 self.metrics.forget(*gone)
             self._shown = shown
         self.metrics.rounds.inc()
+
+    def _leads(self) -> bool:
+        """Whether this process may act, asked again in the middle of a round that takes long.
+
+        Raises:
+            ApiError: one of its kinds.
+        """
+        if time.monotonic() - self._renewed > ROUND_SECONDS / 2 or not self.lease.valid:
+            self._renewed = time.monotonic()
+            return self.lease.held()
+        return True
 
     def _aliases(self) -> Mapping[str, Aliases] | None:
         try:

@@ -321,6 +321,23 @@ def test_one_model_that_cannot_be_read_does_not_hold_up_the_others(site: Site) -
     assert site.shares == {"2": 100} and site.aliases.champion == "2"
 
 
+def test_a_round_that_takes_longer_than_the_lease_asks_for_it_again(site: Site) -> None:
+    """With twenty models a round outlasted the Lease: it refused its own writes, or two controllers acted at a time."""
+    site.create(MODEL_ROLLOUT, {"metadata": {"name": "other"}, "spec": SPEC | {"model": "n"}})
+    one, answers = controller(site), [True, False]
+
+    class Short(LeaseOf):
+        valid = False
+
+        def held(self) -> bool:
+            self.valid = False
+            return answers.pop(0)
+
+    one.lease = Short()  # type: ignore[assignment]
+    one.round()
+    assert answers == [] and not site.stored[MODEL_ROLLOUT.name, "other"].get("status")
+
+
 def test_two_objects_of_one_model_do_not_fight(site: Site) -> None:
     """Both moved the same aliases."""
     story(site, bad=False)
