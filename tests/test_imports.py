@@ -161,3 +161,11 @@ def test_modules_of_tests_have_names_of_their_own() -> None:
     """pytest imports them by their bare name: of two with one name, the second was not run at all."""
     names = [path.name for path in ROOT.glob("tests/**/test_*.py")]
     assert {name for name in names if names.count(name) > 1} == set()
+
+
+def test_what_tests_import_has_a_name_of_its_own() -> None:
+    """Of two helpers with one name, the second was the first: a file of tests could not be read, once all were run."""
+    files = [path for path in ROOT.glob("tests/**/*.py") if path.name not in ("conftest.py", "__init__.py")]
+    names = [path.stem for path in files]
+    imported = {name.split(".")[0] for path in files for name in _imports(path)}
+    assert {name for name in names if names.count(name) > 1} & imported == set()

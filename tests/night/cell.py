@@ -9,7 +9,7 @@ from typing import Any
 
 from asking import Judged, total
 from ground import Ground
-from kills import KILLS, Moment, killing
+from kill_points import KILLS, Moment, killing
 from scenarios import End, Scenario
 from stage import Stage
 from timeline import Look, Timeline

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from cell import run_cell
 from ground import NEEDED, Ground, prepared
+from night import cells
 from places import variable
-from run import cells
 from scenarios import Scenario
 
 CELLS = 6

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "night"))
 from ground import NEEDED, Ground, prepared
-from run import OUT
+from night import OUT
 from stage import STAND_IN, Stage
 
 from nvila.components.serve.server import get

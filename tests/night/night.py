@@ -1,6 +1,6 @@
 """`make night`: every scenario with every kill point, on the test cluster of this machine.
 
-    .ci/cluster .venv/bin/python tests/night/run.py [--again] [--only SCENARIO[:KILL]]...
+    .ci/cluster .venv/bin/python tests/night/night.py [--again] [--only SCENARIO[:KILL]]...
 
 Each cell's row lies in runs/night/; a cell that has one is not played again without `--again`. Prints the table, and
 ends with 1 where anything in it is wrong.
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent))
 from cell import Row, run_cell
 from ground import Ground, prepared
-from kills import KILLS
+from kill_points import KILLS
 from rich.console import Console
 from rich.table import Table
 from scenarios import SCENARIOS, Scenario
