@@ -8,9 +8,8 @@ from pydantic import ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from nvila.components.contracts.recipe.section import Section
+from nvila.components.contracts.site import Quantity
 
-Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
-"""As Kubernetes writes it, such as `500m` or `1200Gi`."""
 Text = Annotated[str, Field(min_length=1, max_length=253)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 HostNames = Annotated[list[Annotated[str, Field(min_length=1, max_length=253)]], Field(max_length=16)]

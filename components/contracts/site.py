@@ -8,11 +8,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvila.components.contracts.errors import ConfigError
-from nvila.components.contracts.serving import Quantity, Serving
 
 KEY = "NVILA_SITE"
 CONFIG_MAP = "nvila-site"
 """In the namespace of a run."""
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(m|[kMGTP]|[KMGTP]i|)$")]
+"""As Kubernetes writes it, such as `500m` or `1200Gi`."""
 
 
 class Site(BaseModel):
@@ -38,7 +39,7 @@ class Site(BaseModel):
     """Of those pods, for the taints of such nodes."""
     queue: str = ""
     """Kueue's LocalQueue; empty leaves Kueue out."""
-    serving: Serving | None = None
+    serving: dict[str, Any] | None = None
     """What models are served with here, in the form of a ModelRollout's `spec`: `image`, `gateway` {`name`,
     `namespace`, `sectionName`}, `hostnames`, `pods`; none: no model is served on this cluster."""
 

@@ -171,4 +171,9 @@ def serving_of(cluster: Cluster, here: Environment) -> Serving:
             do="Set the chart's controller.enabled and controller.gateway, or make the model's ModelRollout: a run "
             "takes it as it is.",
         )
-    return found.serving
+    try:
+        return Serving.model_validate(found.serving)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("serving", *first["loc"])))
+        raise ConfigError(first["msg"], where=f"{KEY}: {field}", value=first["input"]) from None

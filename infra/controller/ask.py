@@ -190,12 +190,12 @@ class Asking:
             return pinned.judged(lambda: server.send(url, body, api_key=api_key, headers=headers), expected, answer)
 
 
-def _read(line: bytes, model: str) -> tuple[bytes, str, str]:
+def _read(text: bytes, model: str) -> tuple[bytes, str, str]:
     """What is sent, what the evaluated model said, and the truth."""
     try:
-        prompt = json.loads(line)
+        prompt = json.loads(text)
         if isinstance(prompt["body"], dict) and isinstance(prompt["expected"] + prompt["answer"], str):
             return json.dumps(prompt["body"] | {"model": model}).encode(), prompt["expected"], prompt["answer"]
     except (ValueError, LookupError, TypeError):
         pass
-    raise DataError("a line of the pinned prompts is none", value=line[:80])
+    raise DataError("a line of the pinned prompts is none", value=text[:80])

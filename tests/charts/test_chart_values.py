@@ -143,7 +143,7 @@ def test_a_run_can_ask_for_a_model_to_be_served() -> None:
         data = next(d["data"] for d in documents if d["metadata"]["name"] == site.CONFIG_MAP)
         found = Site.read(data)
         assert found is not None
-        return found.serving
+        return None if found.serving is None else Serving.model_validate(found.serving)
 
     found = serving("controller.pods.gpus=2", 'controller.hostnames=["ai.example"]')
     assert found is not None and found.image == VALUES["images"]["serve"]

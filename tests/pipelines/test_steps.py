@@ -29,9 +29,11 @@ OTHERS = {
     "components/report/step.py": {"report"},
     "components/report/close_run.py": {"report"},
     "pipelines/show/results.py": {"report"},
+    "infra/controller/loop.py": {"rollout"},
+    "infra/controller/tell.py": {"rollout"},
     "infra/images/build.py": {"quantize"},
 }
-"""The same words as names of other things: sections of the recipe, kinds of manifests, a file, an image."""
+"""The same words as names of other things: sections of the recipe, kinds of manifests, a file, an image, a label."""
 
 
 def test_rows_stand_behind_what_they_wait_for() -> None:

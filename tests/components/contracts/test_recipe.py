@@ -199,11 +199,11 @@ PRUNES = {"prune-image", "prune-video"}
         ("quantize.gate.max_loss", 0.5, {"preflight", "gate-quantized"}),
         ("quantize.limit", 50, {"preflight", "evaluate-quantized"}),
         ("rollout.port", 8000, {"preflight", "rollout"}),
-        ("register.model_name", "other", {"register"}),
+        ("register.model_name", "other", {"preflight", "register"}),
         ("needs.disk_bytes", 1, {"preflight"}),
         ("data.validation.max_pixels", 9999, {"preflight", "validate"}),
         ("model.max_length_tokens", 99, {"initialize"}),
-        ("name", "other", {"register"}),
+        ("name", "other", {"preflight", "register"}),
         ("evaluate.gate.least_questions", 40, {"preflight", "gate"}),
     ],
 )

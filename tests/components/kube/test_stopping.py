@@ -51,8 +51,10 @@ def test_only_a_pod_that_kubernetes_disrupts_is_moved(answer: Any, moved: bool) 
 
 def test_a_second_request_to_stop_does_not_cut_the_answer_to_the_first() -> None:
     """Ctrl-C twice would leave the job, or the alias, behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts behind a & ignores it
     with undisturbed():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
