@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,7 +44,11 @@ def _rights(place: Place, account: str, home: str, namespace: str) -> dict[str, 
 
 
 def _of(*roles: str) -> dict[str, set[str]]:
-    return {resource: set(verbs) for role in roles for resource, verbs in RIGHTS[role].items()}
+    found = defaultdict[str, set[str]](set)
+    for role in roles:
+        for resource, verbs in RIGHTS[role].items():
+            found[resource] |= set(verbs)
+    return dict(found)
 
 
 def test_every_account_may_what_it_must_and_nothing_else(make_place: Callable[..., Place]) -> None:
