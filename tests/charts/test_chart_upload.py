@@ -10,7 +10,9 @@ import pytest
 from places import Cluster, Place
 from typer.testing import CliRunner
 
+from nvila.components.contracts.pipelines import PIPELINES
 from nvila.pipelines.cli import app
+from nvila.pipelines.compile.package import resource_name
 
 sys.path.append(str(Path(__file__).parents[1] / "pipelines"))
 from kfp_stand_in import standing_in
@@ -36,11 +38,16 @@ def test_what_the_job_uploads_can_be_submitted(running: Place) -> None:
         assert [one for one in wanted if not _may(cluster, user, namespace, *one)] == []
         assert not _may(cluster, user, namespace, "delete", "")
 
-        (version,) = kfp.versions
+        names = {one["pipeline_id"]: one["name"] for one in kfp.pipelines}
+        versions = {names[one["pipeline_id"]]: one for one in kfp.versions}
+        assert {*versions} == {resource_name(name) for name in PIPELINES} and len(kfp.versions) == len(versions)
         ran = CliRunner().invoke(app, ["submit", "micro", "--host", kfp.url, "--namespace", namespace])
         assert ran.exit_code == 0, ran.output
         (run,) = kfp.runs
-        assert run["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
+        assert (
+            run["pipeline_version_reference"]["pipeline_version_id"]
+            == versions[resource_name("lifecycle")]["pipeline_version_id"]
+        )
 
 
 def _who(cluster: Cluster, token: str) -> dict[str, Any]:
