@@ -135,8 +135,7 @@ def test_the_platform_at_work(place: Place, store: Store) -> None:
     # A node must not count as warm with weights that nobody has vouched for; MLflow is not touched by that.
     with pytest.raises(AssertionError, match=r"DaemonSet/.*nvila-warmup not ready"):
         place.release(seconds=30, cache={"warmup": _warmup(b"others")})
-    said = place.cluster.kubectl("logs", "-n", place.namespace, "daemonset/nvila-warmup", "-c", "fetch")
-    assert "a file has another digest; it has been removed" in said
+    _eventually(lambda: _is_told(place, "a file has another digest; it has been removed"), 60)
 
     place.release(mlflow={"workers": 2})
     with _mlflow(place) as mlflow:
@@ -175,6 +174,12 @@ def _the_cache_is_warm(place: Place) -> None:
     assert weights.read_bytes() == WEIGHTS and weights.stat().st_uid == 65532
     log = place.cluster.kubectl("logs", "-n", place.namespace, "daemonset/nvila-warmup", "-c", "fetch")
     assert "1 files verified" in log
+
+
+def _is_told(place: Place, text: str) -> None:
+    """By the last try, which the kubelet may just be clearing away for the next one."""
+    said = place.cluster.kubectl("logs", "-n", place.namespace, "daemonset/nvila-warmup", "-c", "fetch")
+    assert text in said
 
 
 def _weights(place: Place) -> Path:
