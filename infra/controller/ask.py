@@ -88,7 +88,7 @@ class Asking:
         self._port, self._prompts = port, Prompts()
         self._lock, self._parsing, self._room = threading.Lock(), threading.Lock(), threading.Semaphore(AT_ONCE)
         self._large = threading.Lock()
-        self._under_way: dict[str, object] = {}
+        self._under_way: set[str] = set()
         self._answers: OrderedDict[str, Asked] = OrderedDict()
         self._turns: dict[str, int] = {}
 
@@ -145,18 +145,11 @@ class Asking:
         with self._lock:
             return self._answers.get(key)
 
-    def forget(self, key: str) -> None:
-        """Neither the answer nor what is still being asked is of interest any more."""
-        with self._lock:
-            self._answers.pop(key, None)
-            self._under_way.pop(key, None)
-            self._turns.pop(key, None)
-
     def _start(self, key: str, addresses: Sequence[str], work: Callable[[], Asked | None]) -> None:
         with self._lock:
             if key in self._answers or key in self._under_way or not addresses:
                 return
-            mine = self._under_way[key] = object()
+            self._under_way.add(key)
 
         def run() -> None:
             found = None
@@ -173,10 +166,9 @@ class Asking:
 
         def done(found: Asked | None) -> None:
             with self._lock:
-                if self._under_way.get(key) is mine:
-                    del self._under_way[key]
-                    if found is not None:
-                        self._answers[key] = found
+                self._under_way.discard(key)
+                if found is not None:
+                    self._answers[key] = found
                 while len(self._answers) > MOST_ANSWERS:
                     self._answers.popitem(last=False)
 

@@ -17,7 +17,7 @@ from threading import Event
 from pydantic import SecretStr, ValidationError
 
 from nvila.components.contracts.environment import revealed
-from nvila.components.contracts.errors import NvilaError, Unreachable
+from nvila.components.contracts.errors import NvilaError
 from nvila.components.contracts.modelrollout import MANAGER, VERSION_LABEL, Spec, Status, dump
 from nvila.components.kube.cluster import Cluster, Kind, Object
 from nvila.components.kube.errors import ApiError, Conflict
@@ -113,7 +113,7 @@ class Controller:
     def _aliases(self) -> Mapping[str, Aliases] | None:
         try:
             found = self.registry.aliases()
-        except Unreachable as error:
+        except NvilaError as error:  # away, or no login there: a version that fails is rolled back all the same
             self.failed("registry", error)
             return None
         self._said.pop("registry", None)
@@ -151,7 +151,6 @@ class _Turn:
 
         Raises:
             ApiError: of the cluster; what was not done is done in the next round.
-            NvilaError: the registry refuses something.
         """
         if self.made["metadata"].get("deletionTimestamp"):
             return
@@ -190,7 +189,8 @@ class _Turn:
                 for number in filter(None, wanted):
                     if found := self.of.registry.version(spec.model, number):
                         known[number] = found
-            except Unreachable:
+            except NvilaError as error:
+                self.of.failed(f"registry, {self.owner.name}", error)
                 aliases = None
         there = [one.version for one in (before.champion, tried, *before.leaving) if one]
         running = {number: self.looked.running(self.owner.name, number) for number in there}

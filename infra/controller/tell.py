@@ -149,7 +149,7 @@ class Webhook:
     def __init__(self, url: str, secret: str) -> None:
         self._url, self._secret = url, secret
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="webhook")
-        self._tries: dict[tuple[str, ...], int] = {}
+        self._under_way: set[tuple[str, ...]] = set()
         self._lock = threading.Lock()
         self._done: set[tuple[str, ...]] = set()
 
@@ -162,9 +162,9 @@ class Webhook:
             if key in self._done:
                 self._done.discard(key)
                 return True
-            if key in self._tries:
+            if key in self._under_way:
                 return False
-            self._tries[key] = 0
+            self._under_way.add(key)
         about = {"namespace": namespace, "rollout": rollout, "model": model}
         told = decided.model_dump(mode="json", exclude={"told"}, exclude_none=True)
         self._pool.submit(self._post, key, about | told)
@@ -180,5 +180,5 @@ class Webhook:
             except NvilaError as error:
                 say(f"webhook, try {attempt + 1} of {ATTEMPTS}: {error}", rollout=data["rollout"])
         with self._lock:
-            self._tries.pop(key, None)
+            self._under_way.discard(key)
             self._done.add(key)

@@ -204,26 +204,6 @@ def test_a_registry_that_is_away_is_asked_later(played: Callable[[Reply], Pods])
     assert answered(asking).agreed == 4
 
 
-def test_what_is_forgotten_has_no_answer(played: Callable[[Reply], Pods]) -> None:
-    """The answer of an earlier try would count for the next one of the same version."""
-    go = threading.Event()
-
-    def reply(body: dict[str, Any]) -> tuple[int, bytes]:
-        go.wait(60)
-        return 200, said("blue")
-
-    pods = played(reply)
-    asking = Asking(pods.port)
-    begin(asking, pods, Files(), count=1)
-    until(lambda: pods.asked)
-    asking.forget("k")
-    go.set()
-    begin(asking, pods, Files(), count=2)
-    assert answered(asking).asked == 2
-    asking.forget("k")
-    assert asking.answer("k") is None
-
-
 def test_single_prompts_come_round(played: Callable[[Reply], Pods]) -> None:
     """The same one each time measures a cache."""
     pods, files = played(lambda body: (200, said("blue"))), Files()

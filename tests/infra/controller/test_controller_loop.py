@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nvila.components.contracts.errors import ConfigError, Unreachable
+from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.modelrollout import MODEL_LABEL, VERSION_LABEL, Status
 from nvila.components.kube.cluster import EVENT, POD, Kind, Object
 from nvila.components.kube.errors import Conflict
@@ -42,7 +42,8 @@ class Site:
         self.tags: dict[str, str] = {}
         self.versions, self.bad, self.errors = itertools.count(1), set[str](), set[str]()
         self.killed_at, self.changes = -1, 0
-        self.now, self.away = 1_790_000_000.0, False
+        self.now = 1_790_000_000.0
+        self.away: NvilaError | None = None
         self.counted: dict[str, Counters] = {}
         self.questions: dict[str, Asked] = {}
         self.log: list[str] = []
@@ -111,7 +112,7 @@ class Site:
 
     def all_aliases(self) -> dict[str, Aliases]:
         if self.away:
-            raise Unreachable("away")
+            raise self.away
         return {"m": self.aliases}
 
     def version(self, model: str, number: str) -> Registered | None:
@@ -311,6 +312,17 @@ def test_a_registry_that_refuses_does_not_hold_up_requests_and_pods(
     settle(site)
     assert site.shares == {"2": 100} and site.runs == {"2"} and site.aliases.champion == "1"
     assert site.status.pending and "has not taken what was decided" in site.status.message
+
+
+def test_without_a_login_at_the_registry_a_version_that_fails_is_rolled_back(site: Site) -> None:
+    """A password had expired: the loop ended each round before it had looked at a single model."""
+    site.aliases = Aliases(challenger="1")
+    settle(site, lambda: site.aliases == Aliases(champion="1"))
+    site.aliases = Aliases(challenger="2", champion="1")
+    settle(site, lambda: site.shares.get("2") == 25)
+    site.away, site.errors = ConfigError("401"), {"2"}
+    settle(site, rounds=6)
+    assert site.shares == {"1": 100} and "does not answer" in site.status.message
 
 
 def test_one_model_that_cannot_be_read_does_not_hold_up_the_others(site: Site) -> None:
