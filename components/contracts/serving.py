@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.site import Quantity
+from nvila.components.contracts.site import KEY, Quantity, Site
 
 Text = Annotated[str, Field(min_length=1, max_length=253)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
@@ -74,3 +75,24 @@ class Serving(Section):
     """Host names that users ask; all of the Gateway's without."""
     pods: Pods = Pods()
     """What a pod takes, and where it may run."""
+
+
+def served_with(site: Site | None) -> Serving:
+    """What a site says of it; `Site` itself, which every step reads, takes it as it is.
+
+    Raises:
+        ConfigError: it says nothing, or something that is none; names the field.
+    """
+    if site is None or site.serving is None:
+        raise ConfigError(
+            "this cluster does not say with which image and Gateway models are served",
+            where=f"{KEY}: serving",
+            do="Set the chart's controller.enabled and controller.gateway, or make the model's ModelRollout: a run "
+            "takes it as it is.",
+        )
+    try:
+        return Serving.model_validate(site.serving)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, ("serving", *first["loc"])))
+        raise ConfigError(first["msg"], where=f"{KEY}: {field}", value=first["input"]) from None

@@ -15,8 +15,8 @@ from nvila.components.contracts import site
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.modelrollout import API, KIND, PLURAL, Override, Spec, Status
-from nvila.components.contracts.serving import Serving
-from nvila.components.contracts.site import KEY, Site
+from nvila.components.contracts.serving import Serving, served_with
+from nvila.components.contracts.site import Site
 from nvila.components.kube.cluster import CONFIG_MAP, Cluster, Kind, Object
 from nvila.components.kube.errors import Conflict, Denied
 from nvila.components.kube.requests import Advice
@@ -163,17 +163,4 @@ def serving_of(cluster: Cluster, here: Environment) -> Serving:
     Raises:
         ConfigError: it does not say.
     """
-    found = here.site or Site.read(site_settings(cluster))
-    if found is None or found.serving is None:
-        raise ConfigError(
-            "this cluster does not say with which image and Gateway models are served",
-            where=f"{KEY}: serving",
-            do="Set the chart's controller.enabled and controller.gateway, or make the model's ModelRollout: a run "
-            "takes it as it is.",
-        )
-    try:
-        return Serving.model_validate(found.serving)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, ("serving", *first["loc"])))
-        raise ConfigError(first["msg"], where=f"{KEY}: {field}", value=first["input"]) from None
+    return served_with(here.site or Site.read(site_settings(cluster)))

@@ -11,6 +11,7 @@ from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.recipe.form import Form, fill_in
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.rollout import RolloutSettings
+from nvila.components.contracts.serving import served_with
 from nvila.components.contracts.site import Site
 
 
@@ -57,6 +58,6 @@ def test_the_policy_is_that_of_pods_where_the_recipe_does_not_say() -> None:
     ],
 )
 def test_a_site_that_cannot_serve_says_where(serving: dict[str, Any], said: str) -> None:
-    """It is read by every step of every run: a slip in the chart's values must name itself."""
+    """A slip in the chart's values must name itself where it is read first, not be a ModelRollout that is refused."""
     with pytest.raises(ConfigError, match=f"NVILA_SITE: {said}"):
-        Site.read({"NVILA_SITE": json.dumps({"serving": serving})})
+        served_with(Site.read({"NVILA_SITE": json.dumps({"serving": serving})}))
