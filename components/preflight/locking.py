@@ -1,7 +1,7 @@
 """Whether a lock in a folder holds: between processes, which is tried, and between nodes, as far as a mount tells.
 
-Two runs with the same work wait for each other by a lock in the store. Where nodes do not see each other's, both work in
-one folder and on one job, and cancelling one of the runs ends the other's.
+Two runs with the same work wait for each other by a lock in the store. Where nodes do not see each other's, both work
+in one folder and on one job, and cancelling one of the runs ends the other's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two pods at one folder: a lock that one holds is seen by the other, or is not. The hook of `helm test` for the volume.
+"""Two pods at one folder: a lock that one holds is seen by the other, or is not. `helm test` asks so of the volume.
 
     python -m nvila.infra.checks.locks FOLDER TEST
 

@@ -13,9 +13,10 @@ from nvila.components.preflight.locking import problems
 
 def _mount(folder: Path, kind: str, options: str) -> Path:
     """The kernel's list, with a mount at a folder below another one."""
+    place = str(folder).replace(" ", "\\040")
     lines = (
         "22 1 254:0 / / rw,relatime - ext4 /dev/vda rw",
-        f"40 22 0:50 / {str(folder).replace(' ', chr(92) + '040')} rw,relatime shared:3 - {kind} server:/x rw,{options}",
+        f"40 22 0:50 / {place} rw,relatime shared:3 - {kind} server:/x rw,{options}",
     )
     path = folder / "mountinfo"
     path.write_text("\n".join(lines))

@@ -36,7 +36,7 @@ def test_a_lock_that_the_other_does_not_see_fails_both(tmp_path: Path, monkeypat
     with ThreadPoolExecutor() as pool:
         pods = [pool.submit(locks.meet, tmp_path / "t", name, f"node-{name}") for name in "ab"]
         for pod in pods:
-            with pytest.raises(PreflightError, match="not seen by another .node-a and node-b"):
+            with pytest.raises(PreflightError, match=r"not seen by another .node-a and node-b"):
                 pod.result(60)
 
 
