@@ -7,15 +7,16 @@ from nvila.components.runner.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def report(
-    step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]
+    step: str, status: dsl.PipelineTaskFinalStatus, report: dsl.Output[dsl.HTML], summary: dsl.Output[dsl.Artifact]
 ) -> None:
     """Gather the run folder into one self-contained HTML page, then close the run: jobs, MLflow, webhook."""
-    import shutil
     from functools import partial
 
     from nvila.components.report.close_run import close
     from nvila.components.runner.execute import execute
 
     last = partial(close, status.state, status.error_message)
-    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings={}, at_end=last))
-    shutil.copyfile(out.metadata["uri"] + "/report.html", html.path)
+    shown = {"report.html": report.path}
+    summary.metadata.update(
+        execute(step, "nvila.components.report.step", None, {}, summary.path, settings={}, shown=shown, at_end=last)
+    )

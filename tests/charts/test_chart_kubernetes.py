@@ -15,7 +15,13 @@ from nvila.infra.launch.jobs import JOBSET_LABEL
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 36)]
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]
-CUSTOM = ("gateway.networking.k8s.io", "kueue.x-k8s.io", "monitoring.coreos.com", "pipelines.kubeflow.org", "trainer.kubeflow.org")
+CUSTOM = (
+    "gateway.networking.k8s.io",
+    "kueue.x-k8s.io",
+    "monitoring.coreos.com",
+    "pipelines.kubeflow.org",
+    "trainer.kubeflow.org",
+)
 WITHOUT_SCHEMA = {("monitoring.coreos.com/v1", "PodMonitor")}
 """Of those the tests' folder may have no definition; `test_chart_monitoring.py` looks at their fields."""
 

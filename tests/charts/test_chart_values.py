@@ -55,7 +55,10 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ('pods.all.volumes={"/a":{"readOnly":true}}', "/pods/all/volumes"),
         ('pods.all.tolerations=[{"operator":"Equal"}]', "/pods/all/tolerations/0"),
         ('pods.steps={"priorityClassName":"high"}', "'priorityClassName' not allowed"),
-        ('certificates.bundle="-----BEGIN CERTIFICATE-----\\nMII=\\n-----END CERTIFICATE-----"', "/certificates/bundle"),
+        (
+            'certificates.bundle="-----BEGIN CERTIFICATE-----\\nMII=\\n-----END CERTIFICATE-----"',
+            "/certificates/bundle",
+        ),
         ('proxy.url="http://user:password@proxy"', "/proxy/url"),
         ('mlflow.route.host="mlflow.example"', "/mlflow/route/gateway/name"),
         ('mlflow.mode="external"', "/mlflow/uri"),
@@ -119,7 +122,11 @@ def test_every_key_is_explained_and_no_other_is_taken() -> None:
     """The schema is the chart's reference; an open object takes typing errors."""
     parts = dict(every_value(SCHEMA, SCHEMA))
     assert [w for w, part in parts.items() if not w.endswith("[]") and len(part.get("description", "")) < 4] == []
-    objects = {where: part for where, part in parts.items() if part.get("type") == "object" and not where.startswith((".global", ".extraObjects"))}
+    objects = {
+        where: part
+        for where, part in parts.items()
+        if part.get("type") == "object" and not where.startswith((".global", ".extraObjects"))
+    }
     assert [where for where, part in objects.items() if part.get("additionalProperties", True) is True] == []
 
 
@@ -151,7 +158,10 @@ def test_a_run_can_ask_for_a_model_to_be_served() -> None:
     assert (found.gateway.name, found.gateway.namespace, found.gateway.section_name) == ("public", "gateways", "https")
     assert found.hostnames == ["ai.example"] and (found.pods.gpus, found.pods.memory) == (2, "32Gi")
     assert found.pods.node_selector == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3", "pool": "ml"}
-    assert found.pods.tolerations == [*VALUES["gpu"]["tolerations"], {"key": "team", "operator": "Equal", "value": "ml"}]
+    assert found.pods.tolerations == [
+        *VALUES["gpu"]["tolerations"],
+        {"key": "team", "operator": "Equal", "value": "ml"},
+    ]
     assert found.pods.priority_class_name == "ml"
     plain = serving('controller.gateway={"name":"public","namespace":"","sectionName":""}')
     assert plain is not None and plain.gateway.namespace is None
