@@ -58,6 +58,7 @@ def test_every_pod_takes_all_that_the_site_says_of_all(laid: list[Document]) -> 
             assert variables["SSL_CERT_FILE"].startswith(CERTIFICATES_MOUNT), where
     workloads = {"mlflow", "postgres", "backup", "warmup", "controller", "torch"}
     assert workloads <= {where.removeprefix("nvila-").split("-")[0] for where in seen} >= {"upload"}
+    assert {"nvila-test-services", "nvila-test-locks"} <= seen
     accounts = [d for d in laid if d["kind"] == "ServiceAccount"]
     assert [d["metadata"]["name"] for d in accounts if "annotations" not in d["metadata"]] == []
     assert [d["metadata"]["namespace"] for d in laid if d["metadata"]["name"] == CERTIFICATES] == [
