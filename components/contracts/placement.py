@@ -44,7 +44,7 @@ def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     if processes:
         cpu, memory = share(site, processes)
         return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
-    if row.size == "memory" and recipe.model.base.made_here:  # the weights that it makes itself are small
+    if _has_little_to_do(row, recipe):
         return _without_gpus(site)
     cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
     node_cores, node_bytes = _node(site)
@@ -55,6 +55,13 @@ def _without_gpus(site: Site, *asked: str) -> Placement:
     """On the nodes for such pods; where nothing is `asked`, as little as a pod takes."""
     where = {"tolerations": list(site.cpu_tolerations), "node_labels": dict(site.cpu_labels)}
     return Placement(*asked, **where)  # type: ignore[arg-type]
+
+
+def _has_little_to_do(row: Step, recipe: Recipe) -> bool:
+    """The weights that a recipe makes itself are small, and so are demonstrations."""
+    if row.size == "memory":
+        return recipe.model.base.made_here
+    return row.size == "cpus" and all(source.demo for source in recipe.data.sources)
 
 
 def sources() -> dict[str, dict[str, str]]:
