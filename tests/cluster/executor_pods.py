@@ -23,6 +23,7 @@ BEGIN_SECONDS = 600
 _KNOWN = {
     "activeDeadlineSeconds",
     "configMapAsEnv",
+    "configMapAsVolume",
     "emptyDirMounts",
     "fieldPathAsEnv",
     "nodeSelector",
@@ -87,15 +88,15 @@ def pod(call: Call, name: str, run: str, shared: Path, account: str) -> dict[str
             for pair in one["keyToEnv"]:
                 read = {"name": one[f"{kind}NameParameter"], "key": pair[key], "optional": optional}
                 environment.append({"name": pair["envVar"], "valueFrom": {f"{kind}KeyRef": read}})
-    volumes: list[dict[str, Any]] = [{"name": "shared", "hostPath": {"path": str(shared)}}]
-    mounts = [{"name": "shared", "mountPath": str(shared)}]
+    places = [("shared", {"hostPath": {"path": str(shared)}}, str(shared))]
     for one in more.get("pvcMount", []):
         claim = one["pvcNameParameter"]
-        volumes.append({"name": claim, "persistentVolumeClaim": {"claimName": claim}})
-        mounts.append({"name": claim, "mountPath": one["mountPath"]})
+        places.append((claim, {"persistentVolumeClaim": {"claimName": claim}}, one["mountPath"]))
+    for one in more.get("configMapAsVolume", []):
+        read = {"name": one["configMapNameParameter"], "optional": one.get("optional", False)}
+        places.append((read["name"], {"configMap": read}, one["mountPath"]))
     for one in more.get("emptyDirMounts", []):
-        volumes.append({"name": one["volumeName"], "emptyDir": {"medium": one.get("medium", "")}})
-        mounts.append({"name": one["volumeName"], "mountPath": one["mountPath"]})
+        places.append((one["volumeName"], {"emptyDir": {"medium": one.get("medium", "")}}, one["mountPath"]))
     asked = container["resources"]
     gpus = {one["resourceType"]: one["resourceCount"] for one in [asked.get("accelerator")] if one}
     gpus = {kind: count for kind, count in gpus.items() if count != "0"}
@@ -106,7 +107,7 @@ def pod(call: Call, name: str, run: str, shared: Path, account: str) -> dict[str
         "command": ["sh", "-c", INIT, str(call.folder / f"{call.attempt}.log"), *container["command"]],
         "args": container["args"],
         "env": environment,
-        "volumeMounts": mounts,
+        "volumeMounts": [{"name": volume, "mountPath": path} for volume, _, path in places],
         "resources": {
             "requests": {"cpu": asked["resourceCpuRequest"], "memory": asked["resourceMemoryRequest"]},
             "limits": {"cpu": asked["resourceCpuLimit"], "memory": asked["resourceMemoryLimit"]} | gpus,
@@ -118,7 +119,7 @@ def pod(call: Call, name: str, run: str, shared: Path, account: str) -> dict[str
         "restartPolicy": "Never",
         "serviceAccountName": account,
         "containers": [main],
-        "volumes": volumes,
+        "volumes": [{"name": volume, **source} for volume, source, _ in places],
         "nodeSelector": more.get("nodeSelector", {}).get("nodeSelectorJson", {}),
         "tolerations": [one for said in more.get("tolerations", []) for one in said["tolerationJson"]],
     }
