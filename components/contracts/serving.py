@@ -75,11 +75,7 @@ class Serving(Section):
     """Of the serving pods: the platform's image `serve`."""
     gateway: Gateway
     """Where users come in."""
-    hostnames: Name = Annotated[
-    str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$", max_length=253)
-]
-"""Of a Secret, which may have dots."""
-HostNames = []
+    hostnames: HostNames = []
     """Host names that users ask; all of the Gateway's without."""
     pods: Pods = Pods()
     """What a pod takes, and where it may run."""
