@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster_rows import contained, installed, interpreting, launching, promoting
+from cluster_rows import contained, drawn, installed, interpreting, launching, promoting
 
 from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.form import Form, fill_in
@@ -20,14 +20,8 @@ Row = tuple[str, str, float, float, str]
 
 def rows() -> list[Row]:
     """Work, unit, baseline, ours, what the baseline is."""
-    return [
-        *_compiled(),
-        *installed.rows(),
-        *contained.rows(),
-        *interpreting.rows(),
-        *launching.rows(),
-        *promoting.rows(),
-    ]
+    areas = (installed, drawn, contained, interpreting, launching, promoting)
+    return [*_compiled(), *(row for area in areas for row in area.rows())]
 
 
 def _compiled() -> Iterator[Row]:
