@@ -13,9 +13,15 @@ def report(
     import shutil
     from functools import partial
 
+    from nvila.components.contracts.manifest import Manifest
+    from nvila.components.contracts.results.run import Ending
     from nvila.components.report.close_run import close
     from nvila.components.runner.execute import execute
 
     last = partial(close, status.state, status.error_message)
-    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings={}, at_end=last))
+    said = {"state": status.state or "", "message": status.error_message}
+    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings=said, at_end=last))
+    # The UI shows an artifact's metadata; KFP itself has lost the exit code.
+    ended = Manifest.load(out.path).told(Ending).model_dump(mode="json", exclude_none=True)
+    out.metadata.update({f"run_{name}": value for name, value in ended.items()})
     shutil.copyfile(out.metadata["uri"] + "/report.html", html.path)

@@ -10,11 +10,13 @@ import pytest
 from telling import retained, scored
 
 from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.run import Ending
 from nvila.components.contracts.steps import STEPS
 from nvila.components.data.samples import QUARANTINE_FILE
-from nvila.components.report.close_run import Ending, notice
+from nvila.components.report.close_run import notice
 from nvila.components.report.flow import duration, lanes
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
@@ -150,7 +152,8 @@ def test_only_a_good_model_gets_a_green_headline(
         small.accuracy["digits"] = retained(quantized, full=accuracy)
     found = HEADLINE.search(render(run))
     assert found and found[1] == tone and said in found[2]
-    assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, Ending("succeeded"))["headline"]
+    came_through = Ending(outcome="succeeded", exit_code=Exit.DONE)
+    assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, came_through)["headline"]
 
 
 def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
