@@ -8,7 +8,7 @@ RECIPE ?= tiny
 PORT ?= 5000
 RUNS ?= runs
 WORKERS ?= 2
-IMAGES ?= base controller serve quantize
+IMAGES ?= base controller mlflow serve quantize
 
 BIN := .venv/bin
 # A stamp inside each environment, named by what it was made from: another lock makes it anew, and nothing else does.

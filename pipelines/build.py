@@ -35,7 +35,7 @@ def build(
     (last,) = (row for row in steps or pipeline.steps if row.at_exit)
 
     def add(row: Step, places: Mapping[str, Any] = MappingProxyType({}), **inputs: Any) -> PipelineTask:
-        task = component(row)(step=row.name, **inputs).set_display_name(row.name)
+        task = component(row)(step=row.name, **inputs).set_display_name(f"{row.name}: {row.remark}")
         # One cache, the store's: KFP's key does not see our package's code.
         task.set_caching_options(enable_caching=False)
         place(task, row, places)
@@ -44,10 +44,10 @@ def build(
     def flow(*fields: Any) -> None:
         with dsl.ExitHandler(add(last), name="run"):
             resolved = add(first, **dict(zip(pipeline.form, fields, strict=True)))
-            tasks = {first.name: resolved}
+            tasks, made = {first.name: resolved}, {row.name: row.output for row in (first, *others)}
             for row in others:
-                inputs = {name: tasks[step].outputs["out"] for name, step in row.inputs.items()}
-                tasks[row.name] = add(row, resolved.outputs, slices=resolved.outputs["out"], **inputs)
+                inputs = {name: tasks[step].outputs[made[step]] for name, step in row.inputs.items()}
+                tasks[row.name] = add(row, resolved.outputs, slices=resolved.outputs[first.output], **inputs)
                 tasks[row.name].after(*(tasks[step] for step in row.after))
 
     # KFP reads the form from the function's signature and docstring.

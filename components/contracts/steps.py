@@ -32,7 +32,9 @@ class Step:
     about: str
     """What it does, for the README."""
     remark: str
-    """The same in a few words, for the report's picture."""
+    """The same in a few words, for the report's picture and the boxes of KFP's."""
+    output: str
+    """Name of the artifact that its manifest is, as KFP's UI shows it."""
     recipe: Mapping[str, str] = field(default_factory=dict)
     """Its part of the recipe: field of the step's `Settings` -> where the recipe has it, as `train.stages.3`."""
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +76,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
         folder="prune",
         about=about,
         remark=remark,
+        output="kept",
         result=Pruning,
         recipe={
             "prune": "prune",
@@ -94,6 +97,7 @@ def _train(number: int, about: str, remark: str, **kept: str) -> Step:
         folder="train",
         about=about,
         remark=remark,
+        output="trained",
         result=Training,
         recipe={"stage": f"train.stages.{number - 1}", "run": "train.run", "seed": "seed"},
         inputs={"model": f"train-{number - 1}" if number > 1 else INITIALIZE, "samples": VALIDATE, **kept},
@@ -128,6 +132,7 @@ STEPS = (
         folder="resolve",
         about="checks the recipe and cuts it into one slice per step",
         remark="recipe to slices",
+        output="slices",
         result=Resolution,
         quick=True,
     ),
@@ -136,6 +141,7 @@ STEPS = (
         folder="preflight",
         about="demonstration data; then memory, disk, versions, data files and port, before anything long starts",
         remark="is everything there?",
+        output="checks",
         result=Preflight,
         recipe={
             "data": "data",
@@ -159,6 +165,7 @@ STEPS = (
         folder="validate",
         about="every record of every source against Great Expectations; spoilt ones go to quarantine with a reason",
         remark="data checked, spoilt records out",
+        output="samples",
         result=Validation,
         recipe={"data": "data"},
         after=(PREFLIGHT,),
@@ -169,6 +176,7 @@ STEPS = (
         folder="initialize",
         about="the model that stage 1 starts from: published weights, or a small one made here",
         remark="first weights",
+        output="model",
         result=Initialization,
         recipe={"model": "model", "seed": "seed", "max_skipped_share": "train.max_skipped_share"},
         inputs={"samples": VALIDATE},
@@ -187,6 +195,7 @@ STEPS = (
         folder="evaluate",
         about="scores on held-out data, before training and after every stage, beside question-only baselines",
         remark="held-out accuracy",
+        output="metrics",
         result=Evaluation,
         recipe={"evaluate": "evaluate.tasks", "seed": "seed"},
         inputs={"model": _STAGES[-1].name, "samples": VALIDATE},
@@ -198,6 +207,7 @@ STEPS = (
         folder="gate",
         about="stops a model that did not learn (exit code 3)",
         remark="good enough?",
+        output="passed",
         result=Passed,
         recipe={"gate": "gate"},
         inputs={"metrics": EVALUATE},
@@ -209,6 +219,7 @@ STEPS = (
         folder="quantize",
         about="vision tower to W8A8, language model to W4A16, one compressed-tensors checkpoint",
         remark="W8A8 tower, W4A16 language model",
+        output="quantized",
         result=Quantization,
         recipe={"quantize": "quantize.scheme", "seed": "seed", "max_skipped_share": "train.max_skipped_share"},
         inputs={"model": _STAGES[-1].name, "samples": VALIDATE},
@@ -221,6 +232,7 @@ STEPS = (
         folder="evaluate_quantized",
         about="the same questions to the quantized model, through vLLM",
         remark="accuracy once more",
+        output="quantized_metrics",
         result=QuantizedEvaluation,
         recipe={"evaluate": "evaluate.tasks", "limit": "quantize.limit", "through_vllm": "quantize.through_vllm"},
         inputs={"model": QUANTIZE, "metrics": EVALUATE, "samples": VALIDATE},
@@ -232,6 +244,7 @@ STEPS = (
         folder="gate",
         about="stops a model that quantization harmed (exit code 3)",
         remark="still good enough?",
+        output="passed",
         result=Passed,
         recipe={"gate": "quantize.gate"},
         inputs={"metrics": EVALUATE_QUANTIZED},
@@ -243,6 +256,7 @@ STEPS = (
         folder="register",
         about="a version in the MLflow registry with metrics, card, lineage and pinned prompts",
         remark="version in the registry",
+        output="version",
         result=Registration,
         recipe={"register": "register_"},
         inputs={
@@ -260,6 +274,7 @@ STEPS = (
         folder="rollout",
         about="serves the version, asks it the pinned prompts, moves the alias `champion`",
         remark="serve, ask, promote",
+        output="promotion",
         result=Rollout,
         recipe={"rollout": "rollout"},
         inputs={"version": REGISTER, "model": QUANTIZE, "metrics": EVALUATE_QUANTIZED, "samples": VALIDATE},
@@ -273,6 +288,7 @@ STEPS = (
         about="one self-contained HTML page; written for rejected and failed runs too",
         remark="written last, whatever happened",
         result=Ending,
+        output="summary",
         quick=True,
         always=True,
         at_exit=True,

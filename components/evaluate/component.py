@@ -11,10 +11,10 @@ def evaluate(
     slices: dsl.Input[dsl.Artifact],
     model: dsl.Input[dsl.Model],
     samples: dsl.Input[dsl.Dataset],
-    out: dsl.Output[dsl.Metrics],
+    metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Measure the model before training and after each stage, beside question-only baselines."""
     from nvila.components.runner.execute import execute
 
     inputs = {"model": model.path, "samples": samples.path}
-    out.metadata.update(execute(step, "nvila.components.evaluate.step", slices.path, inputs, out.path))
+    metrics.metadata.update(execute(step, "nvila.components.evaluate.step", slices.path, inputs, metrics.path))

@@ -12,10 +12,12 @@ def evaluate_quantized(
     model: dsl.Input[dsl.Model],
     metrics: dsl.Input[dsl.Metrics],
     samples: dsl.Input[dsl.Dataset],
-    out: dsl.Output[dsl.Metrics],
+    quantized_metrics: dsl.Output[dsl.Metrics],
 ) -> None:
     """Measure the quantized model on the same questions as the full one."""
     from nvila.components.runner.execute import execute
 
     inputs = {"model": model.path, "metrics": metrics.path, "samples": samples.path}
-    out.metadata.update(execute(step, "nvila.components.evaluate_quantized.step", slices.path, inputs, out.path))
+    quantized_metrics.metadata.update(
+        execute(step, "nvila.components.evaluate_quantized.step", slices.path, inputs, quantized_metrics.path)
+    )

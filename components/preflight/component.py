@@ -6,8 +6,8 @@ from nvila.components.runner.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def preflight(step: str, slices: dsl.Input[dsl.Artifact], out: dsl.Output[dsl.Artifact]) -> None:
+def preflight(step: str, slices: dsl.Input[dsl.Artifact], checks: dsl.Output[dsl.Artifact]) -> None:
     """Build demonstration data; check memory, disk, package versions, data files and the serving port."""
     from nvila.components.runner.execute import execute
 
-    out.metadata.update(execute(step, "nvila.components.preflight.step", slices.path, {}, out.path))
+    checks.metadata.update(execute(step, "nvila.components.preflight.step", slices.path, {}, checks.path))

@@ -11,10 +11,10 @@ def prune(
     slices: dsl.Input[dsl.Artifact],
     samples: dsl.Input[dsl.Dataset],
     model: dsl.Input[dsl.Model],
-    out: dsl.Output[dsl.Dataset],
+    kept: dsl.Output[dsl.Dataset],
 ) -> None:
     """Score SFT samples by the recipe's method; write the scores and which samples stay."""
     from nvila.components.runner.execute import execute
 
     inputs = {"samples": samples.path, "model": model.path}
-    out.metadata.update(execute(step, "nvila.components.prune.step", slices.path, inputs, out.path))
+    kept.metadata.update(execute(step, "nvila.components.prune.step", slices.path, inputs, kept.path))

@@ -11,10 +11,10 @@ def quantize(
     slices: dsl.Input[dsl.Artifact],
     model: dsl.Input[dsl.Model],
     samples: dsl.Input[dsl.Dataset],
-    out: dsl.Output[dsl.Model],
+    quantized: dsl.Output[dsl.Model],
 ) -> None:
     """Quantize the vision tower to W8A8 and the language model to W4A16."""
     from nvila.components.runner.execute import execute
 
     inputs = {"model": model.path, "samples": samples.path}
-    out.metadata.update(execute(step, "nvila.components.quantize.step", slices.path, inputs, out.path))
+    quantized.metadata.update(execute(step, "nvila.components.quantize.step", slices.path, inputs, quantized.path))

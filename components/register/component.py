@@ -15,11 +15,9 @@ def register(
     samples: dsl.Input[dsl.Dataset],
     gate: dsl.Input[dsl.Artifact],
     card: dsl.Output[dsl.Markdown],
-    out: dsl.Output[dsl.Artifact],
+    version: dsl.Output[dsl.Artifact],
 ) -> None:
     """Register the quantized model with its metrics, card, lineage and pinned prompts."""
-    import shutil
-
     from nvila.components.runner.execute import execute
 
     inputs = {
@@ -29,5 +27,7 @@ def register(
         "samples": samples.path,
         "gate": gate.path,
     }
-    out.metadata.update(execute(step, "nvila.components.register.step", slices.path, inputs, out.path))
-    shutil.copyfile(out.metadata["uri"] + "/model_card.md", card.path)
+    shown = {"model_card.md": card.path}
+    version.metadata.update(
+        execute(step, "nvila.components.register.step", slices.path, inputs, version.path, shown=shown)
+    )

@@ -7,10 +7,9 @@ from nvila.components.runner.image import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def report(
-    step: str, status: dsl.PipelineTaskFinalStatus, html: dsl.Output[dsl.HTML], out: dsl.Output[dsl.Artifact]
+    step: str, status: dsl.PipelineTaskFinalStatus, report: dsl.Output[dsl.HTML], summary: dsl.Output[dsl.Artifact]
 ) -> None:
     """Gather the run folder into one self-contained HTML page, then close the run: jobs, MLflow, webhook."""
-    import shutil
     from functools import partial
 
     from nvila.components.contracts.manifest import Manifest
@@ -20,8 +19,10 @@ def report(
 
     last = partial(close, status.state, status.error_message)
     said = {"state": status.state or "", "message": status.error_message}
-    out.metadata.update(execute(step, "nvila.components.report.step", None, {}, out.path, settings=said, at_end=last))
+    shown = {"report.html": report.path}
+    summary.metadata.update(
+        execute(step, "nvila.components.report.step", None, {}, summary.path, settings=said, shown=shown, at_end=last)
+    )
     # The UI shows an artifact's metadata; KFP itself has lost the exit code.
-    ended = Manifest.load(out.path).told(Ending).model_dump(mode="json", exclude_none=True)
-    out.metadata.update({f"run_{name}": value for name, value in ended.items()})
-    shutil.copyfile(out.metadata["uri"] + "/report.html", html.path)
+    ended = Manifest.load(summary.path).told(Ending).model_dump(mode="json", exclude_none=True)
+    summary.metadata.update({f"run_{name}": value for name, value in ended.items()})

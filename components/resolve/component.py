@@ -15,7 +15,7 @@ def resolve(
     model_name: str,
     target: str,
     overrides: str,
-    out: dsl.Output[dsl.Artifact],
+    slices: dsl.Output[dsl.Artifact],
     start_from: str = "",
     keep_ratio: float = 0.0,
 ) -> NamedTuple(  # type: ignore[valid-type]
@@ -42,5 +42,5 @@ def resolve(
         "target": target,
         "overrides": overrides,
     }
-    out.metadata.update(execute(step, "nvila.components.resolve.step", None, {}, out.path, settings=form))
-    return places(out.path, Environment.read())
+    slices.metadata.update(execute(step, "nvila.components.resolve.step", None, {}, slices.path, settings=form))
+    return places(slices.path, Environment.read())

@@ -13,10 +13,10 @@ def rollout(
     model: dsl.Input[dsl.Model],
     metrics: dsl.Input[dsl.Metrics],
     samples: dsl.Input[dsl.Dataset],
-    out: dsl.Output[dsl.Artifact],
+    promotion: dsl.Output[dsl.Artifact],
 ) -> None:
     """Serve the version, probe it, and move the alias `champion`."""
     from nvila.components.runner.execute import execute
 
     inputs = {"version": version.path, "model": model.path, "metrics": metrics.path, "samples": samples.path}
-    out.metadata.update(execute(step, "nvila.components.rollout.step", slices.path, inputs, out.path))
+    promotion.metadata.update(execute(step, "nvila.components.rollout.step", slices.path, inputs, promotion.path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from nvila.components.contracts.environment import Environment, entered, handed_down, name_of, notices
@@ -81,6 +83,7 @@ def execute(
     inputs: Mapping[str, str],
     output: str,
     settings: Any = None,
+    shown: Mapping[str, str] = MappingProxyType({}),
     at_end: Callable[[Environment], None] = lambda here: None,
 ) -> dict[str, Any]:
     """Run a step or skip it, write its manifest to `output`, and return metadata for the KFP artifact.
@@ -96,6 +99,7 @@ def execute(
         inputs: paths of the input manifests by name.
         output: where KFP wants the artifact's file.
         settings: the slice itself, for `resolve`, which makes the slices.
+        shown: pages of the step's folder that KFP's UI renders, and where it wants each.
         at_end: called last, however the step has ended.
     """
     try:
@@ -120,6 +124,8 @@ def execute(
             made, cached = perform(here, step, module, settings, loaded) if settings is not None else (None, False)
             manifest = made or loaded[ROWS[step].hands_on]
             manifest.save(Path(output))
+            for page, place_of_page in shown.items():
+                shutil.copyfile(Path(manifest.folder, page), place_of_page)
             how = Status.CACHED if cached else Status.DONE if made else Status.NOT_ASKED_FOR
             status.end(how, Exit.DONE, manifest=str(Path(made.folder, MANIFEST)) if made else None)
             facts = {"uri": manifest.folder, "digest": manifest.digest, "step": step, "cached": cached}

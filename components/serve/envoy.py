@@ -503,7 +503,7 @@ class Admin:
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=10)
+        super().__init__("127.0.0.1", timeout=10)
         self._path = path
 
     def connect(self) -> None:

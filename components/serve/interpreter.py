@@ -68,6 +68,9 @@ def serve_variables(threads: int = 1) -> dict[str, str]:
         "VLLM_MEDIA_CONNECTOR": "nvila",
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # The model runs eagerly. What vLLM compiles all the same (it counts log probabilities) is built by a C++
+        # compiler when the first request asks for it, and a machine without one loses the engine to that request.
+        "TORCH_COMPILE_DISABLE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         **named(vllm_cache_gib=here.vllm_cache_gib, vllm_binding=here.vllm_binding, threads=threads),
     }

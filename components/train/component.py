@@ -13,7 +13,7 @@ def train(
     slices: dsl.Input[dsl.Artifact],
     model: dsl.Input[dsl.Model],
     samples: dsl.Input[dsl.Dataset],
-    out: dsl.Output[dsl.Model],
+    trained: dsl.Output[dsl.Model],
     kept_image: Optional[dsl.Input[dsl.Dataset]] = None,  # noqa: UP045 - KFP reads the annotation's text
     kept_video: Optional[dsl.Input[dsl.Dataset]] = None,  # noqa: UP045
 ) -> None:
@@ -22,4 +22,4 @@ def train(
 
     given = {"model": model, "samples": samples, "kept_image": kept_image, "kept_video": kept_video}
     inputs = {name: artifact.path for name, artifact in given.items() if artifact}
-    out.metadata.update(execute(step, "nvila.components.train.step", slices.path, inputs, out.path))
+    trained.metadata.update(execute(step, "nvila.components.train.step", slices.path, inputs, trained.path))

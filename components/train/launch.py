@@ -59,8 +59,8 @@ def launch(job: Job) -> None:
     if nodes == 1:
         # Takes a free port, which the agent shares. With the rendezvous of `--standalone` it would inspect its whole
         # call stack at each move, and that takes seconds where thousands of modules are loaded.
-        meeting = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-        endpoint = f"localhost:{meeting.port}"
+        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        endpoint = f"127.0.0.1:{meeting.port}"
     else:
         meeting = meet(here.master_address, here.master_port, nodes, node)
         endpoint = f"{here.master_address}:{here.master_port}"

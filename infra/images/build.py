@@ -1,4 +1,4 @@
-"""Builds the images with podman: `python -m nvila.infra.images.build base quantize --base-image NAME@sha256:...`.
+"""Builds the images: `python -m nvila.infra.images.build base quantize --base-image NAME@sha256:...`.
 
 Runs in a checkout. Nothing of the machine it runs on enters an image: pip's settings go in as a secret, what they name
 on this machine (a certificate bundle, a folder of wheels) as mounts for the build only.
@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 
 from nvila.components.contracts.errors import NvilaError, PreflightError
-from nvila.infra.images.machine import pip_settings, podman_environment
+from nvila.infra.images.machine import ENGINES, Engine, engine_environment, pip_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("infra/images")
@@ -24,15 +24,16 @@ KINDS = {
     "serve": "Containerfile",
     "quantize": "Containerfile",
     "controller": "Containerfile",
+    "mlflow": "Containerfile",
     "train": "train.Containerfile",
 }
 """Name of an image, which is a target -> its file."""
-LOCKS = {"serve": ("serve.lock",), "quantize": ("main.lock", "serve.lock")}
+LOCKS = {"serve": ("serve.lock",), "quantize": ("main.lock", "serve.lock"), "mlflow": ("mlflow.lock",)}
 """Lock files in an image; `main.lock` where none is named."""
 SOURCES = ("components", "infra", "pipelines", "requirements", "pyproject.toml")
 
 
-def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str]) -> str:
+def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str], engine: Engine = "podman") -> str:
     """Build one image and return its name.
 
     Args:
@@ -41,22 +42,32 @@ def build(kind: str, base_image: str, name: str, tag: str, arguments: list[str])
         name: registry and path before the kind, such as `registry.example/nvila`.
         tag: the tag.
         arguments: further build arguments, `KEY=VALUE`.
+        engine: what builds it.
 
     Raises:
-        PreflightError: podman or git is missing, or this is no checkout.
-        NvilaError: podman failed; it has said why.
+        PreflightError: the engine or git is missing, this is no checkout, or docker cannot mount what pip's settings
+            name on this machine.
+        NvilaError: the engine failed; it has said why.
     """
-    image, environment = f"{name}/{kind}:{tag}", podman_environment(SCRATCH)
+    image, environment = f"{name}/{kind}:{tag}", engine_environment(engine, SCRATCH)
     secret, mounts = pip_settings(SCRATCH)
-    options = ["--file", str(FOLDER / KINDS[kind]), "--target", kind, "--tag", image, "--layers", "--network", "host"]
+    options = ["--file", str(FOLDER / KINDS[kind]), "--target", kind, "--tag", image, "--network", "host"]
     options += ["--secret", f"id=pip,src={secret}"]
-    options += [part for mount in mounts for part in ("--volume", mount)]
+    if engine == "podman":
+        options += ["--layers", *(part for mount in mounts for part in ("--volume", mount))]
+    elif mounts:
+        raise PreflightError(
+            "docker mounts nothing of this machine while it builds, and pip's settings name files or folders here",
+            where="--engine docker",
+            value=[mount.partition(":")[0] for mount in mounts],
+            do="Have pip use an index by its address (`pip config list`), or build with --engine podman.",
+        )
     given = (f"BASE_IMAGE={base_image}", f"REVISION={revision()}", *arguments)
     options += [part for argument in given for part in ("--build-arg", argument)]
     options += [part for key, value in labels(kind, base_image).items() for part in ("--label", f"{key}={value}")]
-    command = ["podman", "build", *options, "."]
+    command = [engine, "build", *options, "."]
     if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-        raise NvilaError("the image could not be built", where=image, do="podman says above what failed.")
+        raise NvilaError("the image could not be built", where=image, do=f"{engine} says above what failed.")
     return image
 
 
@@ -69,12 +80,18 @@ def labels(kind: str, base_image: str) -> dict[str, str]:
         locks.update((ROOT / "requirements" / lock).read_bytes())
     return {
         "org.opencontainers.image.title": f"nvila {kind}",
-        "org.opencontainers.image.version": pyproject["project"]["version"],
+        "org.opencontainers.image.version": pyproject["project"]["version"] if kind != "mlflow" else mlflow_version(),
         "org.opencontainers.image.revision": commit,
         "org.opencontainers.image.licenses": pyproject["project"]["license"],
         "org.opencontainers.image.base.name": base_image,
         "nvila.lock": f"sha256:{locks.hexdigest()}",
     }
+
+
+def mlflow_version() -> str:
+    """Of the server's lock: its image carries it as its own, so that it changes with MLflow and not with us."""
+    lock = (ROOT / "requirements/mlflow.lock").read_text(encoding="utf-8")
+    return next(line.removeprefix("mlflow==") for line in lock.splitlines() if line.startswith("mlflow=="))
 
 
 def revision() -> str:
@@ -90,11 +107,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--base-image", required=True, help="image to build on, best with its digest")
     parser.add_argument("--name", default="localhost/nvila", help="registry and path before the kind")
     parser.add_argument("--tag", default="dev")
-    parser.add_argument("--build-arg", action="append", default=[], metavar="KEY=VALUE", help="VLLM=vllm for GPUs")
+    parser.add_argument("--engine", choices=ENGINES, default="podman")
+    parser.add_argument(
+        "--build-arg", action="append", default=[], metavar="KEY=VALUE", help="VLLM=vllm for GPUs, TORCH=cpu without"
+    )
     given = parser.parse_args(arguments)
     try:
         for kind in given.kinds:
-            print(build(kind, given.base_image, given.name, given.tag, given.build_arg), flush=True)
+            image = build(kind, given.base_image, given.name, given.tag, given.build_arg, given.engine)
+            print(image, flush=True)
     except NvilaError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)

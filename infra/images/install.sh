@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs inside a build: fills a virtual environment from a lock file, or puts our wheel into it and writes the SBOM.
 #   install.sh FOLDER LOCK                 as locked
+#   install.sh FOLDER LOCK cpu             the same, with the build of torch that brings no CUDA
 #   install.sh FOLDER LOCK vllm            vLLM's CUDA build in place of its CPU build
 #   install.sh FOLDER LOCK above-torch     above the torch that the base image brings
 #   install.sh FOLDER package              the wheel that lies in FOLDER/wheels
@@ -28,9 +29,16 @@ lock=$folder/$what
 case $mode in
   as-locked)
     python3 -m venv "$folder"
-    # torch alone and first: it brings what its build for this machine requires. The lock then pins everything else.
-    pip_install "$(grep '^torch==' "$lock")"
     cp "$lock" "$folder/installed.lock"
+    # torch alone and first: it brings what its build for this machine requires. The lock then pins everything else.
+    torch=$(grep '^torch==' "$lock") || torch=
+    [ -z "$torch" ] || pip_install "$torch"
+    pip_install --no-deps -r "$folder/installed.lock"
+    ;;
+  cpu)
+    python3 -m venv "$folder"
+    sed 's/^\(torch==[^+]*\)$/\1+cpu/' "$lock" > "$folder/installed.lock"
+    pip_install "$(grep '^torch==' "$folder/installed.lock")"
     pip_install --no-deps -r "$folder/installed.lock"
     ;;
   vllm)

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 from nvila.components.contracts.addresses import file_path, file_url
 from nvila.components.contracts.environment import Environment, for_child, named
 from nvila.components.contracts.errors import PreflightError
 
+Engine = Literal["podman", "docker"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 CONFIGURATION = """\
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=32768:32768"]
@@ -30,6 +33,19 @@ PLACES = frozenset({"index-url", "extra-index-url", "find-links", "cert"})
 """The keys whose values may name files and folders of this machine."""
 MOUNTED = "/run/pip"
 """Where a build sees them."""
+
+
+def engine_environment(engine: Engine, scratch: Path) -> dict[str, str]:
+    """Environment for what builds images. Docker needs BuildKit, which its older releases take when told.
+
+    Raises:
+        PreflightError: it is not here; nothing is installed.
+    """
+    if engine == "podman":
+        return podman_environment(scratch)
+    if shutil.which("docker") is None:
+        raise PreflightError("docker is missing", where="images", do="Install docker with BuildKit, or take podman.")
+    return for_child({"DOCKER_BUILDKIT": "1"})
 
 
 def podman_environment(scratch: Path) -> dict[str, str]:

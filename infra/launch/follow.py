@@ -22,11 +22,13 @@ from nvila.components.runner.work import Work
 from nvila.components.tracking.redact import tell
 from nvila.infra.launch.job import COMPLETE, FAILED, Job
 from nvila.infra.launch.jobs import Jobs
-from nvila.infra.launch.state import why_waiting
+from nvila.infra.launch.state import stuck, why_waiting
 from nvila.infra.launch.trainjob import ATTEMPT, job_name, label, train_job
 
 LOOK_SECONDS = 15.0
 """A job is looked at when it changes, and at least this often: its pods change without it."""
+DELETION_SECONDS = 1800.0
+"""How long a job that was deleted may take to go. Its pods have 300 s to end; one of a lost node does not."""
 CANCEL_SECONDS = 20.0
 """A pod that is asked to stop has 30 s to do so."""
 T = TypeVar("T")
@@ -46,6 +48,7 @@ def obtain(jobs: Jobs, work: Work, site: Site, outcome_seconds: float) -> Job:
     Raises:
         ConfigError: a job of this name belongs to other work, or the cluster refuses the job.
         PreflightError: no right to make jobs, or no Kubeflow Trainer.
+        NvilaError: an earlier job, which was deleted, does not go.
     """
     name, key, run = job_name(work), label(work.key), label(work.run_dir.name)
     while True:
@@ -90,6 +93,7 @@ def follow(jobs: Jobs, job: Job) -> Job:
 
     Raises:
         Cancelled: somebody has deleted the job.
+        NvilaError: somebody has, and it does not go.
     """
     shown = ""
     while True:
@@ -106,7 +110,10 @@ def follow(jobs: Jobs, job: Job) -> Job:
         if text and text != shown:
             waiting_for(f"job {job.name}: {text}")
             shown = text
-        jobs.wait_for_change(current, LOOK_SECONDS)
+        if current.deleting:
+            _wait_until_gone(jobs, current)
+        else:
+            jobs.wait_for_change(current, LOOK_SECONDS)
 
 
 def outcome_of(work: Work, job: Job, seconds: float) -> Outcome | None:
@@ -166,7 +173,10 @@ def _cancel(jobs: Jobs, work: Work) -> None:
 
 
 def _wait_until_gone(jobs: Jobs, job: Job) -> None:
+    began = time.monotonic()
     while (current := jobs.get(job.name)) and current.uid == job.uid:
+        if (waited := time.monotonic() - began) > DELETION_SECONDS:
+            raise stuck(current, jobs.pods(job.name) or [], waited)
         jobs.wait_for_change(current, LOOK_SECONDS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from nvila.infra.launch.trainjob import ATTEMPT, KEY_LABEL, RUN_LABEL
@@ -30,12 +31,17 @@ class Job:
     deleting: bool
     holds: Mapping[str, str]
     """By type, the conditions that hold, with their message or reason."""
+    since: Mapping[str, str]
+    """By type, when they began to hold, as the API server writes it."""
+    finalizers: tuple[str, ...] = ()
+    """Who has to let go of it before it is gone."""
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Job:
         """As the API server gives it."""
         metadata = found["metadata"]
         labels = metadata.get("labels", {})
+        held = [c for c in conditions(found) if c["status"] == "True"]
         return cls(
             name=metadata["name"],
             uid=metadata.get("uid", ""),
@@ -44,7 +50,9 @@ class Job:
             run=labels.get(RUN_LABEL, ""),
             attempt=metadata.get("annotations", {}).get(ATTEMPT, ""),
             deleting="deletionTimestamp" in metadata,
-            holds={c["type"]: said(c) for c in conditions(found) if c["status"] == "True"},
+            holds={c["type"]: said(c) for c in held},
+            since={c["type"]: str(c.get("lastTransitionTime") or "") for c in held},
+            finalizers=tuple(metadata.get("finalizers") or ()),
         )
 
     @property
@@ -54,6 +62,14 @@ class Job:
         Nothing else counts: a job that Kueue has resumed may never show that it runs.
         """
         return next((kind for kind in (FAILED, COMPLETE) if kind in self.holds), None)
+
+    def ended_for(self, now: datetime) -> float:
+        """Seconds since it ended; 0 where it has not, or does not say when."""
+        try:
+            then = datetime.fromisoformat(self.since[self.ended or ""])
+        except (KeyError, ValueError):
+            return 0.0
+        return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
 @dataclass(frozen=True)

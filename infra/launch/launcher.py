@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import partial
 
 from nvila.components.contracts.environment import Environment, name_of
@@ -22,12 +23,16 @@ from nvila.infra.launch.job import COMPLETE
 from nvila.infra.launch.jobs import ADVICE, Jobs
 from nvila.infra.launch.logs import LogCopy
 from nvila.infra.launch.state import failure
-from nvila.infra.launch.trainjob import RUN_LABEL, label
+from nvila.infra.launch.trainjob import RUN_LABEL, STEP_LABEL, label
 
 OUTCOME_SECONDS = 90.0
 """How long a network file system may hide a file that another machine has just written."""
 VERDICT_SECONDS = 10.0
 """The same for a file that need not be there: a job whose pod was killed leaves none."""
+
+ENDED_SECONDS = 3 * 86400.0
+"""How long a job that has ended stays: over a weekend there are pods whose logs can be read, and a verdict for KFP's
+Retry. A TrainJob has no such field of its own, and one of its JobSet would leave the TrainJob."""
 
 
 def takes(work: Work) -> bool:
@@ -64,12 +69,16 @@ def run(work: Work) -> Outcome:
 
 
 def close(run: str, here: Environment) -> None:
-    """Cancel the jobs of a pipeline run that have not ended."""
+    """Cancel the jobs of a pipeline run that have not ended, and remove those of any run that ended long ago."""
     jobs, ours = _jobs(here), f"{RUN_LABEL}={label(run)}"
     while going := [job for job in jobs.find(ours) if not job.ended and not job.deleting]:
         for job in going:
             if jobs.delete(job):
                 say(f"job {job.name}: cancelled, as its run has ended")
+    now = datetime.now(UTC)
+    for job in jobs.find(STEP_LABEL):
+        if not job.deleting and job.ended_for(now) > ENDED_SECONDS and jobs.delete(job):
+            say(f"job {job.name}: removed, {ENDED_SECONDS / 86400:.0f} days after it had ended")
 
 
 def _jobs(here: Environment) -> Jobs:

@@ -40,3 +40,15 @@ _ADVICE = {
     "OOMKilled": "Give nodes more memory (chart: trainer.memory) or the stage a smaller micro_batch, and run again.",
     "Evicted": "The node ran short of disk or memory; run the pipeline again and it resumes.",
 }
+
+
+def stuck(job: Job, pods: Sequence[Pod], seconds: float) -> NvilaError:
+    """Why a job that was deleted is still there, as far as can be seen."""
+    nodes = ", ".join(pod.name for pod in pods)
+    return NvilaError(
+        f"the job was deleted {seconds:.0f} s ago and is still there",
+        where=f"trainjob/{job.name}",
+        value={"finalizers": list(job.finalizers), "pods": nodes or "none"},
+        do="A pod whose node is lost goes with `kubectl delete pod --force`, once the machine is known to be off; a "
+        "finalizer is taken off by its controller, which may be down. Then run again.",
+    )

@@ -59,18 +59,22 @@ def helm(*arguments: str | Path, environment: Mapping[str, str] | None = None) -
 
 
 def template(
-    *values: Path, sets: Sequence[str] = (), apis: Sequence[str] = APIS, namespace: str = "nvila"
+    *values: Path,
+    sets: Sequence[str] = (),
+    apis: Sequence[str] = APIS,
+    namespace: str = "nvila",
+    chart: Path = CHART,
 ) -> subprocess.CompletedProcess[str]:
     """`helm template` of the chart with these value files and settings, for a cluster with these APIs."""
     options = [part for path in values for part in ("--values", str(path))]
     options += [part for item in sets for part in ("--set-json", item)]
     options += [part for api in apis for part in ("--api-versions", api)]
-    return helm("template", "nvila", CHART, "--namespace", namespace, *options)
+    return helm("template", "nvila", chart, "--namespace", namespace, *options)
 
 
-def render(*values: Path, sets: Sequence[str] = (), apis: Sequence[str] = APIS) -> list[Document]:
+def render(*values: Path, sets: Sequence[str] = (), apis: Sequence[str] = APIS, chart: Path = CHART) -> list[Document]:
     """The resources, with the release's namespace where a document names none."""
-    ran = template(*values, sets=sets, apis=apis)
+    ran = template(*values, sets=sets, apis=apis, chart=chart)
     assert ran.returncode == 0, ran.stderr
     return [document for document in yaml.load_all(ran.stdout, yaml.CSafeLoader) if document]
 

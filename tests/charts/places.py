@@ -171,7 +171,8 @@ def variable(name: str) -> str:
 
 def _values(place: Place) -> dict[str, Any]:
     """Everything that the test cluster can hold, small."""
-    images = {"base": os.environ.get("NVILA_NODE_IMAGE"), "postgres": os.environ.get("NVILA_POSTGRES_IMAGE")}
+    node, postgres = os.environ.get("NVILA_NODE_IMAGE"), os.environ.get("NVILA_POSTGRES_IMAGE")
+    images = {"base": node, "mlflow": node, "postgres": postgres}
     small = {"requests": {"cpu": "20m", "memory": "64Mi"}}
     return {
         "images": {"pullPolicy": "IfNotPresent", **({k: v for k, v in images.items() if v} if place.images else {})},

@@ -59,7 +59,7 @@ def test_the_whole_lifecycle_comes_through(first: tuple[Path, int, dict[str, Any
     assert summary["peak_pss_bytes"] > 2**27 and 0 < summary["seconds_overhead"] < summary["seconds_total"]
     page = folder / "runs/latest/report.html"
     assert page.stat().st_size > 10_000 and "report.html" in output
-    artifacts = list((folder / "runs/latest/kfp").rglob("html"))
+    artifacts = list((folder / "runs/latest/kfp").rglob("report/report"))
     assert len(artifacts) == 1 and artifacts[0].read_bytes() == page.read_bytes()
 
 
@@ -70,13 +70,14 @@ def test_the_ui_gets_numbers_and_texts_that_it_can_show(first: tuple[Path, int, 
 
     def metadata(step: str) -> dict[str, Any]:
         output = json.loads((tasks / step / "executor_output.json").read_text())
-        return dict(output["artifacts"]["out"]["artifacts"][0]["metadata"])
+        return dict(output["artifacts"][ROWS[step].output]["artifacts"][0]["metadata"])
 
     measured = metadata("evaluate")
     assert {s: measured[f"accuracy/{s}/accuracy"] for s in summary["accuracy"]} == {
         source: row["full"]["value"] for source, row in summary["accuracy"].items()
     }
     assert "accuracy/digits/accuracy" in metadata("evaluate-quantized") and "kept" not in str(metadata("prune-image"))
+    assert "Expectations on" in (tasks / "validate" / "data_docs").read_text()
     assert (tasks / "register" / "card").read_text().startswith("# nvila-micro\n")
 
 

@@ -54,6 +54,9 @@ def test_wrapper_is_what_its_row_says(row: Step) -> None:
     inputs = {name: not spec.optional for name, spec in wrapper.component_spec.inputs.items() if "@" in spec.type}
     needed = {name for name, is_needed in inputs.items() if is_needed} - {"slices"}
     assert set(inputs) >= set(row.inputs) >= needed
+    outputs = {name: output.type for name, output in wrapper.component_spec.outputs.items() if "@" in output.type}
+    pages = {"system.HTML@0.0.1", "system.Markdown@0.0.1"}
+    assert {kind for name, kind in outputs.items() if name != row.output} <= pages and row.output in outputs
     images = {"main": IMAGE, "quantize": QUANTIZE_IMAGE}
     assert wrapper.component_spec.implementation.container.image == images[row.image]
 

@@ -208,7 +208,7 @@ def test_a_store_of_an_earlier_meeting_does_not_hold_a_process_up(
         gc.collect()
 
     stand_in(collect)
-    left: list[object] = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False)]
+    left: list[object] = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
     left.append(left)
     gc.disable()  # or chance decides whose collector finds it
     try:

@@ -96,11 +96,11 @@ def first_steps(recipe: str = "micro", overrides: str = "{}") -> None:
     """From the recipe to the first stage of training."""
     form = {"data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": ""}
     resolved = resolve(step="resolve", recipe=recipe, overrides=overrides, **form)
-    slices = resolved.outputs["out"]
+    slices = resolved.outputs["slices"]
     checked = preflight(step="preflight", slices=slices)
     samples = validate(step="validate", slices=slices).after(checked)
-    start = initialize(step="initialize", slices=slices, samples=samples.outputs["out"])
-    train(step="train-1", slices=slices, model=start.outputs["out"], samples=samples.outputs["out"])
+    start = initialize(step="initialize", slices=slices, samples=samples.outputs["samples"])
+    train(step="train-1", slices=slices, model=start.outputs["model"], samples=samples.outputs["samples"])
 
 
 def run_first_steps(place: Path, *, contained: bool, **arguments: str) -> dict[str, Manifest]:

@@ -1,6 +1,7 @@
 """What goes into an image build, without podman."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nvila.components.contracts.errors import PreflightError
 from nvila.infra.images import build
-from nvila.infra.images.machine import for_a_build
+from nvila.infra.images.machine import ENGINES, Engine, for_a_build
 from nvila.infra.images.sbom import debian_components, python_components, sbom
 
 ROOT = Path(__file__).parents[3]
@@ -63,12 +65,64 @@ def test_labels_change_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(build, "revision", lambda: "0" * 40)
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\nlicense = "Apache-2.0"\n')
     (tmp_path / "requirements").mkdir()
-    for lock in ("main.lock", "serve.lock"):
-        (tmp_path / "requirements" / lock).write_text("torch==1\n")
+    for lock in ("main.lock", "serve.lock", "mlflow.lock"):
+        (tmp_path / "requirements" / lock).write_text("torch==1\nmlflow==2\n")
     before = {kind: build.labels(kind, "base@sha256:1")["nvila.lock"] for kind in build.KINDS}
     (tmp_path / "requirements/serve.lock").write_text("torch==2\n")
     after = {kind: build.labels(kind, "base@sha256:1")["nvila.lock"] for kind in build.KINDS}
     assert {kind for kind in build.KINDS if before[kind] != after[kind]} == {"serve", "quantize"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_is_given_what_it_knows(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker has neither --layers nor --volume in a build, and ends with its usage where it is given them."""
+    (tmp_path / "bin").mkdir()
+    called = tmp_path / "called"
+    program = tmp_path / "bin" / engine
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {called}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(build, "pip_settings", lambda scratch: (scratch / "pip.conf", []))
+    assert build.build("mlflow", "python:3.11", "r/nvila", "1", ["A=b"], engine) == "r/nvila/mlflow:1"
+    words = called.read_text().splitlines()
+    assert words[0] == "build" and words[-1] == "." and {"--secret", "--build-arg", "A=b"} <= {*words}
+    assert ("--layers" in words) == (engine == "podman")
+
+
+def test_what_docker_cannot_mount_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build would end minutes later with pip's word that there is no such package."""
+    monkeypatch.setattr(build, "engine_environment", lambda *_: {})
+    monkeypatch.setattr(build, "pip_settings", lambda scratch: (scratch, ["/opt/wheels:/run/pip/0:ro"]))
+    with pytest.raises(PreflightError, match=r"/opt/wheels.*--engine podman"):
+        build.build("base", "python:3.11", "r/nvila", "1", [], "docker")
+
+
+@pytest.mark.parametrize(("mode", "asked"), [("as-locked", "torch==1.2"), ("cpu", "torch==1.2+cpu")])
+def test_a_build_may_ask_for_the_torch_without_cuda(tmp_path: Path, mode: str, asked: str) -> None:
+    """An image that only submits, validates and reports carried gigabytes of CUDA."""
+    ran = _install(tmp_path, "torch==1.2\nother==3\n", mode)
+    assert [line.split()[-1] for line in ran if "pip install" in line] == [asked, f"{tmp_path}/env/installed.lock"]
+    assert (tmp_path / "env/installed.lock").read_text() == f"{asked}\nother==3\n"
+
+
+def test_a_lock_without_torch_is_installed_as_it_is(tmp_path: Path) -> None:
+    """That of the MLflow server: an empty requirement ends pip, and the build."""
+    ran = _install(tmp_path, "mlflow==3\n", "as-locked")
+    assert [line.split()[-1] for line in ran if "pip install" in line] == [f"{tmp_path}/env/installed.lock"]
+
+
+def _install(folder: Path, lock: str, mode: str) -> list[str]:
+    """The calls of Python that install.sh makes with this lock."""
+    programs, env = folder / "bin", folder / "env"
+    (env / "bin").mkdir(parents=True)
+    programs.mkdir()
+    (env / "x.lock").write_text(lock)
+    for program in (programs / "python3", env / "bin/python"):
+        program.write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\n')
+        program.chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    subprocess.run(["sh", FOLDER / "install.sh", env, "x.lock", mode], env=environment, check=True)
+    return (folder / "calls").read_text().splitlines()
 
 
 def test_the_bill_names_what_is_installed() -> None:
@@ -148,12 +202,12 @@ def test_the_list_for_air_gapped_sites_is_complete() -> None:
     """An image that is on no list is missing behind the air gap, and the pod waits for ever."""
     lines = (FOLDER / "images.txt").read_text().splitlines()
     listed = {line for line in lines if line and not line.startswith("#")}
-    version = build.labels("base", "")["org.opencontainers.image.version"]
     values = yaml.safe_load((ROOT / "charts/nvila-platform/values.yaml").read_text())["images"]
     named = {value.removeprefix("localhost/") for value in values.values() if isinstance(value, str) and ":" in value}
     golden = [path.read_text() for path in (ROOT / "tests/golden").glob("chart-*.yaml")]
     rendered = {image for text in golden for image in re.findall(r'\bimage: "?(\S+/[^\s"]+)', text)}
-    ours = {f"nvila/{kind}:{version}" for kind in build.KINDS}
+    versions = {kind: build.labels(kind, "")["org.opencontainers.image.version"] for kind in build.KINDS}
+    ours = {f"nvila/{kind}:{version}" for kind, version in versions.items()}
     assert named <= listed and ours <= listed and listed <= named | ours
     # The examples name a site's registry; the rest of a name is the list's.
     names = {image.rpartition("/")[2] for image in listed}

@@ -78,15 +78,15 @@ def test_a_step_that_refuses_its_input_ends_its_pod_with_2(
 def _pod(name: str, container: dict[str, Any], overrides: str) -> dict[str, Any]:
     """The step with empty folders in place of the claims."""
     form = {"recipe": "micro", "data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": ""}
-    artifact = {"name": "out", "type": {"schemaTitle": "system.Artifact"}, "uri": f"{OUTPUT}/out", "metadata": {}}
+    artifact = {"name": "slices", "type": {"schemaTitle": "system.Artifact"}, "uri": f"{OUTPUT}/slices"}
     executor_input = {
         "inputs": {"parameterValues": {"step": "resolve", "overrides": overrides, **form}},
-        "outputs": {"artifacts": {"out": {"artifacts": [artifact]}}, "outputFile": f"{OUTPUT}/output.json"},
+        "outputs": {"artifacts": {"slices": {"artifacts": [artifact]}}, "outputFile": f"{OUTPUT}/output.json"},
     }
     given = json.dumps(executor_input)
     arguments = [part.replace("{{$}}", given) for part in container["args"]]
     # The first word is `sh`: what follows it runs, and what it wrote is shown.
-    show = 'sh "$@" && echo manifest: && cat /nvila/kfp/out'
+    show = 'sh "$@" && echo manifest: && cat /nvila/kfp/slices'
     spec = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
