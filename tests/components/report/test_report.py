@@ -125,7 +125,7 @@ def test_hostile_records_stay_text(make_run: MakeRun) -> None:
 def test_rejected_run_says_so_with_the_gates_words(make_run: MakeRun) -> None:
     """After a rejection the report is how one learns why; it must not need the steps that never ran."""
     seen = page(make_run(stop_at="gate", text="digits: exact match 0.31 is below 0.4"))
-    assert "Rejected by gate" in seen.text
+    assert "Rejected by gate (exit code 3)" in seen.text
     assert "the gate says no: digits: exact match 0.31 is below 0.4" in seen.text
     assert "not reached" in seen.text
     assert "not measured" in seen.text
@@ -241,6 +241,7 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
     out.mkdir()
     outcome = run(Settings(), {}, out, Environment.read())
     assert outcome.files == ("report.html",)
+    assert outcome.result == Ending(outcome="succeeded", exit_code=Exit.DONE)
     html = (out / "report.html").read_text()
     assert html == (run_dir / "report.html").read_text()
     found = HEADLINE.search(html)
