@@ -25,7 +25,7 @@ from nvila.components.contracts.step import Outcome
 from nvila.components.data.demo import ensure
 from nvila.components.data.layouts import read
 from nvila.components.precision import backends
-from nvila.components.preflight import checks, enough, serving
+from nvila.components.preflight import checks, enough, locking, serving
 from nvila.components.preflight.enough import Held
 from nvila.components.runner.execute import Place
 from nvila.components.serve import deployment
@@ -120,7 +120,7 @@ def problems(
     if is_shared():
         found += checks.tracking_problems(runs)
     # On a cluster every step has a pod, an image and memory of its own: this pod's say nothing about theirs.
-    return found + (_pod_problems(settings) if on_cluster else _machine_problems(settings, runs))
+    return found + (_pod_problems(settings, store) if on_cluster else _machine_problems(settings, runs))
 
 
 def remarks(settings: Settings) -> list[str]:
@@ -182,11 +182,14 @@ def room_problems(strategy: Strategy, runs: Path) -> list[str]:
     ]
 
 
-def _pod_problems(settings: Settings) -> list[str]:
+def _pod_problems(settings: Settings, store: Path) -> list[str]:
     target = settings.rollout.target
+    found = locking.problems(store)
     if TARGETS[target].serves_here:
-        return [f"rollout.target: a server that the target {target} starts in a pod would end with the pod; give none"]
-    return []
+        found += [
+            f"rollout.target: a server that the target {target} starts in a pod would end with the pod; give none"
+        ]
+    return found
 
 
 def refuse(found: list[str]) -> None:

@@ -14,7 +14,7 @@ def resolve(
     data_uri: str,
     model_name: str,
     target: str,
-    overrides: str,
+    overrides: dict,
     slices: dsl.Output[dsl.Artifact],
     start_from: str = "",
     keep_ratio: float = 0.0,

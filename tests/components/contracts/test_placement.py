@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nvila.components.contracts.placement import Placement, parameters, pod, work
@@ -14,7 +16,7 @@ TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 SITE = Site(gpu_labels={"pool": "h100"}, tolerations=(TAINT,))
 
 
-def recipe(name: str = "nvila-8b", overrides: str = "{}") -> Recipe:
+def recipe(name: str = "nvila-8b", **overrides: Any) -> Recipe:
     return fill_in(Form(recipe=name, overrides=overrides))
 
 
@@ -38,14 +40,14 @@ def test_pods_with_gpus_go_to_nodes_with_gpus() -> None:
 @pytest.mark.parametrize(("gpus", "asked"), [(2, "2"), (8, "8"), (16, "8")])
 def test_a_stage_asks_for_the_gpus_of_its_recipe(gpus: int, asked: str) -> None:
     """Two processes that hold a whole node keep six GPUs idle."""
-    found = work(ROWS["train-1"], recipe(overrides=f'{{"train": {{"gpus": {gpus}}}}}'), SITE)
+    found = work(ROWS["train-1"], recipe(train={"gpus": gpus}), SITE)
     assert found.gpus == asked and found.cpu == f"{12000 * int(asked)}m"
 
 
-@pytest.mark.parametrize(("prune", "asked"), [("{}", "1"), ('{"gpus": 4}', "4"), ('{"gpus": 16}', "8")])
-def test_pruning_asks_for_the_gpus_of_its_recipe(prune: str, asked: str) -> None:
+@pytest.mark.parametrize(("prune", "asked"), [({}, "1"), ({"gpus": 4}, "4"), ({"gpus": 16}, "8")])
+def test_pruning_asks_for_the_gpus_of_its_recipe(prune: dict[str, int], asked: str) -> None:
     """Shards would be scored on one GPU, whatever the recipe says; or a GPU waits for a choice by chance."""
-    assert work(ROWS["prune-image"], recipe(overrides=f'{{"prune": {prune}}}'), SITE).gpus == asked
+    assert work(ROWS["prune-image"], recipe(prune=prune), SITE).gpus == asked
     assert work(ROWS["prune-image"], recipe("tiny"), SITE) == Placement()
 
 

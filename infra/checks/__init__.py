@@ -1,0 +1,1 @@
+"""What `helm test` runs in pods of the cluster: whether services answer, and locks hold between nodes."""
