@@ -42,11 +42,18 @@ def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     if processes:
         cpu, memory = share(site, processes)
         return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
-    if row.size == "memory" and recipe.model.base.made_here:  # the weights that it makes itself are small
+    if _has_little_to_do(row, recipe):
         return Placement()
     cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
     node_cores, node_bytes = _node(site)
     return Placement(*_written(min(Fraction(cores), node_cores), min(Fraction(gib << 30), node_bytes)))
+
+
+def _has_little_to_do(row: Step, recipe: Recipe) -> bool:
+    """The weights that a recipe makes itself are small, and so are demonstrations."""
+    if row.size == "memory":
+        return recipe.model.base.made_here
+    return row.size == "cpus" and all(source.demo for source in recipe.data.sources)
 
 
 def sources() -> dict[str, dict[str, str]]:

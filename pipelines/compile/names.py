@@ -14,5 +14,4 @@ CACHE_MOUNT = "/cache"
 CONFIG_KEYS = (*kept("config"), *OLD_KEYS)
 """Each becomes an environment variable of that name; every one may be missing."""
 SECRET = "nvila-credentials"
-SECRET_KEYS = kept("secret")
-"""Like CONFIG_KEYS."""
+"""Has a key for each variable that steps take from it; which step takes which stands in the table of steps."""

@@ -34,7 +34,7 @@ from nvila.pipelines.compile.references import dangling_references
 
 Format = Literal["pipeline", "manifests"]
 """`pipeline`: KFP's own YAML, for the UI and its API. `manifests`: Pipeline and PipelineVersion resources."""
-SIZE_LIMIT_BYTES = 400 * 1024
+SIZE_LIMIT_BYTES = 200 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
 RETRIES = 2
 """For a step that has failed. KFP sets no policy, so Argo's own holds, OnFailure: a pod whose container ended with an
@@ -156,7 +156,8 @@ def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], pipeline: P
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
     kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in site.CONFIG_KEYS}, optional=True)
-    kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
+    secrets = {key: key for key in map(name_of, row.secrets)}
+    kubernetes.use_secret_as_env(task, site.SECRET, secrets, optional=True)
     run_id = name_of("run_id")
     kubernetes.use_field_path_as_env(task, env_name=run_id, field_path="metadata.labels['pipeline/runid']")
     given = named(store=f"{site.MOUNT}/store", run=f"{site.MOUNT}/runs/${run_id}", root=site.MOUNT, pipeline=pipeline)

@@ -10,7 +10,7 @@ import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 from typer.main import get_command
 
-from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.environment import Environment, kept
 from nvila.components.contracts.modelrollout import GROUP, PLURAL
 from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.site import Site
@@ -18,7 +18,7 @@ from nvila.components.runner.image import IMAGE, QUANTIZE_IMAGE
 from nvila.infra.controller import __main__ as program
 from nvila.infra.controller.crd import definition
 from nvila.pipelines.cli import app
-from nvila.pipelines.compile.names import SECRET, SECRET_KEYS
+from nvila.pipelines.compile.names import SECRET
 from nvila.pipelines.compile.package import compiled, resource_name
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -208,7 +208,7 @@ def test_external_mlflow_leaves_no_server_behind() -> None:
     """Two stores of the same experiments would each have half of the runs."""
     documents = render(sets=['mlflow.mode="external"', 'mlflow.uri="https://mlflow.example"'])
     assert find(documents, "ConfigMap", "nvila-site")["data"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
-    assert {f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN")} <= set(SECRET_KEYS), "its login"
+    assert {f"MLFLOW_TRACKING_{part}" for part in ("USERNAME", "PASSWORD", "TOKEN")} <= set(kept("secret")), "its login"
     assert [d for d in documents if "mlflow" in d["metadata"]["name"] or "postgres" in d["metadata"]["name"]] == []
 
 

@@ -60,6 +60,9 @@ def test_a_site_without_gpus_is_asked_for_none() -> None:
 
 def test_what_a_recipe_makes_itself_needs_little() -> None:
     """128 GiB for weights of 2 MiB: the pod of a first try found no node."""
-    assert work(ROWS["initialize"], recipe("tiny"), SITE) == Placement()
+    for step in ("initialize", "validate"):
+        assert work(ROWS[step], recipe("micro"), SITE) == work(ROWS[step], recipe("tiny"), SITE) == Placement()
+    own = fill_in(Form(recipe="tiny", data_uri="/nvila/mine"))
+    assert work(ROWS["validate"], own, SITE).cpu == work(ROWS["validate"], recipe(), SITE).cpu == "16000m"
     assert work(ROWS["initialize"], recipe(), SITE).memory == "131072Mi"
     assert work(ROWS["initialize"], recipe(), Site(node_memory="64G", node_cpu="500m")).memory == "61035Mi"
