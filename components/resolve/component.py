@@ -20,7 +20,7 @@ def resolve(
     keep_ratio: float = 0.0,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Places",
-    [("gpu_resource", str)]
+    [("gpu_resource", str), ("plain_tolerations", list), ("plain_node_labels", dict)]
     + [(f"{size}_{part}", str) for size in ("cpus", "memory") for part in ("cpu", "memory")]
     + [
         (f"{size}_{part}", kind)

@@ -29,6 +29,16 @@ def test_the_pod_of_a_job_is_small_and_needs_no_gpu_node() -> None:
     assert pod(ROWS["quantize"], recipe(), jobs).gpus == "1", "no job does this"
 
 
+def test_pods_without_gpus_go_where_the_site_says() -> None:
+    """On a cluster whose nodes are all tainted for teams, the small steps waited for ever."""
+    team = {"key": "team", "operator": "Exists"}
+    site = SITE.model_copy(update={"cpu_labels": {"pool": "cpu"}, "cpu_tolerations": (team,), "launcher": "a.launcher"})
+    for step in ("preflight", "initialize", "evaluate", "train-1"):
+        found = pod(ROWS[step], recipe(), site)
+        assert (found.tolerations, found.node_labels) == ([team], {"pool": "cpu"}), step
+    assert pod(ROWS["quantize"], recipe(), site).node_labels == {"pool": "h100"}
+
+
 def test_pods_with_gpus_go_to_nodes_with_gpus() -> None:
     """Without a toleration they wait for ever before a tainted node; without labels they take the wrong GPUs."""
     found = work(ROWS["quantize"], recipe(), SITE)
