@@ -15,6 +15,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.ablations import ablations
+from nvila.pipelines.commands.gc import gc
 from nvila.pipelines.commands.options import CaCert, Host, Json, Model, Override, Runs, Store, TokenFile, local
 from nvila.pipelines.commands.rollouts import rollback, rollouts
 from nvila.pipelines.commands.runs import logs, status
@@ -535,6 +536,7 @@ app.command()(status)
 app.command()(logs)
 app.command()(rollouts)
 app.command()(rollback)
+app.command()(gc)
 app.add_typer(ablations, name="ablate")
 
 
