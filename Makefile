@@ -69,6 +69,10 @@ images: $(MAIN) ## Build the images that can be built here, run steps in them (B
 	  $(BIN)/python -m nvila.infra.images.build $(IMAGES) --base-image "$$base"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m containers
 
+.PHONY: package
+package: $(MAIN) tools ## Pack the chart into build/package: archive, digest, OCI layout
+	$(BIN)/python -m nvila.infra.package build/package --helm .tools/helm
+
 .PHONY: check
 check: $(MAIN) .typing ## Lint, formatting, types and import rules
 	$(BIN)/ruff check .

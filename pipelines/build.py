@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_origin
 
 from kfp import dsl
 from kfp.dsl.base_component import BaseComponent
@@ -58,7 +58,7 @@ def build(
                 name,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD,
                 default=value,
-                annotation=Form.model_fields[name].annotation,
+                annotation=get_origin(kind := Form.model_fields[name].annotation) or kind,
             )
             for name, value in pipeline.form.items()
         ]

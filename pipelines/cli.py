@@ -15,6 +15,7 @@ from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.ablations import ablations
+from nvila.pipelines.commands.gc import gc
 from nvila.pipelines.commands.options import Json, Model, Override, Runs, Store, local
 from nvila.pipelines.commands.rollouts import rollback, rollouts
 from nvila.pipelines.show.as_json import put, wanted
@@ -556,6 +557,7 @@ def status(as_json: Json = False, runs: Runs = Path("runs")) -> None:
 
 app.command()(rollouts)
 app.command()(rollback)
+app.command()(gc)
 app.add_typer(ablations, name="ablate")
 
 

@@ -126,7 +126,7 @@ def test_the_overrides_of_the_text_fit_the_recipe() -> None:
     pairs = re.findall(r"--override ([\w.]+=[\w.-]+)", README)
     assert len(pairs) >= 2
     overrides = parse_overrides(layers(document("tiny")), pairs)
-    fill_in(Form(recipe="tiny", overrides=json.dumps(overrides)))
+    fill_in(Form(recipe="tiny", overrides=overrides))
 
 
 def test_the_curl_command_is_a_request_that_the_endpoint_takes(tmp_path: Path) -> None:

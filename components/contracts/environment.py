@@ -255,6 +255,9 @@ def entered(here: Environment) -> Iterator[Environment]:
         ConfigError: the process cannot work here, as of `settle`.
     """
     global _entered
+    if here.on_cluster and here.site:  # KFP gives all steps of all sites the same variables
+        for name, value in here.site.environment.items():
+            os.environ.setdefault(name, value)
     for line in settle():
         say(line)
     before, _entered = _entered, here

@@ -78,13 +78,27 @@ def share(file: IO[Any]) -> None:
 def is_held(path: Path) -> bool | None:
     """Whether a process holds or shares the lock; None where that cannot be told."""
     try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        with at_once(path) as free:
+            return not free
     except OSError:
         return None
-    return False
+
+
+@contextmanager
+def at_once(path: Path) -> Iterator[bool]:
+    """Hold the lock if it is free, which is told; without a signature, so that the time of its file stays that of its
+    last use.
+
+    Raises:
+        OSError: there is no such lock, or it cannot be locked.
+    """
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @lru_cache

@@ -75,7 +75,7 @@ def _tuning() -> tuple[Step, ...]:
 
 
 _PLACES: dict[str, Any] = {"data_uri": "", "model_name": ""}
-_REST: dict[str, Any] = {"target": "none", "overrides": "{}"}
+_REST: dict[str, Any] = {"target": "none", "overrides": {}}
 PIPELINES: Mapping[PipelineName, Pipeline] = {
     made.name: made
     for made in (

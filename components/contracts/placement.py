@@ -8,10 +8,12 @@ from typing import Any
 
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.site import Site
-from nvila.components.contracts.steps import ROWS, STEPS, Step
+from nvila.components.contracts.steps import RESOLVE, ROWS, STEPS, Step
 
 ON_GPUS = ("gpu", "gpus", "node")
 """Sizes of steps that take GPUs where the site has them."""
+_WHERE = ("tolerations", "node_labels")
+"""Fields that say on which nodes."""
 GPU_RESOURCE = "gpu_resource"
 """The output of `resolve` with the name under which the cluster counts GPUs."""
 
@@ -30,7 +32,7 @@ class Placement:
 
 def pod(row: Step, recipe: Recipe, site: Site) -> Placement:
     """Of the step's own pod; where a job does the work, it only starts and watches the job."""
-    return Placement() if row.job and site.launcher else work(row, recipe, site)
+    return _without_gpus(site) if row.job and site.launcher else work(row, recipe, site)
 
 
 def work(row: Step, recipe: Recipe, site: Site) -> Placement:
@@ -38,24 +40,40 @@ def work(row: Step, recipe: Recipe, site: Site) -> Placement:
     pruning = recipe.prune.processes if recipe.train.pruned else 0
     processes = min({"gpu": 1, "gpus": pruning, "node": recipe.train.gpus}.get(row.size, 0), site.gpus_per_node)
     if site.gpus_per_node == 0 or row.size == "small" or (row.size == "gpus" and not processes):
-        return Placement()
+        return _without_gpus(site)
     if processes:
         cpu, memory = share(site, processes)
         return Placement(cpu, memory, str(processes), list(site.tolerations), dict(site.gpu_labels))
-    if row.size == "memory" and recipe.model.base.made_here:  # the weights that it makes itself are small
-        return Placement()
+    if _has_little_to_do(row, recipe):
+        return _without_gpus(site)
     cores, gib = {"cpus": (16, 64), "memory": (8, 128)}[row.size]
     node_cores, node_bytes = _node(site)
-    return Placement(*_written(min(Fraction(cores), node_cores), min(Fraction(gib << 30), node_bytes)))
+    return _without_gpus(site, *_written(min(Fraction(cores), node_cores), min(Fraction(gib << 30), node_bytes)))
+
+
+def _without_gpus(site: Site, *asked: str) -> Placement:
+    """On the nodes for such pods; where nothing is `asked`, as little as a pod takes."""
+    where = {"tolerations": list(site.cpu_tolerations), "node_labels": dict(site.cpu_labels)}
+    return Placement(*asked, **where)  # type: ignore[arg-type]
+
+
+def _has_little_to_do(row: Step, recipe: Recipe) -> bool:
+    """The weights that a recipe makes itself are small, and so are demonstrations."""
+    if row.size == "memory":
+        return recipe.model.base.made_here
+    return row.size == "cpus" and all(source.demo for source in recipe.data.sources)
 
 
 def sources() -> dict[str, dict[str, str]]:
-    """By step, less the small ones: for each field of its placement the output of `resolve` that says it.
+    """By step: for each field of its placement the output of `resolve` that says it. That step itself has none, nor the
+    last one, which KFP gives nothing of other steps.
 
     KFP takes no field out of a parameter, so each is one of its own; steps of one size share theirs.
     """
     return {
-        row.name: {part: f"{_shared_by(row)}_{part}" for part in _parts(row)} for row in STEPS if row.size != "small"
+        row.name: {part: f"{_shared_by(row, part)}_{part}" for part in _parts(row)}
+        for row in STEPS
+        if row.name != RESOLVE and not row.at_exit
     }
 
 
@@ -85,9 +103,13 @@ def _node(site: Site) -> tuple[Fraction, Fraction]:
     return Fraction(parse_quantity(site.node_cpu)), Fraction(parse_quantity(site.node_memory))
 
 
-def _shared_by(row: Step) -> str:
+def _shared_by(row: Step, part: str) -> str:
+    if row.size not in ON_GPUS and part in _WHERE:
+        return "plain"
     return f"{row.size}_job" if row.job else row.size
 
 
 def _parts(row: Step) -> tuple[str, ...]:
-    return ("cpu", "memory", "gpus", "tolerations", "node_labels") if row.size in ON_GPUS else ("cpu", "memory")
+    """A small pod asks for the same on every site."""
+    asked = () if row.size == "small" else ("cpu", "memory", "gpus") if row.size in ON_GPUS else ("cpu", "memory")
+    return (*asked, *_WHERE)

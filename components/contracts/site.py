@@ -37,6 +37,12 @@ class Site(BaseModel):
     """Labels of the nodes with GPUs; pods that take GPUs go there only."""
     tolerations: tuple[dict[str, Any], ...] = ()
     """Of those pods, for the taints of such nodes."""
+    cpu_labels: dict[str, str] = {}
+    """Labels of the nodes for pods of a run that take no GPUs, but for its first and last step."""
+    cpu_tolerations: tuple[dict[str, Any], ...] = ()
+    """Of those pods, for the taints of such nodes."""
+    environment: dict[str, str] = {}
+    """Variables for the steps and all that they start, such as a proxy; what a pod has already stays."""
     queue: str = ""
     """Kueue's LocalQueue; empty leaves Kueue out."""
     serving: dict[str, Any] | None = None
@@ -90,6 +96,6 @@ class Site(BaseModel):
         return processes // self.gpus_per_node, self.gpus_per_node
 
 
-_NEW = {"launcher", "gpu_labels", "tolerations", "serving"}
+_NEW = {"launcher", "gpu_labels", "tolerations", "cpu_labels", "cpu_tolerations", "environment", "serving"}
 OLD_KEYS = {f"NVILA_{field.upper()}": field for field in Site.model_fields if field not in _NEW}
 """The old form, read for one release: a key for each old field, and the launcher's bare name as `NVILA_SITE`."""

@@ -20,6 +20,9 @@ EVALUATE, GATE = "evaluate", "gate"
 QUANTIZE, EVALUATE_QUANTIZED, GATE_QUANTIZED = "quantize", "evaluate-quantized", "gate-quantized"
 REGISTER, ROLLOUT, REPORT = "register", "rollout", "report"
 
+TRACKING = ("mlflow_username", "mlflow_password", "mlflow_token")
+WEIGHTS = ("s3_key", "s3_secret", "hub_token")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -56,6 +59,8 @@ class Step:
     """Lets a model go further: its inputs must be those that MLflow knows."""
     at_exit: bool = False
     """Runs last, whatever became of the others."""
+    secrets: tuple[str, ...] = TRACKING
+    """The fields of `Environment` that it reads of a cluster's Secret: its pod gets no other key."""
     result: type[Result] = Other
     """What its manifest tells."""
 
@@ -88,6 +93,7 @@ def _prune(name: str, sources: str, about: str, remark: str) -> Step:
         hands_on="samples",
         size="gpus",
         job=True,
+        secrets=(*TRACKING, *WEIGHTS),
     )
 
 
@@ -135,6 +141,7 @@ STEPS = (
         output="slices",
         result=Resolution,
         quick=True,
+        secrets=(*TRACKING, "s3_key", "s3_secret"),
     ),
     Step(
         name=PREFLIGHT,
@@ -159,6 +166,7 @@ STEPS = (
         },
         after=(RESOLVE,),
         quick=True,
+        secrets=(*TRACKING, *WEIGHTS),
     ),
     Step(
         name=VALIDATE,
@@ -181,6 +189,7 @@ STEPS = (
         recipe={"model": "model", "seed": "seed", "max_skipped_share": "train.max_skipped_share"},
         inputs={"samples": VALIDATE},
         size="memory",
+        secrets=(*TRACKING, *WEIGHTS),
     ),
     _prune(
         PRUNE_IMAGE,
@@ -275,6 +284,7 @@ STEPS = (
         about="serves the version, asks it the pinned prompts, moves the alias `champion`",
         remark="serve, ask, promote",
         output="promotion",
+        secrets=(*TRACKING, "api_key"),
         result=Rollout,
         recipe={"rollout": "rollout"},
         inputs={"version": REGISTER, "model": QUANTIZE, "metrics": EVALUATE_QUANTIZED, "samples": VALIDATE},
@@ -288,6 +298,7 @@ STEPS = (
         about="one self-contained HTML page; written for rejected and failed runs too",
         remark="written last, whatever happened",
         output="summary",
+        secrets=(*TRACKING, "webhook_url", "webhook_secret"),
         quick=True,
         always=True,
         at_exit=True,

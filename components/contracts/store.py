@@ -31,6 +31,10 @@ class Store:
         """Where the step with this content key works (may not exist yet)."""
         return self.root / step / key[:KEY_CHARACTERS]
 
+    def lock(self, step: str, key: str) -> Path:
+        """Held by who does this work or looks whether it is done, so that its time is that of its last use."""
+        return self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
+
     def finished(self, step: str, key: str, inputs: Mapping[str, str] | None = None) -> Manifest | None:
         """The manifest of finished work, else None; damaged work, which is said in one line, is not finished.
 
@@ -105,8 +109,7 @@ class Store:
         """The step's folder, locked against a second process that does the same work."""
         folder = self.folder(step, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = self.root / step / f".{key[:KEY_CHARACTERS]}.lock"
-        with alone(lock_path, f"{step}: another run is at the same work", WORK_SECONDS):
+        with alone(self.lock(step, key), f"{step}: another run is at the same work", WORK_SECONDS):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 say(f"{step}: removed, as it is no folder of the store: {folder}")
                 folder.unlink()

@@ -49,13 +49,15 @@ def has_proxy() -> bool:
 
 
 def _spare_loopback() -> None:
-    """A proxy is for other machines: what runs on this one is asked directly (MLflow, an S3, a cluster's tunnel)."""
+    """A proxy is for other machines: what runs on this one is asked directly (MLflow, an S3, a cluster's tunnel), as
+    is the API server of a pod."""
     if not has_proxy():
         return
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     spared = [host for host in given.replace(" ", "").split(",") if host]
     if "*" not in spared:
-        spared += [host for host in _LOOPBACK if host not in spared]
+        near = (*_LOOPBACK, *filter(None, [os.environ.get("KUBERNETES_SERVICE_HOST")]))
+        spared += [host for host in near if host not in spared]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(spared)
 
 

@@ -14,13 +14,13 @@ def resolve(
     data_uri: str,
     model_name: str,
     target: str,
-    overrides: str,
+    overrides: dict,
     slices: dsl.Output[dsl.Artifact],
     start_from: str = "",
     keep_ratio: float = 0.0,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Places",
-    [("gpu_resource", str)]
+    [("gpu_resource", str), ("plain_tolerations", list), ("plain_node_labels", dict)]
     + [(f"{size}_{part}", str) for size in ("cpus", "memory") for part in ("cpu", "memory")]
     + [
         (f"{size}_{part}", kind)

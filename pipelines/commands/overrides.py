@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def asked_for(recipe: str, overrides: Iterable[str], *, here: bool = True, **fie
     laid = layers(first, located=here)
     overlay = parse_overrides(laid, overrides)
     text = recipe if recipe in shipped() else self_contained(first, laid)
-    form = Form(recipe=text, overrides=json.dumps(overlay), **fields)
+    form = Form(recipe=text, overrides=overlay, **fields)
     return form, fill_in(form, recipe=laid)
 
 

@@ -11,8 +11,11 @@ CACHE_CLAIM = "nvila-cache"
 """Claim of downloaded weights, verified on arrival; may be local to a node."""
 CACHE_MOUNT = "/cache"
 
+CERTIFICATES = "nvila-certificates"
+"""ConfigMap with a site's own authorities, which may be missing; mounted in every step."""
+CERTIFICATES_MOUNT = "/etc/nvila-certificates"
+
 CONFIG_KEYS = (*kept("config"), *OLD_KEYS)
 """Each becomes an environment variable of that name; every one may be missing."""
 SECRET = "nvila-credentials"
-SECRET_KEYS = kept("secret")
-"""Like CONFIG_KEYS."""
+"""Has a key for each variable that steps take from it; which step takes which stands in the table of steps."""

@@ -34,7 +34,7 @@ from nvila.pipelines.compile.references import dangling_references
 
 Format = Literal["pipeline", "manifests"]
 """`pipeline`: KFP's own YAML, for the UI and its API. `manifests`: Pipeline and PipelineVersion resources."""
-SIZE_LIMIT_BYTES = 400 * 1024
+SIZE_LIMIT_BYTES = 200 * 1024
 """Kubernetes objects end at about 1 MiB, and the workflow made from this file is larger than the file."""
 RETRIES = 2
 """For a step that has failed. KFP sets no policy, so Argo's own holds, OnFailure: a pod whose container ended with an
@@ -155,8 +155,10 @@ def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], pipeline: P
             kubernetes.add_pod_annotation(task, name, value)
     kubernetes.mount_pvc(task, pvc_name=site.VOLUME_CLAIM, mount_path=site.MOUNT)
     kubernetes.mount_pvc(task, pvc_name=site.CACHE_CLAIM, mount_path=site.CACHE_MOUNT)
+    kubernetes.use_config_map_as_volume(task, site.CERTIFICATES, mount_path=site.CERTIFICATES_MOUNT, optional=True)
     kubernetes.use_config_map_as_env(task, site.CONFIG_MAP, {key: key for key in site.CONFIG_KEYS}, optional=True)
-    kubernetes.use_secret_as_env(task, site.SECRET, {key: key for key in site.SECRET_KEYS}, optional=True)
+    secrets = {key: key for key in map(name_of, row.secrets)}
+    kubernetes.use_secret_as_env(task, site.SECRET, secrets, optional=True)
     run_id = name_of("run_id")
     kubernetes.use_field_path_as_env(task, env_name=run_id, field_path="metadata.labels['pipeline/runid']")
     given = named(store=f"{site.MOUNT}/store", run=f"{site.MOUNT}/runs/${run_id}", root=site.MOUNT, pipeline=pipeline)
@@ -166,13 +168,14 @@ def _place(task: PipelineTask, row: Step, places: Mapping[str, Any], pipeline: P
 
 def _ask(task: PipelineTask, row: Step, places: Mapping[str, Any]) -> None:
     """Resources and nodes; `resolve` says at run time what depends on the recipe and the site."""
-    source = sources().get(row.name)
-    wanted = {part: places[name] for part, name in source.items()} if source else asdict(Placement())
+    source = sources().get(row.name, {})
+    wanted = asdict(Placement()) | {part: places[name] for part, name in source.items()}
     task.set_cpu_request(wanted["cpu"]).set_cpu_limit(wanted["cpu"])
     task.set_memory_request(wanted["memory"]).set_memory_limit(wanted["memory"])
-    if row.size in ON_GPUS:
-        task.set_accelerator_type(places[GPU_RESOURCE]).set_accelerator_limit(wanted["gpus"])
+    if source:
         kubernetes.add_toleration_json(task, wanted["tolerations"])
         kubernetes.add_node_selector_json(task, wanted["node_labels"])
+    if row.size in ON_GPUS:
+        task.set_accelerator_type(places[GPU_RESOURCE]).set_accelerator_limit(wanted["gpus"])
         # For vLLM, data-loading workers and NCCL: a container has 64 MiB unless told. It counts as the pod's memory.
         kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory")

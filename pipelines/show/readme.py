@@ -19,6 +19,7 @@ from nvila.components.report.flow import lanes
 from nvila.pipelines.cli import app
 from nvila.pipelines.commands.schema import every_key
 from nvila.pipelines.planning import matrix
+from nvila.pipelines.show.chart import CHART, apis_rows, values_rows
 
 FIRST = ("tiny", "micro")
 """Recipes that a newcomer meets first; the others follow by name."""
@@ -142,11 +143,22 @@ def matrix_table() -> str:
     return f"{matrix.summary()}.\n\n{table(head, lines)}\n\n{numbered}"
 
 
+def chart_table() -> str:
+    """Each value of the chart."""
+    return table(("value", "else", "what it is for"), values_rows())
+
+
+def apis_table() -> str:
+    """What each part of the chart needs of a cluster, for `helm template`."""
+    return table(("part", "`--api-versions`"), apis_rows())
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"flow": flow, "steps": steps_table, "recipes": recipes_table, "commands": commands_table},
     "docs/recipe.md": {"keys": keys_table},
     "docs/stages.md": {"values": values_table, "matrix": matrix_table},
     "docs/environment.md": {"variables": variables_table, "site": site_table},
+    f"{CHART}/README.md": {"apis": apis_table, "chart": chart_table},
 }
 """By document, and by the name of the markers `<!-- steps -->` and `<!-- /steps -->` around the table."""
 

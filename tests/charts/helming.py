@@ -91,6 +91,8 @@ def pod_templates(documents: Sequence[Document]) -> Iterator[tuple[Document, Doc
         spec = document.get("spec", {})
         if document["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job"):
             yield document, spec["template"]
+        elif document["kind"] == "Pod":
+            yield document, document
         elif document["kind"] == "CronJob":
             yield document, spec["jobTemplate"]["spec"]["template"]
         elif document["kind"] == "ClusterTrainingRuntime":

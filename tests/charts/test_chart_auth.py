@@ -39,7 +39,8 @@ def _container(documents: list[Document]) -> Document:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The chart's own command; the database, the folder of artifacts and the port are the test's."""
     folder = tmp_path_factory.mktemp("mlflow")
-    documents = render(EVERYTHING, sets=['mlflow.postgres.mode="own"'])
+    here = ['mlflow.postgres.mode="own"', 'mlflow.listen="0.0.0.0"', 'proxy.url=""', 'certificates={"enabled":false}']
+    documents = render(EVERYTHING, sets=[*here, 'certificates.bundle=""', 'pods.mlflow.env.TOKEN=""'])
     container = _container(documents)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

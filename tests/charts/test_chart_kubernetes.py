@@ -15,7 +15,13 @@ from nvila.infra.launch.jobs import JOBSET_LABEL
 
 VERSIONS = [f"1.{minor}" for minor in range(29, 36)]
 CASES = [(), (EVERYTHING,), *((path,) for path in EXAMPLES)]
-CUSTOM = ("kueue.x-k8s.io", "monitoring.coreos.com", "pipelines.kubeflow.org", "trainer.kubeflow.org")
+CUSTOM = (
+    "gateway.networking.k8s.io",
+    "kueue.x-k8s.io",
+    "monitoring.coreos.com",
+    "pipelines.kubeflow.org",
+    "trainer.kubeflow.org",
+)
 WITHOUT_SCHEMA = {("monitoring.coreos.com/v1", "PodMonitor")}
 """Of those the tests' folder may have no definition; `test_chart_monitoring.py` looks at their fields."""
 
@@ -110,9 +116,9 @@ def test_without_kueue_its_topology_takes_nothing_away() -> None:
 
 
 def test_a_flavor_without_labels_and_taints_fits_too() -> None:
-    """Its `spec` would be null, which the API server refuses."""
+    """Its `spec` would be null, which the API server refuses, also when an upgrade takes its last field away."""
     documents = render(sets=["kueue.enabled=true", "gpu.tolerations=[]"])
-    assert [d["spec"] for d in documents if d["kind"] == "ResourceFlavor"] == [{}]
+    assert [d["spec"] for d in documents if d["kind"] == "ResourceFlavor"] == [{"tolerations": []}]
 
 
 def test_a_wrong_field_of_a_custom_resource_is_seen() -> None:

@@ -1,7 +1,6 @@
 """The chart's values: what is refused, and that every key is explained."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from nvila.components.contracts.environment import kept
 from nvila.components.contracts.serving import Serving
 from nvila.components.contracts.site import Site
 from nvila.pipelines.compile import names as site
+from nvila.pipelines.show.chart import every_value, values_schema
 
-SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+SCHEMA = values_schema(CHART)
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
 
 
@@ -47,8 +47,20 @@ VALUES = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
         ("cache.warmup.enabled=true", "/cache/warmup/weights"),
         ('cache.warmup.weights={"model":{"a":"b"}}', "/cache/warmup/weights"),
         ('cache.warmup.weights={"hf://a/b@c":{"model.safetensors":"123"}}', "model.safetensors"),
-        ('trainer.nccl={"PATH":"/"}', "'/trainer/nccl': additional properties 'PATH'"),
-        ("trainer.nccl={'NCCL_IB_GID_INDEX':3}".replace("'", '"'), "/trainer/nccl/NCCL_IB_GID_INDEX"),
+        ('pods.all.env={"NVILA_SITE":"{}"}', "invalid propertyName 'NVILA_SITE'"),
+        ('pods.all.env={"PATH":"/"}', "invalid propertyName 'PATH'"),
+        ('pods.training.env={"NCCL_IB_GID_INDEX":3}', "/pods/training/env/NCCL_IB_GID_INDEX"),
+        ('pods.all.labels={"app.kubernetes.io/component":"a"}', "'app.kubernetes.io/component'"),
+        ('pods.all.volumes={"/nvila":{"emptyDir":{}}}', "invalid propertyName '/nvila'"),
+        ('pods.all.volumes={"/a":{"readOnly":true}}', "/pods/all/volumes"),
+        ('pods.all.tolerations=[{"operator":"Equal"}]', "/pods/all/tolerations/0"),
+        ('pods.steps={"priorityClassName":"high"}', "'priorityClassName' not allowed"),
+        (
+            'certificates.bundle="-----BEGIN CERTIFICATE-----\\nMII=\\n-----END CERTIFICATE-----"',
+            "/certificates/bundle",
+        ),
+        ('proxy.url="http://user:password@proxy"', "/proxy/url"),
+        ('mlflow.route.host="mlflow.example"', "/mlflow/route/gateway/name"),
         ('mlflow.mode="external"', "/mlflow/uri"),
         ('mlflow.postgres.mode="external"', "/mlflow/postgres/host"),
         ('mlflow.backup.schedule="daily"', "/mlflow/backup/schedule"),
@@ -106,19 +118,15 @@ def test_one_made_volume_cannot_serve_two_namespaces() -> None:
     assert template(sets=['storage.volumeName="nfs"', 'namespaces=["a"]']).returncode == 0
 
 
-def _objects(schema: dict[str, Any], where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    yield where, schema
-    for name, part in schema.get("properties", {}).items():
-        yield from _objects(part, f"{where}.{name}")
-    if isinstance(schema.get("items"), dict):
-        yield from _objects(schema["items"], f"{where}[]")
-
-
 def test_every_key_is_explained_and_no_other_is_taken() -> None:
     """The schema is the chart's reference; an open object takes typing errors."""
-    parts = dict(_objects(SCHEMA))
+    parts = dict(every_value(SCHEMA, SCHEMA))
     assert [w for w, part in parts.items() if not w.endswith("[]") and len(part.get("description", "")) < 4] == []
-    objects = {where: part for where, part in parts.items() if part.get("type") == "object" and where != ".global"}
+    objects = {
+        where: part
+        for where, part in parts.items()
+        if part.get("type") == "object" and not where.startswith((".global", ".extraObjects"))
+    }
     assert [where for where, part in objects.items() if part.get("additionalProperties", True) is True] == []
 
 
@@ -130,8 +138,8 @@ def test_values_and_schema_have_the_same_keys() -> None:
             return {where}
         return {where, *(k for name, value in values.items() for k in keys(value, f"{where}.{name}"))}
 
-    free = (".cache.warmup.weights", ".gpu.nodeLabels", ".trainer.nccl", ".monitoring.labels", ".global")
-    known = {where for where, _ in _objects(SCHEMA) if "[]" not in where}
+    free = (".cache.warmup.weights", ".gpu.nodeLabels", ".monitoring.labels", ".pods.", ".extraObjects", ".global")
+    known = {where for where, _ in every_value(SCHEMA, SCHEMA) if "[]" not in where}
     assert {key for key in keys(VALUES) if not key.startswith(free)} == {k for k in known if not k.startswith(free)}
 
 
@@ -149,8 +157,12 @@ def test_a_run_can_ask_for_a_model_to_be_served() -> None:
     assert found is not None and found.image == VALUES["images"]["serve"]
     assert (found.gateway.name, found.gateway.namespace, found.gateway.section_name) == ("public", "gateways", "https")
     assert found.hostnames == ["ai.example"] and (found.pods.gpus, found.pods.memory) == (2, "32Gi")
-    assert found.pods.node_selector == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
-    assert found.pods.tolerations == VALUES["gpu"]["tolerations"]
+    assert found.pods.node_selector == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3", "pool": "ml"}
+    assert found.pods.tolerations == [
+        *VALUES["gpu"]["tolerations"],
+        {"key": "team", "operator": "Equal", "value": "ml"},
+    ]
+    assert found.pods.priority_class_name == "ml"
     plain = serving('controller.gateway={"name":"public","namespace":"","sectionName":""}')
     assert plain is not None and plain.gateway.namespace is None
     assert serving("controller.enabled=false") is None
@@ -158,7 +170,7 @@ def test_a_run_can_ask_for_a_model_to_be_served() -> None:
 
 def test_no_value_is_a_secret() -> None:
     """What is a value ends up in the release's record and in somebody's repository."""
-    names = [where for where, _ in _objects(SCHEMA)]
+    names = [where for where, _ in every_value(SCHEMA, SCHEMA)]
     suspicious = ("password", "token", "accesskey", "secretkey", "apikey")
     assert [name for name in names if any(word in name.lower() for word in suspicious)] == []
     for values in ((), (EVERYTHING,), *((path,) for path in EXAMPLES)):

@@ -16,18 +16,6 @@ from buckets import Bucket, served
 from nvila.components.contracts.manifest import Kind, Manifest, describe_files
 from nvila.components.data.remote import insist
 from nvila.components.data.sampling import Sampling
-from nvila.components.tracking.connect import connected
-
-
-@pytest.fixture(scope="session")
-def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sqlite store with its tables made, to be copied: making them takes seconds."""
-    runs = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with connected(runs) as client:
-            client.search_experiments()
-    return runs / "mlflow.db"
 
 
 @pytest.fixture

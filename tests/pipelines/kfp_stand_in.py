@@ -21,7 +21,7 @@ from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec, PlatformSpec
 TOKEN = "s3cret-token"
 STARTED = "2026-11-22T10:00:00Z"
 _PYTHON = {"str": str, "int": int, "bool": bool, "datetime": str, "object": object, "float": (int, float)}
-_KINDS = {"STRING": str, "NUMBER_DOUBLE": (int, float)}
+_KINDS = {"STRING": str, "NUMBER_DOUBLE": (int, float), "STRUCT": dict}
 Answer = tuple[int, str | None, dict[str, Any]]
 """Status, name of the answer's model (None for errors and empty answers), body."""
 

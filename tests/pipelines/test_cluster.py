@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from nvila.components.contracts.environment import kept
 from nvila.components.contracts.errors import ConfigError
+from nvila.components.contracts.keys import import_closure
 from nvila.components.contracts.pipelines import PIPELINES, PipelineName
 from nvila.components.contracts.placement import ON_GPUS, parameters
 from nvila.components.contracts.recipe.form import Form, fill_in
@@ -159,8 +161,27 @@ def test_every_pod_gets_the_volumes_and_the_sites_environment(pods: dict[str, An
         ((config,), (secret,)) = pod["configMapAsEnv"], pod["secretAsEnv"]
         assert (config["configMapName"], secret["secretName"]) == ("nvila-site", "nvila-credentials"), name
         assert {k["configMapKey"]: k["envVar"] for k in config["keyToEnv"]} == {key: key for key in site.CONFIG_KEYS}
-        assert {k["secretKey"]: k["envVar"] for k in secret["keyToEnv"]} == {key: key for key in site.SECRET_KEYS}
+        assert [k["secretKey"] for k in secret["keyToEnv"]] == [k["envVar"] for k in secret["keyToEnv"]], name
         assert config["optional"] and secret["optional"], "a namespace without them could start no pod"
+
+
+def test_a_pod_has_the_keys_that_its_step_reads(pods: dict[str, Any]) -> None:
+    """Whoever gets into one pod, by a damaged picture or a library, had all nine: the bucket's, the hub's, the webhook.
+
+    Which code a step reaches says what it reads: libraries take their keys from the variables by themselves.
+    """
+    readers = {
+        "components.data.remote.s3client": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+        "components.data.remote.hub": {"HF_TOKEN"},
+        "components.report.webhook": {"NVILA_WEBHOOK_URL", "NVILA_WEBHOOK_SECRET"},
+        "components.tracking.connect": {f"MLFLOW_TRACKING_{key}" for key in ("USERNAME", "PASSWORD", "TOKEN")},
+        "components.rollout.step": {"NVILA_API_KEY"},
+    }
+    assert set().union(*readers.values()) == set(kept("secret")), "a key that nobody reads, or a reader that is new"
+    for name, row in ROWS.items():
+        reached = import_closure(f"nvila.components.{row.folder}.component")
+        wanted = set().union(*(keys for module, keys in readers.items() if f"nvila.{module}" in reached))
+        assert {entry["secretKey"] for entry in pods[name]["secretAsEnv"][0]["keyToEnv"]} == wanted, name
 
 
 def test_failed_steps_are_started_again(spec: dict[str, Any]) -> None:
@@ -187,13 +208,16 @@ def test_what_pods_ask_for_comes_out_of_resolve(spec: dict[str, Any], pods: dict
         resources, pod = executors[f"exec-{name}"]["container"]["resources"], pods[name]
         for field in ("resourceCpuLimit", "resourceCpuRequest", "resourceMemoryLimit", "resourceMemoryRequest"):
             assert ("pipelinechannel--resolve-" in resources[field]) is (row.size != "small"), name
-        if row.size in ON_GPUS:
-            assert "resolve" in resources["accelerator"]["resourceCount"] + resources["accelerator"]["resourceType"]
+        if name != "resolve" and not row.at_exit:
             sources = [pod["nodeSelector"]["nodeSelectorJson"], pod["tolerations"][0]["tolerationJson"]]
             assert {source["taskOutputParameter"]["outputParameterKey"] for source in sources} <= set(made), name
+        else:
+            assert "tolerations" not in pod and "nodeSelector" not in pod, name
+        if row.size in ON_GPUS:
+            assert "resolve" in resources["accelerator"]["resourceCount"] + resources["accelerator"]["resourceType"]
             assert pod["emptyDirMounts"][0]["mountPath"] == "/dev/shm", "vLLM and NCCL end in a container's 64 MiB"
         else:
-            assert "accelerator" not in resources and "tolerations" not in pod and "nodeSelector" not in pod, name
+            assert "accelerator" not in resources, name
 
 
 def test_resolve_gives_every_parameter_in_this_order() -> None:

@@ -97,7 +97,7 @@ def test_a_run_gets_the_form_and_the_pipeline_of_this_checkout(kfp: StandIn) -> 
         "model_name": "plates",
         "keep_ratio": 0.0,
         "target": "",
-        "overrides": '{"evaluate": {"limit": 17}}',
+        "overrides": {"evaluate": {"limit": 17}},
     }
     executors = kfp.specs[version["name"]]["deploymentSpec"]["executors"]
     assert executors["exec-quantize"]["container"]["image"] == "registry.example/quantize:1"

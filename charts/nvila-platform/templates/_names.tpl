@@ -57,15 +57,6 @@ auth_cache_ttl_seconds = 60
 {{- if eq .Values.mlflow.postgres.mode "own" }}nvila-postgres{{ else }}{{ .Values.mlflow.postgres.host }}{{ end }}
 {{- end }}
 
-{{- define "nvila.pullSecrets" -}}
-{{- with .Values.images.pullSecrets -}}
-imagePullSecrets:
-  {{- range . }}
-  - name: {{ . | quote }}
-  {{- end }}
-{{- end }}
-{{- end }}
-
 {{- /* The restricted Pod Security profile. 65532 is the user of our images. */ -}}
 {{- define "nvila.podSecurity" -}}
 runAsNonRoot: true
@@ -84,10 +75,15 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
+{{- /* Without the last slash: some clients put theirs behind it, and a key that begins with one is another. */ -}}
+{{- define "nvila.s3Endpoint" -}}
+{{- trimSuffix "/" .Values.s3.endpoint }}
+{{- end }}
+
 {{- /* The credentials of the S3 store; a missing Secret leaves the pod to its service account's identity. */ -}}
 {{- define "nvila.s3Environment" -}}
 - {name: AWS_REGION, value: {{ .Values.s3.region | quote }}}
-{{- with .Values.s3.endpoint }}
+{{- with include "nvila.s3Endpoint" . }}
 - {name: AWS_ENDPOINT_URL, value: {{ . | quote }}}
 - {name: MLFLOW_S3_ENDPOINT_URL, value: {{ . | quote }}}
 {{- end }}

@@ -15,7 +15,7 @@
 - ports:
     - {protocol: TCP, port: {{ regexFind "[0-9]+$" (regexFind ":[0-9]+$" $address.host) | default (ternary "80" "443" (eq $address.scheme "http")) }}}
 {{- $service := splitList "." (regexReplaceAll ":[0-9]+$" $address.host "") }}
-{{- if or (lt (len $service) 3) (eq (index (append $service "svc") 2) "svc") }}
+{{- if and (not (hasPrefix "[" $address.host)) (or (lt (len $service) 3) (eq (index (append $service "svc") 2) "svc")) }}
 {{- /* A service: policies look at the pod's port, which need not be the service's. */}}
 - to:
     - namespaceSelector:
@@ -25,6 +25,9 @@
 
 {{- define "nvila.egressS3" }}
 {{- include "nvila.egressAddress" (dict "root" . "address" (.Values.s3.endpoint | default "https://s3.amazonaws.com")) }}
+{{- with .Values.proxy.url }}
+{{- include "nvila.egressAddress" (dict "root" $ "address" .) }}
+{{- end }}
 {{- if not .Values.s3.endpoint }}
 {{- /* The agent of EKS Pod Identity. */}}
 - to:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
+
+from pydantic import field_validator
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.pipelines import Pipeline
@@ -11,15 +12,14 @@ from nvila.components.contracts.recipe.layers import Layers
 from nvila.components.contracts.recipe.reader import document, layers
 from nvila.components.contracts.recipe.recipe import Recipe
 from nvila.components.contracts.recipe.section import Section
-from nvila.components.contracts.recipe.yaml12 import load_yaml
 
 
 class Form(Section):
     """The pipeline's parameters. KFP's UI shows their names, and one line for each to write in."""
 
     recipe: str
-    """RECIPES; or the text of your own recipe: YAML, or JSON in one line, which is all that a field of the UI's form
-    takes."""
+    """RECIPES; or your own recipe: the path of a file that ends with .yaml, where a relative one begins at the shared
+    volume; s3://bucket/name.yaml; or its text, YAML or, as a field of the UI's form takes one line, JSON."""
     start_from: str = ""
     """The model to fine-tune: a version of the registry (NAME@champion, NAME/3), hf://owner/name@revision,
     s3://bucket/prefix, or a folder on the shared volume; empty takes the recipe's."""
@@ -32,8 +32,14 @@ class Form(Section):
     """Share of the SFT data that pruning keeps, above 0 up to 1; 0 takes the recipe's."""
     target: str = ""
     """Where to serve: TARGETS; empty takes the recipe's."""
-    overrides: str = "{}"
-    """JSON object laid over the recipe, such as {"evaluate": {"limit": 200}}."""
+    overrides: dict[str, Any] = {}
+    """Laid over the recipe: JSON such as {"evaluate": {"limit": 200}}."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _with_whole_numbers(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        """KFP hands structs on as protobuf's, which know no whole numbers: 200 comes back as 200.0."""
+        return dict(_whole(overrides))
 
 
 def given(form: Form, pipeline: Pipeline) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
         recipe: what `form.recipe` has been read to already, with the files' names for messages.
 
     Raises:
-        ConfigError: the YAML or the JSON does not parse, or the recipe is wrong.
+        ConfigError: the YAML does not parse, or the recipe is wrong.
     """
     laid = recipe or layers(document(form.recipe))
     if form.start_from:
@@ -61,22 +67,21 @@ def fill_in(form: Form, root: str = "", recipe: Layers | None = None) -> Recipe:
         laid = laid.over({"prune": {"keep_ratio": form.keep_ratio}}, "keep_ratio")
     if form.target:
         laid = laid.over({"rollout": {"target": form.target}}, "target")
-    overrides = _overrides(form.overrides)
-    laid = laid.over(overrides, "overrides")
+    laid = laid.over(form.overrides, "overrides")
     if form.data_uri:
         laid = _move_data(laid, form.data_uri)
     filled = laid.recipe()
-    _prunes_as_asked(form, overrides, filled)
+    _prunes_as_asked(form, filled)
     if root:
         whole = filled.model_dump(mode="json", by_alias=True)
         filled = Layers(laid.name).over(whole, laid.name, folder=root).recipe()
     return filled
 
 
-def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -> None:
+def _prunes_as_asked(form: Form, recipe: Recipe) -> None:
     """Whoever asks for a share must not get everything, because the recipe has pruning switched off."""
     asked = ["keep_ratio"] if form.keep_ratio else []
-    asked += [f"prune.{name}" for name, value in dict(overrides.get("prune") or {}).items() if value is not None]
+    asked += [f"prune.{name}" for name, value in dict(form.overrides.get("prune") or {}).items() if value is not None]
     asked = [name for name in asked if name != "prune.method"]
     if asked and recipe.prune.methods == {"none"}:
         raise ConfigError("nothing is pruned: the method is none", where=asked[0], do="Name another in prune.method.")
@@ -86,14 +91,12 @@ def _prunes_as_asked(form: Form, overrides: Mapping[str, Any], recipe: Recipe) -
         )
 
 
-def _overrides(text: str) -> Mapping[str, Any]:
-    try:
-        content = load_yaml(text or "{}")
-    except ValueError as error:
-        raise ConfigError(f"cannot be read as JSON: {error}", where="overrides", value=text) from None
-    if not isinstance(content, dict):
-        raise ConfigError("overrides must be a JSON object", where="overrides", value=text)
-    return content
+def _whole(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _whole(below) for key, below in content.items()}
+    if isinstance(content, list):
+        return [_whole(below) for below in content]
+    return int(content) if isinstance(content, float) and content.is_integer() else content
 
 
 def _move_data(laid: Layers, data_uri: str) -> Layers:

@@ -103,13 +103,22 @@ def file_document(path: Path) -> Document:
             written = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return decoded(str(path), written, path)
+
+
+def decoded(name: str, written: bytes, path: Path | None = None) -> Document:
+    """The recipe of a file, or of what is kept like one; one byte more than a recipe may have will do.
+
+    Raises:
+        ConfigError: it is longer than that, or no UTF-8.
+    """
     if len(written) > MOST_BYTES:
-        raise ConfigError(f"a recipe has at most {MOST_BYTES:,} bytes", where=str(path))
+        raise ConfigError(f"a recipe has at most {MOST_BYTES:,} bytes", where=name)
     try:
-        return Document(str(path), written.decode("utf-8-sig"), path)
+        return Document(name, written.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
         what = "UTF-16" if written.startswith((b"\xff\xfe", b"\xfe\xff")) else f"not UTF-8 at byte {error.start:,}"
-        raise ConfigError(f"the file is {what}", where=str(path), do="Save it as UTF-8.") from None
+        raise ConfigError(f"the file is {what}", where=name, do="Save it as UTF-8.") from None
 
 
 def document(recipe: str) -> Document:
@@ -121,9 +130,10 @@ def document(recipe: str) -> Document:
     return Document("recipe", recipe) if "\n" in recipe or ":" in recipe else shipped_document(recipe)
 
 
-def named_document(recipe: str) -> Document:
-    """Like `document`, for the command line, where a path of a YAML file will do as well."""
-    return file_document(Path(recipe)) if recipe.lower().endswith(SUFFIXES) else document(recipe)
+def named_document(recipe: str, folder: str = "") -> Document:
+    """Like `document`, where a path of a YAML file will do as well; a relative one begins at `folder`."""
+    is_file = recipe.lower().endswith(SUFFIXES) and not re.search("\n|: ", recipe)
+    return file_document(Path(folder, recipe)) if is_file else document(recipe)
 
 
 def family(first: Document) -> Iterator[Document]:
@@ -146,13 +156,14 @@ def family(first: Document) -> Iterator[Document]:
         found = found.parent()
 
 
-def layers(first: Document, *, located: bool = False) -> Layers:
+def layers(first: Document, *, located: bool = False, root: str = "") -> Layers:
     """The document over all that it extends. A file that says no `name` is called as the file.
 
     Args:
         first: the document on top.
         located: let the relative paths in a file begin at its folder. Else they stay as they are written, and begin
             where the run does: for a cluster, which has none of these folders.
+        root: folder that the paths of a located file are relative to, where they lie in it; the working directory.
 
     Raises:
         ConfigError: a document that is not there or no YAML, or a circle.
@@ -160,9 +171,9 @@ def layers(first: Document, *, located: bool = False) -> Layers:
     laid = Layers(first.name)
     for member in reversed(list(family(first))):
         content = {key: value for key, value in member.content.items() if key != EXTENDS}
-        if member is first and first.path and content.get("name") is None:
-            content["name"] = _name(first.path)
-        laid = laid.over(content, member.name, _folder(member.path) if located and member.path else "")
+        if member is first and first.name.lower().endswith(SUFFIXES) and content.get("name") is None:
+            content["name"] = _name(Path(first.name))
+        laid = laid.over(content, member.name, _folder(member.path, Path(root)) if located and member.path else "")
     return laid
 
 
@@ -180,19 +191,20 @@ def _name(path: Path) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", path.stem.lower()).strip("-.")[:MOST_CHARACTERS]
 
 
-def _folder(path: Path) -> str:
-    """Where the relative paths in this file begin: empty where that is here, relative where it is below, else absolute.
+def _folder(path: Path, root: Path) -> str:
+    """Where the relative paths in this file begin: empty where that is `root`, relative where it is below, or absolute.
 
     So a recipe's paths are the same, and so is its work, however its file was named.
     """
     folder = path.parent.resolve() if ".." in path.parts else path.parent.absolute()
-    if not folder.is_relative_to(Path.cwd()):
+    root = root.absolute()
+    if not folder.is_relative_to(root):
         return str(folder)
-    return "" if folder == Path.cwd() else str(folder.relative_to(Path.cwd()))
+    return "" if folder == root else str(folder.relative_to(root))
 
 
 def _one_line(text: str) -> str | None:
     """What to do about a text that looks as if a form had taken its line breaks."""
     if "\n" in text.strip():
         return None
-    return "A form of one line takes a shipped recipe's name, or a recipe as JSON; `nvila submit FILE` takes YAML."
+    return "A form of one line takes a recipe's name, its address (`recipes/mine.yaml`, `s3://...`), or itself as JSON."

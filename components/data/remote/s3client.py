@@ -28,7 +28,7 @@ _PASSING_CODES = frozenset(
 )
 _TO_DO = {
     "NoSuchBucket": "Check the bucket's name and AWS_ENDPOINT_URL.",
-    "NoSuchKey": "Check the prefix.",
+    "NoSuchKey": "Check the name behind the bucket's.",
     "AccessDenied": "The credentials need s3:ListBucket on the bucket and s3:GetObject on its objects.",
     "403": "The credentials need s3:ListBucket on the bucket and s3:GetObject on its objects.",
     "InvalidAccessKeyId": "Check AWS_ACCESS_KEY_ID, and that it belongs to the store of AWS_ENDPOINT_URL.",
@@ -78,10 +78,10 @@ def asked(attempt: Callable[[], T], where: str) -> T:
         return attempt()
     except ClientError as error:
         do = _TO_DO.get(code_of(error))
-        raise DataError("the weights cannot be read from S3", where=where, value=said(error), do=do) from error
+        raise DataError("cannot be read from S3", where=where, value=said(error), do=do) from error
     except BotoCoreError as error:
         do = _CREDENTIALS if isinstance(error, NoCredentialsError | PartialCredentialsError) else None
-        raise DataError("the weights cannot be read from S3", where=where, value=said(error), do=do) from error
+        raise DataError("cannot be read from S3", where=where, value=said(error), do=do) from error
 
 
 def passes(error: Exception) -> bool:

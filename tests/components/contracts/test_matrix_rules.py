@@ -17,11 +17,11 @@ from nvila.pipelines.cli import app
 FINE = Cell(0, "bf16", "frozen", "full", "none", "padded")
 
 
-def _overrides(cell: Cell) -> str:
+def _overrides(cell: Cell) -> dict[str, Any]:
     """Of a recipe with a cell's options in its fourth stage."""
     methods = {part: how for part, how in (("vision_tower", cell.vision_tower), ("llm", cell.llm)) if how != "frozen"}
     train: dict[str, Any] = {name: getattr(cell, name) for name in ("zero", "precision", "offload", "packing")}
-    return json.dumps({"train": train | {"stages": {"train-4": {"trainable": [*methods], "methods": methods}}}})
+    return {"train": train | {"stages": {"train-4": {"trainable": [*methods], "methods": methods}}}}
 
 
 def _broken(rule: Rule) -> Cell:

@@ -95,4 +95,4 @@ def test_the_gate_holds_what_was_drawn_against_the_start() -> None:
     assert slices(made)["gate"] == {"gate": made.gate.model_dump()}
     for wrong in ({"max_forgotten": {"digits": 0.1}}, {"not_below_base": ["digits"]}):
         with pytest.raises(ConfigError, match="no whole model is fine-tuned"):
-            fill_in(Form(recipe="micro", overrides=f'{{"evaluate": {{"gate": {wrong}}}}}'.replace("'", '"')))
+            fill_in(Form(recipe="micro", overrides={"evaluate": {"gate": wrong}}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import types
 import typing
 from collections.abc import Iterator
@@ -77,7 +76,7 @@ def test_every_option_is_described() -> None:
 
 def refusal(overrides: dict[str, Any], recipe: str = "micro") -> str:
     with pytest.raises(ConfigError) as caught:
-        fill_in(Form(recipe=recipe, overrides=json.dumps(overrides)))
+        fill_in(Form(recipe=recipe, overrides=overrides))
     assert len(str(caught.value)) <= 1500
     return str(caught.value)
 
@@ -174,4 +173,4 @@ def test_gates_that_let_everything_pass_are_named() -> None:
     assert "evaluate.gate" in (words := fill_in(Form(recipe="micro")).open_gates) and "quantize.gate" in words
     assert fill_in(Form(recipe="tiny")).open_gates == ""
     asked = {"evaluate": {"gate": {"min_accuracy": {"shapes": 0.1}}}, "quantize": {"gate": {"max_loss": 0.9}}}
-    assert fill_in(Form(recipe="micro", overrides=json.dumps(asked))).open_gates == ""
+    assert fill_in(Form(recipe="micro", overrides=asked)).open_gates == ""

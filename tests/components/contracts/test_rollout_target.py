@@ -16,7 +16,7 @@ from nvila.components.contracts.site import Site
 
 
 def recipe(**rollout: Any) -> Recipe:
-    return fill_in(Form(recipe="tiny", overrides=json.dumps({"rollout": {"target": "kubernetes"} | rollout})))
+    return fill_in(Form(recipe="tiny", overrides={"rollout": {"target": "kubernetes"} | rollout}))
 
 
 @pytest.mark.parametrize(

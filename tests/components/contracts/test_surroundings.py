@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nvila.components.contracts.environment import Environment, entered
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.surroundings import settle
 
@@ -78,6 +80,26 @@ def test_only_other_machines_are_asked_through_the_proxy(
         assert [get(f"http://{place}/").status_code for place in (here, here6)] == [200, 200]
         if (client, variable) != ("httpx", "Http_Proxy"):
             assert get("http://bucket.example/").status_code == 403
+
+
+def test_a_step_has_the_variables_of_its_site(variables: pytest.MonkeyPatch) -> None:
+    """A proxy that arrives as JSON only is obeyed by no library; and the API server is asked past it."""
+    variables.setenv("NVILA_RUN_ID", "2b4c")
+    variables.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
+    variables.setenv("KEPT", "the pod's own")
+    given = {"environment": {"https_proxy": "http://proxy.example", "KEPT": "the site's"}}
+    variables.setenv("NVILA_SITE", json.dumps(given))
+    with entered(Environment.read()):
+        assert os.environ["https_proxy"] == "http://proxy.example" and os.environ["KEPT"] == "the pod's own"
+        assert os.environ["no_proxy"].endswith(",10.96.0.1")
+
+
+def test_elsewhere_the_variables_of_steps_are_not_set(variables: pytest.MonkeyPatch) -> None:
+    """A training pod has its own; a file that is named there need not be in it."""
+    variables.setenv("NVILA_SITE", json.dumps({"environment": {"CURL_CA_BUNDLE": "/none"}}))
+    variables.delenv("CURL_CA_BUNDLE", raising=False)
+    with entered(Environment.read()):
+        assert "CURL_CA_BUNDLE" not in os.environ
 
 
 def test_children_read_utf8_whatever_the_locale(tmp_path: Path) -> None:

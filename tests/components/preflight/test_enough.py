@@ -54,7 +54,7 @@ def plates(tmp_path: Path) -> dict[str, Any]:
 
 def problems(recipe: dict[str, Any], tmp_path: Path, **overrides: Any) -> list[str]:
     """As `nvila run` and `nvila plan` are told of them."""
-    form = Form(recipe=json.dumps(recipe), overrides=json.dumps(overrides))
+    form = Form(recipe=json.dumps(recipe), overrides=overrides)
     settings = step.Settings.model_validate(slices(fill_in(form))[PREFLIGHT])
     found = step.problems(settings, tmp_path / "runs", tmp_path / "store")
     return [one for one in found if "packages" not in one and "serv" not in one]

@@ -20,7 +20,7 @@ from nvila.components.resolve import step as resolve_step
 from nvila.components.runner import execute as runner
 
 RESOLVE = "nvila.components.resolve.step"
-FORM = {"recipe": "tinny", "data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": "", "overrides": "{}"}
+FORM = {"recipe": "tinny", "data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": "", "overrides": {}}
 
 
 class Nothing(Section):

@@ -92,7 +92,7 @@ class InContainers(ITaskHandler):
 
 
 @dsl.pipeline(name="first-steps")
-def first_steps(recipe: str = "micro", overrides: str = "{}") -> None:
+def first_steps(recipe: str = "micro", overrides: dict = {}) -> None:  # noqa: B006 - as KFP wants it
     """From the recipe to the first stage of training."""
     form = {"data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": ""}
     resolved = resolve(step="resolve", recipe=recipe, overrides=overrides, **form)
@@ -103,7 +103,7 @@ def first_steps(recipe: str = "micro", overrides: str = "{}") -> None:
     train(step="train-1", slices=slices, model=start.outputs["model"], samples=samples.outputs["samples"])
 
 
-def run_first_steps(place: Path, *, contained: bool, **arguments: str) -> dict[str, Manifest]:
+def run_first_steps(place: Path, *, contained: bool, **arguments: Any) -> dict[str, Manifest]:
     """Run them in the current directory with store and run folder below `place`; the manifests by step.
 
     Raises:

@@ -59,7 +59,7 @@ def test_a_step_runs_under_the_restricted_profile(
     kubectl: list[str], namespace: str, container: dict[str, Any]
 ) -> None:
     """A step that needs root, an account, a writable image or a privilege works on a laptop and on no cluster."""
-    state, log = _run(kubectl, namespace, _pod("resolve", container, "{}"))
+    state, log = _run(kubectl, namespace, _pod("resolve", container, {}))
     assert state["exitCode"] == Exit.DONE, log
     manifest = json.loads(log[log.index("manifest:") :].partition(":")[2])
     assert manifest["step"] == "resolve" and manifest["result"]["slices"]["train-5"]
@@ -71,11 +71,11 @@ def test_a_step_that_refuses_its_input_ends_its_pod_with_2(
     kubectl: list[str], namespace: str, container: dict[str, Any]
 ) -> None:
     """The failure policies of jobs go by this number."""
-    state, log = _run(kubectl, namespace, _pod("refused", container, '{"evaluate": {"limitt": 1}}'))
+    state, log = _run(kubectl, namespace, _pod("refused", container, {"evaluate": {"limitt": 1}}))
     assert (state["exitCode"], state["reason"]) == (Exit.USER, "Error") and "limitt" in log
 
 
-def _pod(name: str, container: dict[str, Any], overrides: str) -> dict[str, Any]:
+def _pod(name: str, container: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """The step with empty folders in place of the claims."""
     form = {"recipe": "micro", "data_uri": "", "model_name": "", "keep_ratio": 0.0, "target": ""}
     artifact = {"name": "slices", "type": {"schemaTitle": "system.Artifact"}, "uri": f"{OUTPUT}/slices"}

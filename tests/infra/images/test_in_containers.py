@@ -57,7 +57,7 @@ def test_a_failing_step_is_reported_every_time(folder: Path, monkeypatch: pytest
     InContainers.codes.clear()
     for _ in range(TRIES):
         with pytest.raises(RuntimeError, match="resolve"):
-            run_first_steps(folder / "failing", contained=True, overrides='{"evaluate": {"limitt": 1}}')
+            run_first_steps(folder / "failing", contained=True, overrides={"evaluate": {"limitt": 1}})
     assert InContainers.codes == [Exit.USER] * TRIES
     status = json.loads((folder / "failing/runs/only/steps/resolve.json").read_text())
     assert status["exit_code"] == Exit.USER and "limitt" in status["message"]

@@ -1,5 +1,7 @@
 """What all cases share."""
 
+from typing import Any
+
 import pytest
 
 from nvila.components.contracts.errors import ConfigError
@@ -11,7 +13,7 @@ from nvila.pipelines.ablate.prepare import names, pruned_stages, with_scores
 SHIPPED = "tiny-ablate"
 
 
-def _recipe(overrides: str = "{}") -> Recipe:
+def _recipe(**overrides: Any) -> Recipe:
     return fill_in(Form(recipe=SHIPPED, overrides=overrides))
 
 
@@ -40,9 +42,9 @@ def test_steps_before_pruning_have_the_keys_of_a_run() -> None:
 
 def test_a_recipe_that_prunes_nothing_is_refused() -> None:
     """Every case would be the same training."""
-    none = '{"train": {"stages": {"train-4": {"pruned": false}, "train-5": {"pruned": false}}}}'
+    none = {"stages": {"train-4": {"pruned": False}, "train-5": {"pruned": False}}}
     with pytest.raises(ConfigError, match="no stage of the recipe is pruned"):
-        pruned_stages(_recipe(none))
+        pruned_stages(_recipe(train=none))
 
 
 def test_the_shipped_recipe_passes_once_over_each_source_of_its_stage() -> None:

@@ -227,7 +227,7 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_a_stage_that_is_left_out_is_no_work(tmp_path: Path) -> None:
     """It would be shown as work to do, and as one that trains for zero hours."""
-    form = Form(recipe="micro", overrides=json.dumps({"train": {"stages": _stages_without("micro", 2)}}))
+    form = Form(recipe="micro", overrides={"train": {"stages": _stages_without("micro", 2)}})
     found = verdicts(form, tmp_path / "store", tmp_path / "runs")
     assert found["train-3"] == "not asked for" and found["train-4"] == "unknown"
 

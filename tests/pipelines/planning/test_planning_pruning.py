@@ -44,7 +44,7 @@ def recipe(**prune: Any) -> Recipe:
     """`micro` with stage 4 alone pruned, of the shapes, and this section."""
     stages = {"train-4": {"data": {"shapes.sft": 1}}, "train-5": {"pruned": None}}
     layer = {"prune": {"small": None, "large": None} | prune, "train": {"stages": stages}}
-    return fill_in(Form(recipe="micro", overrides=json.dumps(layer)))
+    return fill_in(Form(recipe="micro", overrides=layer))
 
 
 def minutes(known: Mapping[str, Subset] = KNOWN, **prune: Any) -> tuple[float, float]:

@@ -181,7 +181,7 @@ def test_a_server_that_is_not_there(s3: Bucket, monkeypatch: pytest.MonkeyPatch)
 def test_a_refusal_is_not_repeated(s3: Bucket, status: int, code: str) -> None:
     """Five tries at a wrong key lock accounts and cost time; the message says what to do."""
     s3.faults["LIST m/"] = [(status, code), ...]
-    with pytest.raises(DataError, match=rf"s3://b/m: the weights cannot be read from S3.*{code}.*\)\. [A-Z]"):
+    with pytest.raises(DataError, match=rf"s3://b/m: cannot be read from S3.*{code}.*\)\. [A-Z]"):
         fetch("s3://b/m")
     assert s3.asked == ["LIST m/"]
 
