@@ -13,6 +13,10 @@ from nvila.components.contracts.site import KEY, Quantity, Site
 
 Text = Annotated[str, Field(min_length=1, max_length=253)]
 Label = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+Name = Annotated[
+    str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$", max_length=253)
+]
+"""Of a Secret, which may have dots."""
 HostNames = Annotated[list[Annotated[str, Field(min_length=1, max_length=253)]], Field(max_length=16)]
 CAMEL = ConfigDict(alias_generator=to_camel, populate_by_name=True)
 """Names as Kubernetes has them."""
@@ -58,7 +62,7 @@ class Pods(Section):
     """Of the pods."""
     service_account_name: str = ""
     """Of the pods; they ask the API server nothing."""
-    image_pull_secrets: list[Label] = Field(default=[], max_length=16)
+    image_pull_secrets: list[Name] = Field(default=[], max_length=16)
     """Names of Secrets."""
 
 

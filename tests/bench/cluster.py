@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster_rows import contained, installed, launching, promoting
+from cluster_rows import contained, drawn, installed, launching, promoting
 
 from nvila.components.contracts.pipelines import PIPELINES
 from nvila.components.contracts.recipe.form import Form, fill_in
@@ -20,7 +20,7 @@ Row = tuple[str, str, float, float, str]
 
 def rows() -> list[Row]:
     """Work, unit, baseline, ours, what the baseline is."""
-    return [*_compiled(), *installed.rows(), *contained.rows(), *launching.rows(), *promoting.rows()]
+    return [*_compiled(), *installed.rows(), *drawn.rows(), *contained.rows(), *launching.rows(), *promoting.rows()]
 
 
 def _compiled() -> Iterator[Row]:

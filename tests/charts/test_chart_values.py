@@ -8,9 +8,10 @@ import pytest
 import yaml
 from helming import APIS, CHART, EVERYTHING, EXAMPLES, find, helm, render, template
 
-from nvila.components.contracts.environment import kept
+from nvila.components.contracts.environment import kept, name_of
 from nvila.components.contracts.serving import Serving
 from nvila.components.contracts.site import Site
+from nvila.components.contracts.steps import STEPS
 from nvila.pipelines.compile import names as site
 from nvila.pipelines.show.chart import every_value, values_schema
 
@@ -201,7 +202,7 @@ def test_the_names_are_those_of_the_compiled_pipeline() -> None:
         if "persistentVolumeClaim" in v
     }
     assert claims == {site.VOLUME_CLAIM: site.MOUNT, site.CACHE_CLAIM: site.CACHE_MOUNT}
-    assert pod["containers"][0]["envFrom"] == [
-        {"configMapRef": {"name": site.CONFIG_MAP, "optional": True}},
-        {"secretRef": {"name": site.SECRET, "optional": True}},
-    ]
+    assert pod["containers"][0]["envFrom"] == [{"configMapRef": {"name": site.CONFIG_MAP, "optional": True}}]
+    keys = [entry["valueFrom"]["secretKeyRef"] for entry in pod["containers"][0]["env"] if "valueFrom" in entry]
+    assert {key["key"] for key in keys} == {name_of(field) for row in STEPS if row.job for field in row.secrets}
+    assert {(key["name"], key["optional"]) for key in keys} == {(site.SECRET, True)}

@@ -17,6 +17,7 @@ import pytest
 
 from nvila.components.contracts.errors import DataError
 from nvila.components.data.fetch import fetch, identity
+from nvila.components.data.remote.s3text import read_bytes
 
 TOOLS = Path(__file__).parents[4] / ".tools" / "python"
 MIB = 1 << 20
@@ -89,6 +90,7 @@ def test_a_checkpoint_of_a_real_store(store: Any, monkeypatch: pytest.MonkeyPatc
     store.upload_fileobj(io.BytesIO(body), "nvila", "m/model.safetensors")  # in parts
     store.put_object(Bucket="nvila", Key="m/one.safetensors", Body=body, ChecksumAlgorithm="SHA256")
     store.put_object(Bucket="nvila", Key="m/config.json", Body=b"{}")
+    assert read_bytes("s3://nvila/m/config.json", 1) == b"{", "as a recipe is read"
     folder = fetch("s3://nvila/m")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "model.safetensors": body,
@@ -103,6 +105,8 @@ def test_a_checkpoint_of_a_real_store(store: Any, monkeypatch: pytest.MonkeyPatc
     assert (folder / "config.json").read_bytes() == b"[]"
     with pytest.raises(DataError, match="NoSuchBucket"):
         fetch("s3://other/m")
+    with pytest.raises(DataError, match="NoSuchKey"):
+        read_bytes("s3://nvila/m/none.yaml", 1)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "other")
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     with pytest.raises(DataError, match=r"SignatureDoesNotMatch.*Check AWS_SECRET_ACCESS_KEY"):
