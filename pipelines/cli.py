@@ -9,15 +9,16 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from nvila.components.contracts.environment import Environment, entered, name_of, notices
+from nvila.components.contracts.environment import Environment, entered, notices
 from nvila.components.contracts.errors import ConfigError, NvilaError
 from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.text import say, visible_lines
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.ablations import ablations
 from nvila.pipelines.commands.gc import gc
-from nvila.pipelines.commands.options import Json, Model, Override, Runs, Store, local
+from nvila.pipelines.commands.options import CaCert, Host, Json, Model, Override, Runs, Store, TokenFile, local
 from nvila.pipelines.commands.rollouts import rollback, rollouts
+from nvila.pipelines.commands.runs import logs, status
 from nvila.pipelines.show.as_json import put, wanted
 from nvila.pipelines.show.as_json import run as run_for_programs
 
@@ -333,16 +334,9 @@ def submit(
     recipe: Annotated[
         str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", show_default=False)
     ] = "",
-    host: Annotated[
-        str, typer.Option(envvar=name_of("pipelines_endpoint"), help="URL of Kubeflow Pipelines.", show_default=False)
-    ] = "",
-    token_file: Annotated[
-        Path | None,
-        typer.Option(callback=local, help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment."),
-    ] = None,
-    ca_cert: Annotated[
-        Path | None, typer.Option(callback=local, help="PEM file to check the server's certificate with.")
-    ] = None,
+    host: Host = "",
+    token_file: TokenFile = None,
+    ca_cert: CaCert = None,
     namespace: Annotated[str | None, typer.Option(help="Your namespace, where the server has several users.")] = None,
     experiment: Annotated[str, typer.Option(help="Experiment that the run belongs to; made when missing.")] = "nvila",
     run_name: Annotated[str | None, typer.Option(help="Name of the run; recipe and time by default.")] = None,
@@ -368,19 +362,21 @@ def submit(
 ) -> None:
     """Start a run on a Kubeflow cluster: of the lifecycle, or of fine-tuning where the recipe starts from a model.
 
-    Exit code: 0 started (with --wait: done), 2 wrong input or no access, 3 rejected by a gate, 75 cancelled, 1 a fault;
-    also 1 for a step that failed where Kubeflow does not tell why, as its 2.x servers do not.
+    Exit code: 0 started, 2 wrong input, no access, or Kubeflow is away. With --wait that of the run: 0 done, 2 wrong
+    input, 3 rejected by a gate, 75 stopped or cancelled, or left to go on, 1 a fault. HTTP_PROXY, HTTPS_PROXY and
+    NO_PROXY are obeyed.
 
     Example: nvila submit nvila-lite-2b --host https://kubeflow.example/pipeline --namespace ada --wait
     """
     from rich.console import Console
 
     from nvila.components.contracts.pipelines import PIPELINES
+    from nvila.pipelines.kubeflow.connection import Connection
     from nvila.pipelines.kubeflow.server import Server
     from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
     from nvila.pipelines.kubeflow.submit import submit as start
 
-    server = Server(host, context.obj, token_file=token_file, ca_cert=ca_cert)
+    server = Server(Connection(host, context.obj, token_file=token_file, ca_cert=ca_cert))
     version, console = Version(image, quantize_image), Console()
     if upload_only:
         shared = namespace_of(server, namespace, shared=True)
@@ -536,25 +532,8 @@ def serve(
         typer.echo(tell(f"serving at {served.url}; `nvila status` tells of it, `nvila stop` ends it"))
 
 
-@app.command()
-def status(as_json: Json = False, runs: Runs = Path("runs")) -> None:
-    """Tell what is served: address, versions, health, restarts, and what the last rollout decided.
-
-    Exit code: 0 where users are answered, 1 where they are not.
-
-    Example: nvila status --json
-    """
-    from nvila.pipelines.commands.endpoint import lines, look
-
-    told = look(runs)
-    if as_json:
-        put(told)
-    else:
-        for line in lines(told):
-            typer.echo(tell(line))
-    raise typer.Exit(Exit.DONE if told["serving"] else Exit.FAULT)
-
-
+app.command()(status)
+app.command()(logs)
 app.command()(rollouts)
 app.command()(rollback)
 app.command()(gc)

@@ -92,9 +92,9 @@ class Environment(BaseModel):
     """Signs those reports."""
 
     pipelines_endpoint: str | None = _variable("KF_PIPELINES_ENDPOINT", "user")
-    """URL of Kubeflow Pipelines; the option `--host` of `nvila submit` takes it."""
+    """URL of Kubeflow Pipelines; the option `--host` of `nvila submit`, `status` and `logs` takes it."""
     pipelines_token: SecretStr | None = _variable("KF_PIPELINES_TOKEN", "user")
-    """Bearer token for `nvila submit`."""
+    """Bearer token for Kubeflow Pipelines."""
     pipelines_token_file: Path | None = _variable("KF_PIPELINES_SA_TOKEN_PATH", "kubernetes")
     """File of a token that Kubeflow renews in notebooks."""
     kubeconfig: str | None = _variable("KUBECONFIG", "user")

@@ -12,7 +12,7 @@ from typing import Literal
 from nvila.components.contracts.results.accuracy import Evaluation, Passed, QuantizedEvaluation
 from nvila.components.contracts.results.model import Initialization, Pruning, Quantization, Training, Validation
 from nvila.components.contracts.results.result import Other, Result
-from nvila.components.contracts.results.run import Preflight, Registration, Resolution, Rollout
+from nvila.components.contracts.results.run import Ending, Preflight, Registration, Resolution, Rollout
 
 RESOLVE, PREFLIGHT, VALIDATE, INITIALIZE = "resolve", "preflight", "validate", "initialize"
 PRUNE_IMAGE, PRUNE_VIDEO = "prune-image", "prune-video"
@@ -297,6 +297,7 @@ STEPS = (
         folder="report",
         about="one self-contained HTML page; written for rejected and failed runs too",
         remark="written last, whatever happened",
+        result=Ending,
         output="summary",
         secrets=(*TRACKING, "webhook_url", "webhook_secret"),
         quick=True,

@@ -7,48 +7,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nvila.components.contracts.environment import Environment, revealed
 from nvila.components.contracts.files import read_json
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
-from nvila.components.contracts.results.run import Registration, Resolution
+from nvila.components.contracts.results.run import Ending, Registration, Resolution
 from nvila.components.metrics.standing import compared, headline
-from nvila.components.report.flow import unfinished
+from nvila.components.report.ending import as_line, ending
 from nvila.components.report.webhook import post
 from nvila.components.runner.execute import Place
-from nvila.components.runner.status import Run, Status
+from nvila.components.runner.status import Run
 from nvila.components.runner.work import launcher_of
 from nvila.components.tracking.redact import redact, tell
 
-Outcome = Literal["succeeded", "rejected", "stopped", "failed"]
-_STOPPED, _FAILED = ("CANCELED", "CANCELLED", "CANCELING"), ("FAILED", "ERROR", "SYSTEM_ERROR")
-_OUTCOMES: dict[Status, Outcome] = {
-    Status.REJECTED: "rejected",
-    Status.PREEMPTED: "stopped",
-    Status.FAILED: "failed",
-}
 _MLFLOW = {"succeeded": "FINISHED", "stopped": "KILLED"}
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended."""
-
-    outcome: Outcome
-    step: str | None = None
-    """The step that ended it early."""
-    message: str | None = None
 
 
 def close(state: str, message: str | None, here: Environment) -> None:
     """Close the run that this process belongs to.
 
     Args:
-        state: what KFP says of the run: SUCCEEDED, FAILED, CANCELLED. Some versions do not know it yet at this point
-            and say RUNNING or nothing.
+        state: what KFP says of the run (see `ending`).
         message: what KFP adds to that.
         here: of this process.
     """
@@ -58,28 +39,10 @@ def close(state: str, message: str | None, here: Environment) -> None:
     _try("jobs of this run may go on", _cancel_jobs, run_dir, here)
     run = Run.read(run_dir)
     ended = ending(run, state, message)
+    print(as_line(ended), flush=True)
     _try("the run in MLflow stays open", _end_tracking, run_dir, ended)
     if url := revealed(here.webhook_url).strip():
         _try("the webhook was not told", _notify, url, run_dir, run, ended, revealed(here.webhook_secret).strip())
-
-
-def ending(run: Run, state: str, message: str | None) -> Ending:
-    """How the run ended, by its steps' own status files; what they cannot know, as they were killed, KFP says.
-
-    Only a run whose every step has come through is a success. A step that was killed has left the word `running`; one
-    that had not begun has left none, and nobody knows of a fault: the run was ended before its turn.
-    """
-    if trouble := run.trouble:
-        return Ending(_OUTCOMES[trouble.status], trouble.name, trouble.message)
-    said, lost = (state or "").upper(), run.lost
-    if said in _STOPPED:
-        return Ending("stopped", lost.name if lost else None, message)
-    if lost or said in _FAILED:
-        why = message or "a step's pod was lost or never started; the run's page in KFP says more"
-        return Ending("failed", lost.name if lost else None, why)
-    if left := unfinished(run):
-        return Ending("stopped", None, f"the run was ended before {left[0]} began")
-    return Ending("succeeded")
 
 
 def notice(run_dir: Path, run: Run, ended: Ending) -> dict[str, Any]:

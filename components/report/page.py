@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from nvila.components.contracts import jsonlines
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.meter import METER, measures
 from nvila.components.contracts.metrics import named
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
@@ -65,7 +66,7 @@ def verdict(run: Run) -> dict[str, str]:
         titles = {Status.REJECTED: f"Rejected by {bad.name}", Status.PREEMPTED: f"Interrupted in {bad.name}"}
         return {
             "tone": "neutral" if bad.status is Status.PREEMPTED else "bad",
-            "title": titles.get(bad.status, f"Failed in {bad.name}"),
+            "title": f"{titles.get(bad.status, f'Failed in {bad.name}')} (exit code {bad.exit_code or Exit.FAULT:d})",
             "text": bad.message or "",
         }
     if lost := run.lost:

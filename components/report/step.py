@@ -12,6 +12,7 @@ from nvila.components.contracts.recipe.section import Section
 from nvila.components.contracts.step import Outcome
 from nvila.components.contracts.steps import REPORT
 from nvila.components.contracts.text import duration
+from nvila.components.report.ending import ending
 from nvila.components.report.flow import css
 from nvila.components.report.page import context
 from nvila.components.runner.execute import Place
@@ -23,15 +24,20 @@ HERE = Path(__file__).parent
 
 
 class Settings(Section):
-    """Nothing to set."""
+    """What KFP says of the run (see `ending`)."""
+
+    state: str = ""
+    message: str | None = None
 
 
 def run(settings: Settings, inputs: Mapping[str, Manifest], out: Path, here: Environment) -> Outcome:
     """Write `report.html` into `out` and into the folder of the run, whose status files it reads."""
     run_dir = Place.of(here).run_dir
-    write_atomic(out / PAGE, render(Run.read(run_dir, alive=(REPORT,))))
+    found = Run.read(run_dir, alive=(REPORT,))
+    write_atomic(out / PAGE, render(found))
     shutil.copyfile(out / PAGE, run_dir / PAGE)
-    return Outcome(kind="report", files=(PAGE,))
+    ended = ending(found, settings.state, settings.message)
+    return Outcome(kind="report", result=ended, files=(PAGE,))
 
 
 def render(run: Run) -> str:

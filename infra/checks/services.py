@@ -69,11 +69,12 @@ def pipelines(host: str, here: Environment) -> str:
     """Kubeflow Pipelines answers as its API does.
 
     Raises:
-        NvilaError: as `Server`.
+        NvilaError: as `Connection` and its `call`.
     """
+    from nvila.pipelines.kubeflow.connection import Connection
     from nvila.pipelines.kubeflow.server import Server
 
-    several = Server(host, here, token_file=TOKEN if TOKEN.is_file() else None).multi_user()
+    several = Server(Connection(host, here, token_file=TOKEN if TOKEN.is_file() else None)).multi_user()
     return f"{host} ({'multi-user' if several else 'single-user'})"
 
 

@@ -11,14 +11,14 @@ import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event
 
 from pydantic import SecretStr, ValidationError
 
 from nvila.components.contracts.environment import revealed
 from nvila.components.contracts.errors import NvilaError
-from nvila.components.contracts.modelrollout import MANAGER, VERSION_LABEL, Spec, Status, dump
+from nvila.components.contracts.modelrollout import MANAGER, VERSION_LABEL, Spec, Status, Tried, dump
 from nvila.components.kube.cluster import Cluster, Kind, Object
 from nvila.components.kube.errors import ApiError, Conflict
 from nvila.components.rollout.policy import Asked
@@ -29,9 +29,10 @@ from nvila.infra.controller.lease import Lease
 from nvila.infra.controller.mlflow_server import Unknown
 from nvila.infra.controller.objects import DEPLOYMENT, MODEL_ROLLOUT, ROUTE, SERVICE, Owner, Platform
 from nvila.infra.controller.outbox import Operation, operations
+from nvila.infra.controller.reach import reaches
 from nvila.infra.controller.registry import Registry
 from nvila.infra.controller.scrape import scrape
-from nvila.infra.controller.seen import Aliases, Registered, Sight
+from nvila.infra.controller.seen import Aliases, Registered, Running, Sight
 from nvila.infra.controller.watch import Looked, Watch
 
 ROUND_SECONDS = 2.0
@@ -198,12 +199,22 @@ class _Turn:
             judged = [one.version for one in (before.champion, tried) if one]
             counted = scrape({(self.owner.name, number): running[number] for number in judged})
             running |= {number: found for (_, number), found in counted.items()}
+            running[tried.version] = self._reached(tried, running[tried.version])
         asked: dict[str, Asked] = {}
         if tried:
             answers = {one: self.of.asking.answer(self._question(tried.since, one)) for one in there}
             asked = {one: found for one, found in answers.items() if found is not None}
         routed, missing = self.looked.routed(self.owner.name), self._missing(spec)
         return Sight(now, aliases, known, running, asked, routed, missing), known
+
+    def _reached(self, tried: Tried, running: Running) -> Running:
+        """The same, and before its first request whether users would get there."""
+        if tried.step or not running.ready:
+            return running
+        name = objects.name_of(self.owner, tried.version)
+        if reaches(self.looked.get(SERVICE, name)):
+            return running
+        return replace(running, unreached=f"NotReached: the Service {name} does not lead to them yet")
 
     def _missing(self, spec: Spec) -> str:
         same = [one for one in self.looked.rollouts if one["spec"].get("model") == spec.model]

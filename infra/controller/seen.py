@@ -60,11 +60,13 @@ class Running:
     """How many there are to be."""
     why: str = ""
     """What keeps pods from being made: `Quota: exceeded ...`."""
+    unreached: str = ""
+    """Why no request gets to them, though they are ready; empty where that was not tried."""
 
     @property
     def ready(self) -> bool:
-        """Whether all of them are."""
-        return sum(pod.ready for pod in self.pods) >= self.wanted > 0
+        """Whether all of them are, and requests get there."""
+        return sum(pod.ready for pod in self.pods) >= self.wanted > 0 and not self.unreached
 
     @property
     def ended(self) -> int:
@@ -74,7 +76,7 @@ class Running:
     @property
     def trouble(self) -> str:
         """The first reason why not all are ready."""
-        return self.why or next((pod.why for pod in self.pods if pod.why and not pod.ready), "")
+        return self.why or next((pod.why for pod in self.pods if pod.why and not pod.ready), self.unreached)
 
     @property
     def fatal(self) -> str:

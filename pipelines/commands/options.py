@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nvila.components.contracts.environment import name_of
 from nvila.components.contracts.places import local_folder
 
 
@@ -33,4 +34,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; where
 Store = Annotated[Path, typer.Option("--store", callback=local, help="Folder of finished work, shared between runs.")]
 Override = Annotated[
     list[str] | None, typer.Option("--override", "-o", help="dotted.key=value laid over the recipe; repeatable.")
+]
+Host = Annotated[
+    str,
+    typer.Option("--host", envvar=name_of("pipelines_endpoint"), help="URL of Kubeflow Pipelines.", show_default=False),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file", callback=local, help="File with the bearer token; else KF_PIPELINES_TOKEN in the environment."
+    ),
+]
+CaCert = Annotated[
+    Path | None,
+    typer.Option("--ca-cert", callback=local, help="PEM file to check the server's certificate with."),
 ]

@@ -1,15 +1,27 @@
-"""Where an API server is, and the token that opens it, as people give them: copied, with line breaks, in files."""
+"""Where an API server is, what leads there, and the token that opens it, as people give them: copied, in files."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from nvila.components.contracts.environment import Environment, name_of, revealed
 from nvila.components.contracts.errors import ConfigError
 
 TOKEN_VARIABLE = name_of("pipelines_token")
+PROXY = "NO_PROXY"
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """What stands between here and there."""
+
+    url: str
+    """Without its login."""
+    login: str = ""
+    """`name:password`, where it asks for one."""
 
 
 def api_url(host: str) -> str:
@@ -33,6 +45,34 @@ def api_url(host: str) -> str:
             do=f"It is like https://kubeflow.example/pipeline; tokens come with --token-file or {TOKEN_VARIABLE}.",
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/")
+
+
+def proxy_for(url: str) -> Proxy | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY name for this URL; None where NO_PROXY leaves its host out.
+
+    KFP's client looks at none of them. Small letters count as well, and NO_PROXY may hold networks (10.0.0.0/8), as
+    for MLflow and downloads.
+
+    Raises:
+        ConfigError: it is no URL of a proxy that speaks HTTP.
+    """
+    from requests.utils import get_environ_proxies, select_proxy
+
+    given = select_proxy(url, get_environ_proxies(url))
+    if not given:
+        return None
+    try:
+        parts = urlsplit(given if "://" in given else f"http://{given}")
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        variable = f"{urlsplit(url).scheme.upper()}_PROXY"
+        raise ConfigError(
+            "not a URL of an HTTP proxy", where=variable, value=_shown(given), do="Like http://host:3128."
+        )
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else ""
+    return Proxy(f"{parts.scheme}://{_shown(parts.netloc)}", login)
 
 
 def token_of(file: Path | None, here: Environment) -> str:

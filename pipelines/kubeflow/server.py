@@ -1,65 +1,31 @@
-"""A Kubeflow Pipelines API server (v2beta1) as `nvila submit` needs it: few calls, and its errors in our words."""
+"""A Kubeflow Pipelines API server (v2beta1) as `nvila submit`, `status` and `logs` need it: few calls."""
 
 from __future__ import annotations
 
+import base64
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from nvila.components.contracts.environment import Environment
-from nvila.components.contracts.errors import ConfigError, NvilaError
-from nvila.pipelines.kubeflow.access import TOKEN_VARIABLE, api_url, readable, token_of
+from nvila.pipelines.kubeflow.connection import Conflict, Connection, NotFound, ServerDown
 
 if TYPE_CHECKING:
     from kfp_server_api import V2beta1Experiment, V2beta1Pipeline, V2beta1PipelineVersion, V2beta1Run
 
-T = TypeVar("T")
-TIMEOUT_SECONDS = (5.0, 60.0)
-"""To connect, and to wait for an answer."""
 PAGE = 100
-_BUSY = (429, 500, 502, 503, 504)
-
-
-class ServerDown(NvilaError):
-    """The server does not answer, or answers with a fault of its own; a run that is under way goes on."""
+_LOG = "main-logs"
+"""Argo's name of it."""
 
 
 class Server:
-    """One API server.
+    """One API server, over its connection."""
 
-    Args:
-        host: URL, such as https://kubeflow.example/pipeline.
-        here: where a token is, without such a file.
-        token_file: file that holds the bearer token; read before every call, for tokens are renewed there.
-        ca_cert: PEM file that the server's certificate is checked with; by default the public authorities.
-
-    Raises:
-        ConfigError: no URL, or a file that cannot be read.
-    """
-
-    def __init__(
-        self, host: str, here: Environment, *, token_file: Path | None = None, ca_cert: Path | None = None
-    ) -> None:
+    def __init__(self, connection: Connection) -> None:
         import kfp_server_api as api
-        from urllib3 import Retry
 
-        self.host = api_url(host)
-        self._token_file, self._here = token_file, here
-        configuration = api.Configuration(host=self.host)
-        if ca_cert:
-            readable(ca_cert, "--ca-cert")
-            configuration.ssl_ca_cert = str(ca_cert)
-        # Requests that change nothing are tried again; a run must not be created twice. Redirections lead to a page for
-        # people, whose text the client would take for an answer without any values.
-        configuration.retries = Retry(
-            total=4, redirect=False, backoff_factor=0.3, status_forcelist=_BUSY, raise_on_status=False
-        )
-        configuration.api_key_prefix["authorization"] = "Bearer"
-        configuration.refresh_api_key_hook = self._refresh_token
-        self._refresh_token(configuration)
-        self._client = client = api.ApiClient(configuration)
+        self._connection, client = connection, connection.client
+        self.host, self._call = connection.host, connection.call
         self._health = api.HealthzServiceApi(client)
         self._pipelines = api.PipelineServiceApi(client)
         self._uploads = api.PipelineUploadServiceApi(client)
@@ -76,7 +42,7 @@ class Server:
             given = {"namespace": namespace} if namespace else {}
             try:
                 return self._call(self._pipelines.pipeline_service_get_pipeline_by_name, name, **given)
-            except _NotFound:
+            except NotFound:
                 continue
         return None
 
@@ -143,12 +109,47 @@ class Server:
         except ServerDown as error:
             raise ServerDown(f"{error} Look there for the run before you submit it again.") from None
         if not started.run_id:
-            raise self._elsewhere("it names no run that it has started")
+            raise self._connection.elsewhere("it names no run that it has started")
         return started
 
     def run(self, run_id: str) -> V2beta1Run:
-        """A run with the details of its tasks."""
-        return self._call(self._runs.run_service_get_run, run_id)
+        """A run with the details of its tasks.
+
+        Raises:
+            NotFound: there is none of this id, or none any more.
+        """
+        try:
+            return self._call(self._runs.run_service_get_run, run_id)
+        except NotFound:
+            raise NotFound(
+                "there is no such run", where=self.host, value=run_id, do="Was it deleted, or is it another server's?"
+            ) from None
+
+    def log(self, run_id: str, node: str) -> str | None:
+        """Log of a pod that has ended, as Argo has archived it; None where it has not.
+
+        That is the one artifact that this API gives out: it knows no URI of KFP's own, and the `outputs` of its tasks
+        are empty. The generated client has no method for it (KFP 2.17, backend/src/apiserver/main.go).
+
+        Args:
+            run_id: of the run.
+            node: Argo's id of the node; with one that was tried again, the newest try answers.
+        """
+        path = {"run_id": run_id, "node_id": node, "artifact_name": _LOG}
+        try:
+            answer = self._call(
+                self._connection.client.call_api,
+                "/apis/v2beta1/runs/{run_id}/nodes/{node_id}/artifacts/{artifact_name}:read",
+                "GET",
+                path,
+                header_params={"Accept": "application/json"},
+                response_type="object",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+            )
+        except NotFound:
+            return None
+        return base64.b64decode(answer.get("data") or "").decode(errors="replace")
 
     def terminate(self, run_id: str) -> None:
         """Ask the server to cancel a run."""
@@ -175,119 +176,3 @@ class Server:
             token = answer.next_page_token or ""
             if not token:
                 return
-
-    def _call(self, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        from kfp_server_api import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            answer = method(*args, **kwargs, _request_timeout=TIMEOUT_SECONDS)
-        except ApiException as error:
-            raise self._explained(error.status, error.body or error.reason) from None
-        except HTTPError as error:
-            reason = self._without_token(str(getattr(error, "reason", None) or error))
-            raise ServerDown(
-                f"no answer: {reason}",
-                where=self.host,
-                do="Does --ca-cert name the authority's PEM file?"
-                if "CERTIFICATE" in reason
-                else "Is the URL right, and can this machine reach it?",
-            ) from None
-        except (ValueError, TypeError, AttributeError) as error:  # the client's own, of an answer that fits no model
-            raise self._unreadable(type(error).__name__) from None
-        text = self._client.last_response.data
-        if not text.lstrip().startswith("{"):
-            raise self._elsewhere("it answers with a page" if text.strip() else "it answers with nothing")
-        try:
-            json.loads(text)
-        except ValueError:  # the client takes what is cut off for an answer without any values
-            raise self._unreadable("it is no JSON") from None
-        return answer
-
-    def _unreadable(self, found: str) -> ServerDown:
-        return ServerDown(f"the answer cannot be read: {found}", where=self.host)
-
-    def _elsewhere(self, found: str) -> ConfigError:
-        return ConfigError(
-            f"this is not the API of Kubeflow Pipelines: {found}",
-            where=self.host,
-            do="Who has no valid token is sent to log in (--token-file); and the URL often ends in /pipeline.",
-        )
-
-    def _explained(self, status: int, body: str | bytes | None) -> NvilaError:
-        said = self._without_token(_message(body))
-        if not status:  # the client's own word for an answer that fits no model
-            return self._unreadable(said)
-        if status == 401:
-            return ConfigError(
-                "the server does not accept the token"
-                if token_of(self._token_file, self._here)
-                else "the server asks for a token",
-                where=self.host,
-                do=f"Give --token-file, or {TOKEN_VARIABLE} in the environment.",
-            )
-        if status == 403:
-            return ConfigError(f"not allowed: {said}", where=self.host, do="Is --namespace yours?")
-        if 300 <= status < 400:
-            return self._elsewhere(f"it sends us elsewhere ({status})")
-        kinds: dict[int, type[NvilaError]] = {404: _NotFound, 409: Conflict}
-        if status in _BUSY or status >= 500:
-            return ServerDown(f"the server answers {status}: {said}", where=self.host)
-        return kinds.get(status, ConfigError)(f"the server refuses ({status}): {said}", where=self.host)
-
-    def _refresh_token(self, configuration: Any) -> None:
-        if token := token_of(self._token_file, self._here):
-            configuration.api_key["authorization"] = token
-
-    def _without_token(self, text: str) -> str:
-        """What the server says may repeat what it was sent."""
-        token = token_of(self._token_file, self._here)
-        return text.replace(token, "***") if token else text
-
-
-class Conflict(ConfigError):
-    """Something of that name is there already."""
-
-
-class _NotFound(ConfigError):
-    pass
-
-
-def patiently(call: Callable[[], T], seconds: float, told: Callable[[str], None], pause_seconds: float) -> T:
-    """The call's result, tried again for so long while there is none; `told` gets a line of each new reason.
-
-    A token that has expired is such a reason: it is renewed in its file, sooner or later. What is not there stays away.
-
-    Raises:
-        NvilaError: there was none for longer.
-    """
-    began = time.monotonic()
-    last = ""
-    while True:
-        try:
-            return call()
-        except _NotFound:
-            raise
-        except NvilaError as error:
-            if time.monotonic() - began > seconds:
-                raise
-            if str(error) != last:
-                told(f"{str(error).rstrip('.')}; the run goes on, trying again")
-                last = str(error)
-            time.sleep(pause_seconds)
-
-
-def _message(body: str | bytes | None) -> str:
-    """The server's own sentence, in one line."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
-    try:
-        content = json.loads(text)
-        text = str(content.get("message") or content.get("error") or text) if isinstance(content, dict) else text
-    except ValueError:
-        pass
-    return plain(text)[:300] or "no reason given"
-
-
-def plain(text: str) -> str:
-    """One line of text from elsewhere, without what would move a terminal's cursor or change its colours."""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())

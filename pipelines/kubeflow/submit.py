@@ -1,42 +1,33 @@
-"""`nvila submit`: checks a recipe, uploads the pipeline where asked, starts a run on a cluster, and waits for it."""
+"""`nvila submit`: checks a recipe, uploads the pipeline where asked, and starts a run on a cluster."""
 
 from __future__ import annotations
 
-import re
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console
 
 from nvila.components.contracts.errors import ConfigError
 from nvila.components.contracts.exits import Exit
-from nvila.components.contracts.pipelines import Pipeline, PipelineName
+from nvila.components.contracts.pipelines import PipelineName
 from nvila.components.contracts.recipe.form import given
 from nvila.components.contracts.recipe.reader import shipped
 from nvila.components.contracts.recipe.recipe import slices
 from nvila.components.contracts.recipe.rollout import TARGETS
-from nvila.components.contracts.steps import ROWS
 from nvila.components.tracking.redact import tell
 from nvila.pipelines.commands.overrides import asked_for
-from nvila.pipelines.kubeflow.server import Conflict, Server, patiently, plain
-from nvila.pipelines.show.watch import StepState, Watch, print_line
+from nvila.pipelines.kubeflow.connection import Conflict
+from nvila.pipelines.kubeflow.run import KubeflowRun
+from nvila.pipelines.kubeflow.server import Server
+from nvila.pipelines.show.watch import print_line
 
 if TYPE_CHECKING:
-    from kfp_server_api import V2beta1PipelineTaskDetail, V2beta1PipelineVersion, V2beta1Run
-
-POLL_SECONDS = 5.0
-PATIENCE_SECONDS = 1800.0
-"""How long `--wait` bears with a server that is down: an upgrade of the cluster's control plane."""
-_ENDED = {"SUCCEEDED": Exit.DONE, "SKIPPED": Exit.DONE, "FAILED": Exit.FAULT, "CANCELED": Exit.PREEMPTED}
-_NO_YEAR = 1970
-_STATUS = {"SUCCEEDED": "done", "CANCELING": "cancelling", "CANCELED": "cancelled", "PENDING": "waiting"}
+    from kfp_server_api import V2beta1PipelineVersion
 
 
 @dataclass(frozen=True)
@@ -123,7 +114,7 @@ def submit(
 
     Raises:
         ConfigError: recipe, options, token or namespace are wrong; nothing has been started.
-        NvilaError: the server is down.
+        ServerDown: the server is away.
     """
     import kfp_server_api as api
 
@@ -159,7 +150,11 @@ def submit(
     )
     where = server.run_url(started.run_id)
     print_line(console, tell(f"run {started.display_name}: {where}"))
-    return _wait(server, started, pipeline, console) if wait else int(Exit.DONE)
+    if not wait:
+        return int(Exit.DONE)
+    now = KubeflowRun(server, started.run_id).wait(console)
+    print_line(console, tell(f"run {now.run}: {now.line}"))
+    return int(now.exit_code)
 
 
 def namespace_of(server: Server, given: str | None, *, shared: bool = False) -> str | None:
@@ -174,81 +169,6 @@ def namespace_of(server: Server, given: str | None, *, shared: bool = False) -> 
     if given and not several:
         raise ConfigError("this server has no namespaces of users", where="--namespace", value=given, do="Leave it out")
     return given
-
-
-def exit_code(run: V2beta1Run) -> Exit:
-    """Of a run that has ended: that of the step that failed first where the server tells it, else a fault."""
-    code = _ENDED.get(run.state or "", Exit.FAULT)
-    if code is not Exit.FAULT:
-        return code
-    codes = [found for task in _failed(run) if (found := _code_in(_reason(task))) is not None]
-    return codes[0] if codes else Exit.FAULT
-
-
-def states(run: V2beta1Run, pipeline: Pipeline, now: datetime | None = None) -> list[StepState]:
-    """Every step of the pipeline as the server tells it; of one that was tried again, the newest try."""
-    tasks = sorted(_tasks(run), key=lambda task: task.create_time or datetime.min.replace(tzinfo=UTC))
-    newest = {task.display_name: task for task in tasks}
-    return [_state(name, newest.get(name), now or datetime.now(UTC)) for name in pipeline.rows]
-
-
-def _wait(server: Server, started: V2beta1Run, pipeline: Pipeline, console: Console) -> int:
-    """Show the steps until the run has ended; Ctrl-C asks what to do with it."""
-    url = server.run_url(started.run_id)
-
-    def say(line: str) -> None:
-        print_line(console, tell(line))
-
-    while True:
-        try:
-            run = _follow(server, started, pipeline, console, say)
-            break
-        except KeyboardInterrupt:
-            answer = _asked()
-        if answer == "c":
-            server.terminate(started.run_id)
-            say("cancelled; what is finished stays in the store, and the next run takes it from there")
-            return int(Exit.PREEMPTED)
-        if answer == "l":
-            say(f"the run goes on: {url}")
-            return int(Exit.PREEMPTED)
-    reasons = [f": {task.display_name}: {_reason(task)}" for task in _failed(run)[:1]]
-    say(f"{(run.state or 'unknown').lower()}{''.join(reasons)} ({url})")
-    return int(exit_code(run))
-
-
-def _follow(
-    server: Server, started: V2beta1Run, pipeline: Pipeline, console: Console, say: Callable[[str], None]
-) -> V2beta1Run:
-    """The run once it has ended."""
-    run = started
-    with Watch(started.display_name or started.run_id, lambda: states(run, pipeline), console) as watch:
-        while run.state not in _ENDED:
-            _pause(POLL_SECONDS, watch.refresh)
-            run = patiently(lambda: server.run(started.run_id), PATIENCE_SECONDS, say, POLL_SECONDS)
-    return run
-
-
-def _pause(seconds: float, refresh: Callable[[], None]) -> None:
-    """Wait, keeping the seconds of running steps up to date."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        refresh()
-        time.sleep(min(left, 0.5))
-
-
-def _asked() -> str:
-    """c, l or w: what to do with the run. Where nobody can be asked, or does not want to be, it is left alone."""
-    if not sys.stdin.isatty():
-        return "l"
-    try:
-        while True:
-            answer = input("\nCancel the run (c), leave it running (l), or go on waiting (w)? ").strip().lower()
-            # Whole words only: "continue" is no wish to cancel.
-            if answer in ("c", "cancel", "l", "leave", "w", "wait"):
-                return answer[0]
-    except (KeyboardInterrupt, EOFError):
-        return "l"
 
 
 def _installed(server: Server, name: PipelineName, namespace: str | None) -> V2beta1PipelineVersion:
@@ -268,46 +188,3 @@ def _installed(server: Server, name: PipelineName, namespace: str | None) -> V2b
 
 def _version(server: Server, pipeline_id: str, name: str) -> V2beta1PipelineVersion | None:
     return next((v for v in server.versions(pipeline_id) if name in (v.name, v.display_name)), None)
-
-
-def _tasks(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
-    return [task for task in (run.run_details and run.run_details.task_details) or [] if task.display_name in ROWS]
-
-
-def _failed(run: V2beta1Run) -> list[V2beta1PipelineTaskDetail]:
-    """Tasks that failed, first things first; a try that was followed by another does not count."""
-    tasks = sorted(_tasks(run), key=lambda task: task.create_time or datetime.min.replace(tzinfo=UTC))
-    newest = {task.display_name: task for task in tasks}
-    failed = [task for task in newest.values() if task.state == "FAILED"]
-    return sorted(failed, key=lambda task: task.end_time or datetime.max.replace(tzinfo=UTC))
-
-
-def _reason(task: V2beta1PipelineTaskDetail) -> str:
-    """What the server says about a failure, in one line."""
-    errors = [task.error, *(status.error for status in reversed(task.state_history or []))]
-    return next((plain(e.message) for e in errors if e and e.message), "the server gives no reason, its log does")
-
-
-def _code_in(reason: str) -> Exit | None:
-    """Kubernetes' `exit code 3`, where it is one of ours."""
-    found = re.search(r"exit code:? (\d+)", reason)
-    return Exit(int(found[1])) if found and int(found[1]) in list(Exit) else None
-
-
-def _state(name: str, task: Any, now: datetime) -> StepState:
-    if task is None:
-        return StepState(name, "waiting", 0.0, "")
-    status = _STATUS.get(task.state, (task.state or "waiting").lower())
-    note = ""
-    if status == "failed":
-        note = _reason(task)
-        status = {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}.get(_code_in(note) or Exit.FAULT, "failed")
-    return StepState(name, status, _seconds(task, now), note)
-
-
-def _seconds(task: V2beta1PipelineTaskDetail, now: datetime) -> float:
-    """From start to end, or to now. Times that are not known yet come as the year 1 or 1970."""
-    start, end = task.start_time, task.end_time
-    if start is None or start.year <= _NO_YEAR:
-        return 0.0
-    return max(((now if end is None or end.year <= _NO_YEAR else end) - start).total_seconds(), 0.0)

@@ -139,7 +139,7 @@ SCENARIOS = (
         "real",
         _set("challenger"),
         {"m": GOOD},
-        policy={"deadline_seconds": 600, "max_first_token_ratio": 1000},
+        policy={"deadline_seconds": 600, "max_first_token_ratio": 1000, "max_token_ratio": 1000},
         served=VLLM,
     ),
     Scenario("good in a pod", _set("challenger"), {"m": GOOD}, changes=8, controller=InPod),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from email import message_from_bytes
@@ -77,6 +79,12 @@ class StandIn:
         self.runs: list[dict[str, Any]] = []
         self.script: list[dict[str, Any]] = [{"state": "SUCCEEDED"}]
         """What a run looks like, each time that it is asked for; the last stays."""
+        self.logs: dict[str, str] = {}
+        """What Argo has archived, by node."""
+        self.hangs_seconds = 0.0
+        """How long it says nothing to whoever asks."""
+        self.proxied: list[str] = []
+        """Other hosts that were asked for through this server: it is a proxy then, and answers for them."""
         self.terminated: list[str] = []
         self.asked: list[str] = []
         self.tokens: set[str] = set()
@@ -116,6 +124,7 @@ class StandIn:
             ("POST", "/experiments", self._create_experiment),
             ("POST", "/runs", self._create_run),
             ("GET", "/runs/([^/:]+)", self._get_run),
+            ("GET", "/runs/([^/:]+)/nodes/([^/]+)/artifacts/main-logs:read", self._read_log),
             ("POST", "/runs/([^/:]+):terminate", self._terminate),
         ]
 
@@ -196,9 +205,17 @@ class StandIn:
         return 200, "V2beta1Run", self.runs[-1]
 
     def _get_run(self, run_id: str, **_: Any) -> Answer:
-        (run,) = (r for r in self.runs if r["run_id"] == run_id)
+        run = next((r for r in self.runs if r["run_id"] == run_id), None)
+        if run is None:
+            return 404, None, {"error": f"Run {run_id} not found", "code": 5}
         now = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         return 200, "V2beta1Run", run | now
+
+    def _read_log(self, run_id: str, node: str, **_: Any) -> Answer:
+        assert any(run["run_id"] == run_id for run in self.runs)
+        if node not in self.logs:
+            return 404, None, {"error_message": "artifact not found: <nil>", "error_details": "artifact not found"}
+        return 200, None, {"data": base64.b64encode(self.logs[node].encode()).decode()}
 
     def _terminate(self, run_id: str, **_: Any) -> Answer:
         self.terminated.append(run_id)
@@ -248,6 +265,8 @@ def standing_in(address: str = "127.0.0.1") -> Iterator[StandIn]:
             url = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query, strict_parsing=bool(url.query)).items()}
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            time.sleep(stand_in.hangs_seconds)
+            stand_in.proxied += [url.netloc] if url.netloc else []
             stand_in.asked.append(f"{self.command} {url.path.removeprefix('/apis/v2beta1')}")
             try:
                 status, kind, answer = stand_in.answer(self.command, url.path, query, self.headers, body)

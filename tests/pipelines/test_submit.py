@@ -32,9 +32,13 @@ from nvila.components.runner.code import code_digest
 from nvila.pipelines.cli import app
 from nvila.pipelines.compile import package as cluster
 from nvila.pipelines.compile.package import resource_name
+from nvila.pipelines.kubeflow import run as running
 from nvila.pipelines.kubeflow import submit as submitting
-from nvila.pipelines.kubeflow.server import Server, ServerDown
+from nvila.pipelines.kubeflow import tasks
+from nvila.pipelines.kubeflow.connection import Connection, ServerDown
+from nvila.pipelines.kubeflow.server import Server
 from nvila.pipelines.kubeflow.submit import Version, Wanted, namespace_of, upload
+from nvila.pipelines.show import standing
 from nvila.pipelines.show.watch import Watch
 
 NAME = resource_name("lifecycle")
@@ -49,7 +53,8 @@ LATER = "2026-11-22T10:05:00Z"
 def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     for name in ("KF_PIPELINES_TOKEN", "KF_PIPELINES_SA_TOKEN_PATH", "KF_PIPELINES_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(submitting, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(standing, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(cluster, "compiled", COMPILED)
     with standing_in() as stand_in:
         yield stand_in
@@ -63,7 +68,7 @@ def _submit(
     console = Console(file=out, width=200)
     overrides = options.pop("overrides", [])
     code = submitting.submit(
-        recipe, overrides, Server(kfp.url, Environment.read()), version, wanted, console, **options
+        recipe, overrides, Server(Connection(kfp.url, Environment.read())), version, wanted, console, **options
     )
     return code, out.getvalue()
 
@@ -138,10 +143,10 @@ def test_the_same_pipeline_is_uploaded_once(kfp: StandIn) -> None:
 def test_an_upload_alone_starts_nothing(kfp: StandIn) -> None:
     """What a Job of the chart calls on every upgrade."""
     for _ in range(2):
-        upload(Server(kfp.url, Environment.read()), OWN, None, Console(file=io.StringIO()))
+        upload(Server(Connection(kfp.url, Environment.read())), OWN, None, Console(file=io.StringIO()))
     assert (len(kfp.pipelines), len(kfp.versions), kfp.runs) == (1, 1, [])
     with pytest.raises(ConfigError, match=r"--image"):
-        upload(Server(kfp.url, Environment.read()), Version(), None, Console(file=io.StringIO()))
+        upload(Server(Connection(kfp.url, Environment.read())), Version(), None, Console(file=io.StringIO()))
 
 
 @pytest.mark.parametrize("namespace", [None, "ada"])
@@ -189,7 +194,7 @@ def test_users_have_namespaces(kfp: StandIn) -> None:
 def test_a_server_without_users_takes_no_namespace(kfp: StandIn) -> None:
     """It would refuse each call in words that do not name the option."""
     with pytest.raises(ConfigError, match=r"--namespace.*no namespaces"):
-        namespace_of(Server(kfp.url, Environment.read()), "ada")
+        namespace_of(Server(Connection(kfp.url, Environment.read())), "ada")
 
 
 def test_the_token_is_asked_for_sent_and_never_shown(
@@ -198,13 +203,13 @@ def test_the_token_is_asked_for_sent_and_never_shown(
     """A token in a log is a token in everybody's hands; the server's own error may repeat it."""
     kfp.needs_token = True
     with pytest.raises(ConfigError, match=r"asks for a token.*--token-file"):
-        Server(kfp.url, Environment.read()).multi_user()
+        Server(Connection(kfp.url, Environment.read())).multi_user()
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
     with pytest.raises(ConfigError, match=r"does not accept the token"):
-        Server(kfp.url, Environment.read()).multi_user()
+        Server(Connection(kfp.url, Environment.read())).multi_user()
     file = tmp_path / "token"
     file.write_text("old\n")
-    server = Server(kfp.url, Environment.read(), token_file=file)
+    server = Server(Connection(kfp.url, Environment.read(), token_file=file))
     file.write_text(TOKEN + "\n")
     assert server.multi_user() is False, "tokens are renewed in their file"
     kfp.failing = [("GET", "healthz", 418)]
@@ -212,7 +217,7 @@ def test_the_token_is_asked_for_sent_and_never_shown(
         server.multi_user()
     assert TOKEN not in str(caught.value)
     with pytest.raises(ConfigError, match=r"--token-file"):
-        Server(kfp.url, Environment.read(), token_file=tmp_path / "none")
+        Server(Connection(kfp.url, Environment.read(), token_file=tmp_path / "none"))
 
 
 @pytest.mark.parametrize("status", [302, 200])
@@ -234,7 +239,7 @@ def test_a_page_to_log_in_is_no_answer(status: int) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as gateway:
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        server = Server(f"http://127.0.0.1:{gateway.server_port}", Environment.read())
+        server = Server(Connection(f"http://127.0.0.1:{gateway.server_port}", Environment.read()))
         for ask in (server.multi_user, lambda: server.run("r"), lambda: server.terminate("r")):
             with pytest.raises(ConfigError, match=r"not the API.*--token-file"):
                 ask()
@@ -298,12 +303,10 @@ def test_a_wrong_recipe_reaches_no_server(kfp: StandIn) -> None:
     ("end", "code", "word"),
     [
         (_run("SUCCEEDED", _task("initialize", "SUCCEEDED")), Exit.DONE, "succeeded"),
-        (_run("CANCELED", _task("initialize", "CANCELED")), Exit.PREEMPTED, "canceled"),
-        (_run("FAILED", _task("gate", "FAILED", "Error (exit code 3)")), Exit.REJECTED, "gate: Error (exit code 3)"),
-        (_run("FAILED", _task("validate", "FAILED", "main: exit code 2")), Exit.USER, "validate"),
-        (_run("FAILED", _task("train-1", "FAILED", "OOMKilled (exit code 137)")), Exit.FAULT, "OOMKilled"),
+        (_run("CANCELED", _task("initialize", "CANCELED")), Exit.PREEMPTED, "the run was cancelled"),
+        (_run("FAILED", _task("train-1", "FAILED", "OOMKilled (exit code 137)")), Exit.FAULT, "train-1: OOMKilled"),
         (_run("FAILED"), Exit.FAULT, "failed"),
-        (_run("FAILED", _task("gate", "FAILED")), Exit.FAULT, "gate: the server gives no reason, its log does"),
+        (_run("FAILED", _task("gate", "FAILED")), Exit.FAULT, "gate: Kubeflow gives no reason; the step report tells"),
     ],
 )
 def test_the_runs_result_is_the_exit_code(kfp: StandIn, end: dict[str, Any], code: Exit, word: str) -> None:
@@ -320,25 +323,25 @@ def test_a_try_that_was_followed_by_another_is_no_verdict(kfp: StandIn) -> None:
     again = "2026-11-22T10:01:00Z"
     end = _run(
         "FAILED",
-        _task("initialize", "FAILED", "exit code 3"),
+        _task("initialize", "FAILED", "first try"),
         _task("initialize", "SUCCEEDED", created=again),
-        _task("train-1", "FAILED", "exit code 2", created=again, end_time="2026-11-22T10:03:00Z"),
-        _task("train-2", "FAILED", "exit code 1", created=again),
-        _task("train-1-driver", "FAILED", "exit code 3"),
+        _task("train-1", "FAILED", "came first", created=again, end_time="2026-11-22T10:03:00Z"),
+        _task("train-2", "FAILED", "came later", created=again),
+        _task("train-1-driver", "FAILED", "of no step"),
     )
     kfp.install(NAME)
     kfp.script = [end]
-    assert _submit(kfp, Version(), wait=True)[0] == Exit.USER
+    assert "train-1: came first" in _submit(kfp, Version(), wait=True)[1]
 
 
 def test_the_steps_are_shown_as_they_change(kfp: StandIn) -> None:
     """Who waits wants to know for what."""
     kfp.install(NAME)
     running = [_task("resolve", "SUCCEEDED"), _task("preflight", "RUNNING", end_time=None)]
-    rejected = _task("gate", "FAILED", "", state_history=[{"state": "FAILED", "error": {"message": "exit code 3"}}])
-    kfp.script = [_run("RUNNING", *running), _run("FAILED", *running, rejected)]
+    lost = _task("gate", "FAILED", "", state_history=[{"state": "FAILED", "error": {"message": "pod deleted"}}])
+    kfp.script = [_run("RUNNING", *running), _run("FAILED", *running, lost)]
     output = _submit(kfp, Version(), wait=True)[1]
-    assert all(line in output for line in ("resolve: done in 300.0 s", "preflight: running", "gate: rejected"))
+    assert all(line in output for line in ("resolve: done in 300.0 s", "preflight: running", "gate: failed", "pod del"))
 
 
 def test_waiting_outlives_the_server(kfp: StandIn) -> None:
@@ -363,7 +366,7 @@ def test_waiting_for_a_run_that_is_gone_ends(kfp: StandIn) -> None:
     """It was deleted in the UI."""
     kfp.install(NAME)
     kfp.failing = [("GET", "runs/", 404)]
-    with pytest.raises(ConfigError, match="404"):
+    with pytest.raises(ConfigError, match=r"no such run.*deleted"):
         _submit(kfp, Version(), wait=True)
 
 
@@ -375,7 +378,7 @@ def test_times_that_are_not_yet_known(none: str) -> None:
     def state(step: str, **times: str) -> float:
         answer = SimpleNamespace(data=json.dumps(_task(step, "RUNNING", **times)))
         task = ApiClient().deserialize(answer, "V2beta1PipelineTaskDetail")
-        return submitting._state(step, task, datetime(2026, 11, 22, 10, 2, tzinfo=UTC)).seconds
+        return tasks._state(step, task, datetime(2026, 11, 22, 10, 2, tzinfo=UTC)).seconds
 
     assert state("resolve", end_time=none) == 120
     assert state("resolve", start_time=none, end_time=none) == 0
@@ -395,7 +398,7 @@ def test_every_step_has_a_row() -> None:
     """The table is the DAG, also before the server knows of it."""
     from kfp_server_api import V2beta1Run
 
-    assert [state.name for state in submitting.states(V2beta1Run(), PIPELINES["lifecycle"])] == list(ROWS)
+    assert [state.name for state in tasks.states(V2beta1Run(), PIPELINES["lifecycle"])] == list(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_ctrl_c_asks_what_to_do_with_the_run(kfp: StandIn, typed: str, cancelled
     ours, theirs = pty.openpty()
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored behind nohup
-        "from nvila.pipelines import cli; from nvila.pipelines.kubeflow import submit; submit.POLL_SECONDS = 0.1;"
+        "from nvila.pipelines import cli; from nvila.pipelines.kubeflow import run; run.POLL_SECONDS = 0.1;"
         f"sys.argv = ['nvila', 'submit', 'micro', '--host', {kfp.url!r}, '--wait']; cli.main()"
     )
     process = subprocess.Popen(
@@ -442,7 +445,7 @@ def _read_until(terminal: int, word: str) -> str:
 def test_without_a_terminal_the_run_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a script there is nobody to ask, and cancelling cannot be taken back."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("c\n"))
-    assert submitting._asked() == "l"
+    assert running._asked() == "l"
 
 
 @pytest.mark.parametrize(
@@ -451,7 +454,7 @@ def test_without_a_terminal_the_run_is_left_alone(monkeypatch: pytest.MonkeyPatc
         (("micro",), 2, "--host: not a URL"),
         (("micro", "--host", "kubeflow.example"), 2, "https://"),
         (("--host", "http://127.0.0.1:9"), 2, "which recipe"),
-        (("micro", "--host", "http://127.0.0.1:9"), 1, "no answer"),
+        (("micro", "--host", "http://127.0.0.1:9"), 2, "no answer"),
         (("micro", "--host", "http://127.0.0.1:9", "--ca-cert", "none.pem"), 2, "--ca-cert"),
     ],
 )

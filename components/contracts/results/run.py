@@ -1,9 +1,12 @@
-"""What the steps tell that begin a run and deliver what it made."""
+"""What the steps tell that begin a run, deliver what it made, and close it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.results.result import Result
 
 
@@ -49,3 +52,15 @@ class Rollout(Result):
     """Why it was decided so, step by step."""
     hostnames: list[str] = []
     """Names that users ask on a cluster; none where the Gateway has its own."""
+
+
+class Ending(Result):
+    """Of `report`: how the run ended."""
+
+    outcome: Literal["succeeded", "rejected", "stopped", "failed"]
+    exit_code: Annotated[Exit, Field(strict=False)]
+    """The one that is meant: what Kubeflow knows of a step's is that it was not 0."""
+    step: str | None = None
+    """The step that ended it early."""
+    message: str | None = None
+    """Why, without secrets."""

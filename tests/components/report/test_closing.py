@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.exits import Exit
+from nvila.components.contracts.results.run import Ending
 from nvila.components.contracts.steps import STEPS
 from nvila.components.report import close_run as closing
-from nvila.components.report.close_run import Ending, close, ending, notice
+from nvila.components.report.close_run import close, notice
+from nvila.components.report.ending import as_line, ending, in_log
 from nvila.components.runner.status import Run
 from nvila.components.tracking.connect import connected
 from nvila.components.tracking.runs import record_step
@@ -77,11 +80,12 @@ def test_a_step_that_was_killed_has_left_no_word(make_run: MakeRun, state: str, 
 def test_a_run_that_was_ended_between_two_steps(make_run: MakeRun, state: Any) -> None:
     """Everything that began came through, so it was told as a success; the model was not even trained."""
     run, names = make_run(), [row.name for row in STEPS if not row.at_exit]
-    assert ending(Run.read(run), state, None) == Ending("succeeded")
+    assert ending(Run.read(run), state, None) == Ending(outcome="succeeded", exit_code=Exit.DONE)
     for name in reversed(names):
         (run / "steps" / f"{name}.json").unlink()
         ended = ending(Run.read(run), state, None)
-        assert ended == Ending("stopped", None, f"the run was ended before {name} began")
+        assert (ended.outcome, ended.step, ended.exit_code) == ("stopped", None, Exit.PREEMPTED)
+        assert ended.message == f"the run was ended before {name} began"
         assert notice(run, Run.read(run), ended)["outcome"] == "stopped"
 
 
@@ -176,3 +180,27 @@ def test_a_run_of_this_machine_is_left_alone(
     monkeypatch.delenv("NVILA_RUN_ID")
     close("SUCCEEDED", None, Environment.read())
     assert told == []
+
+
+@pytest.mark.parametrize("code", [Exit.USER, Exit.REJECTED, Exit.PREEMPTED, Exit.FAULT])
+def test_the_exit_code_that_is_meant_stands_in_the_log(
+    make_run: MakeRun, told: list[Any], code: Exit, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """KFP makes 1 of every code, and gives out nothing of a step but its log."""
+    verdicts = {Exit.REJECTED: "rejected", Exit.PREEMPTED: "preempted"}
+    run = make_run(stop_at="gate", verdict=verdicts.get(code, "failed"))
+    file = run / "steps" / "gate.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"exit_code": code}))
+    monkeypatch.setenv("NVILA_RUN", str(run))
+    close("FAILED", None, Environment.read())
+    found = in_log(f"I1128 10:00:00 launcher_v2.go:90] {capfd.readouterr().out}and more")
+    assert found == ending(Run.read(run), "FAILED", None)
+    assert (found.exit_code, found.step) == (code, "gate") and "the gate says no" in (found.message or "")
+
+
+def test_the_newest_word_that_can_be_read_counts() -> None:
+    """A log may hold a quotation of another run's line, or one that was cut off."""
+    first, last = (Ending(outcome="failed", exit_code=code, message="a\nb") for code in (Exit.FAULT, Exit.USER))
+    text = f"{as_line(first)}\n{as_line(last)}\n{as_line(first)[:-5]}\n"
+    assert in_log(text) == last
+    assert in_log("nothing of it") is None

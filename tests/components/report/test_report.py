@@ -10,11 +10,13 @@ import pytest
 from telling import retained, scored
 
 from nvila.components.contracts.environment import Environment
+from nvila.components.contracts.exits import Exit
 from nvila.components.contracts.manifest import Manifest
 from nvila.components.contracts.results.accuracy import Evaluation, QuantizedEvaluation
+from nvila.components.contracts.results.run import Ending
 from nvila.components.contracts.steps import STEPS
 from nvila.components.data.samples import QUARANTINE_FILE
-from nvila.components.report.close_run import Ending, notice
+from nvila.components.report.close_run import notice
 from nvila.components.report.flow import duration, lanes
 from nvila.components.report.page import accuracy_rows
 from nvila.components.report.step import Settings, render, run
@@ -123,7 +125,7 @@ def test_hostile_records_stay_text(make_run: MakeRun) -> None:
 def test_rejected_run_says_so_with_the_gates_words(make_run: MakeRun) -> None:
     """After a rejection the report is how one learns why; it must not need the steps that never ran."""
     seen = page(make_run(stop_at="gate", text="digits: exact match 0.31 is below 0.4"))
-    assert "Rejected by gate" in seen.text
+    assert "Rejected by gate (exit code 3)" in seen.text
     assert "the gate says no: digits: exact match 0.31 is below 0.4" in seen.text
     assert "not reached" in seen.text
     assert "not measured" in seen.text
@@ -150,7 +152,8 @@ def test_only_a_good_model_gets_a_green_headline(
         small.accuracy["digits"] = retained(quantized, full=accuracy)
     found = HEADLINE.search(render(run))
     assert found and found[1] == tone and said in found[2]
-    assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, Ending("succeeded"))["headline"]
+    came_through = Ending(outcome="succeeded", exit_code=Exit.DONE)
+    assert (said[4:] if tone == "neutral" else "learnt") in notice(make_run(), run, came_through)["headline"]
 
 
 def test_the_change_is_that_of_the_same_questions(make_run: MakeRun) -> None:
@@ -238,6 +241,7 @@ def test_step_writes_the_page_into_its_folder_and_the_run(
     out.mkdir()
     outcome = run(Settings(), {}, out, Environment.read())
     assert outcome.files == ("report.html",)
+    assert outcome.result == Ending(outcome="succeeded", exit_code=Exit.DONE)
     html = (out / "report.html").read_text()
     assert html == (run_dir / "report.html").read_text()
     found = HEADLINE.search(html)

@@ -41,6 +41,7 @@ class Site:
         self.aliases = Aliases()
         self.tags: dict[str, str] = {}
         self.versions, self.bad, self.errors = itertools.count(1), set[str](), set[str]()
+        self.unreached = set[str]()
         self.killed_at, self.changes = -1, 0
         self.now = 1_790_000_000.0
         self.away: NvilaError | None = None
@@ -203,6 +204,7 @@ def _site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         }
 
     monkeypatch.setattr(loop, "scrape", scrape)
+    monkeypatch.setattr(loop, "reaches", lambda service: service["metadata"]["name"] not in made.unreached)
     monkeypatch.setattr(loop.time, "time", lambda: made.now)
     yield made
 
@@ -375,3 +377,18 @@ def test_each_decision_is_an_event(site: Site) -> None:
     events = [one for (kind, _), one in site.stored.items() if kind == EVENT.name]
     assert [(one["reason"], one["type"]) for one in events] == [("Promoted", "Normal"), ("RolledBack", "Warning")]
     assert objects.MODEL_ROLLOUT.name == events[0]["involvedObject"]["kind"]
+
+
+def test_a_version_gets_no_share_before_its_service_leads_to_it(site: Site) -> None:
+    """After an outage of the API server nodes learned of ready pods half a minute late, and a share of all requests met
+    nobody."""
+    site.aliases = Aliases(challenger="1")
+    settle(site, lambda: site.aliases == Aliases(champion="1"))
+    site.unreached = {"mine-v2"}
+    site.aliases = Aliases(challenger="2", champion="1")
+    settle(site, rounds=20)
+    assert site.shares == {"1": 100} and site.status.phase == "Preparing"
+    assert "NotReached: the Service mine-v2" in site.status.message
+    site.unreached = set()
+    settle(site)
+    assert site.aliases == Aliases(champion="2", previous="1")

@@ -24,7 +24,7 @@ log = Path("/tmp/serving.log")
 started = server.start(model, port=8000, served_name="tiny", log_path=log)
 try:
     server.wait_ready(started.url, 400, started.pid, log)
-    answer = server.ask(started.url, "tiny", question, image=picture, max_tokens=6)
+    answer = server.ask(started.url, "tiny", question, image=picture, max_tokens=6).text
 except BaseException:
     print(log.read_text())
     raise
