@@ -26,6 +26,9 @@ from nvila.components.serve.routes import TRIED, Ways, probed, routes, tried
 
 HEADER_SECONDS, BODY_SECONDS, IDLE_SECONDS = 10, 120, 60
 """How long a client may take for its headers (and TLS's greeting), for a whole request, and between two requests."""
+GATEWAY_IDLE_SECONDS = 3660
+"""In place of `IDLE_SECONDS` behind a Gateway, which keeps a connection for an hour where it is an Envoy: a request
+that it sends when this end has just closed is lost."""
 HELD_SECONDS = HEADER_SECONDS + BODY_SECONDS
 """How long a request may hold on to the way that it was given when its headers had come."""
 CONNECT_SECONDS = 2
@@ -80,6 +83,7 @@ def files(
     settings: EndpointSettings,
     servers: Iterable[str],
     ways: Ways,
+    idle_seconds: int = IDLE_SECONDS,
 ) -> dict[str, dict[str, Any]]:
     """Contents by file name, in the order in which a new server comes into use.
 
@@ -91,6 +95,7 @@ def files(
         servers: `address:port` of every server that runs, those included whose last answers are awaited, and of those
             that have ended within `HELD_SECONDS`: the way to such a one leads on to the other.
         ways: which of them gets which requests.
+        idle_seconds: how long a connection stays between two requests; not to be changed while Envoy runs.
     """
     clusters = [_cluster(server, settings) for server in sorted(set(servers))]
     if ways.champion:
@@ -104,7 +109,9 @@ def files(
         "certificate.json": _resources("tls.Secret", [_certificate(folder)]) if settings.certificate else {},
         "clusters.json": _resources("cluster.Cluster", clusters, "config"),
         "routes.json": _resources("route.RouteConfiguration", [routes(settings, ways)], "config"),
-        "listeners.json": _resources("listener.Listener", [_listener(folder, address, port, settings)], "config"),
+        "listeners.json": _resources(
+            "listener.Listener", [_listener(folder, address, port, settings, idle_seconds)], "config"
+        ),
     }
     return {name: content for name, content in made.items() if content}
 
@@ -214,7 +221,7 @@ def _bootstrap(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
     }
 
 
-def _listener(folder: Path, address: str, port: int, settings: EndpointSettings) -> dict[str, Any]:
+def _listener(folder: Path, address: str, port: int, settings: EndpointSettings, idle_seconds: int) -> dict[str, Any]:
     limit = {
         "name": "connections",
         "typed_config": {
@@ -223,7 +230,10 @@ def _listener(folder: Path, address: str, port: int, settings: EndpointSettings)
             "max_connections": settings.max_connections,
         },
     }
-    manager = {"name": "http", "typed_config": _manager(folder, settings)}
+    manager = {
+        "name": "http",
+        "typed_config": _manager(folder, settings, idle_seconds),
+    }
     chain: dict[str, Any] = {"filters": [limit, manager], "transport_socket_connect_timeout": f"{HEADER_SECONDS}s"}
     if settings.certificate:
         chain["transport_socket"] = {
@@ -251,7 +261,7 @@ def _listener(folder: Path, address: str, port: int, settings: EndpointSettings)
     }
 
 
-def _manager(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
+def _manager(folder: Path, settings: EndpointSettings, idle_seconds: int) -> dict[str, Any]:
     """Of HTTP: strict, and it believes a client nothing about where its request comes from."""
     return {
         "@type": f"{_HTTP}.filters.network.http_connection_manager.v3.HttpConnectionManager",
@@ -296,7 +306,7 @@ def _manager(folder: Path, settings: EndpointSettings) -> dict[str, Any]:
         "request_timeout": f"{min(BODY_SECONDS, settings.request_seconds)}s",
         "stream_idle_timeout": f"{settings.request_seconds}s",
         "common_http_protocol_options": {
-            "idle_timeout": f"{IDLE_SECONDS}s",
+            "idle_timeout": f"{idle_seconds}s",
             "max_headers_count": HEADERS,
             "headers_with_underscores_action": "REJECT_REQUEST",
         },

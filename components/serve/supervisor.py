@@ -419,6 +419,7 @@ class Supervisor:
             wanted.settings,
             [*(envoy.server_of(one.url) for one in self._servers if one.program), *self._ended],
             ways,
+            envoy.GATEWAY_IDLE_SECONDS if wanted.fallback else envoy.IDLE_SECONDS,
         )
 
     def _end_envoy(self) -> None:

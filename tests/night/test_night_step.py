@@ -16,7 +16,7 @@ from stage import POLICY, STAND_IN, Stage
 
 from nvila.components.contracts.environment import Environment
 from nvila.components.contracts.errors import Rejected
-from nvila.components.contracts.recipe.rollout import RolloutSettings
+from nvila.components.contracts.recipe.rollout import Policy, RolloutSettings
 from nvila.components.contracts.site import Site
 from nvila.components.kube.cluster import Cluster
 from nvila.components.kube.connect import connect
@@ -51,7 +51,8 @@ def test_a_run_has_its_version_promoted_refused_and_withdrawn(stage: Stage, tmp_
     """Both were tested against a stand-in of the other: a step that waits for what the controller never says hangs."""
     ground, model, here = stage.ground, stage.model("m"), environment(stage.ground, stage)
     rollouts = Rollouts(Cluster(Requests(connect(str(stage.kubeconfig)))))
-    settings = RolloutSettings.model_validate({"target": "kubernetes", "policy": POLICY.model_dump()})
+    policy = {name: getattr(POLICY, name) for name in Policy.model_fields}
+    settings = RolloutSettings.model_validate({"target": "kubernetes", "policy": policy})
 
     def ask(version: int, **behaviour: object) -> Promoted:
         ground.registry.register(model, version, **behaviour)

@@ -94,17 +94,16 @@ class Upstream(ThreadingHTTPServer):
 class Front:
     """A real Envoy before two small servers."""
 
-    def __init__(self, folder: Path, address: str, settings: EndpointSettings) -> None:
-        self.folder, self.address, self.settings = folder, address, settings
+    def __init__(self, folder: Path, address: str, settings: EndpointSettings, idle_seconds: int) -> None:
+        self.folder, self.address, self.settings, self.idle_seconds = folder, address, settings, idle_seconds
         self.port = free_port(address)
         self.new, self.old = Upstream(NEW), Upstream(OLD)
         self.admin = envoy.Admin(str(folder / "admin"))
 
     def route(self, **options: Any) -> None:
         """As `envoy.files` takes it; returns when it holds."""
-        made = envoy.files(
-            self.folder, self.address, self.port, self.settings, [self.new.address, self.old.address], Ways(**options)
-        )
+        servers, ways = [self.new.address, self.old.address], Ways(**options)
+        made = envoy.files(self.folder, self.address, self.port, self.settings, servers, ways, self.idle_seconds)
         envoy.link_certificate(self.folder, self.settings)
         admin = self.admin if (self.folder / "admin").exists() else None
         assert envoy.apply(self.folder, made, admin, 5), (self.folder / "log").read_text()
@@ -140,8 +139,10 @@ class Front:
 
 
 @contextmanager
-def front(folder: Path, address: str = "127.0.0.1", settings: EndpointSettings = SETTINGS) -> Iterator[Front]:
-    one = Front(folder, address, settings)
+def front(
+    folder: Path, address: str = "127.0.0.1", settings: EndpointSettings = SETTINGS, idle_seconds: int | None = None
+) -> Iterator[Front]:
+    one = Front(folder, address, settings, envoy.IDLE_SECONDS if idle_seconds is None else idle_seconds)
     one.route(champion=one.old.address)
     command = envoy.arguments(interpreter.envoy(), folder)
     checked = subprocess.run([*command, "--mode", "validate"], capture_output=True, text=True, check=False)

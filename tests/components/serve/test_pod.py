@@ -76,6 +76,15 @@ class Pod:
         samples = {one.name: one.value for one in sampled(self.get(self.metrics_port, "/metrics")[1])}
         return samples["nvila_endpoint_ready"] == 1
 
+    @property
+    def idle_seconds(self) -> int:
+        """How long its Envoy keeps a connection between two requests."""
+        started = [one.cmdline() for one in psutil.Process(self.process.pid).children(recursive=True)]
+        (bootstrap,) = {words[words.index("--config-path") + 1] for words in started if "--config-path" in words}
+        (listener,) = json.loads(Path(bootstrap).with_name("listeners.json").read_text())["resources"]
+        manager = listener["filter_chains"][0]["filters"][-1]["typed_config"]
+        return int(manager["common_http_protocol_options"]["idle_timeout"].removesuffix("s"))
+
     def wait_for(self, there: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not there():
@@ -121,6 +130,7 @@ def test_a_pod_serves_its_version_and_tells_of_itself(pod: Pod) -> None:
     status, body = pod.ask(**{PIN_HEADER: "7"})
     assert status == 200 and json.loads(body)["choices"][0]["message"]["content"] == "four"
     assert pod.ask()[0] == 200 and pod.ask(**{PIN_HEADER: "8"})[0] == 404
+    assert pod.idle_seconds > 3600  # a Gateway closes an idle connection first, and sends nothing into its end
     before, restarts = pod.told
     assert pod.ready and (before.requests, before.errors, restarts) == (2, 0, 0)
     assert before.first_tokens == 2 and before.first_token_seconds > 0
