@@ -67,7 +67,7 @@ def test_a_run_has_its_version_promoted_refused_and_withdrawn(stage: Stage, tmp_
     assert "Version 1 still serves" in refused.value.do
     assert ground.registry.aliases(model) == {"champion": "1"}
 
-    # No user asks for anything, so the third stays at its first share until the run is stopped.
+    # Only the controller asks it, so the third takes a minute, in which the run is stopped.
     def stop() -> None:
         over = threading.Event()
         while not (made := rollouts.of_model(model)) or made.status.weight == 0:
@@ -75,8 +75,12 @@ def test_a_run_has_its_version_promoted_refused_and_withdrawn(stage: Stage, tmp_
         signal.raise_signal(signal.SIGINT)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        ask(3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(3)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ground.registry.aliases(model) == {"champion": "1"}
     for _ in range(600):
         if (status := rollouts.of_model(model).status).challenger is None:  # type: ignore[union-attr]
