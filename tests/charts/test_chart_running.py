@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helming import EVERYTHING, Document, find, render, tool
+from helming import Document, find, render, tool
 from places import PASSWORD, Cluster, Place
 
 pytestmark = pytest.mark.cluster
@@ -208,17 +208,13 @@ def _back_up(place: Place, store: Store) -> None:
 
 def _backup_job(place: Place) -> Document:
     """What the CronJob would start: older servers have no batch/v1 CronJob."""
-    documents = render(EVERYTHING)
+    documents = render(sets=[f"s3.endpoint={json.dumps(place.values['s3']['endpoint'])}"])
     spec = find(documents, "CronJob", "nvila-backup")["spec"]["jobTemplate"]["spec"]
     pod = spec["template"]["spec"]
-    pod.pop("imagePullSecrets")
     pod["serviceAccountName"] = "default"
     for container in (*pod["initContainers"], *pod["containers"]):
         base = container["name"] == "upload"
         container["image"] = os.environ["NVILA_NODE_IMAGE" if base else "NVILA_POSTGRES_IMAGE"]
-        for entry in container["env"]:
-            if "ENDPOINT" in entry["name"]:
-                entry["value"] = place.values["s3"]["endpoint"]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
