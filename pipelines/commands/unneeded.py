@@ -17,7 +17,7 @@ from nvila.components.contracts.errors import ConfigError, DamagedError, NvilaEr
 from nvila.components.contracts.locks import at_once, is_held, lacking
 from nvila.components.contracts.manifest import MANIFEST, InputRef, Manifest
 from nvila.components.contracts.results.run import Resolution
-from nvila.components.contracts.steps import RESOLVE
+from nvila.components.contracts.steps import PREFLIGHT, RESOLVE
 from nvila.components.contracts.store import Store
 from nvila.components.runner.status import Status, StepStatus, statuses
 
@@ -53,7 +53,7 @@ def read_by(run: Path) -> list[str]:
     """What a run's recipe takes weights from: folders, addresses and versions."""
     resolved = StepStatus.read(run, RESOLVE).manifest
     slices = Manifest.load(resolved).told(Resolution).slices if resolved else {}
-    preflight = slices.get("preflight") or {}
+    preflight = slices.get(PREFLIGHT) or {}
     return [*preflight.get("weights", []), *filter(None, [preflight.get("start")])]
 
 

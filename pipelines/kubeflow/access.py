@@ -62,7 +62,7 @@ def proxy_for(url: str) -> Proxy | None:
     if not given:
         return None
     try:
-        parts = urlsplit(given if "://" in given else f"http://{given}")
+        parts = urlsplit(given if "://" in given else f"//{given}", scheme="http")
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
