@@ -230,10 +230,7 @@ def _listener(folder: Path, address: str, port: int, settings: EndpointSettings,
             "max_connections": settings.max_connections,
         },
     }
-    manager = {
-        "name": "http",
-        "typed_config": _manager(folder, settings, idle_seconds),
-    }
+    manager = {"name": "http", "typed_config": _manager(folder, settings, idle_seconds)}
     chain: dict[str, Any] = {"filters": [limit, manager], "transport_socket_connect_timeout": f"{HEADER_SECONDS}s"}
     if settings.certificate:
         chain["transport_socket"] = {

@@ -7,13 +7,13 @@ import asyncio
 from nvila.components.contracts.modelrollout import HTTP_PORT
 from nvila.components.kube.cluster import Object
 
-SECONDS = 2.0
+SECONDS = 1.0
 _LINE = 256
 """More than a status line has."""
 
 
 def reaches(service: Object | None, port: int = HTTP_PORT) -> bool:
-    """Whether a pod behind the Service says that it takes requests; two seconds are given to it."""
+    """Whether a pod behind the Service says that it takes requests; a second is given to it, as other models wait."""
     address = ((service or {}).get("spec") or {}).get("clusterIP", "")
     return bool(address) and asyncio.run(_is_healthy(address, port))
 

@@ -104,9 +104,12 @@ def lines(found: Found, gone: Found | None) -> Iterable[str]:
         yield f"work     {work.step}/{work.key}  {idle}{meanwhile if gone and work not in gone.work else ''}"
     yield from found.notes
     shown = found if gone is None else gone
+    if not (shown.versions or shown.work):
+        yield "nothing to remove: all of it is needed, or was used lately" if gone is None else "removed nothing"
+        return
     size = gib(sum(work.size_bytes for work in shown.work))
     what = f"{len(shown.versions)} versions and {len(shown.work)} pieces of work, {size}"
-    yield f"nothing needs {what}; --remove removes them" if gone is None else f"removed {what}"
+    yield f"{what}, that nothing needs; --remove removes them" if gone is None else f"removed {what}"
 
 
 def told(found: Found, gone: Found | None) -> dict[str, Any]:
